@@ -1,0 +1,223 @@
+"""Gradient of the weighted multi-token cross entropy: one visit to each live logit.
+
+Math       g       = d_loss * factor * coefficient[r]          r = (b, t, h), coefficient as in rows.py
+           p[v]    = exp(z[v] - row_max - log_sum)
+           dz[v]   = g * (p[v] (1 + 2 c lse) - (1-e) [v = label] - e / V)      smoothing e, z-loss c
+           dx[v]   = dz[v] * (1 - (z[v] / softcap)^2)          where a softcap is given, else dz[v]
+
+Shapes     logits, d_logits: H tensors [B,S,V] of any strides, the same memory for the in-place form;
+           d_loss [B,S] of any strides; row_max, log_sum [B,S,H], factor [] fp32
+
+Algorithm  One program owns a position. Each head is one walk: read a tile, write its gradient; a dead head is one
+           walk of zeros. Tiles are cut as in forward.py, so a thread writes just what it has read.
+
+Traffic    live rows * V * itemsize read once; all rows * V * itemsize written once. See `traffic`.
+
+Numerics   fp32 until the store. The label's 1 is subtracted before rounding. z - row_max is exact near the maximum,
+           which keeps p right at logits of 1e4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mtp_ce.kernels.forward import LOG2_E, edge_offsets, row_layout, split_row, tile_offsets
+from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
+from mtp_ce.kernels.tiles import WARP_SIZE, tile
+
+
+@triton.jit
+def logit_gradient(
+    x,
+    offs,
+    label,
+    g,
+    row_max,
+    log_sum,
+    V,
+    softcap,
+    z_loss,
+    label_smoothing,
+    HAS_SOFTCAP: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """d loss / d x for logits x at entries offs, which count from where `label` counts; fp32."""
+    z = x
+    if HAS_SOFTCAP:
+        z = soft_cap(x, softcap)
+    p = tl.exp2((z - row_max) * LOG2_E - log_sum * LOG2_E)
+    on_label = 1.0
+    if not PLAIN:
+        p = p * (1.0 + 2.0 * z_loss * (row_max + log_sum)) - label_smoothing / V
+        on_label = 1.0 - label_smoothing
+    dz = g * tl.where(offs == label, p - on_label, p)
+    if HAS_SOFTCAP:
+        slope = z / softcap
+        dz = dz * (1.0 - slope * slope)
+    return dz
+
+
+@triton.jit
+def backward_kernel(
+    logits,  # H pointers
+    stride_b,  # H strides, like the two below
+    stride_s,
+    stride_v,
+    d_logits,  # H pointers
+    stride_gb,
+    stride_gs,
+    stride_gv,
+    rows,
+    d_loss_ptr,
+    stride_ub,
+    stride_us,
+    factor_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    S,
+    V,
+    ignore_index,
+    softcap,
+    z_loss,
+    label_smoothing,
+    SHIFT: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    OVER_HORIZON: tl.constexpr,
+    TARGET_WEIGHTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PLAIN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SAME_CUT: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Gradient rows of position p = program id."""
+    p = tl.program_id(0).to(tl.int64)
+    b = p // S
+    t = p % S
+    offs_h = tl.arange(0, H_BLOCK)
+    label, _, _, coefficient = row_coefficients(
+        rows, b, t, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
+    )
+    upstream = tl.load(d_loss_ptr + b * stride_ub + t * stride_us).to(tl.float32) * tl.load(factor_ptr)
+
+    for h in tl.static_range(H):
+        coefficient_h = pick(coefficient, offs_h, h)
+        label_h = pick(label, offs_h, h).to(tl.int32)
+        # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
+        g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
+        row_max = tl.load(row_max_ptr + p * H + h)
+        log_sum = tl.load(log_sum_ptr + p * H + h)
+        row_ptr = logits[h] + b * stride_b[h] + t * stride_s[h]
+        grad_ptr = d_logits[h] + b * stride_gb[h] + t * stride_gs[h]
+        head, body = split_row(row_ptr, V, VEC, ALIGNED)
+        body_ptr = row_ptr + head
+        grad_body_ptr = grad_ptr + head
+        if VEC > 1:
+            body_ptr = tl.multiple_of(body_ptr, 16)
+            if SAME_CUT:
+                grad_body_ptr = tl.multiple_of(grad_body_ptr, 16)
+
+        if g != 0.0:
+            for start in range(0, body, ROWS * LANES):
+                offs, place = tile_offsets(start, stride_v[h], ROWS, LANES, VEC)
+                _, grad_place = tile_offsets(start, stride_gv[h], ROWS, LANES, VEC)
+                x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
+                dx = logit_gradient(
+                    x, offs, label_h - head, g, row_max, log_sum, V, softcap, z_loss, label_smoothing,
+                    HAS_SOFTCAP, PLAIN,
+                )  # fmt: skip
+                tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
+            if not (ALIGNED or VEC == 1):
+                offs_e = edge_offsets(head, body, V, VEC)
+                x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
+                dx = logit_gradient(
+                    x, offs_e, label_h, g, row_max, log_sum, V, softcap, z_loss, label_smoothing,
+                    HAS_SOFTCAP, PLAIN,
+                )  # fmt: skip
+                tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
+        else:
+            for start in range(0, body, ROWS * LANES):
+                offs, grad_place = tile_offsets(start, stride_gv[h], ROWS, LANES, VEC)
+                nothing = tl.zeros([ROWS, LANES], grad_ptr.dtype.element_ty)
+                tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
+            if not (ALIGNED or VEC == 1):
+                offs_e = edge_offsets(head, body, V, VEC)
+                tl.store(grad_ptr + offs_e, tl.zeros([2 * VEC], grad_ptr.dtype.element_ty), mask=offs_e < V)
+
+
+def launch_backward(
+    d_loss: torch.Tensor,  # [B, S] of any strides
+    heads: list[torch.Tensor],  # H x [B, S, V]
+    d_heads: list[torch.Tensor],  # H x [B, S, V], written wholly
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    row_max: torch.Tensor,  # [B, S, H]
+    log_sum: torch.Tensor,  # [B, S, H]
+    factor: torch.Tensor,  # []
+    *,
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+) -> None:
+    """Write the gradient of every logit into d_heads."""
+    B, S, V = heads[0].shape
+    H = len(heads)
+    aligned, vec = row_layout(heads, *d_heads)
+    # Loads and stores share one cut where a row and its gradient stand alike against 16 bytes.
+    same_cut = all(
+        (x.data_ptr() - dx.data_ptr()) % 16 == 0
+        and (x.stride(0) - dx.stride(0)) % vec == 0
+        and (x.stride(1) - dx.stride(1)) % vec == 0
+        for x, dx in zip(heads, d_heads, strict=True)
+    )
+    shape = tile(V, heads[0].element_size(), WARP_SIZE)
+    backward_kernel[(B * S,)](
+        tuple(heads),
+        tuple(head.stride(0) for head in heads),
+        tuple(head.stride(1) for head in heads),
+        tuple(head.stride(2) for head in heads),
+        tuple(d_heads),
+        tuple(head.stride(0) for head in d_heads),
+        tuple(head.stride(1) for head in d_heads),
+        tuple(head.stride(2) for head in d_heads),
+        pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
+        d_loss,
+        *d_loss.stride(),
+        factor,
+        row_max,
+        log_sum,
+        S,
+        V,
+        ignore_index,
+        1.0 if softcap is None else softcap,
+        z_loss,
+        label_smoothing,
+        SHIFT=shift,
+        H=H,
+        H_BLOCK=triton.next_power_of_2(H),
+        OVER_HORIZON=over_horizon,
+        TARGET_WEIGHTS=target_weights,
+        HAS_SOFTCAP=softcap is not None,
+        PLAIN=z_loss == 0 and label_smoothing == 0,
+        ALIGNED=aligned,
+        SAME_CUT=same_cut,
+        VEC=vec,
+        ROWS=shape.rows,
+        LANES=shape.lanes,
+        num_warps=shape.num_warps,
+    )
+
+
+def traffic(live_rows: int, all_rows: int, V: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of logits read, and bytes of gradient written."""
+    return live_rows * V * itemsize, all_rows * V * itemsize

@@ -1,0 +1,35 @@
+"""Weighted multi-token prediction: the loss, fused.
+
+    from mtp_ce import weighted_mtp_ce
+
+Names are resolved on first use, so that the command line can answer a mistake before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtp_ce.heads import MTPHeads
+    from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
+    from mtp_ce.scorers.uniform import UniformScorer
+
+_HOME = {
+    "MTPHeads": "mtp_ce.heads",
+    "MTPLoss": "mtp_ce.loss",
+    "MTPStats": "mtp_ce.loss",
+    "UniformScorer": "mtp_ce.scorers.uniform",
+    "WeightedMTPLoss": "mtp_ce.loss",
+    "weighted_mtp_ce": "mtp_ce.loss",
+}
+
+__all__ = ["MTPHeads", "MTPLoss", "MTPStats", "UniformScorer", "WeightedMTPLoss", "weighted_mtp_ce"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mtp_ce' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

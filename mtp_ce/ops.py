@@ -1,0 +1,259 @@
+"""The loss as torch custom operators: what torch.compile, autograd and opcheck see.
+
+`logits_forward` returns the loss and what its gradient needs; `logits_backward` returns the gradients;
+`logits_backward_` writes the gradient of the logits over them. The backward operators have no derivative, so
+differentiating twice raises. Arguments arrive checked (mtp_ce/loss.py).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_ce import cpu
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def split_heads(logits: list[Tensor]) -> list[Tensor]:
+    """H views [B,S,V] of one [B,S,H,V], or the H tensors themselves."""
+    return list(logits[0].unbind(2)) if logits[0].dim() == 4 else logits
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@torch.library.custom_op("mtp_ce::logits_forward", mutates_args=())
+def logits_forward(
+    logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
+    labels: Tensor,  # [B, S]
+    token_weights: Tensor | None,  # [B, S] or [B, S, H]
+    head_weights: Tensor | None,  # [H]
+    seq_lens: Tensor | None,  # [B]
+    document_ids: Tensor | None,  # [B, S]
+    normalizer: Tensor | None,  # []
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    reduction: str,
+    scale: float,
+    with_top1: bool,
+    with_shares: bool,
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss [] or [B,S]; ce, row_max, log_sum, live, top1, shares [B,S,H] (empty if not wanted); factor []."""
+    heads = split_heads(logits)
+    if heads[0].shape[0] * heads[0].shape[1] == 0:
+        results = _allocate(logits, reduction, with_top1, with_shares)
+        results[0].zero_()
+        results[-1].zero_()
+        return results
+    if impl == "cpu":
+        forward, mean = cpu.forward, cpu.mean
+    else:
+        from mtp_ce.kernels.forward import launch_forward as forward
+        from mtp_ce.kernels.forward import launch_mean as mean
+    if labels.device.type == "cpu":
+        cpu.check_labels(
+            labels, seq_lens, document_ids,
+            H=len(heads), V=heads[0].shape[-1], shift=shift, ignore_index=ignore_index,
+        )  # fmt: skip
+    with _device_guard(labels.device):
+        out, ce, row_max, log_sum, live, top1, shares = forward(
+            heads, labels, token_weights, head_weights, seq_lens, document_ids,
+            shift=shift, over_horizon=over_horizon, target_weights=target_weights, ignore_index=ignore_index,
+            softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
+            with_top1=with_top1, with_shares=with_shares,
+        )  # fmt: skip
+        if reduction == "none":
+            loss, factor = out.mul_(scale), out.new_full((), scale)
+        else:
+            count = reduction == "mean" and normalizer is None
+            loss, factor = mean(out, live, normalizer, scale=scale, count=count)
+    top1 = live.new_empty(0, dtype=torch.int32) if top1 is None else top1
+    shares = ce.new_empty(0) if shares is None else shares
+    return loss, ce, row_max, log_sum, live, top1, shares, factor
+
+
+def _allocate(logits: list[Tensor], reduction: str, with_top1: bool, with_shares: bool) -> Forward:
+    B, S = logits[0].shape[:2]
+    H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
+    dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return logits[0].new_empty(shape, dtype=dtype)
+
+    return (
+        new(B, S) if reduction == "none" else new(),
+        new(B, S, H),
+        new(B, S, H),
+        new(B, S, H),
+        new(B, S, H, dtype=torch.bool),
+        new(B, S, H, dtype=torch.int32) if with_top1 else new(0, dtype=torch.int32),
+        new(B, S, H) if with_shares else new(0),
+        new(),
+    )
+
+
+@logits_forward.register_fake
+def _(
+    logits, labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shift, over_horizon,
+    target_weights, ignore_index, softcap, z_loss, label_smoothing, reduction, scale, with_top1, with_shares,
+    inplace_backward, impl,
+):  # fmt: skip
+    return _allocate(logits, reduction, with_top1, with_shares)
+
+
+@torch.library.custom_op("mtp_ce::logits_backward", mutates_args=())
+def logits_backward(
+    d_loss: Tensor,  # [] or [B, S]
+    logits: list[Tensor],
+    labels: Tensor,
+    token_weights: Tensor | None,
+    head_weights: Tensor | None,
+    seq_lens: Tensor | None,
+    document_ids: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    factor: Tensor,
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    impl: str,
+) -> list[Tensor]:
+    """d loss / d logits, shaped as the logits were given."""
+    d_logits = [torch.empty_like(x) for x in logits]
+    _write_gradient(
+        d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum,
+        factor, shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
+    )  # fmt: skip
+    return d_logits
+
+
+@logits_backward.register_fake
+def _(
+    d_loss, logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor, shift,
+    over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
+):  # fmt: skip
+    return [torch.empty_like(x) for x in logits]
+
+
+@torch.library.custom_op("mtp_ce::logits_backward_", mutates_args=("logits",))
+def logits_backward_(
+    d_loss: Tensor,
+    logits: list[Tensor],
+    labels: Tensor,
+    token_weights: Tensor | None,
+    head_weights: Tensor | None,
+    seq_lens: Tensor | None,
+    document_ids: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    factor: Tensor,
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    impl: str,
+) -> None:
+    """Overwrite the logits with d loss / d logits."""
+    _write_gradient(
+        d_loss, logits, logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum,
+        factor, shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
+    )  # fmt: skip
+
+
+def _write_gradient(
+    d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor,
+    shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
+) -> None:  # fmt: skip
+    heads, d_heads = split_heads(logits), split_heads(d_logits)
+    if heads[0].shape[0] * heads[0].shape[1] == 0:
+        return
+    if impl == "cpu":
+        backward = cpu.backward
+    else:
+        from mtp_ce.kernels.backward import launch_backward as backward
+    with _device_guard(labels.device):
+        backward(
+            d_loss.expand(labels.shape), heads, d_heads, labels, token_weights, head_weights, seq_lens, document_ids,
+            row_max, log_sum, factor,
+            shift=shift, over_horizon=over_horizon, target_weights=target_weights, ignore_index=ignore_index,
+            softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("mtp_ce::weights_backward", mutates_args=())
+def weights_backward(
+    d_loss: Tensor,  # [] or [B, S]
+    token_weights: Tensor,  # [B, S] or [B, S, H]
+    shares: Tensor,  # [B, S, H]
+    factor: Tensor,  # []
+    shift: int,
+    target_weights: bool,
+) -> Tensor:
+    """d loss / d token_weights: the shares of a weight's rows, summed."""
+    B, S, H = shares.shape
+    by_row = (d_loss.expand(B, S).to(shares.dtype) * factor)[:, :, None] * shares
+    if token_weights.dim() == 3:
+        d_weights = by_row
+    elif target_weights:
+        d_weights = by_row.new_zeros(B, S)
+        for h in range(min(H, S - shift)):
+            d_weights[:, shift + h :] += by_row[:, : S - shift - h, h]
+    else:
+        d_weights = by_row.sum(-1)
+    return d_weights.to(token_weights.dtype, copy=True)
+
+
+@weights_backward.register_fake
+def _(d_loss, token_weights, shares, factor, shift, target_weights):
+    return token_weights.new_empty(token_weights.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    logits, labels, token_weights, head_weights, seq_lens, document_ids = inputs[:6]
+    _, _, row_max, log_sum, _, _, shares, factor = output
+    ctx.save_for_backward(
+        *logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor, shares
+    )
+    ctx.given = len(logits)
+    ctx.rule = inputs[7:14]
+    ctx.inplace, ctx.impl = inputs[18:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    d_logits: list[Tensor | None] = [None] * ctx.given
+    d_weights = None
+    if d_loss is not None:
+        saved = ctx.saved_tensors
+        logits, tensors, shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
+        if shares.numel():
+            shift, _, target_weights = ctx.rule[:3]
+            d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
+        if any(ctx.needs_input_grad[0]):
+            if ctx.inplace:
+                logits = [x.detach() for x in logits]
+                logits_backward_(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
+                d_logits = [*logits]
+            else:
+                d_logits = [*logits_backward(d_loss, logits, *tensors, *ctx.rule, ctx.impl)]
+    return d_logits, None, d_weights, *[None] * 17
+
+
+logits_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,107 @@
+"""The oracle: the contract of weighted multi-token cross entropy in eager torch, slow and obvious.
+
+Everything else in the project is tested against this file in float64. It shares no code with the fast paths, computes
+in the dtype of the logits (float32 for half types), and lets autograd derive every gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def reference_weighted_mtp_ce(
+    heads: Sequence[Tensor],  # H x [B, S, V]
+    labels: Tensor,  # [B, S]
+    token_weights: Tensor | None = None,  # [B, S] or [B, S, H]
+    *,
+    shift: int = 1,
+    weight_alignment: str = "position",
+    head_reduction: str = "live",
+    head_weights: Tensor | None = None,  # [H]
+    seq_lens: Tensor | None = None,  # [B]
+    document_ids: Tensor | None = None,  # [B, S]
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    loss_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, ce [B,S,H], live [B,S,H], lse [B,S,H], top1 [B,S,H] of the contract; the last four detached."""
+    B, S, V = heads[0].shape
+    H = len(heads)
+    dtype = heads[0].dtype if heads[0].dtype == torch.float64 else torch.float32
+    device = heads[0].device
+    labels = labels.long()
+    ce, lse = (torch.zeros(B, S, H, dtype=dtype, device=device) for _ in range(2))
+    top1 = torch.full((B, S, H), -1, dtype=torch.int64, device=device)
+    live = torch.zeros(B, S, H, dtype=torch.bool, device=device)
+    for h in range(H):
+        for t in range(S):
+            target = t + shift + h
+            if target >= S:
+                continue
+            counts = labels[:, target] != ignore_index
+            if seq_lens is not None:
+                counts = counts & (target < seq_lens)
+            if document_ids is not None:
+                counts = counts & (document_ids[:, target] == document_ids[:, t])
+            live[:, t, h] = counts
+
+    weights_need_gradient = token_weights is not None and token_weights.requires_grad
+    losses: list[Tensor] = []  # one [B, S] a head: coefficient * the row's loss, before the division
+    shares = torch.ones(H, dtype=dtype, device=device) if head_weights is None else head_weights.to(dtype)
+    for h in range(H):
+        w = torch.ones(B, S, dtype=dtype, device=device)
+        if token_weights is not None:
+            given = token_weights.to(dtype) if token_weights.dim() == 2 else token_weights[:, :, h].to(dtype)
+            distance = shift + h
+            if weight_alignment == "target":
+                w = torch.cat([given[:, distance:], given.new_zeros(B, min(distance, S))], dim=1)
+            else:
+                w = given
+        read = live[:, :, h] & (shares[h] != 0)
+        if not weights_need_gradient:
+            read = read & (w != 0)
+        b, t = read.nonzero(as_tuple=True)
+        z = heads[h][b, t].to(dtype)  # [rows, V]: a dead row never enters the graph
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        y = labels[b, t + shift + h]
+        logp = torch.log_softmax(z, dim=-1)
+        z_label = z.gather(1, y[:, None])[:, 0]
+        row_ce = -logp.gather(1, y[:, None])[:, 0]
+        row_lse = torch.logsumexp(z, dim=-1)
+        row_loss = row_ce
+        if label_smoothing != 0:
+            row_loss = row_loss + label_smoothing * (z_label - z.mean(dim=-1))
+        if z_loss != 0:
+            row_loss = row_loss + z_loss * row_lse**2
+        ce[b, t, h] = row_ce.detach()
+        lse[b, t, h] = row_lse.detach()
+        top1[b, t, h] = z.detach().argmax(dim=-1)
+        # The sums below keep a logits-shaped hole of zeros in the graph for rows that are dead.
+        weighted = shares[h] * w[b, t] * row_loss
+        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, t), weighted))
+
+    if head_weights is not None:
+        denominator = (live * shares).sum(-1)
+    elif head_reduction == "horizon":
+        denominator = torch.full((B, S), float(H), dtype=dtype, device=device)
+    else:
+        denominator = live.sum(-1).to(dtype)
+    average = sum(losses, start=torch.zeros(B, S, dtype=dtype, device=device))
+    average = average / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+    positions = live.any(-1).sum()
+    if reduction == "none":
+        loss = loss_scale * average
+    elif positions == 0:
+        loss = 0.0 * average.sum()
+    elif reduction == "sum":
+        loss = loss_scale * average.sum()
+    else:
+        loss = loss_scale * average.sum() / (positions if normalizer is None else normalizer)
+    return loss, ce, live, lse, top1

@@ -1,0 +1,91 @@
+"""What a batch of token weights looks like, kept as sums so that batches add up exactly.
+
+    mean = sum w / n        ess = (sum w)^2 / (n sum w^2)       over the n supervised tokens
+
+ess is the effective sample size as a share of n: 1 when all tokens weigh the same, 1/n when one token
+carries everything. With mean(w) = 1 it is 1 / mean(w^2). Means of means are wrong as soon as batches
+differ in n, so the sums are what is stored, and `merge` adds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStatistics:
+    """Sums over the supervised tokens of one or more batches: 0-d tensors on the weights' device.
+
+    Attributes:
+        count: n, supervised tokens, int64.
+        total: sum of w, fp32.
+        total_squares: sum of w^2, fp32.
+        lowest: smallest w, fp32; +inf where there is no supervised token.
+        highest: largest w, fp32; -inf where there is no supervised token.
+        clipped: tokens whose weight stands at a bound of the scorer, int64.
+    """
+
+    count: Tensor
+    total: Tensor
+    total_squares: Tensor
+    lowest: Tensor
+    highest: Tensor
+    clipped: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, supervised: Tensor, clipped: Tensor | None = None) -> WeightStatistics:
+        """Sum over one batch, without a host synchronisation.
+
+        Args:
+            weights: [B, S] fp32.
+            supervised: [B, S] bool, the tokens that count.
+            clipped: [B, S] bool, the tokens at a bound of the scorer; None means none of them.
+        """
+        w = torch.where(supervised, weights, 0.0)
+        # A reduction over nothing has no minimum; one extra element that can't win gives it one.
+        edge = weights.new_full((1,), float("inf"))
+        return cls(
+            count=supervised.sum(),
+            total=w.sum(),
+            total_squares=w.square().sum(),
+            lowest=torch.cat([torch.where(supervised, weights, edge).flatten(), edge]).amin(),
+            highest=torch.cat([torch.where(supervised, weights, -edge).flatten(), -edge]).amax(),
+            clipped=supervised.new_zeros((), dtype=torch.int64)
+            if clipped is None
+            else (clipped & supervised).sum(),
+        )
+
+    def merge(self, other: WeightStatistics) -> WeightStatistics:
+        """Give the statistics of both batches together."""
+        return WeightStatistics(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            total_squares=self.total_squares + other.total_squares,
+            lowest=torch.minimum(self.lowest, other.lowest),
+            highest=torch.maximum(self.highest, other.highest),
+            clipped=self.clipped + other.clipped,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean weight of a supervised token; 0 where there is none."""
+        return self.total / self.count.clamp(min=1)
+
+    @property
+    def min(self) -> Tensor:
+        """Smallest weight of a supervised token; 0 where there is none."""
+        return torch.where(self.count > 0, self.lowest, 0.0)
+
+    @property
+    def max(self) -> Tensor:
+        """Largest weight of a supervised token; 0 where there is none."""
+        return torch.where(self.count > 0, self.highest, 0.0)
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size as a share of the supervised tokens, 0..1; 0 where all weights are 0."""
+        mean_square = self.total_squares / self.count.clamp(min=1)
+        return torch.where(self.total_squares > 0, self.mean.square() / mean_square, 0.0)

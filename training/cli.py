@@ -1,0 +1,180 @@
+"""`train-mtp`: train a model with several prediction heads from one recipe.
+
+Everything a person can get wrong on the command line or in a recipe is answered here or in what this file
+imports at its top, before torch, transformers or mlflow are loaded: one line on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from mtp_ce.training.recipe import Recipe
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_NOT_FINITE = 3
+EXIT_INTERRUPTED = 130
+
+DEFAULT_RECIPE = "tiny"
+
+# What floor 2 imports sooner or later; mlflow only where the recipe asks for it.
+_TRAIN_EXTRA = ("datasets", "matplotlib", "pydantic", "rich", "safetensors", "tokenizers", "transformers", "yaml")
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+_EPILOG = """\
+shipped recipes:
+{recipes}
+
+examples:
+  train-mtp                                     train the recipe 'tiny'
+  train-mtp --print-config                      show every key, its value after overrides
+  train-mtp tiny train.steps=50 optimizer.lr=1e-3 --dry-run
+  train-mtp my.yaml tracking.kind=none --output runs/first
+
+exit codes:
+  0 done   1 a crash   2 a mistake in the call or the recipe, nothing was written
+  3 loss or gradient was NaN or infinite; the step was not taken   130 Ctrl-C
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line; argparse would print the whole usage before it."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes them from the process.
+    """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_INTERRUPTED)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    # The same message whatever is missing: this one import is all that stands between it and the recipe.
+    if missing := [name for name in _TRAIN_EXTRA if find_spec(name) is None]:
+        return _complain(_missing(missing), EXIT_USAGE)
+    from mtp_ce.training.corpus import find_files
+    from mtp_ce.training.recipe import RecipeError, load_recipe, to_yaml
+
+    try:
+        name, overrides = _sort_out(arguments.what)
+        recipe = load_recipe(name, overrides)
+        if arguments.print_config:
+            print(to_yaml(recipe), end="")
+            return EXIT_DONE
+        if recipe.tracking.kind == "mlflow" and find_spec("mlflow") is None:
+            return _complain(_missing(["mlflow"]) + ", or give tracking.kind=none", EXIT_USAGE)
+        output = _output_folder(recipe, arguments.output)
+        find_files(recipe.data)
+        return _run(recipe, output, arguments.dry_run)
+    except RecipeError as error:
+        return _complain(str(error), EXIT_USAGE)
+
+
+def _run(recipe: Recipe, output: Path, dry_run: bool) -> int:
+    # Only here do torch and transformers load; everything above has been answered by then.
+    from mtp_ce.training.pipeline import describe, train
+    from mtp_ce.training.trainer import NonFiniteError
+
+    if dry_run:
+        describe(recipe, output)
+        return EXIT_DONE
+    try:
+        train(recipe, output)
+    except NonFiniteError as error:
+        return _complain(str(error), EXIT_NOT_FINITE)
+    except KeyboardInterrupt:
+        return _complain(f"interrupted; metrics so far are in {output / 'metrics.jsonl'}", EXIT_INTERRUPTED)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    folder = Path(__file__).resolve().parent / "recipes"
+    recipes = "\n".join(f"  {path.stem:<12}{_headline(path)}" for path in sorted(folder.glob("*.yaml")))
+    parser = _Parser(
+        prog="train-mtp",
+        usage="train-mtp [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR]",
+        description="Train a language model that predicts several tokens at once, from one recipe.",
+        epilog=_EPILOG.format(recipes=recipes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="recipe | a.b=c",
+        help=f"a shipped recipe's name or the path of a YAML file (default: {DEFAULT_RECIPE}), and any number "
+        "of overrides; the value of an override is read as YAML",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe, size the model without memory for it, say what would be done; writes nothing",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the recipe with every default and override, as YAML"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for metrics, plot and model; must not exist (default: runs/<recipe>-<UTC time>)",
+    )
+    return parser
+
+
+def _headline(recipe: Path) -> str:
+    # The first line is a comment that says what the recipe is for; --help must work without a YAML reader.
+    with recipe.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()
+
+
+def _sort_out(words: Sequence[str]) -> tuple[str, list[str]]:
+    from mtp_ce.training.recipe import RecipeError
+
+    overrides = [word for word in words if _OVERRIDE.match(word)]
+    recipes = [word for word in words if not _OVERRIDE.match(word)]
+    if len(recipes) > 1:
+        raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
+    return (recipes[0] if recipes else DEFAULT_RECIPE), overrides
+
+
+def _output_folder(recipe: Recipe, wanted: Path | None) -> Path:
+    from mtp_ce.training.recipe import RecipeError
+
+    output = wanted or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    if output.exists() or output.is_symlink():
+        raise RecipeError(f"output folder {output} exists and is left alone; name another one with --output")
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise RecipeError(f"output folder {output} can't be made: {parent} is a file; name another one")
+    return output
+
+
+def _missing(packages: Sequence[str]) -> str:
+    return f"training needs {', '.join(packages)}: pip install 'mtp_ce[train]'"
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"train-mtp: {'error: ' if code != EXIT_INTERRUPTED else ''}{message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
