@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.forward import LOG2_E, edge_offsets, row_layout, split_row, tile_offsets
+from mtp_ce.kernels.forward import LOG2_E, edge_offsets, row_layout, split_row, tile_offsets, vector_ptr
 from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import WARP_SIZE, tile
+from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile
 
 
 @triton.jit
@@ -31,13 +31,12 @@ def logit_gradient(
     x,
     offs,
     label,
-    g,
     row_max,
-    log_sum,
-    V,
+    log2_sum,
+    scale,
+    uniform,
+    on_label,
     softcap,
-    z_loss,
-    label_smoothing,
     HAS_SOFTCAP: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
@@ -45,12 +44,10 @@ def logit_gradient(
     z = x
     if HAS_SOFTCAP:
         z = soft_cap(x, softcap)
-    p = tl.exp2((z - row_max) * LOG2_E - log_sum * LOG2_E)
-    on_label = 1.0
+    dz = scale * tl.exp2((z - row_max) * LOG2_E - log2_sum)
     if not PLAIN:
-        p = p * (1.0 + 2.0 * z_loss * (row_max + log_sum)) - label_smoothing / V
-        on_label = 1.0 - label_smoothing
-    dz = g * tl.where(offs == label, p - on_label, p)
+        dz -= uniform
+    dz = tl.where(offs == label, dz - on_label, dz)
     if HAS_SOFTCAP:
         slope = z / softcap
         dz = dz * (1.0 - slope * slope)
@@ -90,15 +87,15 @@ def backward_kernel(
     ALIGNED: tl.constexpr,
     SAME_CUT: tl.constexpr,
     VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Gradient rows of position p = program id."""
     p = tl.program_id(0).to(tl.int64)
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, _, _, coefficient = row_coefficients(
+    label, _live, _share, coefficient = row_coefficients(
         rows, b, t, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
     )
     upstream = tl.load(d_loss_ptr + b * stride_ub + t * stride_us).to(tl.float32) * tl.load(factor_ptr)
@@ -110,38 +107,45 @@ def backward_kernel(
         g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
         row_max = tl.load(row_max_ptr + p * H + h)
         log_sum = tl.load(log_sum_ptr + p * H + h)
+        log2_sum = log_sum * LOG2_E
+        # dz = scale * p - uniform - on_label [v = label]
+        scale = g
+        uniform = 0.0
+        on_label = g
+        if not PLAIN:
+            scale = g * (1.0 + 2.0 * z_loss * (row_max + log_sum))
+            uniform = g * label_smoothing / V
+            on_label = g * (1.0 - label_smoothing)
         row_ptr = logits[h] + b * stride_b[h] + t * stride_s[h]
         grad_ptr = d_logits[h] + b * stride_gb[h] + t * stride_gs[h]
         head, body = split_row(row_ptr, V, VEC, ALIGNED)
         body_ptr = row_ptr + head
         grad_body_ptr = grad_ptr + head
         if VEC > 1:
-            body_ptr = tl.multiple_of(body_ptr, 16)
+            body_ptr = vector_ptr(body_ptr)
             if SAME_CUT:
-                grad_body_ptr = tl.multiple_of(grad_body_ptr, 16)
+                grad_body_ptr = vector_ptr(grad_body_ptr)
 
         if g != 0.0:
-            for start in range(0, body, ROWS * LANES):
-                offs, place = tile_offsets(start, stride_v[h], ROWS, LANES, VEC)
-                _, grad_place = tile_offsets(start, stride_gv[h], ROWS, LANES, VEC)
+            for start in range(0, body, STRIPS * THREADS * VEC):
+                offs, place = tile_offsets(start, stride_v[h], STRIPS, THREADS, VEC)
+                _offs, grad_place = tile_offsets(start, stride_gv[h], STRIPS, THREADS, VEC)
                 x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
                 dx = logit_gradient(
-                    x, offs, label_h - head, g, row_max, log_sum, V, softcap, z_loss, label_smoothing,
-                    HAS_SOFTCAP, PLAIN,
-                )  # fmt: skip
+                    x, offs, label_h - head, row_max, log2_sum, scale, uniform, on_label, softcap, HAS_SOFTCAP, PLAIN
+                )
                 tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
             if not (ALIGNED or VEC == 1):
                 offs_e = edge_offsets(head, body, V, VEC)
                 x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
                 dx = logit_gradient(
-                    x, offs_e, label_h, g, row_max, log_sum, V, softcap, z_loss, label_smoothing,
-                    HAS_SOFTCAP, PLAIN,
-                )  # fmt: skip
+                    x, offs_e, label_h, row_max, log2_sum, scale, uniform, on_label, softcap, HAS_SOFTCAP, PLAIN
+                )
                 tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
         else:
-            for start in range(0, body, ROWS * LANES):
-                offs, grad_place = tile_offsets(start, stride_gv[h], ROWS, LANES, VEC)
-                nothing = tl.zeros([ROWS, LANES], grad_ptr.dtype.element_ty)
+            for start in range(0, body, STRIPS * THREADS * VEC):
+                offs, grad_place = tile_offsets(start, stride_gv[h], STRIPS, THREADS, VEC)
+                nothing = tl.zeros([STRIPS, THREADS, VEC], grad_ptr.dtype.element_ty)
                 tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
             if not (ALIGNED or VEC == 1):
                 offs_e = edge_offsets(head, body, V, VEC)
@@ -180,7 +184,7 @@ def launch_backward(
         and (x.stride(1) - dx.stride(1)) % vec == 0
         for x, dx in zip(heads, d_heads, strict=True)
     )
-    shape = tile(V, heads[0].element_size(), WARP_SIZE)
+    shape = backward_tile(V, heads[0].element_size(), WARP_SIZE)
     backward_kernel[(B * S,)](
         tuple(heads),
         tuple(head.stride(0) for head in heads),
@@ -212,8 +216,8 @@ def launch_backward(
         ALIGNED=aligned,
         SAME_CUT=same_cut,
         VEC=vec,
-        ROWS=shape.rows,
-        LANES=shape.lanes,
+        STRIPS=shape.strips,
+        THREADS=shape.threads,
         num_warps=shape.num_warps,
     )
 

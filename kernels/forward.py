@@ -10,8 +10,8 @@ Shapes     logits: H tensors [B,S,V] of any strides (the heads of one [B,S,H,V],
            -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, live [B,S,H] bool, top1 [B,S,H] int32, shares [B,S,H] fp32
 
 Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
-           head that counts in ROWS x LANES tiles. Every lane keeps a running maximum and sum in base 2
-           (arXiv:1805.02867, algorithm 3), so that no barrier stands in the loop; lanes meet once a row. The row is
+           head that counts in tiles [STRIPS, THREADS, VEC]. Every thread keeps its own running maximum and sum in
+           base 2 (arXiv:1805.02867, algorithm 3), so no barrier stands in the loop; they meet once a row. The row is
            cut at its own 16-byte boundaries: a body of whole vectors, and up to 2 * VEC - 2 edge elements. A head that
            is not live, or whose coefficient is 0, is not read at all (with shares wanted: whose share is 0).
 
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, tile
+from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, forward_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INT32_MAX = tl.constexpr(2**31 - 1)
@@ -35,10 +35,11 @@ INT32_MAX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def split_row(row_ptr, V, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements before the first 16-byte boundary of a row, and whole vectors after it (in elements)."""
+    """Elements before the first 16-byte boundary of a row, and elements of the whole vectors after it."""
     if ALIGNED or VEC == 1:
         head = tl.zeros([], tl.int32)
-        body = tl.multiple_of(V, VEC)
+        # V itself where ALIGNED; the product tells the compiler that masks come in whole vectors.
+        body = V // VEC * VEC
     else:
         past = ((row_ptr.to(tl.int64) % 16) * VEC // 16).to(tl.int32)
         head = tl.minimum((VEC - past) % VEC, V)
@@ -47,9 +48,17 @@ def split_row(row_ptr, V, VEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(start, stride_v, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Offsets of a tile [ROWS, LANES] in the body, as indices and as elements of memory."""
-    offs = start + tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+def vector_ptr(ptr):
+    """A pointer at a 16-byte boundary, so that every backend knows that it is one."""
+    # AMD's backend drops the hint from a pointer that it can trace to an argument: the integer breaks the trace.
+    return tl.multiple_of((ptr.to(tl.int64) // 16 * 16).to(ptr.dtype), 16)
+
+
+@triton.jit
+def tile_offsets(start, stride_v, STRIPS: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
+    """Offsets of a tile [STRIPS, THREADS, VEC] in the body, as indices and as elements of memory."""
+    strip = tl.arange(0, STRIPS)[:, None, None] * (THREADS * VEC)
+    offs = start + strip + tl.arange(0, THREADS)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     place = offs
     if VEC == 1:
         place = offs.to(tl.int64) * stride_v
@@ -82,48 +91,47 @@ def visit_row(
     TOP1: tl.constexpr,
     ALIGNED: tl.constexpr,
     VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Maximum, log of the sum above it, logit of the label, sum of the logits, argmax: scalars of one row."""
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
     body_ptr = row_ptr + head
     if VEC > 1:
-        body_ptr = tl.multiple_of(body_ptr, 16)
-    lane_max = tl.full([LANES], float("-inf"), tl.float32)
-    lane_sum = tl.zeros([LANES], tl.float32)
-    lane_total = tl.zeros([LANES], tl.float32)
-    lane_best = tl.full([LANES], INT32_MAX, tl.int32)
+        body_ptr = vector_ptr(body_ptr)
+    own_max = tl.full([THREADS], float("-inf"), tl.float32)
+    own_sum = tl.zeros([THREADS], tl.float32)
+    own_total = tl.zeros([THREADS], tl.float32)
+    own_best = tl.full([THREADS], INT32_MAX, tl.int32)
     label_logit = tl.where((label >= 0) & (label < V), 0.0, float("nan"))
     wanted = label - head
 
-    for start in range(0, body, ROWS * LANES):
-        offs, place = tile_offsets(start, stride_v, ROWS, LANES, VEC)
+    for start in range(0, body, STRIPS * THREADS * VEC):
+        offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
         inside = offs < body
         z = tl.load(body_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
         if HAS_SOFTCAP:
             z = tl.where(inside, soft_cap(z, softcap), float("-inf"))
         if SMOOTH:
-            lane_total += tl.sum(tl.where(inside, z, 0.0), axis=0)
+            own_total += tl.sum(tl.sum(tl.where(inside, z, 0.0), axis=2), axis=0)
+        tile_max = tl.max(tl.max(z, axis=2), axis=0)
         if TOP1:
-            tile_max, strip = tl.max(z, axis=0, return_indices=True)
-            found = head + start + strip * LANES + tl.arange(0, LANES)
-            lane_best = tl.where(tile_max > lane_max, found, lane_best)
-        else:
-            tile_max = tl.max(z, axis=0)
-        new_max = tl.maximum(lane_max, tile_max)
-        lane_sum = lane_sum * scaled_exp(lane_max, new_max) + tl.sum(scaled_exp(z, new_max[None, :]), axis=0)
-        lane_max = new_max
+            found = tl.where(z == tile_max[None, :, None], offs + head, INT32_MAX)
+            own_best = tl.where(tile_max > own_max, tl.min(tl.min(found, axis=2), axis=0), own_best)
+        new_max = tl.maximum(own_max, tile_max)
+        tile_sum = tl.sum(tl.sum(scaled_exp(z, new_max[None, :, None]), axis=2), axis=0)
+        own_sum = own_sum * scaled_exp(own_max, new_max) + tile_sum
+        own_max = new_max
         # One tile of the row holds the label: the only one that pays for the search.
-        if (wanted >= start) & (wanted < tl.minimum(start + ROWS * LANES, body)):
-            label_logit += tl.sum(tl.where(offs == wanted, z, 0.0))
+        if (wanted >= start) & (wanted < tl.minimum(start + STRIPS * THREADS * VEC, body)):
+            label_logit += tl.sum(tl.sum(tl.sum(tl.where(offs == wanted, z, 0.0), axis=2), axis=0), axis=0)
 
-    row_max = tl.max(lane_max, axis=0)
+    row_max = tl.max(own_max, axis=0)
     total = 0.0
     if SMOOTH:
-        total = tl.sum(lane_total, axis=0)
+        total = tl.sum(own_total, axis=0)
     if ALIGNED or VEC == 1:
-        row_sum = tl.sum(lane_sum * scaled_exp(lane_max, row_max), axis=0)
+        row_sum = tl.sum(own_sum * scaled_exp(own_max, row_max), axis=0)
     else:
         offs_e = edge_offsets(head, body, V, VEC)
         edge = tl.load(row_ptr + offs_e, mask=offs_e < V, other=float("-inf")).to(tl.float32)
@@ -132,12 +140,12 @@ def visit_row(
         if SMOOTH:
             total += tl.sum(tl.where(offs_e < V, edge, 0.0), axis=0)
         row_max = tl.maximum(row_max, tl.max(edge, axis=0))
-        row_sum = tl.sum(lane_sum * scaled_exp(lane_max, row_max), axis=0) + tl.sum(scaled_exp(edge, row_max), axis=0)
+        row_sum = tl.sum(own_sum * scaled_exp(own_max, row_max), axis=0) + tl.sum(scaled_exp(edge, row_max), axis=0)
         label_logit += tl.sum(tl.where(offs_e == label, edge, 0.0), axis=0)
 
     best = 0
     if TOP1:
-        best = tl.min(tl.where(lane_max == row_max, lane_best, INT32_MAX), axis=0)
+        best = tl.min(tl.where(own_max == row_max, own_best, INT32_MAX), axis=0)
         if not (ALIGNED or VEC == 1):
             best = tl.minimum(best, tl.min(tl.where((edge == row_max) & (offs_e < V), offs_e, INT32_MAX), axis=0))
         best = tl.where(best == INT32_MAX, 0, best)
@@ -174,8 +182,8 @@ def forward_kernel(
     SMOOTH: tl.constexpr,
     ALIGNED: tl.constexpr,
     VEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Losses and statistics of position p = program id."""
     p = tl.program_id(0).to(tl.int64)
@@ -213,8 +221,8 @@ def forward_kernel(
                 top1_ptr is not None,
                 ALIGNED,
                 VEC,
-                ROWS,
-                LANES,
+                STRIPS,
+                THREADS,
             )
             ce = (row_max - label_logit) + log_sum
             row_loss = ce
@@ -312,7 +320,7 @@ def launch_forward(
     top1 = new((B, S, H), dtype=torch.int32) if with_top1 else None
     shares = new((B, S, H), dtype=torch.float32) if with_shares else None
     aligned, vec = row_layout(heads)
-    shape = tile(V, heads[0].element_size(), WARP_SIZE)
+    shape = forward_tile(V, heads[0].element_size(), WARP_SIZE)
     forward_kernel[(B * S,)](
         tuple(heads),
         tuple(head.stride(0) for head in heads),
@@ -342,8 +350,8 @@ def launch_forward(
         SMOOTH=label_smoothing != 0,
         ALIGNED=aligned,
         VEC=vec,
-        ROWS=shape.rows,
-        LANES=shape.lanes,
+        STRIPS=shape.strips,
+        THREADS=shape.threads,
         num_warps=shape.num_warps,
     )
     return out, ce, row_max, log_sum, live, top1, shares

@@ -1,17 +1,17 @@
 """Launch shapes: how a row of V logits is cut into tiles.
 
-Math       tile = ROWS x LANES elements, LANES = threads * VEC, VEC = 16 bytes of logits
+Math       tile = STRIPS x THREADS x VEC elements, VEC = 16 bytes of logits
 
 Shapes     (V, itemsize, warp size) -> Tile
 
-Algorithm  A thread owns VEC neighbouring lanes in each of ROWS strips of a tile: ROWS independent 128-bit loads
-           in flight, and the maximum over strips never leaves the thread. Warps grow with the row, so that a
-           short row does not idle most of its threads.
+Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRIPS independent 128-bit loads in
+           flight, and a reduction over strips and vectors never leaves the thread. Threads grow with the row, so
+           that a short row does not idle most of them.
 
 Traffic    None.
 
-Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/test_compiled.py (no spills, no
-           stack, 128-bit loads). Not yet timed on a device: the README says so until a results file is cited here.
+Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/test_compiled.py: no spills, no
+           stack, 128-bit loads. Not timed on a device so far: no results file to cite.
 """
 
 from typing import NamedTuple
@@ -21,20 +21,27 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
-# Two strips of fp32 occupy the registers of four of bf16; past that the loop spills below 4 blocks an SM.
-STRIP_BYTES = {2: 4, 4: 4}
 
 
 class Tile(NamedTuple):
     """The cut of one row, and the warps that walk it."""
 
-    rows: int
-    lanes: int
+    strips: int
+    threads: int
     num_warps: int
 
 
-def tile(V: int, itemsize: int, warp_size: int) -> Tile:
-    """The tile for rows of V logits of `itemsize` bytes on a device with `warp_size` threads a warp."""
-    vec = VECTOR_BYTES // itemsize
-    threads = 256 if V >= 16384 else 128 if V >= 4096 else 64
-    return Tile(rows=STRIP_BYTES[itemsize], lanes=threads * vec, num_warps=threads // warp_size)
+def forward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
+    """Rows of V logits of `itemsize` bytes, `warp_size` threads a warp; 64 bytes in flight a thread."""
+    return _tile(V, itemsize, warp_size, strips=4)
+
+
+def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
+    """The same for the gradient: 32 bytes a thread, since reads and writes are both in flight."""
+    return _tile(V, itemsize, warp_size, strips=2)
+
+
+def _tile(V: int, itemsize: int, warp_size: int, strips: int) -> Tile:
+    vectors = V * itemsize // VECTOR_BYTES
+    threads = 256 if vectors >= 2048 else 128 if vectors >= 512 else 64
+    return Tile(strips=strips, threads=threads, num_warps=threads // warp_size)

@@ -233,7 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     )
     ctx.given = len(logits)
     ctx.rule = inputs[7:14]
-    ctx.inplace, ctx.impl = inputs[18:]
+    ctx.with_shares, ctx.inplace, ctx.impl = inputs[17:]
     ctx.set_materialize_grads(False)
 
 
@@ -243,7 +243,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if d_loss is not None:
         saved = ctx.saved_tensors
         logits, tensors, shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
-        if shares.numel():
+        if ctx.with_shares:
             shift, _, target_weights = ctx.rule[:3]
             d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
         if any(ctx.needs_input_grad[0]):

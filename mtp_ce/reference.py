@@ -36,7 +36,7 @@ def reference_weighted_mtp_ce(
     device = heads[0].device
     labels = labels.long()
     ce, lse = (torch.zeros(B, S, H, dtype=dtype, device=device) for _ in range(2))
-    top1 = torch.full((B, S, H), -1, dtype=torch.int64, device=device)
+    top1 = torch.full((B, S, H), -1, dtype=torch.int32, device=device)
     live = torch.zeros(B, S, H, dtype=torch.bool, device=device)
     for h in range(H):
         for t in range(S):
@@ -81,7 +81,7 @@ def reference_weighted_mtp_ce(
             row_loss = row_loss + z_loss * row_lse**2
         ce[b, t, h] = row_ce.detach()
         lse[b, t, h] = row_lse.detach()
-        top1[b, t, h] = z.detach().argmax(dim=-1)
+        top1[b, t, h] = z.detach().argmax(dim=-1).int()
         # The sums below keep a logits-shaped hole of zeros in the graph for rows that are dead.
         weighted = shares[h] * w[b, t] * row_loss
         losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, t), weighted))

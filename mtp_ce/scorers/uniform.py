@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from mtp_ce.scorers.statistics import WeightStatistics
-
-
-class TokenWeights(NamedTuple):
-    """What a scorer's `run` returns."""
-
-    weights: Tensor  # [B, S] fp32, detached
-    statistics: WeightStatistics
+from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 
 
 class UniformScorer:

@@ -1,4 +1,4 @@
-"""What a batch of token weights looks like, kept as sums so that batches add up exactly.
+"""What a scorer gives: weights, and what they look like as sums, so that batches add up exactly.
 
     mean = sum w / n        ess = (sum w)^2 / (n sum w^2)       over the n supervised tokens
 
@@ -10,6 +10,7 @@ differ in n, so the sums are what is stored, and `merge` adds them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -89,3 +90,18 @@ class WeightStatistics:
         """Effective sample size as a share of the supervised tokens, 0..1; 0 where all weights are 0."""
         mean_square = self.total_squares / self.count.clamp(min=1)
         return torch.where(self.total_squares > 0, self.mean.square() / mean_square, 0.0)
+
+
+class TokenWeights(NamedTuple):
+    """The weights of one batch."""
+
+    weights: Tensor  # [B, S] fp32, detached, of the token that stands there; 0 where it is not supervised
+    statistics: WeightStatistics
+
+
+class Scorer(Protocol):
+    """Anything that weighs the tokens of a batch; see `UniformScorer.run` for the arguments."""
+
+    def run(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> TokenWeights:
+        """Weigh the tokens of one batch [B, S]."""
+        ...
