@@ -40,7 +40,7 @@ def logit_gradient(
     HAS_SOFTCAP: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """d loss / d x for logits x at entries offs, which count from where `label` counts; fp32."""
+    """D loss / d x for logits x at entries offs, which count from where `label` counts; fp32."""
     z = x
     if HAS_SOFTCAP:
         z = soft_cap(x, softcap)
@@ -132,14 +132,34 @@ def backward_kernel(
                 _offs, grad_place = tile_offsets(start, stride_gv[h], STRIPS, THREADS, VEC)
                 x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
                 dx = logit_gradient(
-                    x, offs, label_h - head, row_max, log2_sum, scale, uniform, on_label, softcap, HAS_SOFTCAP, PLAIN
+                    x,
+                    offs,
+                    label_h - head,
+                    row_max,
+                    log2_sum,
+                    scale,
+                    uniform,
+                    on_label,
+                    softcap,
+                    HAS_SOFTCAP,
+                    PLAIN,
                 )
                 tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
             if not (ALIGNED or VEC == 1):
                 offs_e = edge_offsets(head, body, V, VEC)
                 x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
                 dx = logit_gradient(
-                    x, offs_e, label_h, row_max, log2_sum, scale, uniform, on_label, softcap, HAS_SOFTCAP, PLAIN
+                    x,
+                    offs_e,
+                    label_h,
+                    row_max,
+                    log2_sum,
+                    scale,
+                    uniform,
+                    on_label,
+                    softcap,
+                    HAS_SOFTCAP,
+                    PLAIN,
                 )
                 tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
         else:

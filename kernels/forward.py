@@ -256,7 +256,7 @@ def mean_kernel(
     H_BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is live. One program."""
+    """Loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is live. One program."""
     offs_h = tl.arange(0, H_BLOCK)
     lane_sum = tl.zeros([BLOCK_P], tl.float32)
     lane_count = tl.zeros([BLOCK_P], tl.int32)
@@ -310,7 +310,7 @@ def launch_forward(
     with_top1: bool,
     with_shares: bool,
 ):
-    """out [B,S]; ce, row_max, log_sum, live [B,S,H]; top1 and shares [B,S,H], None where not wanted."""
+    """Out [B,S]; ce, row_max, log_sum, live [B,S,H]; top1 and shares [B,S,H], None where not wanted."""
     B, S, V = heads[0].shape
     H = len(heads)
     new = heads[0].new_empty
@@ -365,7 +365,7 @@ def launch_mean(
     scale: float,
     count: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """loss and factor, 0-d fp32."""
+    """Loss and factor, 0-d fp32."""
     loss, factor = out.new_empty(()), out.new_empty(())
     H = live.shape[-1]
     mean_kernel[(1,)](

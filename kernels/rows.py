@@ -56,18 +56,14 @@ def pack_rows(
         own = () if tensor is None else tensor.stride()
         return own + (0,) * (dims - len(own))
 
-    return Rows(
-        labels,
-        *labels.stride(),
-        token_weights,
-        *strides(token_weights, 3),
-        head_weights,
-        *strides(head_weights, 1),
-        seq_lens,
-        *strides(seq_lens, 1),
-        document_ids,
-        *strides(document_ids, 2),
+    fields = (
+        (labels, 2),
+        (token_weights, 3),
+        (head_weights, 1),
+        (seq_lens, 1),
+        (document_ids, 2),
     )
+    return Rows._make(value for tensor, dims in fields for value in (tensor, *strides(tensor, dims)))
 
 
 @triton.jit
@@ -132,7 +128,7 @@ def pick(values, offs_h, h):
 
 @triton.jit
 def soft_cap(z, cap):
-    """cap * tanh(z / cap), good to 2 ulp everywhere."""
+    """Cap * tanh(z / cap), good to 2 ulp everywhere."""
     y = z / cap
     # 1 - 2 / (e^2y + 1) cancels near 0, where most logits lie; there an odd polynomial (least squares at
     # Chebyshev points) takes over: 7e-8 relative in fp32. No libdevice: every target runs the same code.

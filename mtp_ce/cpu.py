@@ -4,10 +4,10 @@ Math       as in kernels/forward.py and kernels/backward.py
 
 Shapes     H tensors [B,S,V] of any strides; results like those of the Triton launchers
 
-Algorithm  The rows that count are copied in blocks of 1 MiB a thread into one private buffer, where every pass
+Algorithm  The rows that count are copied in blocks of 512 KiB a thread into one private buffer, where every pass
            (softcap, maximum, exp, sum, gradient) runs. The logits are read once and the gradient written once.
 
-Traffic    Main memory sees what the kernels' `traffic` says. Memory beyond the gradient: one block (two with a softcap).
+Traffic    Main memory sees what the kernels' `traffic` says. Memory beyond the gradient: a block, two with a softcap.
 
 Numerics   fp32 (float64 for float64 logits). The maximum and the log of the sum are kept apart, as in the kernels.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# For each of at most 32 threads: a core has 1 to 2 MiB of L2, and a larger block costs fewer calls.
-BLOCK_BYTES = 1024 * 1024
+# For each of at most 32 threads. A core has 1 to 2 MiB of L2; past half of that, sums slow down threefold.
+BLOCK_BYTES = 512 * 1024
 
 
 def row_targets(
@@ -30,7 +30,7 @@ def row_targets(
     shift: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """place [S,H] (the target's index, inside the sequence), label and live [B,S,H] of every row."""
+    """Place [S,H] (the target's index, inside the sequence), label and live [B,S,H] of every row."""
     B, S = labels.shape
     device = labels.device
     target = torch.arange(S, device=device)[:, None] + shift + torch.arange(H, device=device)
@@ -55,7 +55,7 @@ def row_coefficients(
     target_weights: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """share and coefficient [B,S,H] of every row, as in kernels/rows.py."""
+    """Share and coefficient [B,S,H] of every row, as in kernels/rows.py."""
     H = live.shape[-1]
     a = torch.ones(H, dtype=dtype, device=live.device) if head_weights is None else head_weights.to(dtype)
     share = torch.where(live, a, 0.0)
@@ -167,13 +167,19 @@ def forward(
     with_top1: bool,
     with_shares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """out [B,S]; ce, row_max, log_sum, live [B,S,H]; top1 and shares [B,S,H], None where not wanted."""
+    """Out [B,S]; ce, row_max, log_sum, live [B,S,H]; top1 and shares [B,S,H], None where not wanted."""
     B, S, V = heads[0].shape
     H = len(heads)
     dtype = _accumulator(heads[0])
     place, label, live = row_targets(labels, seq_lens, document_ids, H=H, shift=shift, ignore_index=ignore_index)
     share, coefficient = row_coefficients(
-        place, live, token_weights, head_weights, over_horizon=over_horizon, target_weights=target_weights, dtype=dtype
+        place,
+        live,
+        token_weights,
+        head_weights,
+        over_horizon=over_horizon,
+        target_weights=target_weights,
+        dtype=dtype,
     )
     position, of_head, blocks = _cut((share if with_shares else coefficient) != 0, V, dtype)
     y = label.view(-1, H)[position, of_head, None]  # [rows, 1]
@@ -218,7 +224,7 @@ def mean(
     scale: float,
     count: bool,
 ) -> tuple[Tensor, Tensor]:
-    """loss and factor, 0-d; both exactly 0 where no row is live."""
+    """Loss and factor, 0-d; both exactly 0 where no row is live."""
     positions = live.any(-1).sum()
     none = positions == 0
     by = positions if count else out.new_ones(()) if normalizer is None else normalizer
@@ -252,7 +258,13 @@ def backward(
     dtype = _accumulator(heads[0])
     place, label, live = row_targets(labels, seq_lens, document_ids, H=H, shift=shift, ignore_index=ignore_index)
     _, coefficient = row_coefficients(
-        place, live, token_weights, head_weights, over_horizon=over_horizon, target_weights=target_weights, dtype=dtype
+        place,
+        live,
+        token_weights,
+        head_weights,
+        over_horizon=over_horizon,
+        target_weights=target_weights,
+        dtype=dtype,
     )
     upstream = (d_loss.to(dtype) * factor)[:, :, None]
     # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.

@@ -98,8 +98,8 @@ def weighted_mtp_ce(
     shift: int = 1,
     weight_alignment: str = "position",
     head_reduction: str = "live",
-    head_weights: Float[Tensor, "H"] | None = None,
-    seq_lens: Int[Tensor, "B"] | None = None,
+    head_weights: Float[Tensor, " H"] | None = None,
+    seq_lens: Int[Tensor, " B"] | None = None,
     document_ids: Int[Tensor, "B S"] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -180,7 +180,17 @@ def weighted_mtp_ce(
     if inplace_backward:
         _check_inplace(given, heads, impl)
     if validate:
-        _check_values(labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shape, shift, ignore_index)
+        _check_values(
+            labels,
+            token_weights,
+            head_weights,
+            seq_lens,
+            document_ids,
+            normalizer,
+            shape,
+            shift,
+            ignore_index,
+        )
 
     if impl == "reference":
         if labels.device.type == "cpu" and labels.numel():
@@ -237,7 +247,9 @@ class WeightedMTPLoss(nn.Module):
         super().__init__()
         unknown = set(options) - set(_Options.__annotations__)
         if unknown:
-            raise TypeError(f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__annotations__)}")
+            raise TypeError(
+                f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__annotations__)}"
+            )
         _check_options(**options)
         self.return_stats = return_stats
         self.register_buffer("head_weights", options.pop("head_weights", None))
@@ -249,12 +261,17 @@ class WeightedMTPLoss(nn.Module):
         labels: Int[Tensor, "B S"],
         token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | None = None,
         *,
-        seq_lens: Int[Tensor, "B"] | None = None,
+        seq_lens: Int[Tensor, " B"] | None = None,
         document_ids: Int[Tensor, "B S"] | None = None,
         normalizer: float | Float[Tensor, ""] | None = None,
     ) -> Tensor | MTPLoss:
         """The loss of one batch; arguments as in `weighted_mtp_ce`."""
-        call: _Call = {**self.options, "seq_lens": seq_lens, "document_ids": document_ids, "normalizer": normalizer}
+        call: _Call = {
+            **self.options,
+            "seq_lens": seq_lens,
+            "document_ids": document_ids,
+            "normalizer": normalizer,
+        }
         call["head_weights"] = self.head_weights
         if self.return_stats:
             return weighted_mtp_ce(logits, labels, token_weights, return_stats=True, **call)
@@ -281,7 +298,7 @@ def _require_tensor(name: str, value: object) -> None:
 
 
 def _check_logits(logits: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, int, int, int]]:
-    """logits as the operator takes them, its H heads [B,S,V], and (B, S, H, V)."""
+    """Logits as the operator takes them, its H heads [B,S,V], and (B, S, H, V)."""
     if isinstance(logits, Tensor):
         _require_tensor("logits", logits)
         if logits.dim() not in (3, 4):
@@ -401,7 +418,8 @@ def _check_tensors(
             raise TypeError(f"token_weights is {token_weights.dtype}; expected a floating dtype.")
         if _shape(token_weights) not in ([B, S], [B, S, H]):
             raise ValueError(
-                f"token_weights is {_shape(token_weights)}; expected {per_token} or [B, S, H] = [{B}, {S}, {H}] from logits."
+                f"token_weights is {_shape(token_weights)}; expected {per_token} or [B, S, H] = [{B}, {S}, {H}] "
+                "from logits."
             )
         if token_weights.dim() == 3 and weight_alignment == "target":
             raise ValueError(

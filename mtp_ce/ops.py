@@ -48,7 +48,7 @@ def logits_forward(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [] or [B,S]; ce, row_max, log_sum, live, top1, shares [B,S,H] (empty if not wanted); factor []."""
+    """Loss [] or [B,S]; ce, row_max, log_sum, live, top1, shares [B,S,H] (empty if not wanted); factor []."""
     heads = split_heads(logits)
     if heads[0].shape[0] * heads[0].shape[1] == 0:
         results = _allocate(logits, reduction, with_top1, with_shares)
@@ -132,7 +132,7 @@ def logits_backward(
     label_smoothing: float,
     impl: str,
 ) -> list[Tensor]:
-    """d loss / d logits, shaped as the logits were given."""
+    """D loss / d logits, shaped as the logits were given."""
     d_logits = [torch.empty_like(x) for x in logits]
     _write_gradient(
         d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum,
@@ -206,7 +206,7 @@ def weights_backward(
     shift: int,
     target_weights: bool,
 ) -> Tensor:
-    """d loss / d token_weights: the shares of a weight's rows, summed."""
+    """D loss / d token_weights: the shares of a weight's rows, summed."""
     B, S, H = shares.shape
     by_row = (d_loss.expand(B, S).to(shares.dtype) * factor)[:, :, None] * shares
     if token_weights.dim() == 3:
@@ -248,6 +248,8 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
         if any(ctx.needs_input_grad[0]):
             if ctx.inplace:
+                if torch.is_grad_enabled():
+                    raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
                 logits = [x.detach() for x in logits]
                 logits_backward_(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
                 d_logits = [*logits]

@@ -30,7 +30,7 @@ def reference_weighted_mtp_ce(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, ce [B,S,H], live [B,S,H], lse [B,S,H], top1 [B,S,H] of the contract; the last four detached."""
-    B, S, V = heads[0].shape
+    B, S, _V = heads[0].shape
     H = len(heads)
     dtype = heads[0].dtype if heads[0].dtype == torch.float64 else torch.float32
     device = heads[0].device
@@ -65,11 +65,14 @@ def reference_weighted_mtp_ce(
         read = live[:, :, h] & (shares[h] != 0)
         if not weights_need_gradient:
             read = read & (w != 0)
-        b, t = read.nonzero(as_tuple=True)
-        z = heads[h][b, t].to(dtype)  # [rows, V]: a dead row never enters the graph
+        b, at = read.nonzero(as_tuple=True)
+        z = heads[h][b, at].to(dtype)  # [rows, V]: a dead row never enters the graph
+        # Read only for the gradient of its weight: 0 * NaN must reach neither the loss nor the logits.
+        unweighted = w[b, at] == 0
+        z = torch.where(unweighted[:, None], z.detach(), z)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        y = labels[b, t + shift + h]
+        y = labels[b, at + shift + h]
         logp = torch.log_softmax(z, dim=-1)
         z_label = z.gather(1, y[:, None])[:, 0]
         row_ce = -logp.gather(1, y[:, None])[:, 0]
@@ -79,12 +82,12 @@ def reference_weighted_mtp_ce(
             row_loss = row_loss + label_smoothing * (z_label - z.mean(dim=-1))
         if z_loss != 0:
             row_loss = row_loss + z_loss * row_lse**2
-        ce[b, t, h] = row_ce.detach()
-        lse[b, t, h] = row_lse.detach()
-        top1[b, t, h] = z.detach().argmax(dim=-1).int()
-        # The sums below keep a logits-shaped hole of zeros in the graph for rows that are dead.
-        weighted = shares[h] * w[b, t] * row_loss
-        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, t), weighted))
+        row_loss = torch.where(unweighted, row_loss.detach().nan_to_num(posinf=0.0), row_loss)
+        ce[b, at, h] = row_ce.detach()
+        lse[b, at, h] = row_lse.detach()
+        top1[b, at, h] = z.detach().argmax(dim=-1).int()
+        weighted = shares[h] * w[b, at] * row_loss
+        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, at), weighted))
 
     if head_weights is not None:
         denominator = (live * shares).sum(-1)
@@ -104,4 +107,4 @@ def reference_weighted_mtp_ce(
         loss = loss_scale * average.sum()
     else:
         loss = loss_scale * average.sum() / (positions if normalizer is None else normalizer)
-    return loss, ce, live, lse, top1
+    return loss.to(dtype), ce, live, lse, top1

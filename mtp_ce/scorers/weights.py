@@ -54,9 +54,7 @@ class WeightStatistics:
             total_squares=w.square().sum(),
             lowest=torch.cat([torch.where(supervised, weights, edge).flatten(), edge]).amin(),
             highest=torch.cat([torch.where(supervised, weights, -edge).flatten(), -edge]).amax(),
-            clipped=supervised.new_zeros((), dtype=torch.int64)
-            if clipped is None
-            else (clipped & supervised).sum(),
+            clipped=supervised.new_zeros((), dtype=torch.int64) if clipped is None else (clipped & supervised).sum(),
         )
 
     def merge(self, other: WeightStatistics) -> WeightStatistics:

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 # V for each thread count of tiles.py; 50257 is odd, so that every row stands differently against 16 bytes.
 VOCABULARIES = [1000, 4100, 32000, 50257]
 
@@ -24,7 +29,9 @@ VOCABULARIES = [1000, 4100, 32000, 50257]
 def compiled(request):
     """What each compiled kernel uses, by (kernel, V, itemsize, options) on one target."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, __file__, request.param], env=env, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(
+        [sys.executable, __file__, request.param], env=env, capture_output=True, text=True, timeout=900
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -103,7 +110,13 @@ def main(target_name: str) -> None:
                 if layout == "strided":
                     logits = torch.empty(1, V, 2, H, dtype=dtype).permute(0, 2, 3, 1)
                 heads, d_heads = list(logits.unbind(2)), list(torch.empty_like(logits).unbind(2))
-                rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, **terms}
+                rule = {
+                    "shift": 1,
+                    "over_horizon": False,
+                    "target_weights": True,
+                    "ignore_index": -100,
+                    **terms,
+                }
                 tokens = torch.zeros(1, 2, dtype=torch.int64)
                 given = (tokens, torch.ones(1, 2), None, None, tokens)
                 extra = terms is full
@@ -113,8 +126,21 @@ def main(target_name: str) -> None:
                 _, factor = forward.launch_mean(out, live, None, scale=1.0, count=True)
                 backward.launch_backward(out, heads, d_heads, *given, row_max, log_sum, factor, **rule)
                 for name, kernel in launched:
-                    case = {"target": target_name, "name": name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}
-                    report.append({**case, "extra": extra, **(_amd(kernel) if target.backend == "hip" else _nvidia(kernel))})
+                    case = {
+                        "target": target_name,
+                        "name": name,
+                        "V": V,
+                        "dtype": str(dtype),
+                        "H": H,
+                        "layout": layout,
+                    }
+                    report.append(
+                        {
+                            **case,
+                            "extra": extra,
+                            **(_amd(kernel) if target.backend == "hip" else _nvidia(kernel)),
+                        }
+                    )
                 launched.clear()
     print(json.dumps(report))
 
@@ -126,7 +152,9 @@ def _nvidia(kernel) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
     access = Counter(re.findall(r"(?:ld|st)\.global\S*", kernel.asm["ptx"]))
     return {

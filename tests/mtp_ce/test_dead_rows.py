@@ -1,0 +1,119 @@
+"""Dead rows: never read, gradient exactly 0, whatever lies in their memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_ce import weighted_mtp_ce
+
+B, S, H, V = 2, 6, 3, 45
+
+
+def _ignored(labels: Tensor) -> dict[str, Any]:
+    labels[0, 2:4] = labels[1, 0] = labels[1, 5] = -100
+    return {}
+
+
+def _lengths(labels: Tensor) -> dict[str, Any]:
+    return {"seq_lens": torch.tensor([4, 1], device=labels.device)}
+
+
+def _documents(labels: Tensor) -> dict[str, Any]:
+    return {"document_ids": torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 0, 0]], device=labels.device)}
+
+
+def _zero_weights(labels: Tensor) -> dict[str, Any]:
+    return {"token_weights": torch.tensor([[1, 0, 2, -0.0, 3, 1], [0, 0, 0, 1, 1, 0.5]], device=labels.device)}
+
+
+def _zero_target_weights(labels: Tensor) -> dict[str, Any]:
+    return _zero_weights(labels) | {"weight_alignment": "target"}
+
+
+def _zero_row_weights(labels: Tensor) -> dict[str, Any]:
+    pattern = torch.arange(B * S * H, device=labels.device).view(B, S, H) % 3
+    return {"token_weights": pattern.to(torch.bfloat16)}
+
+
+def _zero_head_weights(labels: Tensor) -> dict[str, Any]:
+    return {"head_weights": torch.tensor([1.0, 0.0, 2.0], device=labels.device)}
+
+
+REASONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "labels_ignored": _ignored,
+    "beyond_sequence": lambda labels: {"shift": 3},
+    "beyond_length": _lengths,
+    "other_document": _documents,
+    "zero_weight": _zero_weights,
+    "zero_target_weight": _zero_target_weights,
+    "zero_row_weight": _zero_row_weights,
+    "zero_head_weight": _zero_head_weights,
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_dead_rows_are_never_read(impl, draw, reason: str, poison: float) -> None:
+    """NaN and Inf planted in every dead row reach neither loss nor gradients nor statistics, not by one bit."""
+    labels, logits = draw.integers(V, B, S), draw.normal(B, S, H, V)
+    options = REASONS[reason](labels)
+    _, stats = weighted_mtp_ce(logits, labels, impl="reference", return_stats=True, **options)
+    dead = stats.top1 < 0
+    assert bool(dead.any())
+    assert not bool(dead.all())
+
+    results = []
+    for planted in (0.0, poison):
+        leaf = torch.where(dead[..., None], planted, logits).requires_grad_()
+        loss, stats = weighted_mtp_ce(
+            leaf, labels, softcap=9.0, z_loss=0.1, label_smoothing=0.1, impl=impl, return_stats=True, **options
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert bool((gradient[dead] == 0).all())
+        assert bool((gradient[~dead] != 0).any())
+        assert bool((stats.ce[dead] == 0).all())
+        assert bool((stats.lse[dead] == 0).all())
+        assert bool((stats.top1[dead] == -1).all())
+        results.append((loss.detach(), gradient, *stats))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_dead_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) -> None:
+    """NaN there must not survive as a gradient."""
+    labels = draw.integers(V, B, S)
+    options = REASONS[reason](labels)
+    logits = draw.normal(B, S, H, V)
+    _, stats = weighted_mtp_ce(logits, labels, impl="reference", return_stats=True, **options)
+    dead = stats.top1 < 0
+    layer = torch.zeros((), device=logits.device, requires_grad=True)
+    output = torch.where(dead[..., None], torch.nan, logits) + layer
+    weighted_mtp_ce(output, labels, inplace_backward=True, impl=impl, **options).backward()
+    assert bool((output.detach()[dead] == 0).all())
+    assert bool(layer.grad.isfinite())
+
+
+def test_a_dead_row_does_not_need_a_label_that_is_a_class(impl, draw, device) -> None:
+    """Labels behind the length, of the first `shift` tokens, or that nothing can reach, may be anything."""
+    labels = draw.integers(V, 1, S)
+    labels[0, 0] = V + 3  # no head predicts the first token
+    labels[0, 5] = -7  # padding
+    loss = weighted_mtp_ce(
+        draw.normal(1, S, H, V), labels, seq_lens=torch.tensor([5], device=device), validate=True, impl=impl
+    )
+    assert bool(loss.isfinite())
+
+
+def test_an_ignored_label_may_be_a_class(impl, draw, device) -> None:
+    """ignore_index inside [0, V): padding with token 0 is common."""
+    labels, logits = draw.integers(V, 1, S, low=1), draw.normal(1, S, H, V)
+    by_default = labels.clone()
+    labels[0, 2:4], by_default[0, 2:4] = 0, -100
+    with_class = weighted_mtp_ce(logits, labels, ignore_index=0, impl=impl)
+    assert torch.equal(with_class, weighted_mtp_ce(logits, by_default, impl=impl))
+

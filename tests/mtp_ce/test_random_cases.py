@@ -1,0 +1,169 @@
+"""All options at once: 300 seeded cases for each implementation, each against the oracle in float64.
+
+The seed is in the name of the test, and stands for the case: `pytest -k "seed_17-triton"` replays it.
+"""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_ce import weighted_mtp_ce
+
+CASES = 300
+# On, before and after the edges of vectors (4 and 8 elements) and of tiles.
+VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 127, 128, 129, 255, 256, 257, 300, 507, 511, 512, 513]
+LARGE_VOCABULARIES = [1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 2056, 3000]
+DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw_logits(rng: random.Random, draw, B: int, S: int, H: int, V: int, dtype: torch.dtype) -> Tensor | list[Tensor]:
+    """Logits in one of the layouts that callers have."""
+    scale = rng.choice([0.1, 1.0, 1.0, 5.0, 30.0])
+
+    def normal(*shape: int) -> Tensor:
+        return draw.normal(*shape, dtype=dtype, scale=scale)
+
+    past = rng.randint(1, 9)
+    layouts = {
+        "contiguous": lambda: normal(B, S, H, V),
+        "heads_first": lambda: normal(H, B, S, V).permute(1, 2, 0, 3),
+        "sequence_first": lambda: normal(S, B, H, V).transpose(0, 1),
+        "vocabulary_before_heads": lambda: normal(B, S, V, H).transpose(2, 3),
+        "without_first_entries": lambda: normal(B, S, H, V + past)[..., past:],
+        "without_last_entries": lambda: normal(B, S, H, V + past)[..., :V],
+        "every_other_position": lambda: normal(B, 2 * S, H, V)[:, 1::2],
+        "expanded_over_heads": lambda: normal(B, S, 1, V).expand(B, S, H, V),
+        "list": lambda: [normal(B, S, V) for _ in range(H)],
+        "tuple_of_slices": lambda: tuple(normal(B, S, V + past + h)[..., past : past + V] for h in range(H)),
+        "list_of_transposed": lambda: [normal(S, B, V).transpose(0, 1) for _ in range(H)],
+    }
+    if H == 1:
+        layouts["three_dimensions"] = lambda: normal(B, S, V)
+    return layouts[rng.choice([*layouts])]()
+
+
+def draw_weights(rng: random.Random, draw, B: int, S: int, H: int, alignment: str) -> Tensor | None:
+    """Token weights in one of their forms; some of them 0, in half of the cases some negative."""
+    forms = {
+        "none": lambda: None,
+        "positions": lambda: draw.normal(B, S),
+        "transposed": lambda: draw.normal(S, B).T,
+        "strided": lambda: draw.normal(B, 2 * S + 1)[:, 1::2],
+        "expanded": lambda: draw.normal(B, 1).expand(B, S),
+    }
+    if alignment == "position":
+        forms["rows"] = lambda: draw.normal(B, S, H)
+        forms["rows_permuted"] = lambda: draw.normal(H, S, B).permute(2, 1, 0)
+    weights = forms[rng.choice([*forms])]()
+    if weights is None:
+        return None
+    weights = weights.to(rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    return weights if rng.random() < 0.5 else weights.relu()
+
+
+def draw_case(seed: int, draw) -> SimpleNamespace:
+    """Tensors and options of one case."""
+    rng = random.Random(seed)
+    draw.generator.manual_seed(seed)
+    B, S, H = rng.choice([1, 1, 2]), rng.choice([1, 2, 3, 3, 4, 4, 5, 5, 6, 7]), rng.choice([1, 2, 2, 3])
+    H = rng.choice([4, 5]) if S <= 3 and rng.random() < 0.3 else H
+    V = rng.choice(LARGE_VOCABULARIES if rng.random() < 0.12 else VOCABULARIES)
+    dtype = rng.choice(DTYPES)
+    options: dict[str, Any] = {
+        "shift": rng.choice([0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2]),
+        "weight_alignment": rng.choice(["position", "target"]),
+        "reduction": rng.choice(["mean", "mean", "sum", "none"]),
+        "loss_scale": rng.choice([1.0, 1.0, 0.125, -2.5]),
+        "softcap": rng.choice([None, None, None, 0.05, 2.0, 30.0]),
+        "z_loss": rng.choice([0.0, 0.0, 1e-4, 0.3]),
+        "label_smoothing": rng.choice([0.0, 0.0, 0.1, 0.6]),
+        "ignore_index": rng.choice([-100, -100, -1, 0]),
+    }
+    logits = draw_logits(rng, draw, B, S, H, V, dtype)
+    device = logits.device if isinstance(logits, Tensor) else logits[0].device
+    if options["label_smoothing"] == 0 and rng.random() < 0.15:
+        for part in [logits] if isinstance(logits, Tensor) else logits:
+            part[..., V // 2 + 1 :: 3] = -torch.inf
+    elif dtype == torch.float32 and rng.random() < 0.1 and isinstance(logits, Tensor) and logits.stride(2) != 0:
+        logits += rng.choice([1e4, -1e4])
+
+    labels = draw.integers(max(V // 2, 1), B, S)  # below the entries that may be -inf
+    if rng.random() < 0.6:
+        share = rng.choice([0.1, 0.2, 0.3, 0.5]) if rng.random() < 0.95 else 1.0
+        labels[draw.uniform(B, S) - 0.1 < share] = options["ignore_index"]
+    if rng.random() < 0.3:
+        options["document_ids"] = draw.integers(2, B, S, dtype=rng.choice([torch.int64, torch.int32]))
+        if rng.random() < 0.7:
+            options["document_ids"] = options["document_ids"].sort(dim=1).values
+    if rng.random() < 0.3:
+        shortest = 0 if rng.random() < 0.2 else (S + 1) // 2
+        options["seq_lens"] = draw.integers(S + 1, B, low=shortest, dtype=rng.choice([torch.int64, torch.int32]))
+    mean_over_heads = rng.random()
+    if mean_over_heads < 0.25:
+        options["head_reduction"] = "horizon"
+    elif mean_over_heads < 0.5:
+        options["head_weights"] = torch.tensor([1.0, 0.25, 0.0, 2.0, 0.5][:H], device=device)
+    if options["reduction"] == "mean" and rng.random() < 0.3:
+        normalizer = rng.choice([5.0, 3, 11.0])
+        options["normalizer"] = torch.tensor(normalizer, device=device) if rng.random() < 0.5 else normalizer
+    if options["reduction"] == "none":
+        # A dead position has an upstream like any other; some live ones have none.
+        options["upstream"] = rng.choice([draw.normal(B, S), draw.normal(S, B).T.relu(), draw.normal(1, 1).expand(B, S)])
+    else:
+        options["upstream"] = rng.choice([None, None, -0.5, 3.0])
+    weights = draw_weights(rng, draw, B, S, H, options["weight_alignment"])
+    options["weights_gradient"] = rng.random() < 0.6
+    labels = labels.to(rng.choice([torch.int64, torch.int64, torch.int32, torch.int16]))
+    labels = labels if rng.random() < 0.7 else labels.T.contiguous().T
+    return SimpleNamespace(logits=logits, labels=labels, weights=weights, options=options)
+
+
+def describe(case: SimpleNamespace) -> str:
+    """The case in one line a part, for whoever has to mend it."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"{len(value)} x {shown(value[0])}"
+        if isinstance(value, Tensor):
+            return f"{value.dtype} {list(value.shape)} strides {list(value.stride())}"
+        return repr(value)
+
+    parts = {"logits": case.logits, "labels": case.labels, "token_weights": case.weights, **case.options}
+    return "\n".join(f"{name}: {shown(value)}" for name, value in parts.items())
+
+
+@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
+def test_any_mixture_of_options_errs_at_most_three_times_as_much_as_torch(seed: int, impl, draw, compare) -> None:
+    """loss, d_logits, d_token_weights, ce, lse by the error; live and top1 exactly; the same loss without stats."""
+    case = draw_case(seed, draw)
+    try:
+        got = compare(case.logits, case.labels, case.weights, **case.options)
+        if seed % 4 == 0:
+            del case.options["upstream"], case.options["weights_gradient"]
+            with torch.no_grad():
+                alone = weighted_mtp_ce(case.logits, case.labels, case.weights, impl=impl, **case.options)
+            assert torch.equal(alone, got.loss)
+    except Exception as error:
+        error.add_note(describe(case))
+        raise
+
+
+@pytest.mark.parametrize("impl", ["cpu"])
+def test_the_cases_reach_every_corner(impl, draw) -> None:
+    """No option is there in name only: each value is drawn, and most cases have rows that are live and some dead."""
+    cases = [draw_case(seed, draw) for seed in range(CASES)]
+    for name in ("document_ids", "seq_lens", "head_weights", "head_reduction", "normalizer"):
+        assert sum(name in case.options for case in cases) >= 20, name
+    for name in ("softcap", "z_loss", "label_smoothing", "shift", "ignore_index", "loss_scale"):
+        assert len({case.options[name] for case in cases}) >= 3, name
+    live = []
+    for case in cases:
+        options = {name: value for name, value in case.options.items() if name not in ("upstream", "weights_gradient")}
+        _, stats = weighted_mtp_ce(case.logits, case.labels, case.weights, impl="reference", return_stats=True, **options)
+        live.append(stats.live.float().mean().item())
+    assert sum(share > 0 for share in live) >= 0.75 * CASES
+    assert sum(0 < share < 1 for share in live) >= 0.5 * CASES

@@ -1,0 +1,123 @@
+"""The house: what may import what, what a wheel holds, and that words in the tree point at something."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "kernels": {"torch", "triton", "mtp_ce.kernels"},
+    # safetensors comes with the extra `train`; only saving heads asks for it, in a function.
+    "mtp_ce": {"torch", "triton", "jaxtyping", "safetensors", "mtp_ce"},
+}
+
+
+def sources(folder: str) -> list[Path]:
+    """Python files of a folder, not through the links to the other floors."""
+    return [path for path in (ROOT / folder).rglob("*.py") if not any(part.is_symlink() for part in path.parents)]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports from outside the standard library, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its floor"
+            found.add(node.module or "")
+    return {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor):
+    files = sources(floor)
+    assert files
+    for path in files:
+        for name in imports(path):
+            allowed = any(name == root or name.startswith(root + ".") for root in FLOORS[floor])
+            upward = floor == "mtp_ce" and (name + ".").startswith("mtp_ce.training.")
+            assert allowed > upward, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_importing_the_library_loads_no_training_package():
+    program = (
+        "import sys; from mtp_ce import weighted_mtp_ce, WeightedMTPLoss, MTPHeads, UniformScorer; "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"transformers", "datasets", "mlflow", "boto3", "accelerate", "pydantic"} & set(run.stdout.split())
+
+
+def test_public_names_resolve_and_no_others_exist():
+    import mtp_ce
+
+    for name in mtp_ce.__all__:
+        assert getattr(mtp_ce, name).__module__.startswith("mtp_ce.")
+    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+        _ = mtp_ce.weight
+
+
+@pytest.mark.parametrize("folder", ["kernels", "training"])
+def test_top_level_folders_shadow_no_other_distribution(folder):
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert (ROOT / "mtp_ce" / folder).is_symlink()
+
+
+def test_transformers_imports_its_own_kernels_package_beside_ours():
+    """From the repository root, where a bare folder `kernels` lies first on sys.path."""
+    program = "import kernels, transformers, mtp_ce; from transformers import LlamaForCausalLM; print(kernels.__file__)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "site-packages" in run.stdout
+
+
+def test_the_wheel_has_one_top_level_name_and_holds_every_module(tmp_path):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    # A copy, so that no build folder of an earlier layout leaks into the wheel or out of it.
+    for name in [*tracked]:
+        source, target = ROOT / name, tmp_path / "tree" / name
+        if source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(os.readlink(source)) if source.is_symlink() else target.write_bytes(source.read_bytes())
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        tmp_path / "dist",
+        tmp_path / "tree",
+    ]
+    run = subprocess.run(build, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in held} == {"mtp_ce"}
+    for folder in ("kernels", "training"):
+        modules = {f"mtp_ce/{name}" for name in tracked if re.fullmatch(rf"{folder}/.*\.(py|yaml)", name)}
+        assert modules
+        assert modules <= held
+    assert "mtp_ce/py.typed" in held
+
+
+def test_paths_named_in_sources_and_docs_exist():
+    """A path in a docstring, comment or page that points nowhere misleads its reader."""
+    pattern = re.compile(r"\b(?:kernels|mtp_ce|training|tests|benchmarks|docs)/[\w./-]*\.(?:py|md|yaml|sh|json)\b")
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    for folder in ("kernels", "mtp_ce", "training", "tests", "benchmarks"):
+        texts += sources(folder)
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in texts
+        for name in pattern.findall(path.read_text())
+        if path != Path(__file__) and not (ROOT / name).exists()
+    }
+    assert not missing

@@ -1,0 +1,91 @@
+"""What the trainer's tests share: a small corpus, a small recipe, and one run of it per session."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mtp_ce.training.recipe import Recipe, load_recipe
+from mtp_ce.training.sums import HeadResult
+
+SMALL = [
+    "name=small",
+    "data.vocab_size=512",
+    "data.sequence_length=64",
+    "data.holdout_fraction=0.2",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.layers=2",
+    "model.attention_heads=2",
+    "model.kv_heads=1",
+    "model.mtp.horizon=3",
+    "optimizer.lr=1e-2",
+    "optimizer.warmup_steps=2",
+    "train.steps=40",
+    "train.batch_size=8",
+    "train.log_every=8",
+    "train.device=cpu",
+    "validation.every=16",
+    "tracking.kind=none",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenizers and tokens made by tests don't mix with the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 100 kB or so: the standard library's json and logging packages."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for package in ("json", "logging"):
+        source = Path(sysconfig.get_path("stdlib")) / package
+        shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(corpus_folder: Path):
+    """Make the small recipe, with more overrides where they are given."""
+
+    def make(overrides: Sequence[str] = ()) -> Recipe:
+        return load_recipe("tiny", [*SMALL, f"data.corpus={corpus_folder}", *overrides])
+
+    return make
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that went through: where it wrote, and what it found."""
+
+    recipe: Recipe
+    folder: Path
+    database: str
+    results: list[HeadResult]
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The small recipe with MLflow, run once for the whole session."""
+    from rich.console import Console
+
+    from mtp_ce.training import pipeline
+
+    where = tmp_path_factory.mktemp("run")
+    database = f"sqlite:///{where}/mlflow.db"
+    recipe = small(["tracking.kind=mlflow", f"tracking.uri={database}"])
+    with pytest.MonkeyPatch.context() as patch, (where / "printed.txt").open("w") as printed:
+        patch.chdir(where)
+        patch.setattr(pipeline, "_console", lambda: Console(file=printed, width=120))
+        results = pipeline.train(recipe, where / "runs" / "one")
+    return FinishedRun(recipe, where / "runs" / "one", database, results, (where / "printed.txt").read_text())

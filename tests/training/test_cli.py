@@ -1,0 +1,176 @@
+"""The command line answers a mistake in one line, with exit code 2, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mtp_ce.training.recipe import load_recipe
+
+# Runs the command line in a fresh interpreter and says on the last line of stdout what it has imported.
+PROGRAM = """
+import sys
+{before}
+from mtp_ce.training.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as exit:
+    code = exit.code
+heavy = ("torch", "transformers", "mlflow", "datasets")
+print("IMPORTED", *sorted(name for name in heavy if sys.modules.get(name)))
+sys.exit(code)
+"""
+
+
+def train_mtp(*arguments: str, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `train-mtp` as a user would, in `cwd`."""
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(before=before), *arguments],
+        cwd=cwd,
+        env={**os.environ, "XDG_CACHE_HOME": str(cwd / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def files_below(folder: Path) -> set[Path]:
+    """Every file and folder, and the folder's own caches aside."""
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+MISTAKES = {
+    "unknown key": (["train.stepz=5"], ["train.stepz", "did you mean 'train.steps'"]),
+    "unknown group": (["optimiser.lr=1"], ["optimiser", "did you mean 'optimizer'"]),
+    "right key in the wrong place": (["lr=1e-3"], ["did you mean 'optimizer.lr'"]),
+    "value out of range": (["train.steps=0"], ["'train.steps' is 0", "greater than or equal to 1"]),
+    "value of the wrong type": (["train.steps=many"], ["'train.steps' is 'many'", "integer"]),
+    "truth instead of a number": (["train.steps=yes"], ["'train.steps' is true", "integer"]),
+    "infinite value": (["optimizer.lr=.inf"], ["'optimizer.lr' is inf", "finite"]),
+    "unknown choice": (["tracking.kind=mlflwo"], ["'tracking.kind'", "did you mean 'mlflow'"]),
+    "unknown scorer": (["scorer.name=rho"], ["'scorer.name' is 'rho'", "'uniform'"]),
+    "sizes that don't fit": (["model.kv_heads=3"], ["kv_heads 3 does not divide"]),
+    "horizon longer than a row": (
+        ["model.mtp.horizon=300"],
+        ["model.mtp.horizon 300", "sequence_length 256"],
+    ),
+    "override into a value": (["seed.x=1"], ["'seed'", "not a group"]),
+    "override without a key": (["=1"], ["neither a file nor a shipped recipe"]),
+    "broken YAML in an override": (["train.steps=[1"], ["override 'train.steps=[1'"]),
+    "misspelt recipe": (["tny"], ["'tny'", "did you mean 'tiny'"]),
+    "missing recipe file": (["nowhere/my.yaml"], ["nowhere/my.yaml", "neither a file"]),
+    "two recipes": (["tiny", "huge"], ["one recipe", "'tiny' and 'huge'"]),
+    "missing corpus": (["data.corpus=nowhere"], ["data.corpus", "'nowhere'"]),
+    "corpus without files": (["data.corpus=empty"], ["no file that ends in '.py'"]),
+    "existing output folder": (["--output", "taken"], ["output folder taken exists", "--output"]),
+    "output below a file": (["--output", "file.txt/run"], ["file.txt is a file"]),
+    "unknown option": (["--dryrun"], ["--dryrun", "--help"]),
+    "option without its value": (["--output"], ["--output", "expected one argument"]),
+    "duplicate key": (["twice.yaml"], ["twice.yaml, line 3", "'seed' is given twice"]),
+    "not YAML": (["broken.yaml"], ["broken.yaml, line 3", "expected"]),
+    "not a mapping": (["list.yaml"], ["list.yaml holds a list"]),
+    "missing keys": (["short.yaml"], ["missing key 'model'"]),
+    "misspelt group in a file": (["misspelt.yaml"], ["'optimiser'", "did you mean 'optimizer'"]),
+}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A working directory with everything that the mistakes above refer to."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("keep me")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("a file")
+    (tmp_path / "twice.yaml").write_text("name: twice\nseed: 1\nseed: 2\n")
+    (tmp_path / "broken.yaml").write_text("name: broken\ntrain: [1\n")
+    (tmp_path / "list.yaml").write_text("- name\n")
+    (tmp_path / "short.yaml").write_text("name: short\n")
+    (tmp_path / "misspelt.yaml").write_text("name: misspelt\noptimiser: {lr: 1.0}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_costs_one_line_and_no_torch(mistake, workplace):
+    arguments, expected = MISTAKES[mistake]
+    before = files_below(workplace)
+    answer = train_mtp(*arguments, cwd=workplace)
+    assert answer.returncode == 2
+    lines = answer.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("train-mtp: error: ")
+    for words in expected:
+        assert words in lines[0]
+    assert answer.stdout == "IMPORTED\n"
+    assert files_below(workplace) == before
+    assert (workplace / "taken" / "precious.txt").read_text() == "keep me"
+
+
+def test_a_mistake_is_answered_within_two_seconds(workplace):
+    """A wall clock on a shared machine: the best of three counts."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.monotonic()
+        assert train_mtp("train.stepz=5", cwd=workplace).returncode == 2
+        best = min(best, time.monotonic() - started)
+    assert best < 2.0
+
+
+@pytest.mark.parametrize("package", ["pydantic", "yaml", "transformers", "tokenizers", "rich"])
+def test_a_missing_train_extra_is_named_with_its_cure(package, tmp_path):
+    answer = train_mtp(cwd=tmp_path, before=f"sys.modules[{package!r}] = None")
+    assert answer.returncode == 2
+    assert answer.stderr == f"train-mtp: error: training needs {package}: pip install 'mtp_ce[train]'\n"
+    assert answer.stdout == "IMPORTED\n"
+
+
+def test_a_missing_mlflow_is_named_only_where_the_recipe_wants_it(tmp_path):
+    without = "sys.modules['mlflow'] = None"
+    answer = train_mtp(cwd=tmp_path, before=without)
+    assert answer.returncode == 2
+    assert "training needs mlflow" in answer.stderr
+    assert "tracking.kind=none" in answer.stderr
+    answer = train_mtp("tracking.kind=none", "--output", "/", cwd=tmp_path, before=without)
+    assert "mlflow" not in answer.stderr
+
+
+@pytest.mark.parametrize("missing", ["", "sys.modules['yaml'] = sys.modules['pydantic'] = None"])
+def test_help_is_readable_and_needs_no_extra(missing, tmp_path):
+    answer = train_mtp("--help", cwd=tmp_path, before=missing)
+    assert answer.returncode == 0
+    for words in ("--dry-run", "--print-config", "--output", "a.b=c", "shipped recipes", "tiny", "examples"):
+        assert words in answer.stdout
+    assert answer.stdout.endswith("IMPORTED\n")
+
+
+def test_options_may_stand_between_overrides(tmp_path):
+    answer = train_mtp("tiny", "--print-config", "train.steps=77", "optimizer.lr=3e-4", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert "  steps: 77\n" in answer.stdout
+    assert "  lr: 0.0003\n" in answer.stdout
+
+
+def test_print_config_prints_a_recipe_that_gives_itself(tmp_path):
+    first = train_mtp("train.steps=77", "--print-config", cwd=tmp_path).stdout.removesuffix("IMPORTED\n")
+    (tmp_path / "again.yaml").write_text(first)
+    second = train_mtp("again.yaml", "--print-config", cwd=tmp_path).stdout.removesuffix("IMPORTED\n")
+    assert first == second
+    assert "beta2: 0.95" in first  # a default that the shipped file does not spell out
+
+
+def test_a_dry_run_sizes_the_model_and_writes_nothing(tmp_path):
+    answer = train_mtp("--dry-run", "train.steps=1000", "train.batch_size=6", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    recipe = load_recipe("tiny")
+    D, inner, V = recipe.model.hidden_size, recipe.model.intermediate_size, recipe.data.vocab_size
+    layer = 4 * D * D + 3 * D * inner + 2 * D
+    trunk = V * D * (1 if recipe.model.tie_embeddings else 2) + recipe.model.layers * layer + D
+    heads = 3 * (D * D + D)
+    assert f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}" in answer.stdout
+    assert "1,000 steps" in answer.stdout
+    assert f"{1000 * 6 * 256:,} in all" in answer.stdout
+    assert files_below(tmp_path) == set()

@@ -1,0 +1,96 @@
+"""The corpus: what is a document, and that held-out text never trains anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mtp_ce.training.corpus import find_files, is_held_out, read_corpus, texts
+from mtp_ce.training.recipe import DataConfig, RecipeError
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> DataConfig:
+    """Write files and give the settings that read them."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return DataConfig(corpus=str(folder), holdout_fraction=0.3)
+
+
+def many(count: int) -> dict[str, str | bytes]:
+    """Files that differ."""
+    return {f"part{i % 3}/file{i}.py": f"print({i})\n" for i in range(count)}
+
+
+def test_the_stdlib_corpus_is_source_and_nothing_else():
+    root, paths = find_files(DataConfig())
+    size = sum((root / path).stat().st_size for path in paths)
+    assert 5e6 < size < 20e6
+    assert "json/decoder.py" in paths
+    for path in paths:
+        folders = set(Path(path).parts[:-1])
+        assert not folders & {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+
+
+def test_the_two_sides_of_the_split_share_no_file_and_no_text(tmp_path):
+    corpus = read_corpus(write(tmp_path, many(60)))
+    train, held_out = ({d.path for d in side} for side in (corpus.train, corpus.held_out))
+    assert train
+    assert held_out
+    assert not train & held_out
+    assert len(train | held_out) == 60
+    assert not set(texts(corpus.train)) & set(texts(corpus.held_out))
+
+
+def test_the_split_depends_on_a_files_path_alone(tmp_path):
+    """Neither other files nor the place of the folder nor its contents move a file to the other side."""
+    few = read_corpus(write(tmp_path / "a", many(20)))
+    more = read_corpus(write(tmp_path / "elsewhere" / "b", {k: f"# {v}" for k, v in many(60).items()}))
+    wanted = {document.path for document in few.held_out}
+    assert wanted == {document.path for document in more.held_out} & set(many(20))
+
+
+def test_the_share_held_out_is_what_was_asked_for():
+    held_out = sum(is_held_out(f"folder/file{i}.py", 0.04) for i in range(20_000))
+    assert 700 < held_out < 900
+
+
+def test_a_copy_of_a_held_out_file_does_not_train(tmp_path):
+    files = many(60)
+    corpus = read_corpus(write(tmp_path, files))
+    leaked = corpus.held_out[0]
+    copies = {f"copy{i}.py": leaked.text for i in range(20)}
+    again = read_corpus(write(tmp_path, copies))
+    everywhere = [*texts(again.train), *texts(again.held_out)]
+    assert everywhere.count(leaked.text) == 1
+    assert again.skipped == 20
+
+
+def test_files_that_are_not_text_are_left_out_and_counted(tmp_path):
+    corpus = read_corpus(
+        write(tmp_path, {**many(30), "b.py": b"\xff\xfe\x00", "e.py": "", "w.py": " \n", "n.txt": "x"})
+    )
+    assert corpus.skipped == 3
+    assert len(corpus.train) + len(corpus.held_out) == 30
+
+
+def test_the_digest_changes_with_a_text_a_name_and_the_split(tmp_path):
+    files = many(30)
+    digests = {
+        read_corpus(write(tmp_path / "a", files)).digest,
+        read_corpus(write(tmp_path / "b", files)).digest,
+    }
+    assert len(digests) == 1, "the folder's own place is not part of it"
+    digests.add(read_corpus(write(tmp_path / "c", {**files, "part0/file0.py": "other"})).digest)
+    renamed = {name.replace("file1.", "fileX."): text for name, text in files.items()}
+    digests.add(read_corpus(write(tmp_path / "d", renamed)).digest)
+    write(tmp_path / "e", files)
+    digests.add(read_corpus(DataConfig(corpus=str(tmp_path / "e"), holdout_fraction=0.6)).digest)
+    assert len(digests) == 4
+
+
+def test_a_split_with_an_empty_side_is_refused(tmp_path):
+    write(tmp_path, {"only.py": "x = 1\n"})
+    with pytest.raises(RecipeError, match="both sides need at least one"):
+        find_files(DataConfig(corpus=str(tmp_path)))

@@ -1,0 +1,115 @@
+"""Packing and order: every token once, borders where documents end, the same order every time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mtp_ce.training import data as module
+from mtp_ce.training.corpus import read_corpus, texts
+from mtp_ce.training.data import PackedRows, TokenisedCorpus, rows_of_step, tokenise, unigram_cross_entropy
+from mtp_ce.training.tokenizer import load_tokenizer
+
+PAD = 99
+
+
+def documents(*lengths: int) -> list[torch.Tensor]:
+    """Documents whose tokens all differ."""
+    return list(torch.arange(sum(lengths)).split(list(lengths)))
+
+
+def test_every_token_appears_once_in_order_and_only_padding_is_added():
+    rows = PackedRows(documents(7, 1, 1, 5, 9), row_length=5, pad_id=PAD)
+    batch = rows.batch(torch.arange(len(rows)))
+    assert batch.input_ids.shape == (5, 5)
+    assert batch.input_ids.flatten().tolist() == [*range(23), PAD, PAD]
+    assert batch.labels.flatten().tolist() == [*range(23), -100, -100]
+
+
+def test_positions_begin_again_at_every_document_and_every_row():
+    rows = PackedRows(documents(7, 1, 1, 5, 9), row_length=5, pad_id=PAD)
+    batch = rows.batch(torch.arange(len(rows)))
+    assert batch.document_ids.tolist() == [
+        [0, 0, 0, 0, 0],
+        [0, 0, 1, 2, 3],
+        [3, 3, 3, 3, 4],
+        [4, 4, 4, 4, 4],
+        [4, 4, 4, 5, 5],
+    ]
+    assert batch.position_ids.tolist() == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 0, 0, 0],
+        [0, 1, 2, 3, 0],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 0, 1],
+    ]
+
+
+def test_rows_that_fit_exactly_need_no_padding():
+    rows = PackedRows(documents(4, 6), row_length=5, pad_id=PAD)
+    assert len(rows) == 2
+    assert PAD not in rows.batch(torch.arange(2)).input_ids
+
+
+def test_rows_are_collected_in_the_order_asked_for():
+    rows = PackedRows(documents(20), row_length=5, pad_id=PAD)
+    assert rows.batch(torch.tensor([3, 0])).input_ids[:, 0].tolist() == [15, 0]
+    together = torch.cat([batch.input_ids for batch in rows.in_order(3)])
+    assert together.flatten().tolist() == list(range(20))
+
+
+def test_splitting_a_batch_gives_its_rows():
+    batch = PackedRows(documents(20), row_length=5, pad_id=PAD).batch(torch.arange(4))
+    parts = list(batch.split(3))
+    assert [len(part.labels) for part in parts] == [3, 1]
+    assert torch.equal(torch.cat([part.position_ids for part in parts]), batch.position_ids)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 23])
+def test_every_row_is_seen_once_per_epoch_whatever_the_batch_size(batch_size):
+    """Epochs follow each other without a gap: no short batch, no row lost at the seam."""
+    rows, epochs = 10, 3
+    steps = math.ceil(epochs * rows / batch_size)
+    seen = torch.cat([rows_of_step(step, batch_size, rows, seed=5) for step in range(steps)])
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows].tolist()) == list(range(rows))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    order = [rows_of_step(step, 4, 100, seed=3) for step in range(50)]
+    module.epoch_order.cache_clear()
+    # In reverse, so that nothing can hang on what was asked before.
+    again = [rows_of_step(step, 4, 100, seed=3) for step in reversed(range(50))][::-1]
+    assert torch.equal(torch.cat(order), torch.cat(again))
+    assert not torch.equal(torch.cat(order[:25]), torch.cat(order[25:])), "epochs differ"
+    assert not torch.equal(order[0], rows_of_step(0, 4, 100, seed=4)), "seeds differ"
+
+
+def test_the_order_is_the_same_on_every_machine():
+    """Fixed numbers: a change here changes every run that anyone wants to repeat."""
+    assert rows_of_step(0, 8, 1000, seed=0).tolist() == [464, 59, 729, 156, 158, 282, 570, 23]
+
+
+def test_tokens_are_made_once_and_keep_their_side(small, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    corpus = read_corpus(small().data)
+    tokenizer = load_tokenizer(texts(corpus.train), 512)
+    first = tokenise(corpus, tokenizer)
+    monkeypatch.setattr(module, "_encode", None)
+    again = tokenise(corpus, tokenizer)
+    for side, originals in (("train", corpus.train), ("held_out", corpus.held_out)):
+        for ids, same, original in zip(getattr(first, side), getattr(again, side), originals, strict=True):
+            assert torch.equal(ids, same)
+            assert ids[0] == ids[-1] == tokenizer.eos_token_id
+            assert tokenizer.decode(ids[1:-1], clean_up_tokenization_spaces=False) == original.text
+
+
+def test_unigram_cross_entropy_is_the_hand_computed_one():
+    """Counts of training tokens a, b: 3 and 1 (first tokens don't count), add one, V = 3; held out: a, c."""
+    tokens = TokenisedCorpus(
+        train=[torch.tensor([2, 0, 0, 1]), torch.tensor([2, 0])], held_out=[torch.tensor([2, 0, 2])]
+    )
+    expected = -(math.log(4 / 7) + math.log(1 / 7)) / 2
+    assert unigram_cross_entropy(tokens, 3) == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,38 @@
+"""AdamW: what is decayed, and how the learning rate moves."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from mtp_ce.training.model import build_model
+from mtp_ce.training.optimizer import build_optimizer, build_schedule
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_weight_decay_pulls_on_matrices_alone(small, tied):
+    recipe = small([f"model.tie_embeddings={tied}", "optimizer.weight_decay=0.3"])
+    model = build_model(recipe)
+    groups = build_optimizer(model, recipe.optimizer).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert len(decay) == len(names), "every parameter once, tied ones too"
+    for name, value in names.items():
+        plain = "norm" in name or "embed" in name or "lm_head" in name or name.endswith("bias")
+        assert value == (0.0 if plain else 0.3), name
+
+
+def test_the_learning_rate_rises_to_its_peak_and_ends_at_its_final_share(small):
+    recipe = small(["optimizer.lr=1e-2", "optimizer.warmup_steps=4", "optimizer.final_lr_ratio=0.1"])
+    optimizer = build_optimizer(build_model(recipe), recipe.optimizer)
+    schedule = build_schedule(optimizer, recipe.optimizer, steps=24)
+    rates = []
+    for _ in range(25):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2])
+    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
+    assert rates[14] == pytest.approx(0.55e-2), "half way down"
+    assert rates[24] == pytest.approx(0.1e-2)

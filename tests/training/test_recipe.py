@@ -1,0 +1,115 @@
+"""Recipes: what is read, what is refused, and that every key explains itself."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mtp_ce.training.recipe import (
+    Recipe,
+    RecipeError,
+    flatten,
+    load_recipe,
+    shipped_recipes,
+    to_yaml,
+    without_password,
+)
+
+
+def groups(model: type[BaseModel]):
+    """The model and every model below it."""
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from groups(field.annotation)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert shipped_recipes()[name].read_text().startswith("# "), "--help shows the first line"
+
+
+def test_every_key_has_a_description():
+    for model in groups(Recipe):
+        for key, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{key}"
+
+
+def test_a_later_override_wins():
+    assert load_recipe("tiny", ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(("written", "value"), [("3e-4", 3e-4), ("1E+0", 1.0), (".5e-1", 0.05), ("1", 1.0)])
+def test_a_number_may_be_written_as_people_write_it(written, value):
+    assert load_recipe("tiny", [f"optimizer.lr={written}"]).optimizer.lr == value
+
+
+def test_an_override_may_carry_a_whole_group():
+    recipe = load_recipe("tiny", ["model.mtp={horizon: 2}"])
+    assert recipe.model.mtp.horizon == 2
+
+
+def test_a_duplicate_key_inside_an_override_is_refused():
+    with pytest.raises(RecipeError, match="'horizon' is given twice"):
+        load_recipe("tiny", ["model.mtp={horizon: 2, horizon: 3}"])
+
+
+def test_null_is_null_only_where_it_means_something():
+    assert load_recipe("tiny", ["validation.every=null"]).validation.every is None
+    with pytest.raises(RecipeError, match=r"'train\.steps' is null"):
+        load_recipe("tiny", ["train.steps=null"])
+
+
+def test_several_mistakes_give_one_line_that_counts_them():
+    with pytest.raises(RecipeError, match=r"\(and 1 more\)") as raised:
+        load_recipe("tiny", ["train.steps=0", "train.batch_size=0"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_in_a_strange_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(RecipeError, match="can't be read"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+
+
+def test_a_recipe_survives_being_written_and_read(tmp_path):
+    recipe = load_recipe(
+        "tiny", ["optimizer.lr=1.7e-5", "train.micro_batch_size=1", "optimizer.clip_norm=null"]
+    )
+    (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:s3cr3t@host:5432/runs", "postgresql://me:***@host:5432/runs"),
+        ("https://me:s3cr3t@host/mlflow", "https://me:***@host/mlflow"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("sqlite:///a@b:c/mlflow.db", "sqlite:///a@b:c/mlflow.db"),
+    ],
+)
+def test_a_password_in_the_tracking_uri_is_not_stored(uri, shown):
+    recipe = load_recipe("tiny", [f"tracking.uri={uri}"])
+    assert recipe.tracking.uri == uri
+    assert without_password(recipe).tracking.uri == shown
+    assert "s3cr3t" not in to_yaml(without_password(recipe))
+
+
+def test_flatten_names_every_leaf_by_its_dotted_key():
+    recipe = load_recipe("tiny")
+    flat = flatten(recipe)
+    assert flat["model.mtp.horizon"] == 4
+    assert not any(isinstance(value, dict) for value in flat.values())
+    rebuilt: dict = {}
+    for dotted, value in flat.items():
+        *path, leaf = dotted.split(".")
+        group = rebuilt
+        for key in path:
+            group = group.setdefault(key, {})
+        group[leaf] = value
+    assert rebuilt == yaml.safe_load(to_yaml(recipe))

@@ -1,0 +1,207 @@
+"""One small run from corpus to saved model: what it learns, leaves behind, records and prints."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mtp_ce import MTPHeads
+from mtp_ce.training import pipeline
+from mtp_ce.training.corpus import read_corpus, texts
+from mtp_ce.training.data import PackedRows, tokenise, unigram_cross_entropy
+from mtp_ce.training.model import MultiTokenModel
+from mtp_ce.training.recipe import RecipeError, load_recipe, to_yaml
+from mtp_ce.training.tokenizer import load_tokenizer
+
+TRAIN_METRICS = {
+    *("train/loss", "train/ce_mean", "train/ce_head_0", "train/ce_head_1", "train/ce_head_2"),
+    *("train/weight_mean", "train/weight_min", "train/weight_max", "train/weight_ess"),
+    *("train/valid_token_ratio", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/peak_memory_mb"),
+}
+VAL_METRICS = {"val/ce_mean", "val/unigram_entropy"} | {
+    f"val/{name}_head_{h}" for name in ("ce", "perplexity", "top1") for h in range(3)
+}
+
+
+@pytest.fixture(scope="module")
+def mlflow_run(finished_run):
+    """The run as MLflow has it, and a client of its database."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished_run.database)
+    experiment = client.get_experiment_by_name("mtp_ce")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+@pytest.fixture(scope="module")
+def metrics(finished_run) -> list[dict]:
+    return [json.loads(line) for line in (finished_run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def held_out(finished_run):
+    """The held-out rows, the tokenizer and the tokens of the run, made again from its recipe."""
+    corpus = read_corpus(finished_run.recipe.data)
+    tokenizer = load_tokenizer(texts(corpus.train), 512)
+    tokens = tokenise(corpus, tokenizer)
+    return PackedRows(tokens.held_out, 64, tokenizer.pad_token_id), tokenizer, tokens
+
+
+def test_the_folder_holds_what_the_run_made_and_nothing_half_done(finished_run):
+    names = {path.relative_to(finished_run.folder).as_posix() for path in finished_run.folder.rglob("*")}
+    assert {"recipe.yaml", "metrics.jsonl", "losses.png", "model", "model/model.safetensors"} <= names
+    assert {"model/mtp_heads.safetensors", "model/mtp_heads.json", "model/tokenizer.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_it_learns(metrics):
+    ce = [line["train/ce_mean"] for line in metrics if "train/ce_mean" in line]
+    assert ce[0] == pytest.approx(math.log(512), abs=0.2), "a model that knows nothing scores ln V"
+    assert ce[-1] < ce[0] - 1
+
+
+def test_metrics_have_their_names_in_mlflow(mlflow_run):
+    _, run = mlflow_run
+    assert set(run.data.metrics) == TRAIN_METRICS | VAL_METRICS
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/weight_mean"] == 1.0
+    assert run.data.metrics["train/weight_ess"] == 1.0
+    assert 0.9 < run.data.metrics["train/valid_token_ratio"] < 1.0
+
+
+def test_mlflow_and_the_metrics_file_agree(mlflow_run, metrics):
+    client, run = mlflow_run
+    for name in ("train/loss", "val/ce_head_2", "optim/lr"):
+        history = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+        assert history == [(line["step"], line[name]) for line in metrics if name in line]
+    assert [line["step"] for line in metrics if "train/loss" in line] == [1, 8, 16, 24, 32, 40]
+    assert [line["step"] for line in metrics if "val/ce_mean" in line] == [16, 32, 40]
+
+
+def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(
+    finished_run, mlflow_run, tmp_path
+):
+    client, run = mlflow_run
+    assert run.data.params["model.mtp.horizon"] == "3"
+    assert run.data.params["optimizer.lr"] == "0.01"
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {
+        "recipe.yaml",
+        "losses.png",
+    }
+    copy = client.download_artifacts(run.info.run_id, "recipe.yaml", str(tmp_path))
+    assert load_recipe(copy) == finished_run.recipe
+    assert (finished_run.folder / "recipe.yaml").read_text() == to_yaml(finished_run.recipe)
+
+
+def test_the_picture_is_a_picture(finished_run):
+    with Image.open(finished_run.folder / "losses.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width >= 800
+        # A blank canvas has one colour.
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
+
+
+def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(
+    finished_run, held_out, monkeypatch, tmp_path
+):
+    """Trained, saved, loaded by transformers alone: the same logits, the same heads, the same tokens."""
+    trained = {}
+    save = pipeline.save_model
+
+    def remember(folder, model, tokenizer):
+        trained["model"] = model
+        save(folder, model, tokenizer)
+
+    monkeypatch.setattr(pipeline, "save_model", remember)
+    recipe = finished_run.recipe.model_copy(
+        update={"tracking": finished_run.recipe.tracking.model_copy(update={"kind": "none"})}
+    )
+    pipeline.train(recipe, tmp_path / "again")
+
+    for folder in (tmp_path / "again" / "model", finished_run.folder / "model"):
+        # The first is what this very model was saved as; the second says that a run repeats bit for bit.
+        trunk = AutoModelForCausalLM.from_pretrained(folder)
+        heads = MTPHeads.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        batch = held_out[0].batch(torch.arange(3))
+        original = trained["model"].eval()
+        with torch.no_grad():
+            expected = original(batch.input_ids, batch.position_ids)
+            loaded = MultiTokenModel(trunk, heads).eval()(batch.input_ids, batch.position_ids)
+        assert len(loaded) == 3
+        for one, other in zip(expected, loaded, strict=True):
+            assert torch.equal(one, other)
+        assert not torch.equal(loaded[0], loaded[1]), "the heads have learnt something"
+        text = "def f(x):\n    return x\n"
+        assert tokenizer(text)["input_ids"] == held_out[1](text)["input_ids"]
+        assert tokenizer.eos_token_id == trunk.config.eos_token_id == trunk.config.pad_token_id
+
+
+def test_a_plain_model_generates_from_the_folder(finished_run):
+    tokenizer = AutoTokenizer.from_pretrained(finished_run.folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(finished_run.folder / "model")
+    prompt = tokenizer("import ", return_tensors="pt", return_token_type_ids=False)
+    assert model.generate(**prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False).shape[1] == (
+        prompt["input_ids"].shape[1] + 5
+    )
+
+
+def test_the_validation_is_that_of_the_saved_model_over_all_held_out_rows(finished_run, held_out):
+    """Recomputed from the files with torch's own cross entropy, row by row, head by head."""
+    model = MultiTokenModel(
+        AutoModelForCausalLM.from_pretrained(finished_run.folder / "model"),
+        MTPHeads.from_pretrained(finished_run.folder / "model"),
+    ).eval()
+    rows = held_out[0]
+    batch = rows.batch(torch.arange(len(rows)))
+    with torch.no_grad():
+        logits = model(batch.input_ids, batch.position_ids)
+    for h, result in enumerate(finished_run.results):
+        d = h + 1
+        live = (batch.labels[:, d:] != -100) & (batch.document_ids[:, d:] == batch.document_ids[:, :-d])
+        targets = batch.labels[:, d:][live]
+        seen = logits[h][:, :-d][live]
+        ce = torch.nn.functional.cross_entropy(seen.double(), targets)
+        assert result.rows == len(targets)
+        assert result.ce == pytest.approx(float(ce), rel=1e-5)
+        assert result.top1 == pytest.approx(float((seen.argmax(-1) == targets).double().mean()), abs=1e-12)
+
+
+def test_what_is_printed_without_a_terminal_is_plain_lines_and_ends_with_the_table(finished_run, held_out):
+    printed = finished_run.printed
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    steps = [line for line in printed.splitlines() if line.startswith("step ") and "tokens/s" in line]
+    assert len(steps) == 6
+    assert all("loss" in line and "CE" in line and "left" in line for line in steps)
+    unigram = unigram_cross_entropy(held_out[2], 512)
+    for h, result in enumerate(finished_run.results):
+        (row,) = [line.split() for line in printed.splitlines() if line.split()[:2] == [str(h), f"+{h + 1}"]]
+        assert row[2:] == [
+            f"{result.ce:.3f}",
+            f"{unigram:.3f}",
+            f"{result.perplexity:,.1f}",
+            f"{result.top1:.1%}",
+        ]
+    assert "mlflow ui --backend-store-uri sqlite:///" in printed
+
+
+def test_an_output_folder_that_appears_meanwhile_is_left_alone(finished_run, small):
+    """Between the command line's check and the run, another run may have taken the name."""
+    before = (finished_run.folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(RecipeError, match="output folder"):
+        pipeline.train(small(), finished_run.folder)
+    assert (finished_run.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_device_that_is_not_there_is_a_mistake_of_the_recipe(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"train\.device is 'cuda'"):
+        pipeline.train(small(["train.device=cuda"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,135 @@
+"""How a run that does not reach its end leaves: Ctrl-C, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mtp_ce.training import cli, pipeline
+from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.recipe import to_yaml
+
+
+def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finished_run, tmp_path):
+    """A real signal to a real process, while it trains."""
+    recipe = small(
+        [
+            "train.steps=100000",
+            "train.log_every=1",
+            "validation.every=null",
+            "tracking.kind=mlflow",
+            f"tracking.uri={finished_run.database}",
+            "tracking.experiment=interrupted",
+        ]
+    )
+    (tmp_path / "long.yaml").write_text(to_yaml(recipe))
+    # A test runner in the background may have Ctrl-C ignored, and children inherit that.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from mtp_ce.training.cli import main\n"
+        "sys.exit(main(['long.yaml', '--output', 'out']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.splitlines() == ["train-mtp: interrupted; metrics so far are in out/metrics.jsonl"]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 3
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished_run.database)
+    experiment = client.get_experiment_by_name("interrupted")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(steps)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every model is built with one NaN in its final norm."""
+    build = pipeline.build_model
+
+    def build_poisoned(*arguments, **options):
+        model = build(*arguments, **options)
+        with torch.no_grad():
+            model.trunk.model.norm.weight[0] = float("nan")
+        return model
+
+    monkeypatch.setattr(pipeline, "build_model", build_poisoned)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
+    small, finished_run, poisoned, tmp_path, capsys, monkeypatch
+):
+    recipe = small(
+        [
+            "tracking.kind=mlflow",
+            f"tracking.uri={finished_run.database}",
+            "tracking.experiment=poisoned",
+        ]
+    )
+    (tmp_path / "small.yaml").write_text(to_yaml(recipe))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["small.yaml", "--output", "out"]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "train/loss is nan at step 1; the step was not taken" in error
+    assert not (tmp_path / "out" / "model").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished_run.database)
+    (run,) = client.search_runs([client.get_experiment_by_name("poisoned").experiment_id])
+    assert run.info.status == "FAILED"
+    assert {name: run.data.tags[f"stop.{name}"] for name in ("step", "quantity", "value")} == {
+        "step": "1",
+        "quantity": "train/loss",
+        "value": "nan",
+    }
+
+
+def test_the_first_ctrl_c_asks_and_the_second_insists():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stop_on_interrupt() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_interrupt() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,224 @@
+"""The loop: micro-batches add up, nothing that is not finite reaches the optimizer, a stop is a stop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from threading import Event
+
+import pytest
+import torch
+
+from mtp_ce import weighted_mtp_ce
+from mtp_ce.scorers.uniform import UniformScorer
+from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
+from mtp_ce.training.data import PackedRows, rows_of_step
+from mtp_ce.training.model import build_model
+from mtp_ce.training.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.trainer import NonFiniteError, Trainer, scored_positions
+
+
+def make_trainer(recipe: Recipe, log, **parts) -> Trainer:
+    """A trainer on random documents of uneven length, no tokenizer needed."""
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.randint(2, 90, (40,), generator=generator).tolist()
+    documents = [torch.randint(recipe.data.vocab_size, (n,), generator=generator) for n in lengths]
+    model = build_model(recipe)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    fixed = {
+        "recipe": recipe,
+        "model": model,
+        "scorer": UniformScorer(),
+        "optimizer": optimizer,
+        "schedule": build_schedule(optimizer, recipe.optimizer, recipe.train.steps),
+        "rows": PackedRows(documents[:30], recipe.data.sequence_length, 0),
+        "held_out": PackedRows(documents[30:], recipe.data.sequence_length, 0),
+        "device": torch.device("cpu"),
+        "log": log,
+    }
+    return Trainer(**{**fixed, **parts})
+
+
+class Log(list):
+    """What the trainer logs, in order."""
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self.append((step, metrics))
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        return [(step, metrics[name]) for step, metrics in self if name in metrics]
+
+
+FEW = ["train.steps=4", "train.log_every=1", "validation.every=null", "data.vocab_size=300"]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_batch(small, micro_batch_size):
+    """Rows with few targets count by their targets: a mean of micro-batch means would drift at once."""
+    whole, parts = Log(), Log()
+    make_trainer(small(FEW), whole).fit()
+    make_trainer(small([*FEW, f"train.micro_batch_size={micro_batch_size}"]), parts).fit()
+    assert whole.series("train/weight_mean") == parts.series("train/weight_mean")
+    for name in ("train/loss", "train/ce_mean", "train/ce_head_2", "optim/grad_norm", "val/ce_head_0"):
+        for (step, expected), (same_step, value) in zip(whole.series(name), parts.series(name), strict=True):
+            assert step == same_step
+            assert value == pytest.approx(expected, rel=2e-5), name
+
+
+def test_a_line_of_metrics_is_the_sum_of_its_steps_divided_once(small):
+    """Steps differ in rows, so the mean of the steps' means would be another number."""
+    every, window = Log(), Log()
+    make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9"]), every).fit()
+    make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9", "train.log_every=9"]), window).fit()
+    assert [step for step, _ in window.series("train/loss")] == [1, 9]
+    trainer = make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9"]), Log())
+    counts = [
+        int(scored_positions(trainer.rows.batch(rows_of_step(step, 1, len(trainer.rows), 0)), 3))
+        for step in range(9)
+    ]
+    assert len(set(counts)) > 1
+    losses = [loss for _, loss in every.series("train/loss")]
+    expected = sum(n * loss for n, loss in zip(counts[1:], losses[1:], strict=True)) / sum(counts[1:])
+    assert window.series("train/loss")[1][1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_scored_positions_are_those_with_a_target_for_some_head():
+    documents = [torch.arange(n) for n in (5, 1, 3)]
+    batch = PackedRows(documents, row_length=10, pad_id=0).batch(torch.tensor([0]))
+    # 4 of the first document, none of the single token, 2 of the last, none of the padding.
+    assert int(scored_positions(batch, horizon=3)) == 6
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_never_reaches_the_optimizer(small, poison, value):
+    """Planted before step 3: the parameters are bit for bit those after step 2, and so is the optimizer."""
+    log = Log()
+    trainer = make_trainer(small(FEW), log)
+    saved = {}
+
+    def plant() -> None:
+        trainer.tick_count = getattr(trainer, "tick_count", 0) + 1
+        if trainer.tick_count < 2:
+            return
+        if poison == "loss":
+            with torch.no_grad():
+                trainer.model.trunk.model.norm.weight[0] = value
+        else:
+            trainer.model.heads.blocks[0].weight.register_hook(lambda gradient: gradient * value)
+        saved["model"] = copy.deepcopy(trainer.model.state_dict())
+        saved["optimizer"] = copy.deepcopy(trainer.optimizer.state_dict())
+
+    trainer.tick = plant
+    with pytest.raises(NonFiniteError) as raised:
+        trainer.fit()
+    assert raised.value.step == 3
+    assert raised.value.quantity == ("train/loss" if poison == "loss" else "optim/grad_norm")
+    assert not math.isfinite(raised.value.value)
+    assert "step was not taken" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(1.5), saved["model"][name].nan_to_num(1.5)), name
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, saved["optimizer"]["state"][index][name])
+            assert tensor.isfinite().all()
+    assert [step for step, _ in log.series("train/loss")] == [1, 2]
+    assert all(math.isfinite(v) for _, metrics in log for v in metrics.values())
+
+
+def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):
+    log = Log()
+    trainer = make_trainer(small([*FEW, "train.log_every=100"]), log)
+    done = []
+
+    def plant() -> None:
+        done.append(1)
+        if len(done) == 3:
+            with torch.no_grad():
+                trainer.model.trunk.model.norm.weight.fill_(math.nan)
+
+    trainer.tick = plant
+    with pytest.raises(NonFiniteError):
+        trainer.fit()
+    assert [step for step, _ in log] == [1, 3]
+
+
+def test_a_stop_ends_the_loop_between_two_steps_and_keeps_its_metrics(small):
+    log, stop = Log(), Event()
+    trainer = make_trainer(small([*FEW, "train.steps=50", "train.log_every=100"]), log, stop=stop)
+    ticks = []
+
+    def stop_after_three() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            stop.set()
+
+    trainer.tick = stop_after_three
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert len(ticks) == 3
+    assert [step for step, _ in log] == [1, 3]
+
+
+def test_validation_reads_every_held_out_row_whatever_the_batch_size(small):
+    results = []
+    for batch_size in (1, 3, 64):
+        trainer = make_trainer(small([*FEW, f"validation.batch_size={batch_size}"]), Log())
+        results.append(trainer.validate())
+    tokens = len(trainer.held_out.tokens)
+    for h in range(3):
+        assert len({result[h].rows for result in results}) == 1
+        assert results[0][h].rows < tokens
+        assert [result[h].ce for result in results] == pytest.approx([results[0][h].ce] * 3, rel=1e-6)
+        assert len({result[h].top1 for result in results}) == 1
+    assert trainer.model.training, "validation hands the model back as it was"
+
+
+def test_clipping_bounds_the_step_but_not_the_logged_norm(small):
+    free, clipped = Log(), Log()
+    make_trainer(small([*FEW, "optimizer.clip_norm=null"]), free).fit()
+    trainer = make_trainer(small([*FEW, "optimizer.clip_norm=1e-3"]), clipped)
+    trainer.fit()
+    assert free.series("optim/grad_norm")[0] == clipped.series("optim/grad_norm")[0]
+    assert free.series("optim/grad_norm")[0][1] > 1e-2
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainer.model.parameters()]))
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+class EvenTokens:
+    """A scorer with an opinion: even tokens weigh 2, odd ones nothing."""
+
+    def run(self, input_ids, labels, document_ids=None):
+        weights = torch.where((labels != -100) & (input_ids % 2 == 0), 2.0, 0.0)
+        return TokenWeights(weights, WeightStatistics.of(weights, labels != -100))
+
+
+def test_a_scorers_weights_are_those_of_the_token_predicted(small):
+    log = Log()
+    recipe = small([*FEW, "train.steps=2", "optimizer.warmup_steps=1"])
+    trainer = make_trainer(recipe, log, scorer=EvenTokens())
+    batch = trainer.rows.batch(rows_of_step(0, recipe.train.batch_size, len(trainer.rows), recipe.seed))
+    with torch.no_grad():
+        logits = trainer.model(batch.input_ids, batch.position_ids)
+    weights, _ = EvenTokens().run(batch.input_ids, batch.labels)
+    losses = {
+        alignment: weighted_mtp_ce(
+            logits,
+            batch.labels,
+            weights,
+            weight_alignment=alignment,
+            document_ids=batch.document_ids,
+            impl="reference",
+        ).item()
+        for alignment in ("target", "position")
+    }
+    trainer.fit()
+    assert log.series("train/loss")[0][1] == pytest.approx(losses["target"], rel=1e-5)
+    assert losses["position"] != pytest.approx(losses["target"], rel=1e-3)
+    for name, expected in (("min", 0.0), ("max", 2.0)):
+        assert log.series(f"train/weight_{name}")[0][1] == expected
+    # Half the tokens at weight 2: half the effective sample.
+    assert log.series("train/weight_ess")[0][1] == pytest.approx(0.5, abs=0.1)
