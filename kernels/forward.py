@@ -320,7 +320,7 @@ def launch_forward(
     top1 = new((B, S, H), dtype=torch.int32) if with_top1 else None
     shares = new((B, S, H), dtype=torch.float32) if with_shares else None
     aligned, vec = row_layout(heads)
-    shape = forward_tile(V, heads[0].element_size(), WARP_SIZE)
+    shape = forward_tile(V, heads[0].element_size(), WARP_SIZE, softcap is not None)
     forward_kernel[(B * S,)](
         tuple(heads),
         tuple(head.stride(0) for head in heads),

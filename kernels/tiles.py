@@ -31,9 +31,12 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def forward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
-    """Rows of V logits of `itemsize` bytes, `warp_size` threads a warp; 64 bytes in flight a thread."""
-    return _tile(V, itemsize, warp_size, strips=4)
+def forward_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
+    """Rows of V logits of `itemsize` bytes, `warp_size` threads a warp; 64 bytes in flight a thread.
+
+    The tanh of a softcap holds every element in two more registers: half the bytes, or the tile spills.
+    """
+    return _tile(V, itemsize, warp_size, strips=2 if softcap else 4)
 
 
 def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:

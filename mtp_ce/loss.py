@@ -320,8 +320,8 @@ def _check_logits(logits: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, i
         raise TypeError(f"logits is {type(logits).__name__}; expected a torch.Tensor or a sequence of them.")
     if not heads:
         raise ValueError("logits has H = 0 heads; expected at least one.")
-    if not heads[0].is_floating_point():
-        raise TypeError(f"logits is {heads[0].dtype}; expected a floating dtype.")
+    if heads[0].dtype not in (*TRITON_DTYPES, torch.float64):
+        raise TypeError(f"logits is {heads[0].dtype}; expected float32, bfloat16, float16 or float64.")
     B, S, V = heads[0].shape
     if V == 0:
         raise ValueError(f"logits is {_shape(given[0])}: V = 0; expected at least one vocabulary entry.")

@@ -46,11 +46,11 @@ def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled
     for kernel in compiled:
         if kernel["name"] == "mean_kernel" or kernel["layout"] == "strided":
             continue
-        strips = 4 if kernel["name"] == "forward_kernel" else 2
-        assert kernel["wide_loads"] == strips * kernel["H"], kernel
+        wide = kernel["strips"] * kernel["H"]
+        assert kernel["wide_loads"] == wide, kernel
         if kernel["name"] == "backward_kernel":
             # Gradients, and zeros where the head is dead.
-            assert kernel["wide_stores"] == 2 * strips * kernel["H"], kernel
+            assert kernel["wide_stores"] == 2 * wide, kernel
 
 
 def test_no_barrier_stands_between_tiles(compiled):
@@ -60,9 +60,9 @@ def test_no_barrier_stands_between_tiles(compiled):
             assert kernel["barriers"] == 0, kernel
 
 
-def test_occupancy_allows_two_blocks_of_256_threads(compiled):
-    too_many = [kernel for kernel in compiled if kernel["registers"] > 128 and kernel["layout"] != "strided"]
-    assert not too_many or all(kernel["target"] == "gfx942" and kernel["registers"] <= 256 for kernel in too_many)
+def test_registers_leave_room_for_two_blocks_of_256_threads(compiled):
+    for kernel in compiled:
+        assert kernel["registers"] <= (256 if kernel["target"] == "gfx942" else 128), kernel
 
 
 def main(target_name: str) -> None:
@@ -90,58 +90,41 @@ def main(target_name: str) -> None:
     def compile_only(self, *args, **options):
         options["warmup"] = True
         kernel = run(self, *args, **options)
-        launched.append((self.__name__, kernel))
+        launched.append((self.__name__, options.get("STRIPS"), kernel))
         return kernel
 
     driver.set_active(Named())
     JITFunction.run = compile_only
     forward.WARP_SIZE = backward.WARP_SIZE = target.warp_size
 
-    report = []
     plain = {"softcap": None, "z_loss": 0.0, "label_smoothing": 0.0}
-    full = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
-    for V in VOCABULARIES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for terms, H, layout in ((plain, 4, "rows"), (full, 1, "rows"), (plain, 1, "strided")):
-                small = V < 32000
-                if (layout == "strided" and V != 32000) or (small and (terms is full or dtype == torch.float32)):
-                    continue
-                logits = torch.empty(1, 2, H, V, dtype=dtype)
-                if layout == "strided":
-                    logits = torch.empty(1, V, 2, H, dtype=dtype).permute(0, 2, 3, 1)
-                heads, d_heads = list(logits.unbind(2)), list(torch.empty_like(logits).unbind(2))
-                rule = {
-                    "shift": 1,
-                    "over_horizon": False,
-                    "target_weights": True,
-                    "ignore_index": -100,
-                    **terms,
-                }
-                tokens = torch.zeros(1, 2, dtype=torch.int64)
-                given = (tokens, torch.ones(1, 2), None, None, tokens)
-                extra = terms is full
-                out, _, row_max, log_sum, live, _, _ = forward.launch_forward(
-                    heads, *given, with_top1=extra, with_shares=extra, **rule
-                )
-                _, factor = forward.launch_mean(out, live, None, scale=1.0, count=True)
-                backward.launch_backward(out, heads, d_heads, *given, row_max, log_sum, factor, **rule)
-                for name, kernel in launched:
-                    case = {
-                        "target": target_name,
-                        "name": name,
-                        "V": V,
-                        "dtype": str(dtype),
-                        "H": H,
-                        "layout": layout,
-                    }
-                    report.append(
-                        {
-                            **case,
-                            "extra": extra,
-                            **(_amd(kernel) if target.backend == "hip" else _nvidia(kernel)),
-                        }
-                    )
-                launched.clear()
+    capped = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
+    cases = [(V, torch.bfloat16, 4, "plain") for V in VOCABULARIES]
+    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257)]
+    cases += [(V, torch.bfloat16, 1, "capped") for V in (32000, 50257)]
+    cases += [(V, torch.float32, H, layout) for V in (32000, 50257) for H, layout in ((4, "plain"), (1, "capped"))]
+    cases += [(32000, torch.bfloat16, 1, "strided")]
+    report = []
+    for V, dtype, H, layout in cases:
+        logits = torch.empty(1, 2, H, V, dtype=dtype)
+        if layout == "strided":
+            logits = torch.empty(1, V, 2, H, dtype=dtype).permute(0, 2, 3, 1)
+        heads, d_heads = list(logits.unbind(2)), list(torch.empty_like(logits).unbind(2))
+        rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100}
+        rule |= capped if layout == "capped" else plain
+        tokens = torch.zeros(1, 2, dtype=torch.int64)
+        given = (tokens, torch.ones(1, 2), None, None, tokens)
+        extra = layout in ("capped", "statistics")
+        out, _, row_max, log_sum, live, _, _ = forward.launch_forward(
+            heads, *given, with_top1=extra, with_shares=extra, **rule
+        )
+        _, factor = forward.launch_mean(out, live, None, scale=1.0, count=True)
+        backward.launch_backward(out, heads, d_heads, *given, row_max, log_sum, factor, **rule)
+        for name, strips, kernel in launched:
+            case = {"target": target_name, "name": name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}
+            used = _amd(kernel) if target.backend == "hip" else _nvidia(kernel)
+            report.append({**case, "strips": strips, **used})
+        launched.clear()
     print(json.dumps(report))
 
 
