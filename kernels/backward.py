@@ -49,7 +49,7 @@ def logit_gradient(
         dz -= uniform
     dz = tl.where(offs == label, dz - on_label, dz)
     if HAS_SOFTCAP:
-        slope = z / softcap
+        slope = z * (1.0 / softcap)
         dz = dz * (1.0 - slope * slope)
     return dz
 
@@ -102,7 +102,7 @@ def backward_kernel(
 
     for h in tl.static_range(H):
         coefficient_h = pick(coefficient, offs_h, h)
-        label_h = pick(label, offs_h, h).to(tl.int32)
+        label_h = pick(label, offs_h, h)
         # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
         g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
         row_max = tl.load(row_max_ptr + p * H + h)

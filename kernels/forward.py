@@ -102,8 +102,8 @@ def visit_row(
     own_max = tl.full([THREADS], float("-inf"), tl.float32)
     own_sum = tl.zeros([THREADS], tl.float32)
     own_total = tl.zeros([THREADS], tl.float32)
-    own_best = tl.full([THREADS], INT32_MAX, tl.int32)
-    label_logit = tl.where((label >= 0) & (label < V), 0.0, float("nan"))
+    own_best = tl.full([THREADS], INT32_MAX, tl.int32) - head
+    label_logit = tl.where(label >= 0, 0.0, float("nan"))
     wanted = label - head
 
     for start in range(0, body, STRIPS * THREADS * VEC):
@@ -116,7 +116,7 @@ def visit_row(
             own_total += tl.sum(tl.sum(tl.where(inside, z, 0.0), axis=2), axis=0)
         tile_max = tl.max(tl.max(z, axis=2), axis=0)
         if TOP1:
-            found = tl.where(z == tile_max[None, :, None], offs + head, INT32_MAX)
+            found = tl.where(z == tile_max[None, :, None], offs, INT32_MAX)
             own_best = tl.where(tile_max > own_max, tl.min(tl.min(found, axis=2), axis=0), own_best)
         new_max = tl.maximum(own_max, tile_max)
         tile_sum = tl.sum(tl.sum(scaled_exp(z, new_max[None, :, None]), axis=2), axis=0)
@@ -145,7 +145,7 @@ def visit_row(
 
     best = 0
     if TOP1:
-        best = tl.min(tl.where(own_max == row_max, own_best, INT32_MAX), axis=0)
+        best = head + tl.min(tl.where(own_max == row_max, own_best, INT32_MAX - head), axis=0)
         if not (ALIGNED or VEC == 1):
             best = tl.minimum(best, tl.min(tl.where((edge == row_max) & (offs_e < V), offs_e, INT32_MAX), axis=0))
         best = tl.where(best == INT32_MAX, 0, best)

@@ -80,7 +80,7 @@ def row_coefficients(
     OVER_HORIZON: tl.constexpr,
     TARGET_WEIGHTS: tl.constexpr,
 ):
-    """label, live, share and coefficient of the heads of position (b, t), each [H_BLOCK]."""
+    """label (-1 if outside [0, V)), live, share, coefficient of the heads of position (b, t), each [H_BLOCK]."""
     target = t + SHIFT + offs_h
     length = S
     if rows.seq_lens is not None:
@@ -117,7 +117,7 @@ def row_coefficients(
     broken = live & ((label < 0) | (label >= V))
     share = tl.where(broken & (share != 0.0), float("nan"), share)
     coefficient = tl.where(broken & (coefficient != 0.0), float("nan"), coefficient)
-    return label, live, share, coefficient
+    return tl.where(broken, -1, label).to(tl.int32), live, share, coefficient
 
 
 @triton.jit

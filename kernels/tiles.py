@@ -36,7 +36,7 @@ def forward_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
 
     The tanh of a softcap holds every element in two more registers: half the bytes, or the tile spills.
     """
-    return _tile(V, itemsize, warp_size, strips=2 if softcap else 4)
+    return _tile(V, itemsize, warp_size, strips=2 if softcap else 4, most_threads=128 if softcap else 256)
 
 
 def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
@@ -44,7 +44,7 @@ def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
     return _tile(V, itemsize, warp_size, strips=2)
 
 
-def _tile(V: int, itemsize: int, warp_size: int, strips: int) -> Tile:
+def _tile(V: int, itemsize: int, warp_size: int, strips: int, most_threads: int = 256) -> Tile:
     vectors = V * itemsize // VECTOR_BYTES
-    threads = 256 if vectors >= 2048 else 128 if vectors >= 512 else 64
+    threads = most_threads if vectors >= 2048 else 128 if vectors >= 512 else 64
     return Tile(strips=strips, threads=threads, num_warps=threads // warp_size)

@@ -138,7 +138,8 @@ def weighted_mtp_ce(
         ignore_index: label of tokens that are no target.
         reduction: "mean"; "sum" (N = 1); "none": [B, S], loss_scale * w * mean over heads.
         normalizer: replaces N in "mean": a number, or a 0-d tensor on the logits' device. A global count here makes
-            micro-batches and ranks add up to the loss of the whole batch.
+            micro-batches and ranks add up to the loss of the whole batch. (Under torch.compile give a tensor: a number
+            is a constant, and each new one compiles again.)
         loss_scale: factor on the loss.
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2, added to every row.
@@ -172,13 +173,14 @@ def weighted_mtp_ce(
     _check_options(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
         ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing, inplace_backward=inplace_backward, impl=impl,
+        label_smoothing=label_smoothing, inplace_backward=inplace_backward, validate=validate,
+        return_stats=return_stats, impl=impl,
     )  # fmt: skip
     _check_tensors(given[0], shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids)
     _check_normalizer(normalizer, reduction, given[0].device)
     impl = _choose(impl, given[0])
     if inplace_backward:
-        _check_inplace(given, heads, impl)
+        _check_inplace(given, impl)
     if validate:
         _check_values(
             labels,
@@ -250,7 +252,7 @@ class WeightedMTPLoss(nn.Module):
             raise TypeError(
                 f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__annotations__)}"
             )
-        _check_options(**options)
+        _check_options(return_stats=return_stats, **options)
         self.return_stats = return_stats
         self.register_buffer("head_weights", options.pop("head_weights", None))
         self.options = options
@@ -342,6 +344,7 @@ def _check_options(
     label_smoothing: float = 0.0,
     inplace_backward: bool = False,
     validate: bool = False,
+    return_stats: bool = False,
     impl: str = "auto",
 ) -> None:
     chosen = {
@@ -356,7 +359,8 @@ def _check_options(
     for name, integer in (("shift", shift), ("ignore_index", ignore_index)):
         if isinstance(integer, bool) or not isinstance(integer, int):
             raise TypeError(f"{name} is {type(integer).__name__}; expected an int.")
-    for name, flag in (("inplace_backward", inplace_backward), ("validate", validate)):
+    flags = {"inplace_backward": inplace_backward, "validate": validate, "return_stats": return_stats}
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {type(flag).__name__}; expected a bool.")
     numbers_given = {"loss_scale": loss_scale, "z_loss": z_loss, "label_smoothing": label_smoothing}
@@ -365,7 +369,8 @@ def _check_options(
     for name, number in numbers_given.items():
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise TypeError(f"{name} is {type(number).__name__}; expected a float.")
-        if not math.isfinite(number):
+        # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
+        if not -math.inf < number < math.inf:
             raise ValueError(f"{name} is {number}; expected a finite number.")
     if shift < 0:
         raise ValueError(f"shift is {shift}; expected 0 (labels shifted already), 1 (as in transformers) or more.")
@@ -401,29 +406,30 @@ def _check_tensors(
     document_ids: Any,
 ) -> None:
     B, S, H, _ = shape
-    per_token = f"[B, S] = [{B}, {S}]"
-    integers = {"labels": (labels, [B, S], per_token), "seq_lens": (seq_lens, [B], f"[B] = [{B}]")}
-    integers["document_ids"] = (document_ids, [B, S], per_token)
-    for name, (tensor, wanted, words) in integers.items():
+    integers = {"labels": (labels, [B, S]), "seq_lens": (seq_lens, [B]), "document_ids": (document_ids, [B, S])}
+    for name, (tensor, wanted) in integers.items():
         if tensor is None and name != "labels":
             continue
         _require_tensor(name, tensor)
         if tensor.dtype not in INTEGERS:
             raise TypeError(f"{name} is {tensor.dtype}; expected an integer dtype, such as torch.int64.")
         if _shape(tensor) != wanted:
-            raise ValueError(f"{name} is {_shape(tensor)}; expected {words} from logits.")
+            # Words are made here only: a size in an f-string would pin it under torch.compile.
+            raise ValueError(
+                f"{name} is {_shape(tensor)}; expected {'[B, S]' if len(wanted) == 2 else '[B]'} = {wanted} from logits."
+            )
     if token_weights is not None:
         _require_tensor("token_weights", token_weights)
         if not token_weights.is_floating_point():
             raise TypeError(f"token_weights is {token_weights.dtype}; expected a floating dtype.")
         if _shape(token_weights) not in ([B, S], [B, S, H]):
             raise ValueError(
-                f"token_weights is {_shape(token_weights)}; expected {per_token} or [B, S, H] = [{B}, {S}, {H}] "
-                "from logits."
+                f"token_weights is {_shape(token_weights)}; expected [B, S] = [{B}, {S}] or "
+                f"[B, S, H] = [{B}, {S}, {H}] from logits."
             )
         if token_weights.dim() == 3 and weight_alignment == "target":
             raise ValueError(
-                f"weight_alignment is 'target' and token_weights is {_shape(token_weights)}; expected {per_token}, or "
+                f"weight_alignment is 'target' and token_weights is {_shape(token_weights)}; expected [B, S], or "
                 "weight_alignment='position': weights of one row each need no alignment."
             )
     if head_weights is not None and _shape(head_weights) != [H]:
@@ -455,7 +461,7 @@ def _check_normalizer(normalizer: Any, reduction: str, device: torch.device) -> 
             raise ValueError(f"normalizer is on {normalizer.device}; expected {device}, where logits is, or a number.")
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer is {type(normalizer).__name__}; expected a number or a 0-d tensor.")
-    elif not (math.isfinite(normalizer) and normalizer > 0):
+    elif not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer is {normalizer}; expected a finite number above 0.")
 
 
@@ -494,19 +500,38 @@ def _choose(impl: str, first: Tensor) -> str:
     return impl
 
 
-def _check_inplace(given: list[Tensor], heads: list[Tensor], impl: str) -> None:
+def _check_inplace(given: list[Tensor], impl: str) -> None:
     if impl == "reference":
         raise ValueError("inplace_backward is True; expected False with impl='reference', which has no such path.")
     for x in given:
-        if x.is_leaf and x.requires_grad:
+        leaf = x._base if x._base is not None else x
+        if leaf.is_leaf and leaf.requires_grad:
             raise ValueError(
-                "inplace_backward is True and logits is a leaf that requires a gradient; expected the output of a "
-                "layer: the leaf's own values would be overwritten."
+                "inplace_backward is True and logits is a leaf that requires a gradient, or a view of one; expected "
+                "the output of a layer: the leaf's own values would be overwritten."
             )
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError("inplace_backward is True and logits is expanded; expected memory of its own.")
-    if len({(head.untyped_storage()._cdata, head.storage_offset()) for head in heads}) < len(heads):
-        raise ValueError("inplace_backward is True and two heads of logits are one tensor; expected separate ones.")
+    # Under torch.compile tensors have no addresses, and each graph input is known to be separate.
+    if not torch.compiler.is_compiling() and _overlap(given):
+        raise ValueError("inplace_backward is True and two heads of logits share memory; expected separate memory.")
+
+
+def _overlap(heads: list[Tensor]) -> bool:
+    """Two heads of one shape share memory; where their strides differ this errs towards yes."""
+    return any(not _apart(head, other) for i, head in enumerate(heads) for other in heads[:i])
+
+
+def _apart(head: Tensor, other: Tensor) -> bool:
+    distance = abs(head.data_ptr() - other.data_ptr()) // head.element_size()
+    steps = sorted((step, n) for step, n in zip(head.stride(), head.shape, strict=True) if n > 1)
+    extent = 1  # elements that the dimensions of smaller steps span
+    for step, n in steps:
+        # One head lies in the gaps that the other's steps leave, as heads of one tensor do.
+        if head.stride() == other.stride() and extent <= distance % step <= step - extent:
+            return True
+        extent += (n - 1) * step
+    return distance >= extent
 
 
 def _check_values(
