@@ -415,9 +415,8 @@ def _check_tensors(
             raise TypeError(f"{name} is {tensor.dtype}; expected an integer dtype, such as torch.int64.")
         if _shape(tensor) != wanted:
             # Words are made here only: a size in an f-string would pin it under torch.compile.
-            raise ValueError(
-                f"{name} is {_shape(tensor)}; expected {'[B, S]' if len(wanted) == 2 else '[B]'} = {wanted} from logits."
-            )
+            letters = "[B, S]" if len(wanted) == 2 else "[B]"
+            raise ValueError(f"{name} is {_shape(tensor)}; expected {letters} = {wanted} from logits.")
     if token_weights is not None:
         _require_tensor("token_weights", token_weights)
         if not token_weights.is_floating_point():

@@ -26,9 +26,8 @@ UNITS_IN_LAST_PLACE = 4
 
 
 def _mend_interpreter() -> None:
-    from triton.runtime import interpreter
-
     import triton.language as tl
+    from triton.runtime import interpreter
 
     convert, patch = interpreter._convert_float, interpreter._patch_lang
 
@@ -81,7 +80,7 @@ def device(impl: str) -> torch.device:
 
 @pytest.fixture
 def draw(device: torch.device) -> SimpleNamespace:
-    """Seeded numbers on the device, the same on every device: normal(*shape), uniform(*shape), integers(high, *shape)."""
+    """Seeded numbers, the same for every device: normal(*shape), uniform(*shape), integers(high, *shape)."""
     generator = torch.Generator().manual_seed(2404_19737)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -156,11 +155,14 @@ def _error(got: Tensor, exact: Tensor) -> float:
     return float(distance.nan_to_num(math.inf).max()) if distance.numel() else 0.0
 
 
-def _rounding_units(exact: SimpleNamespace, size: SimpleNamespace, weights: Any, options: Any, V: int) -> dict[str, float]:
+def _rounding_units(
+    exact: SimpleNamespace, size: SimpleNamespace, weights: Any, options: Any, logits: Given
+) -> dict[str, float]:
     """What the last bit of each result is a bit of. `size` is the result with every term taken as positive.
 
     The sum of exponentials is at least 1, so its logarithm, and with it ce, carries the last bit of 1 however small
-    it is; g (p - 1) carries the last bit of g, however near p is to 1.
+    it is; g (p - 1) carries the last bit of g, however near p is to 1. Label smoothing adds e times a logit and a mean
+    of logits, and with them their last bits, even where the two cancel.
     """
     reduction, normalizer = options.get("reduction", "mean"), options.get("normalizer")
     positions = float(exact.stats.live.any(-1).sum())
@@ -168,13 +170,15 @@ def _rounding_units(exact: SimpleNamespace, size: SimpleNamespace, weights: Any,
     if reduction == "mean" and positions:
         one /= positions if normalizer is None else float(normalizer)
     largest_weight = 1.0 if weights is None else _largest(weights)
+    heads = [logits] if isinstance(logits, Tensor) else logits
+    row = 1 + options.get("label_smoothing", 0.0) * max(_largest(head) for head in heads)
     upstream = 1.0 if options["upstream"] is None else _largest(torch.as_tensor(options["upstream"]))
     return {
-        "loss": _largest(size.loss) + one * largest_weight * (1 if reduction == "none" else positions),
+        "loss": _largest(size.loss) + one * row * largest_weight * (1 if reduction == "none" else positions),
         "d_logits": one * largest_weight * upstream,
-        "d_token_weights": _largest(size.d_token_weights) + one * upstream,
+        "d_token_weights": _largest(size.d_token_weights) + one * row * upstream,
         "ce": 1 + _largest(exact.stats.ce),
-        "lse": math.log(V) + _largest(exact.stats.lse),
+        "lse": math.log(heads[0].shape[-1]) + _largest(exact.stats.lse),
     }
 
 
@@ -217,7 +221,7 @@ def compare(
     )
 
     first = logits if isinstance(logits, Tensor) else logits[0]
-    units = _rounding_units(exact, size, wide_weights, wide, first.shape[-1])
+    units = _rounding_units(exact, size, wide_weights, wide, logits)
     bit = UNITS_IN_LAST_PLACE * torch.finfo(got.loss.dtype).eps
     assert got.loss.dtype == (torch.float64 if first.dtype == torch.float64 else torch.float32)
     assert torch.equal(got.stats.live, exact.stats.live)

@@ -26,7 +26,10 @@ EXIT_INTERRUPTED = 130
 DEFAULT_RECIPE = "tiny"
 
 # What floor 2 imports sooner or later; mlflow only where the recipe asks for it.
-_TRAIN_EXTRA = ("datasets", "matplotlib", "pydantic", "rich", "safetensors", "tokenizers", "transformers", "yaml")
+_TRAIN_EXTRA = (
+    *("datasets", "matplotlib", "pydantic", "rich"),
+    *("safetensors", "tokenizers", "transformers", "yaml"),
+)
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    # The same message whatever is missing: this one import is all that stands between it and the recipe.
+    # Asked before anything imports one of them, and without importing any.
     if missing := [name for name in _TRAIN_EXTRA if find_spec(name) is None]:
         return _complain(_missing(missing), EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
@@ -100,7 +103,9 @@ def _run(recipe: Recipe, output: Path, dry_run: bool) -> int:
     except NonFiniteError as error:
         return _complain(str(error), EXIT_NOT_FINITE)
     except KeyboardInterrupt:
-        return _complain(f"interrupted; metrics so far are in {output / 'metrics.jsonl'}", EXIT_INTERRUPTED)
+        metrics = output / "metrics.jsonl"
+        kept = f"; metrics so far are in {metrics}" if metrics.exists() else ""
+        return _complain(f"interrupted{kept}", EXIT_INTERRUPTED)
     return EXIT_DONE
 
 
@@ -119,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         metavar="recipe | a.b=c",
-        help=f"a shipped recipe's name or the path of a YAML file (default: {DEFAULT_RECIPE}), and any number "
-        "of overrides; the value of an override is read as YAML",
+        help=f"a shipped recipe's name or the path of a YAML file (default: {DEFAULT_RECIPE}), and any "
+        "number of overrides, whose values are read as YAML",
     )
     parser.add_argument(
         "--dry-run",
@@ -128,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="check the recipe, size the model without memory for it, say what would be done; writes nothing",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the recipe with every default and override, as YAML"
+        "--print-config",
+        action="store_true",
+        help="print the recipe with every default and override, as YAML",
     )
     parser.add_argument(
         "--output",

@@ -42,11 +42,11 @@ class Batch:
     position_ids: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to a device; the copy from pinned memory would not wait, and none of it is awaited here."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+        """Copy to a device."""
+        return Batch(*(tensor.to(device) for tensor in self._tensors()))
 
     def split(self, rows: int) -> Iterator[Batch]:
-        """Give micro-batches of at most `rows` rows."""
+        """Give micro-batches of at most `rows` rows, as views."""
         for parts in zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True):
             yield Batch(*parts)
 

@@ -35,35 +35,41 @@ class DataConfig(_Group):
     """The text, its split, its tokens."""
 
     corpus: str = Field(
-        "stdlib", description="'stdlib' (the Python standard library's own source) or a folder of text files"
+        default="stdlib",
+        description="'stdlib' (the Python standard library's own source) or a folder of text files",
     )
-    suffix: str = Field(".py", min_length=1, description="which files of the corpus are documents, by suffix")
+    suffix: str = Field(default=".py", min_length=1, description="which files of the corpus are documents, by suffix")
     holdout_fraction: float = Field(
-        0.04, gt=0, lt=1, description="share of the files held out for validation, chosen by a hash of the path"
+        default=0.04,
+        gt=0,
+        lt=1,
+        description="share of the files held out for validation, chosen by a hash of the path",
     )
-    vocab_size: int = Field(8192, ge=257, description="entries of the byte-level BPE tokenizer, V")
-    sequence_length: int = Field(256, ge=2, description="tokens in a packed row, S")
+    vocab_size: int = Field(default=8192, ge=257, description="entries of the byte-level BPE tokenizer, V")
+    sequence_length: int = Field(default=256, ge=2, description="tokens in a packed row, S")
 
 
 class MTPConfig(_Group):
     """The prediction heads."""
 
     kind: Literal["residual"] = Field(
-        "residual", description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774"
+        default="residual",
+        description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774",
     )
-    horizon: int = Field(4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
+    horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
 
 
 class ModelConfig(_Group):
     """The trunk, a Llama from transformers with random weights, and its heads."""
 
-    kind: Literal["llama"] = Field("llama", description="architecture; trained from scratch")
+    kind: Literal["llama"] = Field(default="llama", description="architecture; trained from scratch")
     hidden_size: int = Field(ge=1, description="width of the hidden states, D")
     intermediate_size: int = Field(ge=1, description="width inside the feed-forward layers")
     layers: int = Field(ge=1, description="number of decoder layers")
     attention_heads: int = Field(ge=1, description="number of attention heads per layer")
     kv_heads: int = Field(ge=1, description="number of key/value heads per layer; divides attention_heads")
-    tie_embeddings: bool = Field(True, description="whether input embedding and unembedding are one matrix")
+    tie_embeddings: bool = Field(default=True, description="whether input embedding and unembedding are one matrix")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights and embeddings")
     mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
 
     @model_validator(mode="after")
@@ -81,23 +87,29 @@ class ModelConfig(_Group):
 class UniformScorerConfig(_Group):
     """Every supervised token weighs 1."""
 
-    name: Literal["uniform"] = Field("uniform", description="which scorer makes the token weights")
+    name: Literal["uniform"] = Field(default="uniform", description="which scorer makes the token weights")
 
 
 class OptimizerConfig(_Group):
     """AdamW with a linear warm-up and a cosine decay."""
 
     lr: float = Field(gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0 to lr")
-    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the mean of squared gradients")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
+    final_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled weight decay; matrices only, not embeddings, norms or biases"
+        default=0.1,
+        ge=0,
+        description="decoupled weight decay; matrices only, not embeddings, norms or biases",
     )
     clip_norm: float | None = Field(
-        1.0, gt=0, description="largest L2 norm of the whole gradient; null logs the norm but never clips"
+        default=1.0,
+        gt=0,
+        description="largest L2 norm of the whole gradient; null logs the norm but never clips",
     )
 
 
@@ -107,43 +119,46 @@ class TrainConfig(_Group):
     steps: int = Field(ge=1, description="optimizer steps")
     batch_size: int = Field(ge=1, description="rows of sequence_length tokens per optimizer step")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="rows per forward; divides batch_size; null means batch_size. Changes memory, not results"
+        default=None,
+        ge=1,
+        description="rows per forward; divides batch_size; null: all. Changes memory, not results",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    log_every: int = Field(10, ge=1, description="steps between two lines of metrics")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
         if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
 
 class ValidationConfig(_Group):
     """How the held-out files are scored; always all of them, unweighted, and always after the last step."""
 
-    every: int | None = Field(None, ge=1, description="steps between two validations; null: after the last step only")
-    batch_size: int = Field(8, ge=1, description="rows per forward; changes memory, not results")
+    every: int | None = Field(
+        default=None, ge=1, description="steps between two validations; null: after the last step only"
+    )
+    batch_size: int = Field(default=8, ge=1, description="rows per forward; changes memory, not results")
 
 
 class TrackingConfig(_Group):
     """Where metrics go besides metrics.jsonl in the output folder."""
 
-    kind: Literal["mlflow", "none"] = Field("mlflow", description="none works without mlflow installed")
-    uri: str = Field("sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
-    experiment: str = Field("mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
+    kind: Literal["mlflow", "none"] = Field(default="mlflow", description="none works without mlflow installed")
+    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
+    experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
 
 
 class Recipe(_Group):
     """Everything that decides a run."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="begins the name of the output folder and of the MLflow run"
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="begins the name of the output folder and of the MLflow run",
     )
-    description: str = Field("", description="one sentence, shown by --help")
-    seed: int = Field(0, ge=0, lt=2**63, description="initial weights and the order of the rows")
+    description: str = Field(default="", description="one sentence, shown by --help")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the rows")
     data: DataConfig = Field(default_factory=DataConfig, description="the text, its split, its tokens")
     model: ModelConfig = Field(description="the trunk and its heads")
     scorer: UniformScorerConfig = Field(
@@ -151,9 +166,7 @@ class Recipe(_Group):
     )
     optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
     train: TrainConfig = Field(description="the loop")
-    validation: ValidationConfig = Field(
-        default_factory=ValidationConfig, description="scoring of the held-out files"
-    )
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
 
     @model_validator(mode="after")
@@ -204,6 +217,12 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
 
 
+def without_password(recipe: Recipe) -> Recipe:
+    """Give the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
+    uri = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", recipe.tracking.uri)
+    return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": uri})})
+
+
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Give the values of a recipe by dotted key."""
     return dict(_leaves(recipe.model_dump()))
@@ -228,9 +247,7 @@ def _find(name_or_path: str) -> Path:
         raise RecipeError(f"recipe {name_or_path} is a folder; expected a YAML file")
     near = difflib.get_close_matches(name_or_path, shipped, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise RecipeError(
-        f"recipe '{name_or_path}' is neither a file nor a shipped recipe ({', '.join(shipped)}){hint}"
-    )
+    raise RecipeError(f"recipe '{name_or_path}' is neither a file nor a shipped recipe ({', '.join(shipped)}){hint}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -285,7 +302,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise RecipeError(
-                f"override '{override}' goes into '{'.'.join(groups[: depth + 1])}', which is a value, not a group"
+                f"override '{override}' goes into '{'.'.join(groups[: depth + 1])}', a value and not a group"
             )
     tree[leaf] = value
 
@@ -315,19 +332,19 @@ def _nearest_key(dotted: str) -> str | None:
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
     if elsewhere:
         return elsewhere[0]
-    near = difflib.get_close_matches(dotted, known, n=1)
-    if not near:
-        leaves = {key.rpartition(".")[2]: key for key in known}
-        near = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1)]
-    return near[0] if near else None
+    if near := difflib.get_close_matches(dotted, known, n=1):
+        return near[0]
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    spelt = difflib.get_close_matches(leaf, leaves, n=1)
+    return leaves[spelt[0]] if spelt else None
 
 
 def _explain(error: ErrorDetails) -> str:
     """Turn one pydantic error into one line: the key, what came, what was expected, the way out."""
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = _nearest_key(dotted)
-        hint = f"did you mean '{near}'?" if near else "--print-config shows every key"
+        meant = _nearest_key(dotted)
+        hint = f"did you mean '{meant}'?" if meant else "--print-config shows every key"
         return f"unknown key '{dotted}'; {hint}"
     if error["type"] == "missing":
         return f"missing key '{dotted}': {_description(dotted)}"
@@ -339,10 +356,11 @@ def _explain(error: ErrorDetails) -> str:
     meaning = _description(dotted)
     came = error["input"]
     shown = _kind(came) if isinstance(came, dict | list) else _as_yaml(came)
-    near = []
+    hint = ""
     if error["type"] == "literal_error":
-        near = difflib.get_close_matches(str(came), re.findall(r"'([^']*)'", error["ctx"]["expected"]), n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(came), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near and len(choices) > 1 else ""
     return f"'{dotted}' is {shown}; it {message}{hint}{f' ({meaning})' if meaning else ''}"
 
 

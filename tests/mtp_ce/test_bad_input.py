@@ -1,6 +1,7 @@
 """Bad input: an error that names the argument and what was expected, before anything is computed."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from mtp_ce import weighted_mtp_ce
 
 B, S, H, V = 2, 5, 3, 11
 NAN, INF = float("nan"), float("inf")
+INPLACE, TRITON = {"inplace_backward": True}, {"impl": "triton"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,12 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_ce.loss.reference_weighted_mtp_ce", reached)
 
 
-def good() -> dict[str, Any]:
-    """Arguments that are right; each row of the tables below spoils some."""
-    return {"logits": torch.zeros(B, S, H, V), "labels": torch.zeros(B, S, dtype=torch.int64)}
+def f32(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+def i64(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -41,191 +46,207 @@ def layer(*shape: int) -> Tensor:
     return leaf(*shape) * 1
 
 
-# (what is spoiled, the error, what its message says)
-SHAPES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
-    "logits_2d": (lambda: {"logits": torch.zeros(S, V)}, ValueError, r"logits is \[5, 11\]; expected \[B, S, H, V\]"),
-    "logits_5d": (lambda: {"logits": torch.zeros(1, B, S, H, V)}, ValueError, "logits is .*expected"),
-    "head_4d": (lambda: {"logits": [torch.zeros(B, S, 1, V)] * 2}, ValueError, r"logits\[0\] is .*expected \[B, S, V\]"),
-    "heads_of_two_shapes": (
-        lambda: {"logits": [torch.zeros(B, S, V), torch.zeros(B, S, V + 1)]}, ValueError, r"logits\[1\] is .*expected",
-    ),
-    "heads_of_two_dtypes": (
-        lambda: {"logits": [torch.zeros(B, S, V), torch.zeros(B, S, V).bfloat16()]}, ValueError, r"logits\[1\] is .*expected",
-    ),
-    "no_heads": (lambda: {"logits": torch.zeros(B, S, 0, V)}, ValueError, "logits has H = 0 heads; expected"),
-    "empty_list": (lambda: {"logits": []}, ValueError, "logits has H = 0 heads; expected"),
-    "no_vocabulary": (lambda: {"logits": torch.zeros(B, S, H, 0)}, ValueError, "logits is .*V = 0; expected"),
-    "no_vocabulary_in_a_list": (lambda: {"logits": [torch.zeros(B, S, 0)]}, ValueError, "V = 0; expected"),
-    "labels_1d": (lambda: {"labels": torch.zeros(S).long()}, ValueError, r"labels is \[5\]; expected \[B, S\] = \[2, 5\]"),
-    "labels_of_another_batch": (lambda: {"labels": torch.zeros(B + 1, S).long()}, ValueError, "labels is .*expected"),
-    "labels_of_another_length": (lambda: {"labels": torch.zeros(B, S + 1).long()}, ValueError, "labels is .*expected"),
-    "labels_by_head": (lambda: {"labels": torch.zeros(B, S, H).long()}, ValueError, "labels is .*expected"),
-    "weights_by_sequence": (lambda: {"token_weights": torch.ones(B)}, ValueError, "token_weights is .*expected"),
-    "weights_of_another_length": (lambda: {"token_weights": torch.ones(B, S - 1)}, ValueError, "token_weights is .*expected"),
-    "weights_of_another_horizon": (
-        lambda: {"token_weights": torch.ones(B, S, H + 1)}, ValueError, r"token_weights is .*\[B, S, H\] = \[2, 5, 3\]",
-    ),
-    "weights_by_vocabulary": (lambda: {"token_weights": torch.ones(B, S, H, V)}, ValueError, "token_weights is .*expected"),
-    "head_weights_too_many": (lambda: {"head_weights": torch.ones(H + 1)}, ValueError, "head_weights is .*expected"),
-    "head_weights_2d": (lambda: {"head_weights": torch.ones(1, H)}, ValueError, "head_weights is .*expected"),
-    "head_weights_0d": (lambda: {"head_weights": torch.ones(())}, ValueError, "head_weights is .*expected"),
-    "seq_lens_2d": (lambda: {"seq_lens": torch.ones(B, 1).long()}, ValueError, "seq_lens is .*expected"),
-    "seq_lens_of_another_batch": (lambda: {"seq_lens": torch.ones(B + 1).long()}, ValueError, "seq_lens is .*expected"),
-    "document_ids_1d": (lambda: {"document_ids": torch.ones(S).long()}, ValueError, "document_ids is .*expected"),
-    "normalizer_1d": (lambda: {"normalizer": torch.ones(1)}, ValueError, "normalizer is .*expected a 0-d tensor"),
-}  # fmt: skip
+def good() -> dict[str, Any]:
+    """Arguments that are right; each row of the tables below spoils some."""
+    return {"logits": f32(B, S, H, V), "labels": i64(B, S)}
 
-TYPES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
-    "logits_None": (lambda: {"logits": None}, TypeError, "logits is NoneType; expected"),
-    "logits_text": (lambda: {"logits": "logits"}, TypeError, "logits is str; expected"),
-    "logits_of_numbers": (lambda: {"logits": [1.0, 2.0]}, TypeError, r"logits\[0\] is float; expected"),
-    "logits_int": (lambda: {"logits": torch.zeros(B, S, H, V).int()}, TypeError, "logits is torch.int32; expected a floating"),
-    "logits_bool": (lambda: {"logits": torch.zeros(B, S, H, V).bool()}, TypeError, "logits is torch.bool; expected"),
-    "logits_complex": (lambda: {"logits": torch.zeros(B, S, H, V) * 1j}, TypeError, "logits is torch.complex64; expected"),
-    "logits_float8": (
-        lambda: {"logits": torch.zeros(B, S, H, V).to(torch.float8_e4m3fn)}, TypeError, "logits is torch.float8_e4m3fn; expected",
-    ),
-    "labels_float": (lambda: {"labels": torch.zeros(B, S)}, TypeError, "labels is torch.float32; expected an integer"),
-    "labels_bool": (lambda: {"labels": torch.zeros(B, S).bool()}, TypeError, "labels is torch.bool; expected an integer"),
-    "labels_list": (lambda: {"labels": [[0] * S] * B}, TypeError, "labels is list; expected a torch.Tensor"),
-    "labels_None": (lambda: {"labels": None}, TypeError, "labels is NoneType; expected"),
-    "weights_int": (lambda: {"token_weights": torch.ones(B, S).int()}, TypeError, "token_weights is torch.int32; expected"),
-    "weights_bool": (lambda: {"token_weights": torch.ones(B, S).bool()}, TypeError, "token_weights is torch.bool; expected"),
-    "weights_number": (lambda: {"token_weights": 1.0}, TypeError, "token_weights is float; expected"),
-    "head_weights_list": (lambda: {"head_weights": [1.0] * H}, TypeError, "head_weights is list; expected"),
-    "head_weights_int": (lambda: {"head_weights": torch.ones(H).int()}, TypeError, "head_weights is torch.int32; expected"),
-    "head_weights_learned": (lambda: {"head_weights": leaf(H)}, ValueError, "head_weights requires a gradient"),
-    "seq_lens_float": (lambda: {"seq_lens": torch.ones(B)}, TypeError, "seq_lens is torch.float32; expected"),
-    "seq_lens_list": (lambda: {"seq_lens": [S] * B}, TypeError, "seq_lens is list; expected"),
-    "document_ids_float": (lambda: {"document_ids": torch.ones(B, S)}, TypeError, "document_ids is torch.float32; expected"),
-    "normalizer_text": (lambda: {"normalizer": "mean"}, TypeError, "normalizer is str; expected"),
-    "normalizer_bool": (lambda: {"normalizer": True}, TypeError, "normalizer is bool; expected"),
-    "normalizer_learned": (lambda: {"normalizer": leaf()}, ValueError, "normalizer requires a gradient"),
-    "shift_float": (lambda: {"shift": 1.0}, TypeError, "shift is float; expected"),
-    "shift_bool": (lambda: {"shift": True}, TypeError, "shift is bool; expected"),
-    "shift_tensor": (lambda: {"shift": torch.tensor(1)}, TypeError, "shift is Tensor; expected"),
-    "ignore_index_float": (lambda: {"ignore_index": -100.0}, TypeError, "ignore_index is float; expected"),
-    "ignore_index_None": (lambda: {"ignore_index": None}, TypeError, "ignore_index is NoneType; expected"),
-    "softcap_text": (lambda: {"softcap": "30"}, TypeError, "softcap is str; expected"),
-    "softcap_bool": (lambda: {"softcap": True}, TypeError, "softcap is bool; expected"),
-    "z_loss_None": (lambda: {"z_loss": None}, TypeError, "z_loss is NoneType; expected"),
-    "loss_scale_tensor": (lambda: {"loss_scale": torch.tensor(1.0)}, TypeError, "loss_scale is Tensor; expected"),
-    "inplace_number": (lambda: {"inplace_backward": 1}, TypeError, "inplace_backward is int; expected"),
-    "validate_text": (lambda: {"validate": "no"}, TypeError, "validate is str; expected"),
-    "return_stats_text": (lambda: {"return_stats": "no"}, TypeError, "return_stats is str; expected"),
-}  # fmt: skip
 
-VALUES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
-    "shift_negative": (lambda: {"shift": -1}, ValueError, "shift is -1; expected"),
-    "softcap_0": (lambda: {"softcap": 0.0}, ValueError, "softcap is 0.0; expected a number above 0"),
-    "softcap_negative": (lambda: {"softcap": -30.0}, ValueError, "softcap is -30.0; expected"),
-    "softcap_nan": (lambda: {"softcap": NAN}, ValueError, "softcap is nan; expected"),
-    "softcap_inf": (lambda: {"softcap": INF}, ValueError, "softcap is inf; expected"),
-    "z_loss_negative": (lambda: {"z_loss": -1e-4}, ValueError, "z_loss is -0.0001; expected"),
-    "z_loss_nan": (lambda: {"z_loss": NAN}, ValueError, "z_loss is nan; expected"),
-    "label_smoothing_negative": (lambda: {"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1; expected"),
-    "label_smoothing_1": (lambda: {"label_smoothing": 1.0}, ValueError, "label_smoothing is 1.0; expected"),
-    "loss_scale_inf": (lambda: {"loss_scale": INF}, ValueError, "loss_scale is inf; expected"),
-    "normalizer_0": (lambda: {"normalizer": 0}, ValueError, "normalizer is 0; expected"),
-    "normalizer_negative": (lambda: {"normalizer": -3.0}, ValueError, "normalizer is -3.0; expected"),
-    "normalizer_nan": (lambda: {"normalizer": NAN}, ValueError, "normalizer is nan; expected"),
-    "reduction_unknown": (lambda: {"reduction": "avg"}, ValueError, "reduction is 'avg'; expected one of 'mean'"),
-    "reduction_None": (lambda: {"reduction": None}, ValueError, "reduction is None; expected one of"),
-    "alignment_unknown": (lambda: {"weight_alignment": "token"}, ValueError, "weight_alignment is 'token'; expected one of"),
-    "head_reduction_unknown": (lambda: {"head_reduction": "mean"}, ValueError, "head_reduction is 'mean'; expected one of"),
-    "impl_unknown": (lambda: {"impl": "cuda"}, ValueError, "impl is 'cuda'; expected one of"),
-    # Options that exclude each other.
+Row = tuple[str, Callable[[], dict[str, Any]]]  # what the message says ("..." stands for anything), what is spoiled
+
+WRONG_TYPES: dict[str, Row] = {
+    "logits_None": ("logits is NoneType; expected", lambda: {"logits": None}),
+    "logits_text": ("logits is str; expected", lambda: {"logits": "logits"}),
+    "logits_numbers": ("logits[0] is float; expected", lambda: {"logits": [1.0, 2.0]}),
+    "logits_int": ("logits is torch.int64; expected", lambda: {"logits": i64(B, S, H, V)}),
+    "logits_bool": ("logits is torch.bool; expected", lambda: {"logits": f32(B, S, H, V).bool()}),
+    "logits_complex": ("logits is torch.complex64; expected", lambda: {"logits": f32(B, S, H, V) * 1j}),
+    "logits_float8": ("logits is torch.float8_e5m2; expected", lambda: {"logits": f32(B, S, V).to(torch.float8_e5m2)}),
+    "logits_float64_for_triton": (
+        "logits is torch.float64; expected",
+        lambda: {"logits": f32(B, S, V).double()} | TRITON,
+    ),
+    "head_int": ("logits... expected", lambda: {"logits": [i64(B, S, V)]}),
+    "labels_float": ("labels is torch.float32; expected an integer dtype", lambda: {"labels": f32(B, S)}),
+    "labels_bool": ("labels is torch.bool; expected an integer dtype", lambda: {"labels": i64(B, S).bool()}),
+    "labels_list": ("labels is list; expected a torch.Tensor", lambda: {"labels": [[0] * S] * B}),
+    "labels_None": ("labels is NoneType; expected", lambda: {"labels": None}),
+    "weights_int": ("token_weights is torch.int64; expected a floating", lambda: {"token_weights": i64(B, S)}),
+    "weights_bool": ("token_weights is torch.bool; expected", lambda: {"token_weights": i64(B, S).bool()}),
+    "weights_complex": ("token_weights is torch.complex64; expected", lambda: {"token_weights": f32(B, S) * 1j}),
+    "weights_number": ("token_weights is float; expected", lambda: {"token_weights": 1.0}),
+    "head_weights_list": ("head_weights is list; expected", lambda: {"head_weights": [1.0] * H}),
+    "head_weights_int": ("head_weights is torch.int64; expected", lambda: {"head_weights": i64(H)}),
+    "seq_lens_float": ("seq_lens is torch.float32; expected", lambda: {"seq_lens": f32(B)}),
+    "seq_lens_list": ("seq_lens is list; expected", lambda: {"seq_lens": [S] * B}),
+    "document_ids_float": ("document_ids is torch.float32; expected", lambda: {"document_ids": f32(B, S)}),
+    "normalizer_text": ("normalizer is str; expected", lambda: {"normalizer": "mean"}),
+    "normalizer_bool": ("normalizer is bool; expected", lambda: {"normalizer": True}),
+    "shift_float": ("shift is float; expected an int", lambda: {"shift": 1.0}),
+    "shift_bool": ("shift is bool; expected an int", lambda: {"shift": True}),
+    "shift_tensor": ("shift is Tensor; expected", lambda: {"shift": i64()}),
+    "ignore_index_float": ("ignore_index is float; expected", lambda: {"ignore_index": -100.0}),
+    "ignore_index_None": ("ignore_index is NoneType; expected", lambda: {"ignore_index": None}),
+    "softcap_text": ("softcap is str; expected", lambda: {"softcap": "30"}),
+    "softcap_bool": ("softcap is bool; expected", lambda: {"softcap": True}),
+    "z_loss_None": ("z_loss is NoneType; expected", lambda: {"z_loss": None}),
+    "loss_scale_tensor": ("loss_scale is Tensor; expected", lambda: {"loss_scale": f32()}),
+    "inplace_number": ("inplace_backward is int; expected a bool", lambda: {"inplace_backward": 1}),
+    "validate_text": ("validate is str; expected a bool", lambda: {"validate": "no"}),
+    "return_stats_text": ("return_stats is str; expected a bool", lambda: {"return_stats": "no"}),
+}
+
+WRONG_SHAPES: dict[str, Row] = {
+    "logits_2d": ("logits is [5, 11]; expected [B, S, H, V], [B, S, V]", lambda: {"logits": f32(S, V)}),
+    "logits_5d": ("logits is [1, 2, 5, 3, 11]; expected", lambda: {"logits": f32(1, B, S, H, V)}),
+    "head_4d": ("logits[0] is [2, 5, 1, 11]; expected [B, S, V]", lambda: {"logits": [f32(B, S, 1, V)] * 2}),
+    "heads_of_two_shapes": ("logits[1] is ... expected", lambda: {"logits": [f32(B, S, V), f32(B, S, V + 1)]}),
+    "heads_of_two_dtypes": ("logits[1] is ... expected", lambda: {"logits": [f32(B, S, V), f32(B, S, V).half()]}),
+    "no_heads": ("logits has H = 0 heads; expected", lambda: {"logits": f32(B, S, 0, V)}),
+    "empty_list": ("logits has H = 0 heads; expected", lambda: {"logits": []}),
+    "no_vocabulary": ("logits is ... V = 0; expected", lambda: {"logits": f32(B, S, H, 0)}),
+    "no_vocabulary_in_a_list": ("logits is ... V = 0; expected", lambda: {"logits": [f32(B, S, 0)]}),
+    "labels_1d": ("labels is [5]; expected [B, S] = [2, 5]", lambda: {"labels": i64(S)}),
+    "labels_of_another_batch": ("labels is [3, 5]; expected", lambda: {"labels": i64(B + 1, S)}),
+    "labels_of_another_length": ("labels is [2, 6]; expected", lambda: {"labels": i64(B, S + 1)}),
+    "labels_by_head": ("labels is [2, 5, 3]; expected", lambda: {"labels": i64(B, S, H)}),
+    "weights_by_sequence": ("token_weights is [2]; expected", lambda: {"token_weights": f32(B)}),
+    "weights_of_another_length": ("token_weights is [2, 4]; expected", lambda: {"token_weights": f32(B, S - 1)}),
+    "weights_of_another_horizon": ("token_weights is ... [2, 5, 3]", lambda: {"token_weights": f32(B, S, H + 1)}),
+    "weights_by_vocabulary": ("token_weights is ... expected", lambda: {"token_weights": f32(B, S, H, V)}),
+    "head_weights_too_many": ("head_weights is [4]; expected [H] = [3]", lambda: {"head_weights": f32(H + 1)}),
+    "head_weights_2d": ("head_weights is [1, 3]; expected [H]", lambda: {"head_weights": f32(1, H)}),
+    "head_weights_0d": ("head_weights is []; expected [H]", lambda: {"head_weights": f32()}),
+    "seq_lens_2d": ("seq_lens is [2, 1]; expected [B] = [2]", lambda: {"seq_lens": i64(B, 1)}),
+    "seq_lens_of_another_batch": ("seq_lens is [3]; expected", lambda: {"seq_lens": i64(B + 1)}),
+    "document_ids_1d": ("document_ids is [5]; expected [B, S] = [2, 5]", lambda: {"document_ids": i64(S)}),
+    "normalizer_1d": ("normalizer is [1]; expected a 0-d tensor", lambda: {"normalizer": f32(1)}),
+}
+
+WRONG_VALUES: dict[str, Row] = {
+    "shift_negative": ("shift is -1; expected", lambda: {"shift": -1}),
+    "softcap_0": ("softcap is 0.0; expected a number above 0", lambda: {"softcap": 0.0}),
+    "softcap_negative": ("softcap is -30.0; expected", lambda: {"softcap": -30.0}),
+    "softcap_nan": ("softcap is nan; expected", lambda: {"softcap": NAN}),
+    "softcap_inf": ("softcap is inf; expected", lambda: {"softcap": INF}),
+    "z_loss_negative": ("z_loss is -0.0001; expected", lambda: {"z_loss": -1e-4}),
+    "z_loss_nan": ("z_loss is nan; expected", lambda: {"z_loss": NAN}),
+    "label_smoothing_negative": ("label_smoothing is -0.1; expected", lambda: {"label_smoothing": -0.1}),
+    "label_smoothing_1": ("label_smoothing is 1.0; expected", lambda: {"label_smoothing": 1.0}),
+    "loss_scale_inf": ("loss_scale is inf; expected", lambda: {"loss_scale": INF}),
+    "normalizer_0": ("normalizer is 0; expected", lambda: {"normalizer": 0}),
+    "normalizer_negative": ("normalizer is -3.0; expected", lambda: {"normalizer": -3.0}),
+    "normalizer_nan": ("normalizer is nan; expected", lambda: {"normalizer": NAN}),
+    "normalizer_learned": ("normalizer requires a gradient", lambda: {"normalizer": leaf()}),
+    "head_weights_learned": ("head_weights requires a gradient", lambda: {"head_weights": leaf(H)}),
+    "reduction_unknown": ("reduction is 'avg'; expected one of 'mean'", lambda: {"reduction": "avg"}),
+    "reduction_None": ("reduction is None; expected one of", lambda: {"reduction": None}),
+    "alignment_unknown": ("weight_alignment is 'token'; expected one of", lambda: {"weight_alignment": "token"}),
+    "head_reduction_unknown": ("head_reduction is 'mean'; expected one of", lambda: {"head_reduction": "mean"}),
+    "impl_unknown": ("impl is 'cuda'; expected one of", lambda: {"impl": "cuda"}),
+}
+
+EXCLUSIVE: dict[str, Row] = {
     "horizon_and_head_weights": (
-        lambda: {"head_reduction": "horizon", "head_weights": torch.ones(H)}, ValueError, "head_reduction is 'horizon' and head_weights",
+        "head_reduction is 'horizon' and head_weights is given; expected one",
+        lambda: {"head_reduction": "horizon", "head_weights": f32(H)},
     ),
-    "normalizer_with_sum": (lambda: {"normalizer": 2.0, "reduction": "sum"}, ValueError, "normalizer .*expected reduction='mean'"),
+    "normalizer_with_sum": (
+        "normalizer ... expected reduction='mean'",
+        lambda: {"normalizer": 2.0, "reduction": "sum"},
+    ),
     "normalizer_with_none": (
-        lambda: {"normalizer": torch.tensor(2.0), "reduction": "none"}, ValueError, "normalizer .*expected reduction='mean'",
+        "normalizer ... expected reduction='mean'",
+        lambda: {"normalizer": f32(), "reduction": "none"},
     ),
     "row_weights_by_target": (
-        lambda: {"token_weights": torch.ones(B, S, H), "weight_alignment": "target"}, ValueError, "weight_alignment is 'target' and token_weights",
+        "weight_alignment is 'target' and token_weights is [2, 5, 3]; expected",
+        lambda: {"token_weights": f32(B, S, H), "weight_alignment": "target"},
     ),
     "inplace_reference": (
-        lambda: {"logits": layer(B, S, H, V), "inplace_backward": True, "impl": "reference"}, ValueError, "inplace_backward .*impl='reference'",
+        "inplace_backward is True; expected False with impl='reference'",
+        lambda: {"logits": layer(B, S, H, V), "impl": "reference"} | INPLACE,
     ),
-    # In place, over memory that is not the loss's to overwrite.
-    "inplace_leaf": (
-        lambda: {"logits": leaf(B, S, H, V), "inplace_backward": True}, ValueError, "inplace_backward .*leaf.*expected",
-    ),
-    "inplace_leaf_in_a_list": (
-        lambda: {"logits": [layer(B, S, V), leaf(B, S, V)], "inplace_backward": True}, ValueError, "inplace_backward .*leaf",
-    ),
-    "inplace_view_of_a_leaf": (
-        lambda: {"logits": leaf(B, S, H * V).view(B, S, H, V), "inplace_backward": True}, ValueError, "inplace_backward .*leaf",
-    ),
-    "inplace_expanded": (
-        lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V), "inplace_backward": True}, ValueError, "inplace_backward .*expanded",
-    ),
-    "inplace_one_tensor_twice": (
-        lambda: {"logits": [layer(B, S, V)] * 2, "inplace_backward": True}, ValueError, "inplace_backward .*two heads",
-    ),
-    "inplace_overlapping_heads": (
-        lambda: {"logits": [(x := layer(B, S, V + 1))[..., :-1], x[..., 1:]], "inplace_backward": True}, ValueError, "inplace_backward",
-    ),
-    # What only a look at the values tells: validate=True.
-    "validated_normalizer_0": (lambda: {"normalizer": torch.tensor(0.0), "validate": True}, ValueError, "normalizer is 0.0; expected"),
-    "validated_normalizer_nan": (lambda: {"normalizer": torch.tensor(NAN), "validate": True}, ValueError, "normalizer is nan; expected"),
-    "validated_lengths_too_long": (
-        lambda: {"seq_lens": torch.tensor([S, S + 1]), "validate": True}, ValueError, r"seq_lens\[1\] is 6; expected .*\[0, 5\]",
-    ),
-    "validated_lengths_negative": (
-        lambda: {"seq_lens": torch.tensor([-1, S]), "validate": True}, ValueError, r"seq_lens\[0\] is -1; expected",
-    ),
-    "validated_weight_nan": (
-        lambda: {"token_weights": torch.tensor([[1.0] * S, [1, 1, NAN, 1, 1]]), "validate": True}, ValueError, r"token_weights\[1, 2\] is nan; expected",
-    ),
-    "validated_weight_inf": (
-        lambda: {"token_weights": torch.full((B, S, H), -INF), "validate": True}, ValueError, r"token_weights\[0, 0, 0\] is -inf; expected",
-    ),
-    "validated_head_weight_nan": (
-        lambda: {"head_weights": torch.tensor([1.0, NAN, 1.0]), "validate": True}, ValueError, r"head_weights\[1\] is nan; expected",
-    ),
-    "validated_label_too_large": (
-        lambda: {"labels": torch.full((B, S), V), "validate": True}, IndexError, r"labels\[0, 1\] is 11; expected .*\[0, 11\)",
-    ),
-    "validated_label_negative": (
-        lambda: {"labels": torch.full((B, S), -1), "validate": True}, IndexError, r"labels\[0, 1\] is -1; expected ignore_index \(-100\)",
-    ),
-}  # fmt: skip
+}
 
-DEVICES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
-    "labels": (lambda: {"labels": torch.zeros(B, S, device="meta").long()}, ValueError, "labels is on meta; expected cpu"),
-    "token_weights": (lambda: {"token_weights": torch.ones(B, S, device="meta")}, ValueError, "token_weights is on meta; expected cpu"),
-    "head_weights": (lambda: {"head_weights": torch.ones(H, device="meta")}, ValueError, "head_weights is on meta; expected cpu"),
-    "seq_lens": (lambda: {"seq_lens": torch.ones(B, device="meta").long()}, ValueError, "seq_lens is on meta; expected cpu"),
-    "document_ids": (lambda: {"document_ids": torch.ones(B, S, device="meta").long()}, ValueError, "document_ids is on meta; expected cpu"),
-    "normalizer": (lambda: {"normalizer": torch.ones((), device="meta")}, ValueError, "normalizer is on meta; expected cpu"),
-    "heads": (
-        lambda: {"logits": [torch.zeros(B, S, V), torch.zeros(B, S, V, device="meta")]}, ValueError, r"logits\[1\] is .*meta; expected .*cpu",
+# In place, over memory that is not the loss's to overwrite, or that two heads share.
+NOT_IN_PLACE: dict[str, Row] = {
+    "leaf": ("inplace_backward ... leaf ... expected", lambda: {"logits": leaf(B, S, H, V)} | INPLACE),
+    "leaf_in_a_list": ("inplace_backward ... leaf", lambda: {"logits": [layer(B, S, V), leaf(B, S, V)]} | INPLACE),
+    "view_of_a_leaf": ("inplace_backward ... leaf", lambda: {"logits": leaf(B, S, H * V).view(B, S, H, V)} | INPLACE),
+    "expanded": ("inplace_backward ... expanded", lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V)} | INPLACE),
+    "one_tensor_twice": ("inplace_backward ... two heads", lambda: {"logits": [layer(B, S, V)] * 2} | INPLACE),
+    "overlapping_heads": (
+        "inplace_backward ... expected",
+        lambda: {"logits": [(x := layer(B, S, V + 1))[..., :-1], x[..., 1:]]} | INPLACE,
     ),
-    "impl_cpu_elsewhere": (
-        lambda: {"logits": torch.zeros(B, S, H, V, device="meta"), "labels": torch.zeros(B, S, device="meta").long(), "impl": "cpu"},
-        ValueError, "impl is 'cpu' and logits is on meta; expected CPU tensors",
-    ),
-    "triton_float64": (lambda: {"logits": torch.zeros(B, S, H, V).double(), "impl": "triton"}, (TypeError, ValueError), "logits is .*expected"),
-}  # fmt: skip
+}
 
-TABLE = {f"{kind}-{name}": row for kind, rows in
-         {"shape": SHAPES, "type": TYPES, "value": VALUES, "device": DEVICES}.items() for name, row in rows.items()}  # fmt: skip
+# What only a look at the values tells.
+VALIDATED: dict[str, Row] = {
+    "normalizer_0": ("normalizer is 0.0; expected", lambda: {"normalizer": f32()}),
+    "normalizer_nan": ("normalizer is nan; expected", lambda: {"normalizer": f32() + NAN}),
+    "lengths_too_long": ("seq_lens[1] is 6; expected ... [0, 5]", lambda: {"seq_lens": torch.tensor([S, S + 1])}),
+    "lengths_negative": ("seq_lens[0] is -1; expected", lambda: {"seq_lens": torch.tensor([-1, S])}),
+    "weight_nan": ("token_weights[0, 0] is nan; expected", lambda: {"token_weights": f32(B, S) + NAN}),
+    "row_weight_inf": ("token_weights[0, 0, 0] is -inf; expected", lambda: {"token_weights": f32(B, S, H) - INF}),
+    "head_weight_nan": ("head_weights[1] is nan; expected", lambda: {"head_weights": torch.tensor([1.0, NAN, 1.0])}),
+}
+
+ELSEWHERE: dict[str, Row] = {
+    "labels": ("labels is on meta; expected cpu", lambda: {"labels": i64(B, S).to("meta")}),
+    "token_weights": ("token_weights is on meta; expected cpu", lambda: {"token_weights": f32(B, S).to("meta")}),
+    "head_weights": ("head_weights is on meta; expected cpu", lambda: {"head_weights": f32(H).to("meta")}),
+    "seq_lens": ("seq_lens is on meta; expected cpu", lambda: {"seq_lens": i64(B).to("meta")}),
+    "document_ids": ("document_ids is on meta; expected cpu", lambda: {"document_ids": i64(B, S).to("meta")}),
+    "normalizer": ("normalizer is on meta; expected cpu", lambda: {"normalizer": f32().to("meta")}),
+    "heads": ("logits[1] ... meta; expected ... cpu", lambda: {"logits": [f32(B, S, V), f32(B, S, V).to("meta")]}),
+    "impl_cpu": (
+        "impl is 'cpu' and logits is on meta; expected CPU tensors",
+        lambda: {"logits": f32(B, S, V).to("meta"), "labels": i64(B, S).to("meta"), "impl": "cpu"},
+    ),
+}
+
+TABLES: list[tuple[type[Exception], str, dict[str, Row]]] = [
+    (TypeError, "type", WRONG_TYPES),
+    (ValueError, "shape", WRONG_SHAPES),
+    (ValueError, "value", WRONG_VALUES),
+    (ValueError, "exclusive", EXCLUSIVE),
+    (ValueError, "in_place", NOT_IN_PLACE),
+    (ValueError, "validated", VALIDATED),
+    (ValueError, "device", ELSEWHERE),
+]
+ROWS = {f"{kind}-{name}": (error, *row) for error, kind, rows in TABLES for name, row in rows.items()}
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", ROWS)
 def test_bad_input_is_named_before_anything_is_computed(name: str) -> None:
     """The argument, what came, what was expected."""
-    spoil, error, message = TABLE[name]
-    with pytest.raises(error, match=message):
-        weighted_mtp_ce(**{**good(), **spoil()})
+    error, message, spoil = ROWS[name]
+    arguments = {**good(), **spoil(), **({"validate": True} if name.startswith("validated") else {})}
+    with pytest.raises(error, match=re.escape(message).replace(r"\.\.\.", ".*")):
+        weighted_mtp_ce(**arguments)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (V, "labels[1, 3] is 11; expected ignore_index (-100) or a class in [0, V) = [0, 11)"),
+        (-1, "labels[1, 3] is -1"),
+    ],
+)
+def test_validation_finds_a_label_that_is_no_class(impl: str, device: torch.device, label: int, message: str) -> None:
+    """IndexError naming its place, on every device."""
+    arguments = {name: value.to(device) for name, value in good().items()}
+    arguments["labels"][1, 3] = label
+    with pytest.raises(IndexError, match=re.escape(message)):
+        weighted_mtp_ce(**arguments, validate=True, impl=impl)
 
 
 def test_a_mistake_is_not_excused_by_an_empty_batch() -> None:
     """B = 0 takes the same checks."""
     with pytest.raises(ValueError, match="labels is"):
-        weighted_mtp_ce(torch.zeros(0, S, H, V), torch.zeros(0, S + 1, dtype=torch.int64))
+        weighted_mtp_ce(f32(0, S, H, V), i64(0, S + 1))
 
 
 def test_arguments_after_the_third_are_keywords() -> None:
@@ -250,13 +271,13 @@ def shard() -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 TENSORS: dict[str, Callable[[], Tensor]] = {
-    "logits": lambda: torch.zeros(B, S, H, V),
-    "labels": lambda: torch.zeros(B, S, dtype=torch.int64),
-    "token_weights": lambda: torch.ones(B, S),
-    "head_weights": lambda: torch.ones(H),
-    "seq_lens": lambda: torch.full((B,), S),
-    "document_ids": lambda: torch.zeros(B, S, dtype=torch.int64),
-    "normalizer": lambda: torch.ones(()),
+    "logits": lambda: f32(B, S, H, V),
+    "labels": lambda: i64(B, S),
+    "token_weights": lambda: f32(B, S),
+    "head_weights": lambda: f32(H),
+    "seq_lens": lambda: i64(B),
+    "document_ids": lambda: i64(B, S),
+    "normalizer": lambda: f32(),
 }
 
 
@@ -264,7 +285,7 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
 def test_a_dtensor_is_told_what_to_do(name: str, shard) -> None:
     """Named, with the way out, for every tensor argument."""
     if name == "logits[1]":
-        spoiled: dict[str, Any] = {"logits": [torch.zeros(B, S, V), shard(torch.zeros(B, S, V))]}
+        spoiled: dict[str, Any] = {"logits": [f32(B, S, V), shard(f32(B, S, V))]}
     else:
         spoiled = {name: shard(TENSORS[name]())}
     with pytest.raises(TypeError, match=name.replace("[", r"\[") + r" is a DTensor; expected a plain tensor.*to_local"):

@@ -116,4 +116,3 @@ def test_an_ignored_label_may_be_a_class(impl, draw, device) -> None:
     labels[0, 2:4], by_default[0, 2:4] = 0, -100
     with_class = weighted_mtp_ce(logits, labels, ignore_index=0, impl=impl)
     assert torch.equal(with_class, weighted_mtp_ce(logits, by_default, impl=impl))
-

@@ -13,9 +13,7 @@ def test_a_head_never_predicts_a_token_of_another_document(impl, device, draw, d
     """Live just where the target carries the position's own id, also where an id comes back later."""
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 0], [5, 5, 3, 3, 3, 3, 3]], dtype=dtype, device=device)
     labels = draw.integers(V, 2, 7)
-    _, stats = weighted_mtp_ce(
-        draw.normal(2, 7, 3, V), labels, document_ids=documents, impl=impl, return_stats=True
-    )
+    _, stats = weighted_mtp_ce(draw.normal(2, 7, 3, V), labels, document_ids=documents, impl=impl, return_stats=True)
     for b in range(2):
         for t in range(7):
             wanted = [t + 1 + h < 7 and bool(documents[b, t] == documents[b, t + 1 + h]) for h in range(3)]

@@ -209,4 +209,3 @@ def test_float64_logits_are_exact(impl, draw, evaluate, name: str) -> None:
     for mine, true in pairs:
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, true, rtol=1e-13, atol=1e-14)
-

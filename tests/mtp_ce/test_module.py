@@ -21,7 +21,9 @@ def test_the_module_is_the_function(impl, draw) -> None:
         "normalizer": 6.0,
     }
     module = WeightedMTPLoss(**held)
-    assert torch.equal(module(logits, labels, weights, **batch), weighted_mtp_ce(logits, labels, weights, **held, **batch))
+    assert torch.equal(
+        module(logits, labels, weights, **batch), weighted_mtp_ce(logits, labels, weights, **held, **batch)
+    )
     per_token = WeightedMTPLoss(reduction="none", head_reduction="horizon", impl=impl)
     wanted = weighted_mtp_ce(logits, labels, reduction="none", head_reduction="horizon", impl=impl)
     assert torch.equal(per_token(logits, labels), wanted)
@@ -82,7 +84,9 @@ def test_gradients_flow_through_the_module(impl, draw) -> None:
         ({"normalizer": 2.0}, "normalizer"),
         ({"return_stats": "yes"}, "return_stats"),
     ],
-    ids=lambda value: "_".join(f"{name}_{type(v).__name__}" for name, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "_".join(f"{name}_{type(v).__name__}" for name, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_wrong_options_are_named_at_construction(options: dict, named: str) -> None:
     """A mistake in a recipe shows before the first batch."""

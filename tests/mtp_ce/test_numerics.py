@@ -23,7 +23,9 @@ def test_vocabularies_on_and_off_the_edge_of_a_tile(compare, draw, V: int, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("V", [50257, pytest.param(32000, marks=pytest.mark.gpu), pytest.param(256000, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "V", [50257, pytest.param(32000, marks=pytest.mark.gpu), pytest.param(256000, marks=pytest.mark.gpu)]
+)
 def test_vocabularies_of_real_models(compare, draw, V: int, dtype: torch.dtype) -> None:
     """GPT-2's is odd: no row but the first starts on a 16-byte boundary."""
     labels = draw.integers(V, 1, 3)
@@ -39,7 +41,9 @@ def test_a_softcap_of_any_size(compare, draw, softcap: float, V: int, dtype: tor
     got = compare(draw.normal(1, 3, 2, V, scale=4, dtype=dtype), draw.integers(V, 1, 3), softcap=softcap)
     if softcap == 1e-3:
         live = got.stats.live
-        torch.testing.assert_close(got.stats.lse[live], torch.full_like(got.stats.lse[live], math.log(V)), rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            got.stats.lse[live], torch.full_like(got.stats.lse[live], math.log(V)), rtol=0, atol=2e-3
+        )
 
 
 def test_a_softcap_on_infinite_logits(compare, draw) -> None:
@@ -141,16 +145,24 @@ def test_a_sure_prediction_keeps_its_gradient(compare, draw, dtype, lead: float)
     assert bool(((label_gradient - exact).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("smoothing", [0.05, 0.5, 0.99])
+@pytest.mark.parametrize("smoothing", [0.05, 0.99])
 @pytest.mark.parametrize("V", [2, 507])
-def test_label_smoothing_is_that_of_torch(impl, draw, smoothing: float, V: int) -> None:
-    """F.cross_entropy(label_smoothing=...), loss and gradient."""
-    logits, labels = draw.normal(2, 4, 1, V, scale=2).requires_grad_(), draw.integers(V, 2, 4)
-    loss = weighted_mtp_ce(logits, labels, label_smoothing=smoothing, impl=impl)
-    theirs = F.cross_entropy(logits[:, :-1, 0].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
-    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-7)
-    ours, torchs = (torch.autograd.grad(value, logits)[0] for value in (loss, theirs))
-    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-8)
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+def test_label_smoothing_is_that_of_torch(impl, draw, smoothing: float, V: int, offset: float) -> None:
+    """F.cross_entropy(label_smoothing=...), to three times its error: it averages z - lse, so 1e4 costs it nothing."""
+    logits, labels = draw.normal(2, 4, 1, V, scale=2) + offset, draw.integers(V, 2, 4)
+    results = []
+    for kind, dtype in (("ours", torch.float32), ("torch", torch.float32), ("exact", torch.float64)):
+        x = logits.to(dtype).requires_grad_()
+        if kind == "ours":
+            loss = weighted_mtp_ce(x, labels, label_smoothing=smoothing, impl=impl)
+        else:
+            z, y = x[:, :-1, 0].flatten(0, 1), labels[:, 1:].flatten()
+            loss = F.cross_entropy(z, y, label_smoothing=smoothing)
+        results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    for ours, theirs, exact in zip(*results, strict=True):
+        error, peer = (float((value.double() - exact).abs().max()) for value in (ours, theirs))
+        assert error <= 3 * peer + 4 * torch.finfo(torch.float32).eps * max(float(exact.abs().max()), 0.25)
 
 
 def test_z_loss_is_the_squared_lse(impl, draw) -> None:

@@ -112,7 +112,9 @@ def draw_case(seed: int, draw) -> SimpleNamespace:
         options["normalizer"] = torch.tensor(normalizer, device=device) if rng.random() < 0.5 else normalizer
     if options["reduction"] == "none":
         # A dead position has an upstream like any other; some live ones have none.
-        options["upstream"] = rng.choice([draw.normal(B, S), draw.normal(S, B).T.relu(), draw.normal(1, 1).expand(B, S)])
+        options["upstream"] = rng.choice(
+            [draw.normal(B, S), draw.normal(S, B).T.relu(), draw.normal(1, 1).expand(B, S)]
+        )
     else:
         options["upstream"] = rng.choice([None, None, -0.5, 3.0])
     weights = draw_weights(rng, draw, B, S, H, options["weight_alignment"])
@@ -163,7 +165,9 @@ def test_the_cases_reach_every_corner(impl, draw) -> None:
     live = []
     for case in cases:
         options = {name: value for name, value in case.options.items() if name not in ("upstream", "weights_gradient")}
-        _, stats = weighted_mtp_ce(case.logits, case.labels, case.weights, impl="reference", return_stats=True, **options)
+        _, stats = weighted_mtp_ce(
+            case.logits, case.labels, case.weights, impl="reference", return_stats=True, **options
+        )
         live.append(stats.live.float().mean().item())
     assert sum(share > 0 for share in live) >= 0.75 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES

@@ -36,7 +36,9 @@ def test_two_micro_batches_equal_one_batch(impl, draw, device, kind: str) -> Non
         losses.append(part.detach())
     torch.testing.assert_close(sum(losses), loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
-    means = [weighted_mtp_ce(logits[half], labels[half], weights[half], impl=impl) for half in (slice(0, 1), slice(1, B))]
+    means = [
+        weighted_mtp_ce(logits[half], labels[half], weights[half], impl=impl) for half in (slice(0, 1), slice(1, B))
+    ]
     assert not torch.allclose(sum(means) / 2, loss, rtol=1e-2), "the batch must be one where a mean of means differs"
 
 

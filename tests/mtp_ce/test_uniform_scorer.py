@@ -73,9 +73,7 @@ def test_ess_is_the_share_of_tokens_that_carry_the_weight():
     assert WeightStatistics.of(one, supervised).ess.item() == pytest.approx(1 / 8)
     half = torch.tensor([[2.0] * 4 + [0.0] * 4])
     assert WeightStatistics.of(half, supervised).ess.item() == pytest.approx(1 / 2)
-    assert WeightStatistics.of(5 * half, supervised).ess.item() == pytest.approx(1 / 2), (
-        "scale does not matter"
-    )
+    assert WeightStatistics.of(5 * half, supervised).ess.item() == pytest.approx(1 / 2), "scale does not matter"
     assert WeightStatistics.of(0 * half, supervised).ess.item() == 0
 
 

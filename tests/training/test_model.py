@@ -58,8 +58,7 @@ def test_a_document_of_one_token_is_isolated_too(model):
     rest = torch.arange(10, 20)
     with torch.no_grad():
         first, second = (
-            model(batch.input_ids, batch.position_ids)
-            for batch in (packed(one, one, rest), packed(other, one, rest))
+            model(batch.input_ids, batch.position_ids) for batch in (packed(one, one, rest), packed(other, one, rest))
         )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[:, 1:], b[:, 1:])

@@ -77,9 +77,7 @@ def test_a_recipe_in_a_strange_encoding_is_refused(tmp_path):
 
 
 def test_a_recipe_survives_being_written_and_read(tmp_path):
-    recipe = load_recipe(
-        "tiny", ["optimizer.lr=1.7e-5", "train.micro_batch_size=1", "optimizer.clip_norm=null"]
-    )
+    recipe = load_recipe("tiny", ["optimizer.lr=1.7e-5", "train.micro_batch_size=1", "optimizer.clip_norm=null"])
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
     assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
 

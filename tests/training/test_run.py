@@ -84,9 +84,7 @@ def test_mlflow_and_the_metrics_file_agree(mlflow_run, metrics):
     assert [line["step"] for line in metrics if "val/ce_mean" in line] == [16, 32, 40]
 
 
-def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(
-    finished_run, mlflow_run, tmp_path
-):
+def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(finished_run, mlflow_run, tmp_path):
     client, run = mlflow_run
     assert run.data.params["model.mtp.horizon"] == "3"
     assert run.data.params["optimizer.lr"] == "0.01"
@@ -107,9 +105,7 @@ def test_the_picture_is_a_picture(finished_run):
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
 
 
-def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(
-    finished_run, held_out, monkeypatch, tmp_path
-):
+def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(finished_run, held_out, monkeypatch, tmp_path):
     """Trained, saved, loaded by transformers alone: the same logits, the same heads, the same tokens."""
     trained = {}
     save = pipeline.save_model

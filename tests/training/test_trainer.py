@@ -75,8 +75,7 @@ def test_a_line_of_metrics_is_the_sum_of_its_steps_divided_once(small):
     assert [step for step, _ in window.series("train/loss")] == [1, 9]
     trainer = make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9"]), Log())
     counts = [
-        int(scored_positions(trainer.rows.batch(rows_of_step(step, 1, len(trainer.rows), 0)), 3))
-        for step in range(9)
+        int(scored_positions(trainer.rows.batch(rows_of_step(step, 1, len(trainer.rows), 0)), 3)) for step in range(9)
     ]
     assert len(set(counts)) > 1
     losses = [loss for _, loss in every.series("train/loss")]

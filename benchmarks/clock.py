@@ -1,0 +1,68 @@
+"""The clock of pytest-benchmark, and the ceiling that its readings are held against.
+
+On a GPU an Instant is a CUDA event: recorded when read, and waited for only when two are subtracted, after the region
+that they enclose was queued. The host runs ahead during `cool_caches`, so its launches are not in the time unless they
+take longer than that. On a CPU it is the host's own clock.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+COPY_BYTES = 2**31 if HAS_GPU else 2**28
+# Twenty times the L2 cache of an H100, and half a millisecond for the host to run ahead in.
+FLUSH_BYTES = 2**30
+
+
+class Instant:
+    """A point in a GPU's time; the difference of two is in seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Instant") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock() -> Any:
+    """This moment, of the device."""
+    return Instant() if HAS_GPU else time.perf_counter()
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
+
+
+def cool_caches() -> None:
+    """Fill a GPU's cache with something else, so that inputs come from memory.
+
+    A CPU's is left alone: the copy of the logits that precedes every round has passed through it.
+    """
+    if HAS_GPU:
+        _flush_buffer().zero_()
+
+
+def timed(run: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of one call."""
+    start = clock()
+    result = run(*arguments)
+    seconds = clock() - start
+    del result
+    return seconds
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a copy between two large buffers: the ceiling of this run."""
+    source = torch.ones(COPY_BYTES // 4, dtype=torch.float32, device=DEVICE)
+    target = torch.zeros_like(source)
+    times = [timed(target.copy_, source) for _ in range(12)]
+    return 2 * COPY_BYTES / median(times[2:])

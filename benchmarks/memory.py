@@ -1,0 +1,84 @@
+"""Peak memory above the inputs: what a loss needs besides logits, labels and weights, its gradient included.
+
+GPU    The peak of torch's allocator, in the process of the suite: the allocator counts exactly, whatever ran before.
+
+CPU    The high-water mark of resident memory, in a fresh process for each case (forked from a server that has
+       imported torch and done nothing else). The inputs are made and touched, and the loss and its gradient are run
+       once, so that libraries, threads and compiled code are there. Then freed memory goes back to the system, Linux
+       resets the mark, and forward and backward run again: peak = mark - resident size before. Nothing else is
+       subtracted.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.providers import BY_NAME, Loss
+from benchmarks.shapes import Inputs, Shape, make_inputs
+
+
+class Peak(NamedTuple):
+    """Bytes above the inputs until the end of forward, and until the end of backward."""
+
+    forward: int
+    both: int
+
+    def of(self, which: str) -> int:
+        """Backward keeps what forward left, so its peak is that of both."""
+        return self.forward if which == "forward" else self.both
+
+
+def _resident(mark: str) -> int:
+    """VmRSS (now) or VmHWM (the mark) of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(mark + ":"))
+
+
+def _reset_mark() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure_gpu(loss: Loss, inputs: Inputs) -> Peak:
+    """By the allocator; the second call of a loss, which no longer compiles or tunes anything."""
+    logits = inputs.fresh_logits()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value = loss(logits, inputs.labels, inputs.token_weights)
+    forward = torch.cuda.max_memory_allocated() - before
+    torch.autograd.grad(value, logits)
+    return Peak(forward, torch.cuda.max_memory_allocated() - before)
+
+
+def measure_here(loss: Loss, inputs: Inputs) -> Peak:
+    """By the resident size of this process, which is to be a fresh one."""
+    for measured in (False, True):
+        logits = inputs.fresh_logits()
+        if measured:
+            _reset_mark()
+        before = _resident("VmRSS")
+        value = loss(logits, inputs.labels, inputs.token_weights)
+        forward = _resident("VmHWM") - before
+        gradient = torch.autograd.grad(value, logits)
+        both = _resident("VmHWM") - before
+        del logits, value, gradient
+    return Peak(forward, both)
+
+
+def _case(shape: Shape, provider: str) -> Peak:
+    return measure_here(BY_NAME[provider].loss, make_inputs(shape, torch.device("cpu")))
+
+
+def measure_cpu(shape: Shape, provider: str) -> Peak:
+    """`measure_here` in a fresh process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_case, shape, provider).result()

@@ -1,0 +1,157 @@
+"""The results files: benchmarks/results/<device>.json, written with --results.
+
+A file holds runs. A run is one session: when, with which versions, commit and kernel sources, the copy bandwidth of the
+device in that session, its cases, and the providers that were absent. Cases are compared within a run only, since only
+there they share a machine in one state. A new run takes the place of older results of the same cases (provider, pass,
+shape); older runs keep the rest, and vanish when nothing is left of them. Paths and host names are nowhere in a file.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "liger-kernel")
+# What was timed, by the kind of device. The public function in front of it (input checks) is not part of it.
+SOURCES = {"cpu": ("mtp_ce/cpu.py", "mtp_ce/ops.py"), "cuda": ("kernels/*.py", "mtp_ce/ops.py")}
+
+Run = dict[str, Any]
+Key = tuple[str, ...]
+
+
+def device_name(kind: str) -> str:
+    """The device in words: "2-core CPU", or what CUDA calls the GPU."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{len(os.sched_getaffinity(0))}-core CPU"
+
+
+def results_path(kind: str) -> Path:
+    """The file of this machine's kind of device: cpu-2core.json, nvidia-h100-80gb-hbm3.json."""
+    if kind == "cuda":
+        slug = re.sub(r"[^a-z0-9]+", "-", device_name(kind).lower()).strip("-")
+    else:
+        slug = f"cpu-{len(os.sched_getaffinity(0))}core"
+    return RESULTS / f"{slug}.json"
+
+
+def source_files(kind: str, root: Path = ROOT) -> list[Path]:
+    """The files that decide how fast a device of this kind is."""
+    return sorted(path for pattern in SOURCES[kind] for path in root.glob(pattern))
+
+
+def source_hash(kind: str, root: Path = ROOT) -> str:
+    """SHA-256 of the names and the bytes of `source_files`."""
+    digest = hashlib.sha256()
+    for path in source_files(kind, root):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def is_stale(run: Run, root: Path = ROOT) -> bool:
+    """The sources are no longer those that the run has timed."""
+    return bool(run["source_hash"] != source_hash(run["kind"], root))
+
+
+def commit(kind: str) -> str | None:
+    """The commit that was timed, "+" behind it where its sources were changed; None outside a clone.
+
+    MTP_CE_COMMIT stands in for git where only a copy of the tree is at hand.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", *(str(path) for path in source_files(kind)))
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MTP_CE_COMMIT")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def new_run(kind: str, copy_bandwidth: float) -> Run:
+    """A run without cases."""
+    return {
+        "device": device_name(kind),
+        "kind": kind,
+        "measured": datetime.now(UTC).isoformat(timespec="minutes"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": commit(kind),
+        "source_hash": source_hash(kind),
+        "copy_bytes_per_s": round(copy_bandwidth),
+        "cases": [],
+        "absent": [],
+    }
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """The value below which this share lies, linear between neighbours."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def timing(seconds: Iterable[float], moved: int, copy_bandwidth: float) -> dict[str, float]:
+    """What a case says about its time; share = bytes that the work must move / p50 / copy bandwidth."""
+    ordered = sorted(seconds)
+    p20, p50, p80 = (percentile(ordered, share) for share in (0.2, 0.5, 0.8))
+    return {
+        "rounds": len(ordered),
+        "p20_ms": round(p20 * 1e3, 5),
+        "p50_ms": round(p50 * 1e3, 5),
+        "p80_ms": round(p80 * 1e3, 5),
+        "bytes": moved,
+        "share_of_copy": round(moved / p50 / copy_bandwidth, 4),
+    }
+
+
+def key(entry: dict[str, Any]) -> Key:
+    """What makes a case, or an absence, the same one in another run."""
+    return entry["provider"], entry["pass"], json.dumps(entry["shape"], sort_keys=True)
+
+
+def merged(runs: list[Run], run: Run) -> list[Run]:
+    """The runs of a file once `run` has joined them."""
+    measured = {key(case) for case in run["cases"]}
+    known = measured | {key(entry) for entry in run["absent"]}
+    kept = []
+    for old in runs:
+        cases = [case for case in old["cases"] if key(case) not in measured]
+        absent = [entry for entry in old["absent"] if key(entry) not in known]
+        if cases:
+            kept.append({**old, "cases": cases, "absent": absent})
+    return [*kept, run]
+
+
+def read(path: Path) -> list[Run]:
+    """The runs of a file; none where there is no file."""
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def write(path: Path, runs: list[Run]) -> None:
+    """Write a file in one step, so that a run that is cut off leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    aside.replace(path)

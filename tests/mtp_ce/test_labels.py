@@ -1,0 +1,88 @@
+"""A live label outside [0, V): an error on a CPU, NaN on a GPU, an illegal read nowhere."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_ce import weighted_mtp_ce
+
+V = 23
+OUTSIDE = [V, V + 1000, -1, -101, 2**31 - 1, 2**40]
+
+
+def batch(draw, label: int) -> tuple[Tensor, Tensor]:
+    """Two sequences, the label at [1, 2]."""
+    labels = draw.integers(V, 2, 5)
+    labels[1, 2] = label
+    return draw.normal(2, 5, 2, V), labels
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("label", OUTSIDE)
+def test_on_a_cpu_the_error_names_the_place(impl, device, draw, label: int) -> None:
+    """Which label, where, what was expected; GPU tensors say the same under validate=True."""
+    message = f"labels[1, 2] is {label}; expected ignore_index (-100) or a class in [0, V) = [0, {V})"
+    with pytest.raises(IndexError, match=re.escape(message)):
+        weighted_mtp_ce(*batch(draw, label), impl=impl, validate=device.type != "cpu")
+
+
+def run_kernels(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, ce, shares and d_logits of the launchers, past the CPU's check of labels."""
+    from mtp_ce.kernels.backward import launch_backward
+    from mtp_ce.kernels.forward import launch_forward
+
+    rule = {
+        "shift": 1, "over_horizon": False, "target_weights": False, "ignore_index": -100, "softcap": None,
+        "z_loss": 0.1, "label_smoothing": 0.1,
+    }  # fmt: skip
+    heads, tensors = list(logits.unbind(2)), (labels, weights, None, None, None)
+    out, ce, row_max, log_sum, _, _, shares = launch_forward(
+        heads, *tensors, **rule, with_top1=True, with_shares=weights is not None
+    )
+    d_logits = torch.empty_like(logits)
+    upstream, factor = torch.ones_like(out), torch.ones((), device=out.device)
+    launch_backward(upstream, heads, list(d_logits.unbind(2)), *tensors, row_max, log_sum, factor, **rule)
+    return out, ce, ce if shares is None else shares, d_logits
+
+
+@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("label", OUTSIDE)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_in_the_kernels_its_rows_are_nan_and_no_other(impl, draw, label: int, weighted: bool) -> None:
+    """Rows (1, 1, 0) and (1, 0, 1) aim at [1, 2]: their loss and gradient are NaN, so that no step is taken on them."""
+    logits, labels = batch(draw, label)
+    out, ce, shares, d_logits = run_kernels(logits, labels, draw.uniform(2, 5) if weighted else None)
+    wanted = torch.zeros(2, 5, 2, dtype=torch.bool, device=logits.device)
+    wanted[1, 1, 0] = wanted[1, 0, 1] = True
+    assert torch.equal(ce.isnan(), wanted)
+    assert torch.equal(shares.isnan(), wanted)
+    assert torch.equal(out.isnan(), wanted.any(-1))
+    assert torch.equal(d_logits.isnan().all(-1), wanted)
+    assert torch.equal(d_logits.isnan().any(-1), wanted)
+
+
+@pytest.mark.parametrize("impl", ["triton"])
+def test_in_the_kernels_a_weight_of_zero_excuses_a_broken_label(impl, draw) -> None:
+    """The row is dead; only the gradient of its weight would tell."""
+    logits, labels = batch(draw, V)
+    weights = draw.uniform(2, 5)
+    weights[1, :2] = 0.0
+    out, _, shares, d_logits = run_kernels(logits, labels, weights)
+    assert bool(out.isfinite().all())
+    assert bool(d_logits.isfinite().all())
+    assert shares.isnan().nonzero().tolist() == [[1, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton"])
+@pytest.mark.parametrize("label", OUTSIDE)
+def test_on_a_gpu_the_loss_is_nan(impl, draw, label: int) -> None:
+    """Through the public function, which must not read labels on the host."""
+    logits, labels = batch(draw, label)
+    loss = weighted_mtp_ce(logits.requires_grad_(), labels, impl=impl)
+    loss.backward()
+    assert bool(loss.isnan())
+    assert bool(logits.grad[0].isfinite().all())
+    assert bool(logits.grad[1, 1, 0].isnan().all())

@@ -1,0 +1,147 @@
+"""Memory: nothing of the size of the logits in forward, one gradient in backward, and no uninitialised number used."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtp_ce import weighted_mtp_ce
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the bytes of every storage that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.known: set[int] = set()
+
+    def know(self, *tensors: Tensor) -> None:
+        self.known |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def peak_bytes(device: torch.device, function: Any, *known: Tensor) -> int:
+    """The largest allocation on a CPU; on a GPU, all that is held at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with Allocations() as allocations:
+        allocations.know(*known)
+        function()
+    return allocations.largest
+
+
+@pytest.fixture
+def sizes(device: torch.device, impl: str) -> tuple[int, int, int, int]:
+    """Logits well above the two blocks of 2 MiB that the CPU path works in; the interpreter needs less to show it."""
+    if device.type == "cuda":
+        return 2, 512, 4, 32000
+    return (1, 256, 4, 8192) if impl == "cpu" else (1, 4, 2, 2048)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_allocates_nothing_of_the_size_of_the_logits(impl, device, draw, sizes, dtype) -> None:
+    """Not [B,S,H,V], not one head of it, not one in fp32; with statistics and every option."""
+    B, S, H, V = sizes
+    logits = draw.normal(B, S, H, V, dtype=dtype).requires_grad_()
+    labels, weights = draw.integers(V, B, S), draw.uniform(B, S).requires_grad_()
+
+    def forward() -> None:
+        weighted_mtp_ce(
+            logits, labels, weights, softcap=30.0, z_loss=1e-4, label_smoothing=0.1, return_stats=True, impl=impl
+        )
+
+    used = peak_bytes(device, forward, logits, labels, weights)
+    # On a CPU: a block of 2 MiB. In a kernel: a few numbers a row.
+    allowed = 2 * 1024 * 1024 if impl == "cpu" else B * S * H * 64 + 4096 * (device.type == "cuda")
+    assert used <= allowed
+    assert 3 * used < logits.numel() * logits.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_backward_allocates_one_gradient_or_none(impl, device, draw, sizes, dtype, inplace: bool) -> None:
+    """In the logits' dtype, out of place; in place nothing but small change."""
+    B, S, H, V = sizes
+    logits = draw.normal(B, S, H, V, dtype=dtype).requires_grad_() * 1
+    labels = draw.integers(V, B, S)
+    loss = weighted_mtp_ce(logits, labels, inplace_backward=inplace, impl=impl)
+    seen: list[Tensor] = []
+    logits.register_hook(seen.append)
+    size = logits.numel() * logits.element_size()
+
+    def backward() -> None:
+        torch.autograd.grad(loss, logits)
+
+    used = peak_bytes(device, backward, logits, labels)
+    small = 2 * 1024 * 1024 if impl == "cpu" else B * S * H * 64 + 4096 * (device.type == "cuda")
+    assert used <= (small if inplace else size + small * (device.type == "cuda"))
+    assert (seen[0].data_ptr() == logits.data_ptr()) == inplace
+
+
+@pytest.fixture
+def poisoned_memory(device: torch.device) -> Iterator[None]:
+    """Every tensor that is allocated without a value starts as NaN, or as the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert bool(torch.empty(3, device=device).isnan().all())
+    assert bool(torch.zeros(3, device=device).new_empty(3).isnan().all())
+    assert bool(torch.empty_like(torch.zeros(3, device=device)).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "weight_alignment": "target"},
+    "none": {"reduction": "none", "head_reduction": "horizon"},
+    "sum_over_nothing": {"reduction": "sum", "shift": 9},
+    "mean_over_nothing": {"shift": 9},
+    "ignored": {"ignore_index": 3},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", ["one", "list", "column_major"])
+def test_no_result_depends_on_uninitialised_memory(
+    impl, draw, compare, poisoned_memory, name: str, layout: str
+) -> None:
+    """Every output is written on every path: under torch.compile and in a caching allocator buffers come dirty."""
+    B, S, H, V = 2, 5, 3, 107
+    logits, labels, weights = draw.normal(B, S, H, V), draw.integers(V, B, S), draw.normal(B, S).relu()
+    labels[0, 1:3] = 3
+    if layout == "list":
+        logits = [x.contiguous() for x in logits.unbind(2)]
+    elif layout == "column_major":
+        logits = logits.transpose(2, 3).contiguous().transpose(2, 3)
+    got = compare(logits, labels, weights, **CASES[name])
+    assert not any(
+        bool(x.isnan().any()) for x in (got.loss, *got.d_logits, got.d_token_weights, got.stats.ce, got.stats.lse)
+    )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.parametrize("shape", [(0, 4, 2, 5), (2, 0, 2, 5)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_empty_batch_is_not_uninitialised_memory(impl, device, shape, reduction: str) -> None:
+    """The shortcut for no rows writes its zero."""
+    labels = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+    logits = torch.zeros(shape, device=device, requires_grad=True)
+    loss = weighted_mtp_ce(logits, labels, reduction=reduction, impl=impl)
+    assert loss.item() == 0
+    loss.backward()

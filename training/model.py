@@ -1,0 +1,68 @@
+"""The model of a run: a transformers causal language model with prediction heads on its hidden states.
+
+    hidden   = trunk(input_ids)             [B, S, D]
+    logits_h = unembed(head_h(hidden))      H x [B, S, V]
+
+All heads share the trunk's own unembedding, so an extra head costs D^2 + D parameters and not V * D.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mtp_ce.heads import MTPHeads
+from mtp_ce.training.recipe import Recipe
+
+
+class MultiTokenModel(nn.Module):
+    """A trunk and its heads.
+
+    Args:
+        trunk: a causal language model with `base_model` and `get_output_embeddings()`.
+        heads: prediction heads of the trunk's hidden size.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, heads: MTPHeads) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = heads
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:  # [B, S], [B, S]
+        """Give the logits of every head, H tensors [B, S, V].
+
+        Position ids that begin again mark a new document, and attention does not cross that border.
+        """
+        # transformers looks for such borders only without a cache and without an attention mask, and makes
+        # a cache unless told otherwise.
+        output = self.trunk.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+        )
+        unembed = self.trunk.get_output_embeddings()
+        return [unembed(hidden) for hidden in self.heads(output.last_hidden_state)]
+
+
+def build_model(recipe: Recipe, end_of_text: int | None = None) -> MultiTokenModel:
+    """Build the model with random weights, on the default device (meta included), from torch's global seed.
+
+    Args:
+        recipe: sizes come from `recipe.model`, vocabulary and longest row from `recipe.data`.
+        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+    """
+    sizes = recipe.model
+    config = LlamaConfig(
+        vocab_size=recipe.data.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.attention_heads,
+        num_key_value_heads=sizes.kv_heads,
+        max_position_embeddings=recipe.data.sequence_length,
+        initializer_range=sizes.init_std,
+        tie_word_embeddings=sizes.tie_embeddings,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+    )
+    heads = MTPHeads(sizes.hidden_size, sizes.mtp.horizon, sizes.mtp.kind)
+    return MultiTokenModel(LlamaForCausalLM(config), heads)

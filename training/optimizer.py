@@ -1,0 +1,41 @@
+"""AdamW and its learning rate over the steps."""
+
+from __future__ import annotations
+
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from mtp_ce.training.model import MultiTokenModel
+from mtp_ce.training.recipe import OptimizerConfig
+
+
+def build_optimizer(model: MultiTokenModel, config: OptimizerConfig) -> AdamW:
+    """Give AdamW over all parameters; weight decay pulls on matrices alone.
+
+    Norms, biases and both embeddings are not decayed: a token that is rare gets few gradients and would
+    shrink towards zero by decay alone.
+    """
+    embeddings = {
+        id(embedding.weight) for embedding in (model.trunk.get_input_embeddings(), model.trunk.get_output_embeddings())
+    }
+    decayed: list[Parameter] = []
+    plain: list[Parameter] = []
+    for parameter in model.parameters():  # tied parameters come once
+        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        (decayed if matrix else plain).append(parameter)
+    return AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
+    """Give a linear rise over the warm-up and a cosine down to `final_lr_ratio * lr` at the last step."""
+    return get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, config.warmup_steps, steps, min_lr_rate=config.final_lr_ratio
+    )

@@ -1,0 +1,116 @@
+"""What a person sees of a run: a bar that moves, or plain lines where there is no terminal, and a table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mtp_ce.training.sums import HeadResult
+
+
+class Display:
+    """The progress of a run.
+
+    On a terminal, one line that is redrawn. Elsewhere (a file, a pipe, a CI log), one line each time
+    metrics arrive, which stays readable because nothing is redrawn.
+
+    Args:
+        console: where to write.
+        steps: how many steps the run has.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._done = 0
+        self._started = time.monotonic()
+        self._bar = Progress(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=steps, numbers="")
+
+    def tick(self) -> None:
+        """Count one step."""
+        self._done += 1
+        self._bar.advance(self._task)
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the newest metrics, of training or of validation."""
+        if "train/loss" not in metrics:
+            self._line(f"step {step:>5}  validation  {_heads(metrics, 'val')} nats")
+            return
+        numbers = (
+            f"loss {metrics['train/loss']:.3f}  {_heads(metrics, 'train')}  "
+            f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, numbers=numbers)
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(self._done, 1) * (self._steps - self._done)
+        self._line(f"step {step:>5}/{self._steps}  {numbers}  {_clock(left)} left")
+
+    def warn(self, message: str) -> None:
+        """Show a warning above the bar."""
+        self._console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._started = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._bar.stop()
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def results_table(results: Sequence[HeadResult], unigram: float) -> Table:
+    """Lay out the validation, one line per head, beside what token frequencies alone would score.
+
+    Args:
+        results: one per head.
+        unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
+    """
+    table = Table(title="validation on held-out files", box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("head", "distance", "CE (nats)", "unigram entropy (nats)", "perplexity", "top-1"):
+        table.add_column(column, justify="right")
+    for h, result in enumerate(results):
+        table.add_row(
+            str(h),
+            f"+{h + 1}",
+            f"{result.ce:.3f}",
+            f"{unigram:.3f}",
+            f"{result.perplexity:,.1f}",
+            f"{result.top1:.1%}",
+        )
+    return table
+
+
+def _heads(metrics: Mapping[str, float], side: str) -> str:
+    prefix = f"{side}/ce_head_"
+    return "CE " + " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith(prefix))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,284 @@
+"""The loop: forward, loss, backward, gate, step. It is given its parts and knows none of their kinds.
+
+    loss = 1/N sum_{b,t} avg(b,t)        N: positions of the whole batch with a target for some head
+
+N is counted before the first forward and handed to every micro-batch, so their gradients add up to the
+gradient of the whole batch, whatever the micro-batch size. Statistics are sums on the device, read by the
+host every `log_every` steps; the one value that the host awaits in each step is the gate's.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Event
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mtp_ce.cpu import row_targets
+from mtp_ce.loss import weighted_mtp_ce
+from mtp_ce.scorers.weights import Scorer, WeightStatistics
+from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
+from mtp_ce.training.model import MultiTokenModel
+from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.sums import HeadResult, HeadSums
+
+# Takes the steps done and the metrics of the last log_every of them.
+Log = Callable[[int, dict[str, float]], None]
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient was NaN or infinite; the optimizer step was not taken.
+
+    Attributes:
+        step: which step it was, counted from 1.
+        quantity: the metric that was not finite.
+        value: what it was.
+    """
+
+    def __init__(self, step: int, quantity: str, value: float) -> None:
+        super().__init__(
+            f"{quantity} is {value} at step {step}; the step was not taken and the run ends FAILED. "
+            "A lower optimizer.lr or a longer optimizer.warmup_steps usually helps"
+        )
+        self.step = step
+        self.quantity = quantity
+        self.value = value
+
+
+@dataclass
+class Trainer:
+    """One run's loop.
+
+    Attributes:
+        recipe: steps, batch sizes, clipping, seed, how often to log and to validate.
+        model: gives H logits [B, S, V] from input ids and position ids; already on `device`.
+        scorer: gives token weights [B, S] from a batch.
+        optimizer: over the model's parameters.
+        schedule: the learning rate, moved on after every step.
+        rows: what is trained on.
+        held_out: what is validated on, all of it each time.
+        device: where the model is.
+        log: takes metrics by name.
+        tick: called after every step.
+        stop: set from outside; the loop ends with KeyboardInterrupt before the next step.
+    """
+
+    recipe: Recipe
+    model: MultiTokenModel
+    scorer: Scorer
+    optimizer: Optimizer
+    schedule: LRScheduler
+    rows: PackedRows
+    held_out: PackedRows
+    device: torch.device
+    log: Log
+    tick: Callable[[], None] = lambda: None
+    stop: Event = field(default_factory=Event)
+
+    def fit(self) -> list[HeadResult]:
+        """Train for `recipe.train.steps` steps.
+
+        Returns:
+            The validation after the last step, one result per head.
+
+        Raises:
+            NonFiniteError: before the step that would have used the value.
+            KeyboardInterrupt: `stop` was set.
+        """
+        train, validation = self.recipe.train, self.recipe.validation
+        results: list[HeadResult] = []
+        window = self._window()
+        try:
+            for step in range(1, train.steps + 1):
+                self._check_stop()
+                self._step(step, window)
+                self.tick()
+                last = step == train.steps
+                if last or step == 1 or step % train.log_every == 0:
+                    self.log(step, window.metrics())
+                    window = self._window()
+                if last or (validation.every and step % validation.every == 0):
+                    results = self.validate()
+                    self.log(step, validation_metrics(results))
+        except (NonFiniteError, KeyboardInterrupt):
+            # The steps that were taken since the last line are part of the record too.
+            if window.steps:
+                self.log(window.last_step, window.metrics())
+            raise
+        return results
+
+    @torch.no_grad()
+    def validate(self) -> list[HeadResult]:
+        """Score every held-out row, each live row with the same weight.
+
+        Raises:
+            KeyboardInterrupt: `stop` was set.
+        """
+        self.model.eval()
+        sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
+        for on_host in self.held_out.in_order(self.recipe.validation.batch_size):
+            self._check_stop()
+            batch = on_host.to(self.device)
+            logits = self.model(batch.input_ids, batch.position_ids)
+            out = weighted_mtp_ce(logits, batch.labels, document_ids=batch.document_ids, return_stats=True)
+            sums.add(out.stats, batch.labels)
+        self.model.train()
+        return sums.results()
+
+    def _step(self, step: int, window: _Window) -> None:
+        """Take one optimizer step and count it, or refuse it and count nothing."""
+        train = self.recipe.train
+        started = time.perf_counter()
+        rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
+        batch = self.rows.batch(rows).to(self.device)
+        positions = scored_positions(batch, self.recipe.model.mtp.horizon)
+        normalizer = positions.clamp(min=1).to(torch.float32)
+
+        sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
+        weights: WeightStatistics | None = None
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in batch.split(train.micro_batch_size or train.batch_size):
+            scored = self.scorer.run(micro.input_ids, micro.labels, micro.document_ids)
+            out = weighted_mtp_ce(
+                self.model(micro.input_ids, micro.position_ids),
+                micro.labels,
+                scored.weights,
+                weight_alignment="target",
+                document_ids=micro.document_ids,
+                normalizer=normalizer,
+                inplace_backward=True,
+                return_stats=True,
+            )
+            out.loss.backward()
+            loss += out.loss.detach()
+            sums.add(out.stats, micro.labels)
+            weights = scored.statistics if weights is None else weights.merge(scored.statistics)
+        assert weights is not None
+
+        limit = self.recipe.optimizer.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        quantities = {"train/loss": loss, "optim/grad_norm": norm}
+        for quantity, value in zip(quantities, torch.stack([*quantities.values()]).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteError(step, quantity, value)
+        self.optimizer.step()
+
+        window.add(
+            step=step,
+            loss=loss * normalizer,
+            positions=positions,
+            tokens=batch.labels.numel(),
+            sums=sums,
+            weights=weights,
+            grad_norm=norm,
+            lr=float(self.schedule.get_last_lr()[0]),
+            seconds=time.perf_counter() - started,
+        )
+        self.schedule.step()
+
+    def _window(self) -> _Window:
+        return _Window(HeadSums.zeros(self.recipe.model.mtp.horizon, self.device))
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+
+
+def scored_positions(batch: Batch, horizon: int) -> Tensor:
+    """Count the positions at which at least one head has a target: 0-d int64, on the batch's device."""
+    _, _, live = row_targets(batch.labels, None, batch.document_ids, H=horizon, shift=1, ignore_index=IGNORE)
+    return live.any(-1).sum()
+
+
+def validation_metrics(results: list[HeadResult]) -> dict[str, float]:
+    """Name what a validation found."""
+    rows = sum(result.rows for result in results)
+    metrics = {"val/ce_mean": sum(result.ce * result.rows for result in results) / max(rows, 1)}
+    for h, result in enumerate(results):
+        metrics[f"val/ce_head_{h}"] = result.ce
+        metrics[f"val/perplexity_head_{h}"] = result.perplexity
+        metrics[f"val/top1_head_{h}"] = result.top1
+    return metrics
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of metrics."""
+
+    sums: HeadSums
+    steps: int = 0
+    last_step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    loss: Tensor | float = 0.0
+    positions: Tensor | int = 0
+    grad_norm: Tensor | float = 0.0
+    weights: WeightStatistics | None = None
+
+    def add(
+        self,
+        *,
+        step: int,
+        loss: Tensor,  # [], the sum over positions
+        positions: Tensor,  # []
+        tokens: int,
+        sums: HeadSums,
+        weights: WeightStatistics,
+        grad_norm: Tensor,  # []
+        lr: float,
+        seconds: float,
+    ) -> None:
+        self.steps += 1
+        self.last_step = step
+        self.tokens += tokens
+        self.seconds += seconds
+        self.lr = lr
+        self.loss = self.loss + loss
+        self.positions = self.positions + positions
+        self.grad_norm = grad_norm
+        self.weights = weights if self.weights is None else self.weights.merge(weights)
+        self.sums.merge(sums)
+
+    def metrics(self) -> dict[str, float]:
+        """Read everything to the host, under the names that MLflow shows.
+
+        Losses and cross entropies in nats over all steps of the window, divided once; weights over supervised
+        tokens; valid_token_ratio the share of positions with a target; lr and grad_norm (before clipping) of
+        the last step; tokens_per_s over the steps alone, without validation.
+        """
+        assert self.weights is not None
+        positions = int(self.positions)
+        heads = self.sums.results()
+        return {
+            "train/loss": float(self.loss) / max(positions, 1),
+            "train/ce_mean": self.sums.ce_mean(),
+            **{f"train/ce_head_{h}": head.ce for h, head in enumerate(heads)},
+            "train/weight_mean": float(self.weights.mean),
+            "train/weight_min": float(self.weights.min),
+            "train/weight_max": float(self.weights.max),
+            "train/weight_ess": float(self.weights.ess),
+            "train/valid_token_ratio": positions / self.tokens,
+            "optim/lr": self.lr,
+            "optim/grad_norm": float(self.grad_norm),
+            "perf/tokens_per_s": self.tokens / self.seconds,
+            "perf/peak_memory_mb": peak_memory_mb(),
+        }
+
+
+def peak_memory_mb() -> float:
+    """Give the most memory that the run has held so far, in 10^6 bytes: on the GPU, or without one in RAM."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
