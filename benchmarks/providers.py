@@ -84,7 +84,7 @@ def compiled_all_rows(logits: Tensor, labels: Tensor, token_weights: Tensor) -> 
 
 
 def _liger_rows(rows: Tensor, target: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_cross_entropy
+    from liger_kernel.transformers.functional import liger_cross_entropy  # type: ignore[import-untyped]
 
     return liger_cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="none").float()
 

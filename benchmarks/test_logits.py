@@ -50,7 +50,8 @@ def calls(provider: Provider, which: str, problem: Problem) -> tuple[Call, Call]
     def backward_alone(logits: torch.Tensor, loss: torch.Tensor) -> Any:
         return torch.autograd.grad(loss, logits)
 
-    return setup, {"forward": loss_of, "backward": backward_alone, "both": both}[which]
+    by_pass: dict[str, Call] = {"forward": loss_of, "backward": backward_alone, "both": both}
+    return setup, by_pass[which]
 
 
 def bytes_moved(which: str, shape: Shape) -> int:

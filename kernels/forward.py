@@ -80,6 +80,12 @@ def scaled_exp(z, maximum):
 
 
 @triton.jit
+def finite_or_zero(x):
+    """x, or 0 for an infinity or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def visit_row(
     row_ptr,
     stride_v,
@@ -94,7 +100,7 @@ def visit_row(
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Maximum, log of the sum above it, logit of the label, sum of the logits, argmax: scalars of one row."""
+    """Maximum, log of the sum above it, the label's logit, how far it lies above the mean logit, argmax: of one row."""
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
     body_ptr = row_ptr + head
     if VEC > 1:
@@ -105,6 +111,7 @@ def visit_row(
     own_best = tl.full([THREADS], INT32_MAX, tl.int32) - head
     label_logit = tl.where(label >= 0, 0.0, float("nan"))
     wanted = label - head
+    base = 0.0
 
     for start in range(0, body, STRIPS * THREADS * VEC):
         offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
@@ -112,9 +119,12 @@ def visit_row(
         z = tl.load(body_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
         if HAS_SOFTCAP:
             z = tl.where(inside, soft_cap(z, softcap), float("-inf"))
-        if SMOOTH:
-            own_total += tl.sum(tl.sum(tl.where(inside, z, 0.0), axis=2), axis=0)
         tile_max = tl.max(tl.max(z, axis=2), axis=0)
+        if SMOOTH:
+            # Summed from where the row lies: at logits of 1e4 a sum of them loses the mean's last 1e-3.
+            if start == 0:
+                base = finite_or_zero(tl.max(tile_max, axis=0))
+            own_total += tl.sum(tl.sum(tl.where(inside, z - base, 0.0), axis=2), axis=0)
         if TOP1:
             found = tl.where(z == tile_max[None, :, None], offs, INT32_MAX)
             own_best = tl.where(tile_max > own_max, tl.min(tl.min(found, axis=2), axis=0), own_best)
@@ -138,7 +148,9 @@ def visit_row(
         if HAS_SOFTCAP:
             edge = tl.where(offs_e < V, soft_cap(edge, softcap), float("-inf"))
         if SMOOTH:
-            total += tl.sum(tl.where(offs_e < V, edge, 0.0), axis=0)
+            if body == 0:
+                base = finite_or_zero(tl.max(edge, axis=0))
+            total += tl.sum(tl.where(offs_e < V, edge - base, 0.0), axis=0)
         row_max = tl.maximum(row_max, tl.max(edge, axis=0))
         row_sum = tl.sum(own_sum * scaled_exp(own_max, row_max), axis=0) + tl.sum(scaled_exp(edge, row_max), axis=0)
         label_logit += tl.sum(tl.where(offs_e == label, edge, 0.0), axis=0)
@@ -149,7 +161,7 @@ def visit_row(
         if not (ALIGNED or VEC == 1):
             best = tl.minimum(best, tl.min(tl.where((edge == row_max) & (offs_e < V), offs_e, INT32_MAX), axis=0))
         best = tl.where(best == INT32_MAX, 0, best)
-    return row_max, tl.log(row_sum), label_logit, total, best
+    return row_max, tl.log(row_sum), label_logit, (label_logit - base) - total / V, best
 
 
 @triton.jit
@@ -210,7 +222,7 @@ def forward_kernel(
             # d loss / d w is the row's loss, so a weight of 0 that wants a gradient is read too.
             counts = share_h != 0.0
         if counts:
-            row_max, log_sum, label_logit, total, best = visit_row(
+            row_max, log_sum, label_logit, above_mean, best = visit_row(
                 logits[h] + b * stride_b[h] + t * stride_s[h],
                 stride_v[h],
                 V,
@@ -230,7 +242,7 @@ def forward_kernel(
                 lse = row_max + log_sum
                 row_loss += z_loss * lse * lse
                 if SMOOTH:
-                    row_loss += label_smoothing * (label_logit - total / V)
+                    row_loss += label_smoothing * above_mean
         tl.store(ce_ptr + p * H + h, ce)
         tl.store(row_max_ptr + p * H + h, row_max)
         tl.store(log_sum_ptr + p * H + h, log_sum)

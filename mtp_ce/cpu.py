@@ -193,14 +193,14 @@ def forward(
         torch.amax(z, 1, keepdim=True, out=maximum[rows])
         if with_top1:
             torch.argmax(z, 1, out=best[rows])
+        # Above -inf, so that a row of -inf everywhere gives lse = -inf and not NaN.
+        z.sub_(maximum[rows].clamp(min=torch.finfo(dtype).min))
         if label_smoothing:
             torch.sum(z, 1, keepdim=True, out=total[rows])
-        # Above -inf, so that a row of -inf everywhere gives lse = -inf and not NaN.
-        base = maximum[rows].clamp(min=torch.finfo(dtype).min)
-        torch.sum(z.sub_(base).exp_(), 1, keepdim=True, out=sums[rows])
+        torch.sum(z.exp_(), 1, keepdim=True, out=sums[rows])
     log_s = sums.log_()
     row_ce = (maximum - z_label) + log_s
-    loss = row_ce + label_smoothing * (z_label - total / V) if label_smoothing else row_ce
+    loss = row_ce + label_smoothing * ((z_label - maximum) - total / V) if label_smoothing else row_ce
     if z_loss:
         loss = loss + z_loss * (maximum + log_s) ** 2
 

@@ -74,12 +74,11 @@ def reference_weighted_mtp_ce(
             z = softcap * torch.tanh(z / softcap)
         y = labels[b, at + shift + h]
         logp = torch.log_softmax(z, dim=-1)
-        z_label = z.gather(1, y[:, None])[:, 0]
         row_ce = -logp.gather(1, y[:, None])[:, 0]
         row_lse = torch.logsumexp(z, dim=-1)
         row_loss = row_ce
         if label_smoothing != 0:
-            row_loss = row_loss + label_smoothing * (z_label - z.mean(dim=-1))
+            row_loss = row_ce + label_smoothing * (-logp.mean(dim=-1) - row_ce)
         if z_loss != 0:
             row_loss = row_loss + z_loss * row_lse**2
         row_loss = torch.where(unweighted, row_loss.detach().nan_to_num(posinf=0.0), row_loss)

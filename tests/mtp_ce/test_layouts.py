@@ -117,7 +117,7 @@ def shifted(draw, dtype: torch.dtype, past: int, width: int, V: int) -> Tensor:
 
 
 ALIGNMENTS = [(torch.float32, past) for past in range(4)] + [(torch.bfloat16, past) for past in range(8)]
-ROWS = [(507, 507), (520, 512), (9, 5), (1030, 1029)]
+ROWS = [(507, 507), (520, 512), (1030, 1029)]
 
 
 @pytest.mark.parametrize(("dtype", "past"), ALIGNMENTS)

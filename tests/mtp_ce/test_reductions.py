@@ -5,7 +5,7 @@ import torch
 
 from mtp_ce import weighted_mtp_ce
 
-B, S, H, V = 4, 6, 3, 53
+B, S, H, V = 3, 5, 3, 53
 
 
 def batch(draw):
@@ -139,3 +139,19 @@ def test_a_head_of_weight_zero_is_dead_but_its_positions_count(impl, draw, devic
     wanted = (weights * stats.ce[:, :, 1:].sum(-1) / live.clamp(min=1)).sum() / stats.live.any(-1).sum()
     assert bool((stats.live[:, :, 0] & (live == 0)).any()), "the batch must have a position with head 0 alone"
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_the_weights_of_a_head_of_weight_zero_are_never_used(impl, draw, device) -> None:
+    """NaN token weights of its rows: 0 * NaN reaches no result."""
+    logits, labels, _ = batch(draw)
+    a, weights = torch.tensor([0.0, 1.0, 1.0], device=device), draw.uniform(B, S, H)
+    results = []
+    for value in (1.0, torch.nan):
+        x, w = logits.clone().requires_grad_(), weights.clone()
+        w[:, :, 0] = value
+        w.requires_grad_()
+        loss = weighted_mtp_ce(x, labels, w, head_weights=a, impl=impl)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
+    for clean, spoiled in zip(*results, strict=True):
+        assert torch.equal(clean, spoiled)

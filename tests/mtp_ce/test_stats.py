@@ -31,7 +31,8 @@ def test_statistics_have_the_documented_shapes_and_dtypes(impl, draw, dtype: tor
 def test_top1_is_the_first_of_equal_largest_logits(impl, draw) -> None:
     """As torch.argmax, wherever the equal ones stand: in front edge, body, back edge, in one lane or in two tiles."""
     width = 5001
-    places = [[0, 5000], [3, 4], [1, 8, 300], [7, 1031], [2047, 2048, 5000], [4999, 5000], [0, 1, 2, 3]]
+    # The distances 1024, 2048 and 4096 are those of one thread's elements in two tiles.
+    places = [[0, 5000], [1, 8, 300], [5, 1029], [6, 2054], [9, 4105], [2047, 2048, 5000], [4999, 5000], [0, 1, 2, 3]]
     logits = draw.normal(1, len(places), 1, width).clamp(max=2.0)
     for t, place in enumerate(places):
         logits[0, t, 0, place] = 3.0
