@@ -250,7 +250,7 @@ def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Pat
         '[ -n "${TRITON_INTERPRET:-}" ] && echo "interpreted" && exit 1\n'
         'case "$*" in\n'
         "    -c*) exit 0 ;;\n"
-        '    *tests/kernels*) echo "FAILED tests/kernels/test_x.py::test_y"; echo "1 failed in 2 s"; exit 1 ;;\n'
+        '    *tests/kernels*) echo "FAILED tests/kernels/test_compiled.py::test_y"; echo "1 failed in 2 s"; exit 1 ;;\n'
         '    *--results*) echo "3 passed"; exec sleep 60 ;;\n'
         '    *benchmarks.table) echo "the table" ;;\n'
         "esac\n"
@@ -259,7 +259,7 @@ def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Pat
     done = run_suite(PYTHON=str(python), BENCHMARK_SECONDS="-59", TRITON_INTERPRET="1")
     lines = done.stdout.splitlines()
     assert done.returncode == 1
-    assert lines[1:3] == ["FAILED tests/kernels/test_x.py::test_y", "1 failed in 2 s"]
+    assert lines[1:3] == ["FAILED tests/kernels/test_compiled.py::test_y", "1 failed in 2 s"]
     assert lines[-3:] == ["benchmarks ran out of its 1 s", "== results", "the table"]
 
 

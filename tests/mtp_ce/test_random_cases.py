@@ -69,7 +69,7 @@ def draw_case(seed: int, draw) -> SimpleNamespace:
     """Tensors and options of one case."""
     rng = random.Random(seed)
     draw.generator.manual_seed(seed)
-    B, S, H = rng.choice([1, 1, 1, 2]), rng.choice([1, 2, 3, 3, 4, 4, 5, 6]), rng.choice([1, 2, 2, 3])
+    B, S, H = rng.choice([1, 1, 1, 2]), rng.choice([1, 2, 3, 4, 4, 5, 5, 6, 6]), rng.choice([1, 2, 2, 3])
     H = rng.choice([4, 5]) if S <= 3 and rng.random() < 0.3 else H
     V = rng.choice(LARGE_VOCABULARIES if rng.random() < 0.12 else VOCABULARIES)
     dtype = rng.choice(DTYPES)

@@ -26,11 +26,11 @@ SMALL = [
     "model.mtp.horizon=3",
     "optimizer.lr=1e-2",
     "optimizer.warmup_steps=2",
-    "train.steps=40",
+    "train.steps=60",
     "train.batch_size=8",
-    "train.log_every=8",
+    "train.log_every=12",
     "train.device=cpu",
-    "validation.every=16",
+    "validation.every=24",
     "tracking.kind=none",
 ]
 

@@ -57,7 +57,7 @@ MISTAKES = {
     "sizes that don't fit": (["model.kv_heads=3"], ["kv_heads 3 does not divide"]),
     "horizon longer than a row": (
         ["model.mtp.horizon=300"],
-        ["model.mtp.horizon 300", "sequence_length 256"],
+        ["model.mtp.horizon 300", "sequence_length 128"],
     ),
     "override into a value": (["seed.x=1"], ["'seed'", "not a group"]),
     "override without a key": (["=1"], ["neither a file nor a shipped recipe"]),
@@ -172,5 +172,5 @@ def test_a_dry_run_sizes_the_model_and_writes_nothing(tmp_path):
     heads = 3 * (D * D + D)
     assert f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}" in answer.stdout
     assert "1,000 steps" in answer.stdout
-    assert f"{1000 * 6 * 256:,} in all" in answer.stdout
+    assert f"{1000 * 6 * recipe.data.sequence_length:,} in all" in answer.stdout
     assert files_below(tmp_path) == set()

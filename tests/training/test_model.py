@@ -86,9 +86,9 @@ def test_the_trunk_is_a_plain_transformers_model_of_the_recipes_sizes(model, sma
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (300, 32, 2)
     assert config.num_key_value_heads == recipe.model.kv_heads
     assert config.max_position_embeddings == recipe.data.sequence_length
-    assert model.trunk.get_input_embeddings().weight is model.trunk.get_output_embeddings().weight
-    untied = build_model(small(["data.vocab_size=300", "model.tie_embeddings=false"]))
-    assert untied.trunk.get_input_embeddings().weight is not untied.trunk.get_output_embeddings().weight
+    for tied in (False, True):
+        trunk = build_model(small(["data.vocab_size=300", f"model.tie_embeddings={str(tied).lower()}"])).trunk
+        assert (trunk.get_input_embeddings().weight is trunk.get_output_embeddings().weight) == tied
 
 
 def test_the_seed_decides_the_initial_weights(small):

@@ -80,8 +80,8 @@ def test_mlflow_and_the_metrics_file_agree(mlflow_run, metrics):
     for name in ("train/loss", "val/ce_head_2", "optim/lr"):
         history = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
         assert history == [(line["step"], line[name]) for line in metrics if name in line]
-    assert [line["step"] for line in metrics if "train/loss" in line] == [1, 8, 16, 24, 32, 40]
-    assert [line["step"] for line in metrics if "val/ce_mean" in line] == [16, 32, 40]
+    assert [line["step"] for line in metrics if "train/loss" in line] == [1, 12, 24, 36, 48, 60]
+    assert [line["step"] for line in metrics if "val/ce_mean" in line] == [24, 48, 60]
 
 
 def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(finished_run, mlflow_run, tmp_path):
