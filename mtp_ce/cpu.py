@@ -102,7 +102,6 @@ class _Block(NamedTuple):
     """Rows of one head that are worked on together."""
 
     head: int
-    rows: slice  # their places among all rows read
     runs: list[tuple[int, int, int]]  # b, first t, length
 
 
@@ -111,17 +110,23 @@ def _cut(read: Tensor, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list
     S = read.shape[1]
     most = max(1, BLOCK_BYTES * min(32, torch.get_num_threads()) // (V * dtype.itemsize))
     head, position = read.flatten(0, 1).t().nonzero(as_tuple=True)
+    # A run ends before a row that does not follow the last one in the same sequence and head.
+    follows = (position.diff() == 1) & (position[1:] % S != 0) & (head.diff() == 0)
+    first = torch.cat([torch.zeros(min(1, len(head)), dtype=torch.int64), (~follows).nonzero().flatten() + 1])
+    lengths = torch.cat([first[1:], torch.tensor([len(head)])])[: len(first)] - first
     blocks: list[_Block] = []
-    for i, (h, p) in enumerate(zip(head.tolist(), position.tolist(), strict=True)):
+    room = 0  # in the last block
+    for h, p, length in zip(head[first].tolist(), position[first].tolist(), lengths.tolist(), strict=True):
         b, t = divmod(p, S)
-        if not blocks or blocks[-1].head != h or i - blocks[-1].rows.start == most:
-            blocks.append(_Block(h, slice(i, i), []))
-        _, rows, runs = blocks[-1]
-        if runs and runs[-1][0] == b and runs[-1][1] + runs[-1][2] == t:
-            runs[-1] = (b, runs[-1][1], runs[-1][2] + 1)
-        else:
-            runs.append((b, t, 1))
-        blocks[-1] = _Block(h, slice(rows.start, i + 1), runs)
+        if blocks and blocks[-1].head != h:
+            room = 0
+        while length:
+            if room == 0:
+                blocks.append(_Block(h, []))
+                room = most
+            fits = min(length, room)
+            blocks[-1].runs.append((b, t, fits))
+            t, length, room = t + fits, length - fits, room - fits
     return position, head, blocks
 
 
@@ -132,17 +137,17 @@ def _slices(x: Tensor, runs: list[tuple[int, int, int]]) -> list[Tensor]:
 
 def _load(head: Tensor, block: _Block, buffer: Tensor, softcap: float | None) -> Tensor:
     """The block's rows as z [rows, V] in the buffer."""
-    z = buffer[: block.rows.stop - block.rows.start]
-    for part, rows in zip(z.split([run[2] for run in block.runs]), _slices(head, block.runs), strict=True):
+    lengths = _lengths(block)
+    z = buffer[: sum(lengths)]
+    for part, rows in zip(z.split(lengths), _slices(head, block.runs), strict=True):
         part.copy_(rows)
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     return z
 
 
-def _buffer(blocks: list[_Block], V: int, like: Tensor) -> Tensor:
-    rows = max((block.rows.stop - block.rows.start for block in blocks), default=0)
-    return like.new_empty(rows, V)
+def _lengths(block: _Block) -> list[int]:
+    return [length for _, _, length in block.runs]
 
 
 def _accumulator(head: Tensor) -> torch.dtype:
@@ -185,20 +190,21 @@ def forward(
     y = label.view(-1, H)[position, of_head, None]  # [rows, 1]
     z_label, maximum, total, sums = (share.new_zeros(len(y), 1) for _ in range(4))
     best = torch.zeros(len(y), dtype=torch.int64, device=labels.device)
-    buffer = _buffer(blocks, V, share)
-    for block in blocks:
-        rows = block.rows
+    sizes = [sum(_lengths(block)) for block in blocks]
+    buffer = share.new_empty(max(sizes, default=0), V)
+    parts = [x.split(sizes) for x in (y, z_label, maximum, total, sums, best)]
+    for block, y_, z_label_, maximum_, total_, sums_, best_ in zip(blocks, *parts, strict=True):
         z = _load(heads[block.head], block, buffer, softcap)
-        torch.gather(z, 1, y[rows], out=z_label[rows])
-        torch.amax(z, 1, keepdim=True, out=maximum[rows])
+        torch.gather(z, 1, y_, out=z_label_)
+        torch.amax(z, 1, keepdim=True, out=maximum_)
         if with_top1:
-            torch.argmax(z, 1, out=best[rows])
-        # Above -inf, so that a row of -inf everywhere gives lse = -inf and not NaN.
-        z.sub_(maximum[rows].clamp(min=torch.finfo(dtype).min))
+            torch.argmax(z, 1, out=best_)
+        z.sub_(maximum_)
         if label_smoothing:
-            torch.sum(z, 1, keepdim=True, out=total[rows])
-        torch.sum(z.exp_(), 1, keepdim=True, out=sums[rows])
-    log_s = sums.log_()
+            torch.sum(z, 1, keepdim=True, out=total_)
+        torch.sum(z.exp_(), 1, keepdim=True, out=sums_)
+    # A row of -inf everywhere has subtracted -inf from itself: its lse is -inf and not NaN.
+    log_s = torch.where(maximum == float("-inf"), 0.0, sums).log_()
     row_ce = (maximum - z_label) + log_s
     loss = row_ce + label_smoothing * ((z_label - maximum) - total / V) if label_smoothing else row_ce
     if z_loss:
@@ -275,19 +281,19 @@ def backward(
     position, of_head, blocks = _cut(~dead, V, dtype)
     y, maximum, scale, g = (x.view(-1, H)[position, of_head, None] for x in (label, row_max, scale, g))
     uniform, on_label = g * (label_smoothing / V), g * (label_smoothing - 1)
-    buffer = _buffer(blocks, V, row_max)
-    for block in blocks:
-        rows = block.rows
+    sizes = [sum(_lengths(block)) for block in blocks]
+    buffer = row_max.new_empty(max(sizes, default=0), V)
+    parts = [x.split(sizes) for x in (y, maximum, scale, uniform, on_label)]
+    for block, y_, maximum_, scale_, uniform_, on_label_ in zip(blocks, *parts, strict=True):
         z = _load(heads[block.head], block, buffer, softcap)
         slope = None if softcap is None else 1 - (z / softcap).square_()
-        dz = z.sub_(maximum[rows]).exp_().mul_(scale[rows])
+        dz = z.sub_(maximum_).exp_().mul_(scale_)
         if label_smoothing:
-            dz.sub_(uniform[rows])
-        dz.scatter_add_(1, y[rows], on_label[rows])
+            dz.sub_(uniform_)
+        dz.scatter_add_(1, y_, on_label_)
         if slope is not None:
             dz.mul_(slope)
-        slices = _slices(d_heads[block.head], block.runs)
-        for gradient, part in zip(slices, dz.split([len(x) for x in slices]), strict=True):
+        for gradient, part in zip(_slices(d_heads[block.head], block.runs), dz.split(_lengths(block)), strict=True):
             gradient.copy_(part)
     for block in _cut(dead, V, dtype)[2]:
         for gradient in _slices(d_heads[block.head], block.runs):

@@ -2,7 +2,7 @@
 
 `logits_forward` returns the loss and what its gradient needs; `logits_backward` returns the gradients;
 `logits_backward_` writes the gradient of the logits over them. The backward operators have no derivative, so
-differentiating twice raises. Arguments arrive checked (mtp_ce/loss.py).
+differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -5,9 +5,23 @@ in the dtype of the logits (float32 for half types), and lets autograd derive ev
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _ZeroWeighted(torch.autograd.Function):
+    """w * row_loss at w = 0: value 0 whatever the row's loss is, and d / d w = row_loss all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, row_loss: Tensor) -> Tensor:
+        ctx.save_for_backward(row_loss)
+        return torch.zeros_like(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
 
 
 def reference_weighted_mtp_ce(
@@ -68,8 +82,8 @@ def reference_weighted_mtp_ce(
         b, at = read.nonzero(as_tuple=True)
         z = heads[h][b, at].to(dtype)  # [rows, V]: a dead row never enters the graph
         # Read only for the gradient of its weight: 0 * NaN must reach neither the loss nor the logits.
-        unweighted = w[b, at] == 0
-        z = torch.where(unweighted[:, None], z.detach(), z)
+        zero = w[b, at] == 0
+        z = torch.where(zero[:, None], z.detach(), z)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
         y = labels[b, at + shift + h]
@@ -81,11 +95,13 @@ def reference_weighted_mtp_ce(
             row_loss = row_ce + label_smoothing * (-logp.mean(dim=-1) - row_ce)
         if z_loss != 0:
             row_loss = row_loss + z_loss * row_lse**2
-        row_loss = torch.where(unweighted, row_loss.detach().nan_to_num(posinf=0.0), row_loss)
         ce[b, at, h] = row_ce.detach()
         lse[b, at, h] = row_lse.detach()
         top1[b, at, h] = z.detach().argmax(dim=-1).int()
-        weighted = shares[h] * w[b, at] * row_loss
+        weighted = torch.empty_like(row_loss)
+        weighted[~zero] = w[b, at][~zero] * row_loss[~zero]
+        weighted[zero] = _ZeroWeighted.apply(w[b, at][zero], row_loss[zero])
+        weighted = shares[h] * weighted
         losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, at), weighted))
 
     if head_weights is not None:
