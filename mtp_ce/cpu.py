@@ -108,7 +108,8 @@ class _Block(NamedTuple):
 def _cut(read: Tensor, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[_Block]]:
     """Position p = b * S + t and head of every row marked in read [B,S,H], head by head, and the blocks of rows."""
     S = read.shape[1]
-    most = max(1, BLOCK_BYTES * min(32, torch.get_num_threads()) // (V * dtype.itemsize))
+    # A multiple of the threads: a reduction gives each of them whole rows.
+    most = max(1, BLOCK_BYTES // (V * dtype.itemsize)) * min(32, torch.get_num_threads())
     head, position = read.flatten(0, 1).t().nonzero(as_tuple=True)
     # A run ends before a row that does not follow the last one in the same sequence and head.
     follows = (position.diff() == 1) & (position[1:] % S != 0) & (head.diff() == 0)
