@@ -55,6 +55,97 @@ def logit_gradient(
 
 
 @triton.jit
+def write_row(
+    row_ptr,
+    stride_v,
+    grad_ptr,
+    stride_gv,
+    V,
+    label,
+    row_max,
+    log_sum,
+    g,
+    softcap,
+    z_loss,
+    label_smoothing,
+    HAS_SOFTCAP: tl.constexpr,
+    PLAIN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SAME_CUT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    VEC: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Gradient of one row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
+    TILE: tl.constexpr = STRIPS * THREADS * VEC
+    log2_sum = log_sum * LOG2_E
+    # dz = scale * p - uniform - on_label [v = label]
+    scale = g
+    uniform = 0.0
+    on_label = g
+    if not PLAIN:
+        scale = g * (1.0 + 2.0 * z_loss * (row_max + log_sum))
+        uniform = g * label_smoothing / V
+        on_label = g * (1.0 - label_smoothing)
+    head, body = split_row(row_ptr, V, VEC, ALIGNED)
+    body_ptr = row_ptr + head
+    grad_body_ptr = grad_ptr + head
+    if VEC > 1:
+        body_ptr = vector_ptr(body_ptr)
+        if SAME_CUT:
+            grad_body_ptr = vector_ptr(grad_body_ptr)
+
+    if g != 0.0:
+        for first in range(0, body, TILE):
+            start = first
+            if REVERSE:
+                start = (body - 1) // TILE * TILE - first
+            offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
+            _offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
+            x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
+            dx = logit_gradient(
+                x,
+                offs,
+                label - head,
+                row_max,
+                log2_sum,
+                scale,
+                uniform,
+                on_label,
+                softcap,
+                HAS_SOFTCAP,
+                PLAIN,
+            )
+            tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
+        if not (ALIGNED or VEC == 1):
+            offs_e = edge_offsets(head, body, V, VEC)
+            x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
+            dx = logit_gradient(
+                x,
+                offs_e,
+                label,
+                row_max,
+                log2_sum,
+                scale,
+                uniform,
+                on_label,
+                softcap,
+                HAS_SOFTCAP,
+                PLAIN,
+            )
+            tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
+    else:
+        for start in range(0, body, TILE):
+            offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
+            nothing = tl.zeros([STRIPS, THREADS, VEC], grad_ptr.dtype.element_ty)
+            tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
+        if not (ALIGNED or VEC == 1):
+            offs_e = edge_offsets(head, body, V, VEC)
+            tl.store(grad_ptr + offs_e, tl.zeros([2 * VEC], grad_ptr.dtype.element_ty), mask=offs_e < V)
+
+
+@triton.jit
 def backward_kernel(
     logits,  # H pointers
     stride_b,  # H strides, like the two below
@@ -105,71 +196,28 @@ def backward_kernel(
         label_h = pick(label, offs_h, h)
         # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
         g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
-        row_max = tl.load(row_max_ptr + p * H + h)
-        log_sum = tl.load(log_sum_ptr + p * H + h)
-        log2_sum = log_sum * LOG2_E
-        # dz = scale * p - uniform - on_label [v = label]
-        scale = g
-        uniform = 0.0
-        on_label = g
-        if not PLAIN:
-            scale = g * (1.0 + 2.0 * z_loss * (row_max + log_sum))
-            uniform = g * label_smoothing / V
-            on_label = g * (1.0 - label_smoothing)
-        row_ptr = logits[h] + b * stride_b[h] + t * stride_s[h]
-        grad_ptr = d_logits[h] + b * stride_gb[h] + t * stride_gs[h]
-        head, body = split_row(row_ptr, V, VEC, ALIGNED)
-        body_ptr = row_ptr + head
-        grad_body_ptr = grad_ptr + head
-        if VEC > 1:
-            body_ptr = vector_ptr(body_ptr)
-            if SAME_CUT:
-                grad_body_ptr = vector_ptr(grad_body_ptr)
-
-        if g != 0.0:
-            for start in range(0, body, STRIPS * THREADS * VEC):
-                offs, place = tile_offsets(start, stride_v[h], STRIPS, THREADS, VEC)
-                _offs, grad_place = tile_offsets(start, stride_gv[h], STRIPS, THREADS, VEC)
-                x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
-                dx = logit_gradient(
-                    x,
-                    offs,
-                    label_h - head,
-                    row_max,
-                    log2_sum,
-                    scale,
-                    uniform,
-                    on_label,
-                    softcap,
-                    HAS_SOFTCAP,
-                    PLAIN,
-                )
-                tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
-            if not (ALIGNED or VEC == 1):
-                offs_e = edge_offsets(head, body, V, VEC)
-                x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
-                dx = logit_gradient(
-                    x,
-                    offs_e,
-                    label_h,
-                    row_max,
-                    log2_sum,
-                    scale,
-                    uniform,
-                    on_label,
-                    softcap,
-                    HAS_SOFTCAP,
-                    PLAIN,
-                )
-                tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
-        else:
-            for start in range(0, body, STRIPS * THREADS * VEC):
-                offs, grad_place = tile_offsets(start, stride_gv[h], STRIPS, THREADS, VEC)
-                nothing = tl.zeros([STRIPS, THREADS, VEC], grad_ptr.dtype.element_ty)
-                tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
-            if not (ALIGNED or VEC == 1):
-                offs_e = edge_offsets(head, body, V, VEC)
-                tl.store(grad_ptr + offs_e, tl.zeros([2 * VEC], grad_ptr.dtype.element_ty), mask=offs_e < V)
+        write_row(
+            logits[h] + b * stride_b[h] + t * stride_s[h],
+            stride_v[h],
+            d_logits[h] + b * stride_gb[h] + t * stride_gs[h],
+            stride_gv[h],
+            V,
+            label_h,
+            tl.load(row_max_ptr + p * H + h),
+            tl.load(log_sum_ptr + p * H + h),
+            g,
+            softcap,
+            z_loss,
+            label_smoothing,
+            HAS_SOFTCAP,
+            PLAIN,
+            ALIGNED,
+            SAME_CUT,
+            False,
+            VEC,
+            STRIPS,
+            THREADS,
+        )
 
 
 def launch_backward(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ce import cpu
+from mtp_ce.rows import check_labels
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -300,4 +300,4 @@ def check_values(
     if isinstance(normalizer, Tensor) and not bool(normalizer > 0):
         raise ValueError(f"normalizer is {normalizer.item()}; expected a number above 0.")
     if labels.numel():
-        cpu.check_labels(labels, seq_lens, document_ids, H=H, V=V, shift=shift, ignore_index=ignore_index)
+        check_labels(labels, seq_lens, document_ids, H=H, V=V, shift=shift, ignore_index=ignore_index)

@@ -1,8 +1,8 @@
 """Weighted multi-token cross entropy on a CPU: a few rows at a time, in a buffer that stays in cache.
 
-Math       as in kernels/forward.py and kernels/backward.py
+Math       as in kernels/forward.py, kernels/backward.py and kernels/forward_backward.py
 
-Shapes     H tensors [B,S,V] of any strides; results like those of the Triton launchers
+Shapes     H tensors [B,S,V] of any strides, or a slab [R,V]; results like those of the Triton launchers
 
 Algorithm  The rows that count are copied in blocks of 512 KiB a thread into one private buffer, where every pass
            (softcap, maximum, exp, sum, gradient) runs. The logits are read once and the gradient written once.
@@ -17,85 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_ce.rows import row_coefficients, row_targets
+
 # For each of at most 32 threads. A core has 1 to 2 MiB of L2; past half of that, sums slow down threefold.
 BLOCK_BYTES = 512 * 1024
-
-
-def row_targets(
-    labels: Tensor,  # [B, S]
-    seq_lens: Tensor | None,  # [B]
-    document_ids: Tensor | None,  # [B, S]
-    *,
-    H: int,
-    shift: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Place [S,H] (the target's index, inside the sequence), label and live [B,S,H] of every row."""
-    B, S = labels.shape
-    device = labels.device
-    target = torch.arange(S, device=device)[:, None] + shift + torch.arange(H, device=device)
-    place = target.clamp(max=S - 1)
-    live = (target < S).expand(B, S, H)
-    if seq_lens is not None:
-        live = live & (target < seq_lens[:, None, None])
-    label = labels[:, place].long()
-    live = live & (label != ignore_index)
-    if document_ids is not None:
-        live = live & (document_ids[:, place] == document_ids[:, :, None])
-    return place, label, live
-
-
-def row_coefficients(
-    place: Tensor,  # [S, H]
-    live: Tensor,  # [B, S, H]
-    token_weights: Tensor | None,  # [B, S] or [B, S, H]
-    head_weights: Tensor | None,  # [H]
-    *,
-    over_horizon: bool,
-    target_weights: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Share and coefficient [B,S,H] of every row, as in kernels/rows.py."""
-    H = live.shape[-1]
-    a = torch.ones(H, dtype=dtype, device=live.device) if head_weights is None else head_weights.to(dtype)
-    share = torch.where(live, a, 0.0)
-    if over_horizon:
-        share = share / H
-    else:
-        total = share.sum(-1, keepdim=True)
-        share = share / torch.where(total == 0, 1.0, total)
-    if token_weights is None:
-        return share, share
-    if token_weights.dim() == 3:
-        w = token_weights
-    elif target_weights:
-        w = token_weights[:, place]
-    else:
-        w = token_weights[:, :, None]
-    return share, torch.where(share != 0, w.to(dtype) * share, 0.0)
-
-
-def check_labels(
-    labels: Tensor,  # [B, S]
-    seq_lens: Tensor | None,  # [B]
-    document_ids: Tensor | None,  # [B, S]
-    *,
-    H: int,
-    V: int,
-    shift: int,
-    ignore_index: int,
-) -> None:
-    """IndexError naming the first live label outside [0, V); reads values, so it synchronises on a GPU."""
-    place, label, live = row_targets(labels, seq_lens, document_ids, H=H, shift=shift, ignore_index=ignore_index)
-    broken = live & ((label < 0) | (label >= V))
-    if not bool(broken.any()):
-        return
-    b, t, h = (int(i) for i in broken.nonzero()[0])
-    i = int(place[t, h])
-    raise IndexError(
-        f"labels[{b}, {i}] is {int(labels[b, i])}; expected ignore_index ({ignore_index}) or a class in [0, V) = "
-        f"[0, {V}). Mask it with ignore_index, or give logits as wide as the tokenizer's vocabulary."
-    )
 
 
 class _Block(NamedTuple):
@@ -105,11 +30,15 @@ class _Block(NamedTuple):
     runs: list[tuple[int, int, int]]  # b, first t, length
 
 
+def _rows_at_once(V: int, dtype: torch.dtype) -> int:
+    # A multiple of the threads: a reduction gives each of them whole rows.
+    return max(1, BLOCK_BYTES // (V * dtype.itemsize)) * min(32, torch.get_num_threads())
+
+
 def _cut(read: Tensor, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[_Block]]:
     """Position p = b * S + t and head of every row marked in read [B,S,H], head by head, and the blocks of rows."""
     S = read.shape[1]
-    # A multiple of the threads: a reduction gives each of them whole rows.
-    most = max(1, BLOCK_BYTES // (V * dtype.itemsize)) * min(32, torch.get_num_threads())
+    most = _rows_at_once(V, dtype)
     head, position = read.flatten(0, 1).t().nonzero(as_tuple=True)
     # A run ends before a row that does not follow the last one in the same sequence and head.
     follows = (position.diff() == 1) & (position[1:] % S != 0) & (head.diff() == 0)
@@ -151,8 +80,80 @@ def _lengths(block: _Block) -> list[int]:
     return [length for _, _, length in block.runs]
 
 
-def _accumulator(head: Tensor) -> torch.dtype:
-    return torch.float64 if head.dtype == torch.float64 else torch.float32
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+class _Sums(NamedTuple):
+    """What one visit learns of rows, as columns [rows, 1]; of a block of them, as views."""
+
+    z_label: Tensor
+    maximum: Tensor
+    total: Tensor  # of z - maximum
+    sums: Tensor  # of exp(z - maximum)
+    best: Tensor  # [rows] int64
+
+    @classmethod
+    def zeros(cls, rows: int, like: Tensor) -> "_Sums":
+        z_label, maximum, total, sums = (like.new_zeros(rows, 1) for _ in range(4))
+        return cls(z_label, maximum, total, sums, like.new_zeros(rows, dtype=torch.int64))
+
+    def split(self, sizes: list[int]) -> "list[_Sums]":
+        return [_Sums(*parts) for parts in zip(*(column.split(sizes) for column in self), strict=True)]
+
+    def log_sum(self) -> Tensor:
+        """In place of the sums. A row of -inf everywhere has subtracted -inf from itself: -inf, not NaN."""
+        return self.sums.masked_fill_(self.maximum == float("-inf"), 0.0).log_()
+
+    def row_loss(self, ce: Tensor, log_sum: Tensor, V: int, z_loss: float, label_smoothing: float) -> Tensor:
+        loss = ce
+        if label_smoothing:
+            loss = loss + label_smoothing * ((self.z_label - self.maximum) - self.total / V)
+        if z_loss:
+            loss = loss + z_loss * (self.maximum + log_sum) ** 2
+        return loss
+
+
+def _visit(z: Tensor, y: Tensor, into: _Sums, *, smooth: bool, with_top1: bool) -> Tensor:
+    """Learn of z [rows, V] with labels y [rows, 1]; z becomes exp(z - maximum)."""
+    torch.gather(z, 1, y, out=into.z_label)
+    torch.amax(z, 1, keepdim=True, out=into.maximum)
+    if with_top1:
+        torch.argmax(z, 1, out=into.best)
+    z.sub_(into.maximum)
+    if smooth:
+        torch.sum(z, 1, keepdim=True, out=into.total)
+    torch.sum(z.exp_(), 1, keepdim=True, out=into.sums)
+    return z
+
+
+class _Factors(NamedTuple):
+    """Columns [rows, 1] of dz = scale * exp(z - maximum) - uniform - on_label [v = label]."""
+
+    scale: Tensor
+    uniform: Tensor
+    on_label: Tensor
+
+    @classmethod
+    def of(
+        cls, g: Tensor, maximum: Tensor, log_sum: Tensor, V: int, z_loss: float, label_smoothing: float
+    ) -> "_Factors":
+        scale = g * torch.exp(-log_sum) * (1 + 2 * z_loss * (maximum + log_sum) if z_loss else 1)
+        return cls(scale, g * (label_smoothing / V), g * (1 - label_smoothing))
+
+
+def _gradient(e: Tensor, y: Tensor, factors: _Factors, slope: Tensor | None, *, smooth: bool) -> Tensor:
+    """The gradient of a block's logits in place of e = exp(z - maximum)."""
+    dz = e.mul_(factors.scale)
+    if smooth:
+        dz.sub_(factors.uniform)
+    dz.scatter_add_(1, y, -factors.on_label)
+    return dz if slope is None else dz.mul_(slope)
+
+
+def _slope(z: Tensor, softcap: float | None) -> Tensor | None:
+    """D z / d logit of capped logits."""
+    return None if softcap is None else 1 - (z / softcap).square_()
 
 
 def forward(
@@ -189,35 +190,23 @@ def forward(
     )
     position, of_head, blocks = _cut((share if with_shares else coefficient) != 0, V, dtype)
     y = label.view(-1, H)[position, of_head, None]  # [rows, 1]
-    z_label, maximum, total, sums = (share.new_zeros(len(y), 1) for _ in range(4))
-    best = torch.zeros(len(y), dtype=torch.int64, device=labels.device)
     sizes = [sum(_lengths(block)) for block in blocks]
     buffer = share.new_empty(max(sizes, default=0), V)
-    parts = [x.split(sizes) for x in (y, z_label, maximum, total, sums, best)]
-    for block, y_, z_label_, maximum_, total_, sums_, best_ in zip(blocks, *parts, strict=True):
+    sums = _Sums.zeros(len(y), share)
+    for block, y_, sums_ in zip(blocks, y.split(sizes), sums.split(sizes), strict=True):
         z = _load(heads[block.head], block, buffer, softcap)
-        torch.gather(z, 1, y_, out=z_label_)
-        torch.amax(z, 1, keepdim=True, out=maximum_)
-        if with_top1:
-            torch.argmax(z, 1, out=best_)
-        z.sub_(maximum_)
-        if label_smoothing:
-            torch.sum(z, 1, keepdim=True, out=total_)
-        torch.sum(z.exp_(), 1, keepdim=True, out=sums_)
-    # A row of -inf everywhere has subtracted -inf from itself: its lse is -inf and not NaN.
-    log_s = torch.where(maximum == float("-inf"), 0.0, sums).log_()
-    row_ce = (maximum - z_label) + log_s
-    loss = row_ce + label_smoothing * ((z_label - maximum) - total / V) if label_smoothing else row_ce
-    if z_loss:
-        loss = loss + z_loss * (maximum + log_s) ** 2
+        _visit(z, y_, sums_, smooth=label_smoothing != 0, with_top1=with_top1)
+    log_s = sums.log_sum()
+    row_ce = (sums.maximum - sums.z_label) + log_s
+    loss = sums.row_loss(row_ce, log_s, V, z_loss, label_smoothing)
 
     def spread(values: Tensor, elsewhere: float = 0) -> Tensor:
         whole = values.new_full((B * S, H), elsewhere)
         whole[position, of_head] = values.flatten()
         return whole.view(B, S, H)
 
-    ce, row_max, log_sum, row_loss = spread(row_ce), spread(maximum), spread(log_s), spread(loss)
-    top1 = spread(best.int(), -1) if with_top1 else None
+    ce, row_max, log_sum, row_loss = spread(row_ce), spread(sums.maximum), spread(log_s), spread(loss)
+    top1 = spread(sums.best.int(), -1) if with_top1 else None
     out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
     shares = torch.where(share != 0, share * row_loss, 0.0) if with_shares else None
     return out, ce, row_max, log_sum, live, top1, shares
@@ -277,25 +266,60 @@ def backward(
     # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
     dead = (coefficient == 0) | (upstream == 0)
     g = torch.where(dead, 0.0, coefficient * upstream)
-    # dz = scale * exp(z - row_max) - uniform - on_label [v = label]
-    scale = g * torch.exp(-log_sum) * (1 + 2 * z_loss * (row_max + log_sum) if z_loss else 1)
     position, of_head, blocks = _cut(~dead, V, dtype)
-    y, maximum, scale, g = (x.view(-1, H)[position, of_head, None] for x in (label, row_max, scale, g))
-    uniform, on_label = g * (label_smoothing / V), g * (label_smoothing - 1)
+    y, maximum, log_s, g = (x.view(-1, H)[position, of_head, None] for x in (label, row_max, log_sum, g))
     sizes = [sum(_lengths(block)) for block in blocks]
     buffer = row_max.new_empty(max(sizes, default=0), V)
-    parts = [x.split(sizes) for x in (y, maximum, scale, uniform, on_label)]
-    for block, y_, maximum_, scale_, uniform_, on_label_ in zip(blocks, *parts, strict=True):
+    factors = zip(*(x.split(sizes) for x in _Factors.of(g, maximum, log_s, V, z_loss, label_smoothing)), strict=True)
+    for block, y_, maximum_, factors_ in zip(blocks, y.split(sizes), maximum.split(sizes), factors, strict=True):
         z = _load(heads[block.head], block, buffer, softcap)
-        slope = None if softcap is None else 1 - (z / softcap).square_()
-        dz = z.sub_(maximum_).exp_().mul_(scale_)
-        if label_smoothing:
-            dz.sub_(uniform_)
-        dz.scatter_add_(1, y_, on_label_)
-        if slope is not None:
-            dz.mul_(slope)
+        slope = _slope(z, softcap)
+        dz = _gradient(z.sub_(maximum_).exp_(), y_, _Factors(*factors_), slope, smooth=label_smoothing != 0)
         for gradient, part in zip(_slices(d_heads[block.head], block.runs), dz.split(_lengths(block)), strict=True):
             gradient.copy_(part)
     for block in _cut(dead, V, dtype)[2]:
         for gradient in _slices(d_heads[block.head], block.runs):
             gradient.zero_()
+
+
+def forward_backward(
+    slab: Tensor,  # [R, V]
+    label: Tensor,  # [R] int32
+    coefficient: Tensor,  # [R]
+    read: Tensor,  # [R] bool
+    ce: Tensor,  # [R], written like the three below
+    row_loss: Tensor,
+    lse: Tensor,
+    top1: Tensor | None,  # [R] int32
+    *,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    gradient: bool,
+) -> None:
+    """What the rows of a slab give, and with `gradient` the gradient in the slab's place."""
+    V = slab.shape[1]
+    smooth, dtype = label_smoothing != 0, _accumulator(slab)
+    y, c = label.long()[:, None], coefficient[:, None]
+    sums = _Sums.zeros(len(slab), ce)
+    blocks = slab.split(_rows_at_once(V, dtype))
+    sizes = [len(block) for block in blocks]
+    for block, y_, c_, sums_ in zip(blocks, y.split(sizes), c.split(sizes), sums.split(sizes), strict=True):
+        z = block.to(dtype)
+        if softcap is not None:
+            z.div_(softcap).tanh_().mul_(softcap)
+        slope = _slope(z, softcap) if gradient else None
+        e = _visit(z, y_, sums_, smooth=smooth, with_top1=top1 is not None)
+        log_s = sums_.log_sum()
+        if gradient:
+            factors = _Factors.of(c_, sums_.maximum, log_s, V, z_loss, label_smoothing)
+            dz = _gradient(e, y_, factors, slope, smooth=smooth).masked_fill_(c_ == 0, 0.0)
+            if z is not block:
+                block.copy_(dz)
+    log_s = sums.sums
+    row_ce = (sums.maximum - sums.z_label) + log_s
+    loss = sums.row_loss(row_ce, log_s, V, z_loss, label_smoothing)
+    for to, values in ((ce, row_ce), (row_loss, loss), (lse, sums.maximum + log_s)):
+        to.copy_(values.squeeze(1).masked_fill_(~read, 0.0))
+    if top1 is not None:
+        top1.copy_(sums.best.masked_fill_(~read, -1))

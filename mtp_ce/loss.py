@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, Unpack, overlo
 import torch
 from torch import Tensor, nn
 
-from mtp_ce import cpu
 from mtp_ce.checks import (
     check_inplace,
     check_logits,
@@ -21,6 +20,7 @@ from mtp_ce.checks import (
 )
 from mtp_ce.ops import logits_forward
 from mtp_ce.reference import reference_weighted_mtp_ce
+from mtp_ce.rows import check_labels
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -195,9 +195,7 @@ def weighted_mtp_ce(
 
     if impl == "reference":
         if labels.device.type == "cpu" and labels.numel():
-            cpu.check_labels(
-                labels, seq_lens, document_ids, H=shape[2], V=shape[3], shift=shift, ignore_index=ignore_index
-            )
+            check_labels(labels, seq_lens, document_ids, H=shape[2], V=shape[3], shift=shift, ignore_index=ignore_index)
         loss, ce, live, lse, top1 = reference_weighted_mtp_ce(
             heads, labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,

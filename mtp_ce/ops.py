@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce import cpu
+from mtp_ce.rows import check_labels
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,7 +62,7 @@ def logits_forward(
         from mtp_ce.kernels.forward import launch_forward as forward
         from mtp_ce.kernels.forward import launch_mean as mean
     if labels.device.type == "cpu":
-        cpu.check_labels(
+        check_labels(
             labels, seq_lens, document_ids,
             H=len(heads), V=heads[0].shape[-1], shift=shift, ignore_index=ignore_index,
         )  # fmt: skip

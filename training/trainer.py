@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mtp_ce.cpu import row_targets
 from mtp_ce.loss import weighted_mtp_ce
+from mtp_ce.rows import row_targets
 from mtp_ce.scorers.weights import Scorer, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
 from mtp_ce.training.model import MultiTokenModel
