@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_ce.heads import MTPHeads
+    from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
     from mtp_ce.scorers.uniform import UniformScorer
 
@@ -19,10 +20,21 @@ _HOME = {
     "MTPStats": "mtp_ce.loss",
     "UniformScorer": "mtp_ce.scorers.uniform",
     "WeightedMTPLoss": "mtp_ce.loss",
+    "token_ce": "mtp_ce.linear",
     "weighted_mtp_ce": "mtp_ce.loss",
+    "weighted_mtp_linear_ce": "mtp_ce.linear",
 }
 
-__all__ = ["MTPHeads", "MTPLoss", "MTPStats", "UniformScorer", "WeightedMTPLoss", "weighted_mtp_ce"]
+__all__ = [
+    "MTPHeads",
+    "MTPLoss",
+    "MTPStats",
+    "UniformScorer",
+    "WeightedMTPLoss",
+    "token_ce",
+    "weighted_mtp_ce",
+    "weighted_mtp_linear_ce",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,41 +33,98 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; expected a torch.Tensor.")
     # Told by its attributes: importing DTensor costs seconds that most callers never need.
     if hasattr(value, "device_mesh") and hasattr(value, "placements"):
+        local = "" if name in ("unembed", "bias") else f"{name}.to_local() (a shard by batch) or "
         raise TypeError(
-            f"{name} is a DTensor; expected a plain tensor. Call the loss inside the sharded module's forward, or "
-            f"pass {name}.to_local() (a shard by batch) or {name}.full_tensor()."
+            f"{name} is a DTensor; expected a plain tensor. Call the loss inside the sharded module's forward, where "
+            f"parameters are whole, or pass {local}{name}.full_tensor()."
         )
 
 
 def check_logits(logits: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, int, int, int]]:
     """Logits as the operator takes them, its H heads [B,S,V], and (B, S, H, V)."""
-    if isinstance(logits, Tensor):
-        require_tensor("logits", logits)
-        if logits.dim() not in (3, 4):
-            raise ValueError(f"logits is {_shape(logits)}; expected [B, S, H, V], [B, S, V], or H tensors [B, S, V].")
-        given = [logits]
-        heads = list(logits.unbind(2)) if logits.dim() == 4 else given
-    elif isinstance(logits, Sequence) and not isinstance(logits, str):
-        given = heads = list(logits)
-        for h, head in enumerate(heads):
-            require_tensor(f"logits[{h}]", head)
-            if head.dim() != 3:
-                raise ValueError(f"logits[{h}] is {_shape(head)}; expected [B, S, V], one tensor a head.")
-            if head.shape != heads[0].shape or head.dtype != heads[0].dtype or head.device != heads[0].device:
-                raise ValueError(
-                    f"logits[{h}] is {_shape(head)} {head.dtype} on {head.device}; expected "
-                    f"{_shape(heads[0])} {heads[0].dtype} on {heads[0].device}, as logits[0]."
-                )
-    else:
-        raise TypeError(f"logits is {type(logits).__name__}; expected a torch.Tensor or a sequence of them.")
-    if not heads:
-        raise ValueError("logits has H = 0 heads; expected at least one.")
-    if heads[0].dtype not in (*TRITON_DTYPES, torch.float64):
-        raise TypeError(f"logits is {heads[0].dtype}; expected float32, bfloat16, float16 or float64.")
+    given, heads = _check_heads("logits", "V", logits)
     B, S, V = heads[0].shape
     if V == 0:
         raise ValueError(f"logits is {_shape(given[0])}: V = 0; expected at least one vocabulary entry.")
     return given, heads, (B, S, len(heads), V)
+
+
+def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, int, int, int]]:
+    """Hidden states as the operator takes them, their H heads [B,S,D], and (B, S, H, V)."""
+    given, heads = _check_heads("hidden", "D", hidden)
+    first = heads[0]
+    B, S, D = first.shape
+    require_tensor("unembed", unembed)
+    if unembed.dim() != 2 or unembed.shape[1] != D:
+        raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with D = {D} from hidden.")
+    V = unembed.shape[0]
+    if V == 0 or D == 0:
+        raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with V and D of at least 1.")
+    others = [("unembed", unembed)]
+    if bias is not None:
+        require_tensor("bias", bias)
+        if _shape(bias) != [V]:
+            raise ValueError(f"bias is {_shape(bias)}; expected [V] = [{V}] from unembed.")
+        others.append(("bias", bias))
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} is {tensor.dtype}; expected {first.dtype}, as hidden. Cast one of them, or call the loss "
+                "under torch.autocast."
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {first.device}, where hidden is.")
+    return given, heads, (B, S, len(heads), V)
+
+
+def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_bytes: int) -> None:
+    """How the linear path walks its rows of `row_bytes` bytes of logits."""
+    if not isinstance(grad_dtype, torch.dtype):
+        raise TypeError(f"grad_dtype is {type(grad_dtype).__name__}; expected a torch.dtype, such as torch.float32.")
+    if grad_dtype not in (*TRITON_DTYPES, torch.float64):
+        raise ValueError(f"grad_dtype is {grad_dtype}; expected float32, bfloat16, float16 or float64.")
+    if chunk_bytes is not None:
+        if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+            raise TypeError(f"chunk_bytes is {type(chunk_bytes).__name__}; expected an int, or None.")
+        if chunk_bytes < row_bytes:
+            raise ValueError(f"chunk_bytes is {chunk_bytes}; expected at least {row_bytes}, one row of logits.")
+    if drop_dead_rows != "auto" and not isinstance(drop_dead_rows, int):
+        raise TypeError(
+            f"drop_dead_rows is {drop_dead_rows!r}; expected 'auto', True, False, or the number of live rows."
+        )
+    if drop_dead_rows != "auto" and drop_dead_rows < 0:
+        raise ValueError(f"drop_dead_rows is {drop_dead_rows}; expected a number of rows of at least 0.")
+
+
+def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors as they were given, and one [B,S,`letter`] a head."""
+    if isinstance(value, Tensor):
+        require_tensor(name, value)
+        if value.dim() not in (3, 4):
+            raise ValueError(
+                f"{name} is {_shape(value)}; expected [B, S, H, {letter}], [B, S, {letter}], or H tensors "
+                f"[B, S, {letter}]."
+            )
+        given = [value]
+        heads = list(value.unbind(2)) if value.dim() == 4 else given
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        given = heads = list(value)
+        for h, head in enumerate(heads):
+            require_tensor(f"{name}[{h}]", head)
+            if head.dim() != 3:
+                raise ValueError(f"{name}[{h}] is {_shape(head)}; expected [B, S, {letter}], one tensor a head.")
+            if head.shape != heads[0].shape or head.dtype != heads[0].dtype or head.device != heads[0].device:
+                raise ValueError(
+                    f"{name}[{h}] is {_shape(head)} {head.dtype} on {head.device}; expected "
+                    f"{_shape(heads[0])} {heads[0].dtype} on {heads[0].device}, as {name}[0]."
+                )
+    else:
+        raise TypeError(f"{name} is {type(value).__name__}; expected a torch.Tensor or a sequence of them.")
+    if not heads:
+        raise ValueError(f"{name} has H = 0 heads; expected at least one.")
+    if heads[0].dtype not in (*TRITON_DTYPES, torch.float64):
+        raise TypeError(f"{name} is {heads[0].dtype}; expected float32, bfloat16, float16 or float64.")
+    return given, heads
 
 
 def check_options(
@@ -145,6 +202,7 @@ def check_tensors(
     head_weights: Tensor | None,
     seq_lens: Any,
     document_ids: Any,
+    source: str = "logits",
 ) -> None:
     """Shapes, dtypes and devices of what goes with the logits."""
     B, S, H, _ = shape
@@ -158,7 +216,7 @@ def check_tensors(
         if _shape(tensor) != wanted:
             # Words are made here only: a size in an f-string would pin it under torch.compile.
             letters = "[B, S]" if len(wanted) == 2 else "[B]"
-            raise ValueError(f"{name} is {_shape(tensor)}; expected {letters} = {wanted} from logits.")
+            raise ValueError(f"{name} is {_shape(tensor)}; expected {letters} = {wanted} from {source}.")
     if token_weights is not None:
         require_tensor("token_weights", token_weights)
         if not token_weights.is_floating_point():
@@ -166,7 +224,7 @@ def check_tensors(
         if _shape(token_weights) not in ([B, S], [B, S, H]):
             raise ValueError(
                 f"token_weights is {_shape(token_weights)}; expected [B, S] = [{B}, {S}] or "
-                f"[B, S, H] = [{B}, {S}, {H}] from logits."
+                f"[B, S, H] = [{B}, {S}, {H}] from {source}."
             )
         if token_weights.dim() == 3 and weight_alignment == "target":
             raise ValueError(
@@ -174,7 +232,7 @@ def check_tensors(
                 "weight_alignment='position': weights of one row each need no alignment."
             )
     if head_weights is not None and _shape(head_weights) != [H]:
-        raise ValueError(f"head_weights is {_shape(head_weights)}; expected [H] = [{H}] from logits.")
+        raise ValueError(f"head_weights is {_shape(head_weights)}; expected [H] = [{H}] from {source}.")
     named = {
         "labels": labels,
         "token_weights": token_weights,
@@ -184,11 +242,11 @@ def check_tensors(
     }
     for name, tensor in named.items():
         if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {first.device}, where logits is.")
+            raise ValueError(f"{name} is on {tensor.device}; expected {first.device}, where {source} is.")
 
 
-def check_normalizer(normalizer: Any, reduction: str, device: torch.device) -> None:
-    """A number above 0, or a constant 0-d tensor where the logits are."""
+def check_normalizer(normalizer: Any, reduction: str, device: torch.device, source: str = "logits") -> None:
+    """A number above 0, or a constant 0-d tensor on the device."""
     if normalizer is None:
         return
     if reduction != "mean":
@@ -200,7 +258,9 @@ def check_normalizer(normalizer: Any, reduction: str, device: torch.device) -> N
         if normalizer.requires_grad:
             raise ValueError("normalizer requires a gradient; it is a constant here: pass normalizer.detach().")
         if normalizer.device != device:
-            raise ValueError(f"normalizer is on {normalizer.device}; expected {device}, where logits is, or a number.")
+            raise ValueError(
+                f"normalizer is on {normalizer.device}; expected {device}, where {source} is, or a number."
+            )
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer is {type(normalizer).__name__}; expected a number or a 0-d tensor.")
     elif not 0 < normalizer < math.inf:
@@ -208,7 +268,7 @@ def check_normalizer(normalizer: Any, reduction: str, device: torch.device) -> N
 
 
 @torch.compiler.assume_constant_result
-def _triton_missing(device_type: str) -> str | None:
+def _triton_missing(device_type: str, source: str) -> str | None:
     """Why Triton cannot run on tensors of this device; None where it can."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
@@ -219,25 +279,25 @@ def _triton_missing(device_type: str) -> str | None:
     if device_type == "cuda" or isinstance(forward_kernel, InterpretedFunction):
         return None
     return (
-        f"logits is on {device_type}; expected a GPU, or TRITON_INTERPRET=1 in the environment before triton is "
+        f"{source} is on {device_type}; expected a GPU, or TRITON_INTERPRET=1 in the environment before triton is "
         "imported. Use impl='auto' or 'cpu' here."
     )
 
 
-def choose_impl(impl: str, first: Tensor) -> str:
+def choose_impl(impl: str, first: Tensor, source: str = "logits") -> str:
     """The implementation that runs, or ValueError where it cannot."""
     kind = first.device.type
     if impl == "auto":
         impl = "cpu" if kind == "cpu" else "triton"
     if impl == "cpu" and kind != "cpu":
-        raise ValueError(f"impl is 'cpu' and logits is on {kind}; expected CPU tensors, or impl='auto'.")
+        raise ValueError(f"impl is 'cpu' and {source} is on {kind}; expected CPU tensors, or impl='auto'.")
     if impl == "triton":
-        missing = _triton_missing(kind)
+        missing = _triton_missing(kind, source)
         if missing is not None:
             raise ValueError(f"impl is 'triton': {missing}")
         if first.dtype not in TRITON_DTYPES:
             raise TypeError(
-                f"logits is {first.dtype}; expected float32, bfloat16 or float16 for Triton. Use impl='reference'."
+                f"{source} is {first.dtype}; expected float32, bfloat16 or float16 for Triton. Use impl='reference'."
             )
     return impl
 

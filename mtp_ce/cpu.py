@@ -127,28 +127,26 @@ def _visit(z: Tensor, y: Tensor, into: _Sums, *, smooth: bool, with_top1: bool) 
     return z
 
 
-class _Factors(NamedTuple):
-    """Columns [rows, 1] of dz = scale * exp(z - maximum) - uniform - on_label [v = label]."""
+class _Terms(NamedTuple):
+    """Columns [rows, 1] of dz = scale * exp(z - maximum) - uniform - on_label [v = label], for row coefficients g."""
 
-    scale: Tensor
     uniform: Tensor
     on_label: Tensor
 
     @classmethod
-    def of(
-        cls, g: Tensor, maximum: Tensor, log_sum: Tensor, V: int, z_loss: float, label_smoothing: float
-    ) -> "_Factors":
-        scale = g * torch.exp(-log_sum) * (1 + 2 * z_loss * (maximum + log_sum) if z_loss else 1)
-        return cls(scale, g * (label_smoothing / V), g * (1 - label_smoothing))
+    def of(cls, g: Tensor, V: int, label_smoothing: float) -> "_Terms":
+        return cls(g * (label_smoothing / V), g * (1 - label_smoothing))
 
+    def split(self, sizes: list[int]) -> "list[_Terms]":
+        return [_Terms(*parts) for parts in zip(*(column.split(sizes) for column in self), strict=True)]
 
-def _gradient(e: Tensor, y: Tensor, factors: _Factors, slope: Tensor | None, *, smooth: bool) -> Tensor:
-    """The gradient of a block's logits in place of e = exp(z - maximum)."""
-    dz = e.mul_(factors.scale)
-    if smooth:
-        dz.sub_(factors.uniform)
-    dz.scatter_add_(1, y, -factors.on_label)
-    return dz if slope is None else dz.mul_(slope)
+    def gradient(self, e: Tensor, y: Tensor, scale: Tensor, slope: Tensor | None, *, smooth: bool) -> Tensor:
+        """Of a block's logits, in place of e = exp(z - maximum)."""
+        dz = e.mul_(scale)
+        if smooth:
+            dz.sub_(self.uniform)
+        dz.scatter_add_(1, y, -self.on_label)
+        return dz if slope is None else dz.mul_(slope)
 
 
 def _slope(z: Tensor, softcap: float | None) -> Tensor | None:
@@ -270,11 +268,12 @@ def backward(
     y, maximum, log_s, g = (x.view(-1, H)[position, of_head, None] for x in (label, row_max, log_sum, g))
     sizes = [sum(_lengths(block)) for block in blocks]
     buffer = row_max.new_empty(max(sizes, default=0), V)
-    factors = zip(*(x.split(sizes) for x in _Factors.of(g, maximum, log_s, V, z_loss, label_smoothing)), strict=True)
-    for block, y_, maximum_, factors_ in zip(blocks, y.split(sizes), maximum.split(sizes), factors, strict=True):
+    scale = g * torch.exp(-log_s) * (1 + 2 * z_loss * (maximum + log_s) if z_loss else 1)
+    columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, label_smoothing)))
+    for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
         z = _load(heads[block.head], block, buffer, softcap)
         slope = _slope(z, softcap)
-        dz = _gradient(z.sub_(maximum_).exp_(), y_, _Factors(*factors_), slope, smooth=label_smoothing != 0)
+        dz = terms_.gradient(z.sub_(maximum_).exp_(), y_, scale_, slope, smooth=label_smoothing != 0)
         for gradient, part in zip(_slices(d_heads[block.head], block.runs), dz.split(_lengths(block)), strict=True):
             gradient.copy_(part)
     for block in _cut(dead, V, dtype)[2]:
@@ -301,25 +300,30 @@ def forward_backward(
     V = slab.shape[1]
     smooth, dtype = label_smoothing != 0, _accumulator(slab)
     y, c = label.long()[:, None], coefficient[:, None]
-    sums = _Sums.zeros(len(slab), ce)
+    sums, terms = _Sums.zeros(len(slab), ce), _Terms.of(c, V, label_smoothing)
     blocks = slab.split(_rows_at_once(V, dtype))
     sizes = [len(block) for block in blocks]
-    for block, y_, c_, sums_ in zip(blocks, y.split(sizes), c.split(sizes), sums.split(sizes), strict=True):
+    columns = (x.split(sizes) for x in (y, c, sums, terms))
+    for block, y_, c_, sums_, terms_ in zip(blocks, *columns, strict=True):
         z = block.to(dtype)
         if softcap is not None:
             z.div_(softcap).tanh_().mul_(softcap)
         slope = _slope(z, softcap) if gradient else None
         e = _visit(z, y_, sums_, smooth=smooth, with_top1=top1 is not None)
-        log_s = sums_.log_sum()
         if gradient:
-            factors = _Factors.of(c_, sums_.maximum, log_s, V, z_loss, label_smoothing)
-            dz = _gradient(e, y_, factors, slope, smooth=smooth).masked_fill_(c_ == 0, 0.0)
+            scale = c_ / sums_.sums
+            if z_loss:
+                scale *= 1 + 2 * z_loss * (sums_.maximum + sums_.sums.log())
+            dz = terms_.gradient(e, y_, scale, slope, smooth=smooth)
             if z is not block:
                 block.copy_(dz)
-    log_s = sums.sums
+    log_s = sums.log_sum()
     row_ce = (sums.maximum - sums.z_label) + log_s
     loss = sums.row_loss(row_ce, log_s, V, z_loss, label_smoothing)
     for to, values in ((ce, row_ce), (row_loss, loss), (lse, sums.maximum + log_s)):
         to.copy_(values.squeeze(1).masked_fill_(~read, 0.0))
     if top1 is not None:
         top1.copy_(sums.best.masked_fill_(~read, -1))
+    dead = coefficient == 0
+    if gradient and bool(dead.any()):
+        slab[dead] = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ class MTPLoss(NamedTuple):
     stats: MTPStats
 
 
-class _Options(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
+    """Options of both paths that hold for a whole run."""
+
     shift: int
     weight_alignment: str
     head_reduction: str
@@ -56,15 +58,24 @@ class _Options(TypedDict, total=False):
     softcap: float | None
     z_loss: float
     label_smoothing: float
-    inplace_backward: bool
     validate: bool
     impl: str
 
 
-class _Call(_Options, total=False):
+class CallOptions(CommonOptions, total=False):
+    """Those, and what belongs to one batch."""
+
     seq_lens: Tensor | None
     document_ids: Tensor | None
     normalizer: float | Tensor | None
+
+
+class _Options(CommonOptions, total=False):
+    inplace_backward: bool
+
+
+class _Call(CallOptions, total=False):
+    inplace_backward: bool
 
 
 @overload
@@ -194,16 +205,13 @@ def weighted_mtp_ce(
         )
 
     if impl == "reference":
-        if labels.device.type == "cpu" and labels.numel():
-            check_labels(labels, seq_lens, document_ids, H=shape[2], V=shape[3], shift=shift, ignore_index=ignore_index)
-        loss, ce, live, lse, top1 = reference_weighted_mtp_ce(
+        return reference_loss(
             heads, labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
             seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-            label_smoothing=label_smoothing,
+            label_smoothing=label_smoothing, return_stats=return_stats,
         )  # fmt: skip
-        return MTPLoss(loss, MTPStats(ce, live, lse, top1)) if return_stats else loss
 
     scale, by = loss_scale, normalizer
     if isinstance(by, numbers.Real):
@@ -219,6 +227,19 @@ def weighted_mtp_ce(
     if not return_stats:
         return loss
     return MTPLoss(loss, MTPStats(ce.detach(), live, row_max.detach() + log_sum.detach(), top1))
+
+
+def reference_loss(
+    heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, *, return_stats: bool, **options: Any
+) -> Tensor | MTPLoss:
+    """The oracle's loss of H heads [B,S,V], with the same answer to a broken label as the other implementations."""
+    if labels.device.type == "cpu" and labels.numel():
+        check_labels(
+            labels, options["seq_lens"], options["document_ids"],
+            H=len(heads), V=heads[0].shape[-1], shift=options["shift"], ignore_index=options["ignore_index"],
+        )  # fmt: skip
+    loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, labels, token_weights, **options)
+    return MTPLoss(loss, MTPStats(ce, live, lse, top1)) if return_stats else loss
 
 
 class WeightedMTPLoss(nn.Module):
@@ -244,10 +265,10 @@ class WeightedMTPLoss(nn.Module):
 
     def __init__(self, *, return_stats: bool = False, **options: Unpack[_Options]) -> None:
         super().__init__()
-        unknown = set(options) - set(_Options.__annotations__)
+        unknown = set(options) - _Options.__optional_keys__
         if unknown:
             raise TypeError(
-                f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__annotations__)}"
+                f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__optional_keys__)}"
             )
         check_options(return_stats=return_stats, **options)
         self.return_stats = return_stats

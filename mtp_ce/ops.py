@@ -22,7 +22,8 @@ def split_heads(logits: list[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind(2)) if logits[0].dim() == 4 else logits
 
 
-def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device: make it the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -66,7 +67,7 @@ def logits_forward(
             labels, seq_lens, document_ids,
             H=len(heads), V=heads[0].shape[-1], shift=shift, ignore_index=ignore_index,
         )  # fmt: skip
-    with _device_guard(labels.device):
+    with device_guard(labels.device):
         out, ce, row_max, log_sum, live, top1, shares = forward(
             heads, labels, token_weights, head_weights, seq_lens, document_ids,
             shift=shift, over_horizon=over_horizon, target_weights=target_weights, ignore_index=ignore_index,
@@ -189,7 +190,7 @@ def _write_gradient(
         backward = cpu.backward
     else:
         from mtp_ce.kernels.backward import launch_backward as backward
-    with _device_guard(labels.device):
+    with device_guard(labels.device):
         backward(
             d_loss.expand(labels.shape), heads, d_heads, labels, token_weights, head_weights, seq_lens, document_ids,
             row_max, log_sum, factor,

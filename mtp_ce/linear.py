@@ -1,0 +1,294 @@
+"""The public loss on hidden states: the logits are never built whole. Its arguments are checked in checks.py."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtp_ce.checks import (
+    check_chunking,
+    check_linear,
+    check_normalizer,
+    check_options,
+    check_tensors,
+    check_values,
+    choose_impl,
+)
+from mtp_ce.linear_ops import linear_forward
+from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, reference_loss
+from mtp_ce.slabs import COUNT, GPU_ROWS, KEEP_ALL
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from jaxtyping import Float, Int
+
+# Logits alive at a time. Each chunk reads unembed twice and its gradient once more, so a GPU's products want thousands
+# of rows; a CPU's are fast at hundreds.
+GPU_CHUNK_BYTES, GPU_LEAST_ROWS = 2**30, 1024
+CPU_CHUNK_BYTES = 36 * 2**20
+
+
+class LinearOptions(CallOptions, total=False):
+    """Options of `weighted_mtp_linear_ce`."""
+
+    bias: Tensor | None
+    chunk_bytes: int | None
+    grad_dtype: torch.dtype
+    drop_dead_rows: bool | int | Literal["auto"]
+
+
+@overload
+def weighted_mtp_linear_ce(
+    hidden: Tensor | Sequence[Tensor],
+    unembed: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> MTPLoss: ...
+
+
+@overload
+def weighted_mtp_linear_ce(
+    hidden: Tensor | Sequence[Tensor],
+    unembed: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+def weighted_mtp_linear_ce(
+    hidden: Float[Tensor, "B S H D"] | Sequence[Float[Tensor, "B S D"]],
+    unembed: Float[Tensor, "V D"],
+    labels: Int[Tensor, "B S"],
+    token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | None = None,
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    chunk_bytes: int | None = None,
+    grad_dtype: torch.dtype = torch.float32,
+    drop_dead_rows: bool | int | Literal["auto"] = "auto",
+    shift: int = 1,
+    weight_alignment: str = "position",
+    head_reduction: str = "live",
+    head_weights: Float[Tensor, " H"] | None = None,
+    seq_lens: Int[Tensor, " B"] | None = None,
+    document_ids: Int[Tensor, "B S"] | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Float[Tensor, ""] | None = None,
+    loss_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    validate: bool = False,
+    return_stats: bool = False,
+    impl: str = "auto",
+) -> Tensor | MTPLoss:
+    """`weighted_mtp_ce` of hidden @ unembed.T + bias, whose [B, S, H, V] logits are never built.
+
+        logits[b,t,h] = unembed @ hidden[b,t,h] + bias
+        loss          = loss_scale / N * sum_{b,t} w[b,t] * mean_{h live} ce(b,t,h)
+
+    Logits exist for one chunk of rows at a time. A scalar loss computes its gradients in forward, with three products
+    and nothing computed twice; reduction="none" computes the logits again in backward.
+
+    Args:
+        hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D] for H = 1; float32, bfloat16, float16 (float64 with
+            impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
+        unembed: [V, D], the weight of the output layer, of hidden's dtype (under torch.autocast both are cast).
+        labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
+        token_weights: [B, S] or [B, S, H], any float dtype; None means ones. Differentiable.
+        bias: [V], of hidden's dtype.
+        chunk_bytes: bytes of logits alive at a time. None: 1 GiB on a GPU and at least 1024 rows; 36 MiB on a CPU.
+        grad_dtype: dtype in which the gradients of unembed and bias are summed over chunks, before they take
+            their own.
+        drop_dead_rows: leave out the rows that are not live or of weight 0, so that cost falls with them. True counts
+            them, which waits for a GPU; a number is an upper bound of the rows that are left (a lower one gives
+            an error on a CPU, NaN on a GPU) and waits for nothing. "auto": True on a CPU, False on a GPU.
+        shift: as in `weighted_mtp_ce`, like all that follow.
+        weight_alignment: "position" or "target".
+        head_reduction: "live" or "horizon".
+        head_weights: [H] constants.
+        seq_lens: [B] integers.
+        document_ids: [B, S] integers.
+        ignore_index: label of tokens that are no target.
+        reduction: "mean", "sum" or "none".
+        normalizer: a number or a 0-d tensor in place of N.
+        loss_scale: factor on the loss.
+        softcap: c > 0: logits become c * tanh(logits / c).
+        z_loss: factor >= 0 of logsumexp**2.
+        label_smoothing: e in [0, 1).
+        validate: also check values; synchronises with a GPU.
+        return_stats: also return `MTPStats`.
+        impl: "auto", "triton", "cpu", or "reference" (builds all logits).
+
+    Returns:
+        The loss, [] or [B, S] for "none", float32 (float64 for float64 hidden); or `MTPLoss(loss, stats)`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value, before anything is computed.
+        IndexError: on a CPU, or with `validate`, a live label outside [0, V). On a GPU such a row's loss is NaN.
+
+    Example:
+        >>> import torch
+        >>> from mtp_ce import weighted_mtp_linear_ce
+        >>> hidden = torch.zeros(2, 8, 4, 16, requires_grad=True)  # [B, S, H, D]
+        >>> unembed = torch.zeros(100, 16, requires_grad=True)  # [V, D]
+        >>> loss = weighted_mtp_linear_ce(hidden, unembed, torch.arange(16).view(2, 8), torch.ones(2, 8))
+        >>> round(loss.item(), 4)  # ln 100
+        4.6052
+
+    Source:
+        Gradients in the forward of a chunked linear cross entropy: arXiv:2410.10989. Never building logits:
+        arXiv:2411.09009.
+    """
+    hidden, unembed, bias = _autocast(hidden, unembed, bias)
+    given, heads, shape = check_linear(hidden, unembed, bias)
+    first = given[0]
+    check_options(
+        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
+        ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
+        label_smoothing=label_smoothing, validate=validate, return_stats=return_stats, impl=impl,
+    )  # fmt: skip
+    check_tensors(first, shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids, "hidden")
+    check_normalizer(normalizer, reduction, first.device, "hidden")
+    row_bytes = shape[3] * first.element_size()
+    check_chunking(chunk_bytes, grad_dtype, drop_dead_rows, row_bytes)
+    impl = choose_impl(impl, first, "hidden")
+    if validate:
+        check_values(
+            labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shape, shift, ignore_index
+        )
+
+    if impl == "reference":
+        logits = [F.linear(head, unembed, bias) for head in heads]
+        return reference_loss(
+            logits, labels, token_weights,
+            shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
+            seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
+            normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
+            label_smoothing=label_smoothing, return_stats=return_stats,
+        )  # fmt: skip
+
+    scale, by = loss_scale, normalizer
+    if isinstance(by, numbers.Real):
+        scale, by, reduction = loss_scale / float(by), None, "sum"
+    learning = torch.is_grad_enabled()
+    loss, ce, lse, live, top1, *_ = linear_forward(
+        [x[:, :, None] for x in given] if first.dim() == 3 and len(given) == 1 else given, unembed, bias, labels,
+        token_weights, head_weights, seq_lens, document_ids, by,
+        shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
+        None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
+        reduction, float(scale), return_stats,
+        learning and token_weights is not None and token_weights.requires_grad,
+        learning and any(x.requires_grad for x in given),
+        learning and unembed.requires_grad,
+        learning and bias is not None and bias.requires_grad,
+        _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
+    )  # fmt: skip
+    if not return_stats:
+        return loss
+    return MTPLoss(loss, MTPStats(ce.detach(), live, lse.detach(), top1))
+
+
+@torch.no_grad()
+def token_ce(
+    hidden: Float[Tensor, "B S H D"] | Sequence[Float[Tensor, "B S D"]],
+    unembed: Float[Tensor, "V D"],
+    labels: Int[Tensor, "B S"],
+    *,
+    shift: int = 1,
+    bias: Float[Tensor, " V"] | None = None,
+    softcap: float | None = None,
+    seq_lens: Int[Tensor, " B"] | None = None,
+    document_ids: Int[Tensor, "B S"] | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    drop_dead_rows: bool | int | Literal["auto"] = "auto",
+    validate: bool = False,
+    impl: str = "auto",
+) -> Float[Tensor, "B S H"] | Float[Tensor, "B S"]:
+    """Cross entropy of every row, without its logits and without a gradient: what scorers and evaluation call.
+
+        out[b,t,h] = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,t+shift+h]]            nats
+
+    Args:
+        hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D], as in `weighted_mtp_linear_ce`.
+        unembed: [V, D].
+        labels: [B, S] integers.
+        shift: 1: labels are `input_ids`; 0: labels are shifted already.
+        bias: [V].
+        softcap: c > 0: logits become c * tanh(logits / c).
+        seq_lens: [B] integers.
+        document_ids: [B, S] integers.
+        ignore_index: label of tokens that are no target.
+        chunk_bytes: bytes of logits alive at a time.
+        drop_dead_rows: as in `weighted_mtp_linear_ce`.
+        validate: also check values.
+        impl: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        [B, S, H], or [B, S] for hidden [B, S, D]; float32 (float64 for float64 hidden); 0 where a row has no target.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in `weighted_mtp_linear_ce`.
+
+    Example:
+        >>> import torch
+        >>> from mtp_ce import token_ce
+        >>> ce = token_ce(torch.zeros(1, 3, 16), torch.zeros(100, 16), torch.tensor([[5, 6, 7]]))
+        >>> [round(x, 4) for x in ce[0].tolist()]  # ln 100, and no target after the last token
+        [4.6052, 4.6052, 0.0]
+    """
+    _, stats = weighted_mtp_linear_ce(
+        hidden, unembed, labels,
+        bias=bias, chunk_bytes=chunk_bytes, drop_dead_rows=drop_dead_rows, shift=shift, seq_lens=seq_lens,
+        document_ids=document_ids, ignore_index=ignore_index, softcap=softcap, validate=validate, impl=impl,
+        reduction="sum", return_stats=True,
+    )  # fmt: skip
+    single = isinstance(hidden, Tensor) and hidden.dim() == 3
+    return stats.ce[:, :, 0] if single else stats.ce
+
+
+def _autocast(
+    hidden: Tensor | Sequence[Tensor], unembed: Tensor, bias: Tensor | None
+) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor | None]:
+    """What torch.nn.Linear does under torch.autocast."""
+    if not isinstance(unembed, Tensor) or not torch.is_autocast_enabled(unembed.device.type):
+        return hidden, unembed, bias
+    dtype = torch.get_autocast_dtype(unembed.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+    if not isinstance(hidden, Tensor) and isinstance(hidden, Sequence):
+        hidden = [cast(x) for x in hidden]
+    else:
+        hidden = cast(hidden)
+    return hidden, cast(unembed), None if bias is None else cast(bias)
+
+
+def _chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:
+    if chunk_bytes is not None:
+        return chunk_bytes // row_bytes
+    if device.type == "cpu":
+        return max(1, CPU_CHUNK_BYTES // row_bytes)
+    return max(GPU_LEAST_ROWS, GPU_CHUNK_BYTES // row_bytes // GPU_ROWS * GPU_ROWS)
+
+
+def _drop(drop_dead_rows: bool | int | Literal["auto"], device: torch.device) -> int:
+    if drop_dead_rows == "auto":
+        drop_dead_rows = device.type == "cpu"
+    if isinstance(drop_dead_rows, bool):
+        return COUNT if drop_dead_rows else KEEP_ALL
+    return drop_dead_rows

@@ -1,0 +1,249 @@
+"""The linear path as torch custom operators: what torch.compile, autograd and opcheck see.
+
+`linear_forward` computes a scalar loss and its gradients together: they wait, without 1/N and the upstream gradient,
+for backward, which takes them and scales them in place. A second backward through the same graph (retain_graph), one
+with create_graph, and reduction="none" compute them anew with `linear_backward`, which has no derivative, so
+differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_ce import cpu
+from mtp_ce.ops import device_guard, weights_backward
+from mtp_ce.rows import check_labels
+from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, run
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("mtp_ce::linear_forward", mutates_args=())
+def linear_forward(
+    hidden: list[Tensor],  # one [B, S, H, D], or H x [B, S, D]
+    unembed: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [B, S]
+    token_weights: Tensor | None,  # [B, S] or [B, S, H]
+    head_weights: Tensor | None,  # [H]
+    seq_lens: Tensor | None,  # [B]
+    document_ids: Tensor | None,  # [B, S]
+    normalizer: Tensor | None,  # []
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    reduction: str,
+    scale: float,
+    with_top1: bool,
+    with_shares: bool,
+    d_hidden_wanted: bool,
+    d_unembed_wanted: bool,
+    d_bias_wanted: bool,
+    chunk_rows: int,
+    drop: int,
+    grad_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss [] or [B,S]; ce, lse, live, top1, shares [B,S,H]; factor []; d_hidden, d_unembed, d_bias. Empty: not wanted.
+
+    The gradients are those of the sum over positions, without the factor; none where reduction is "none".
+    """
+    B, S = labels.shape
+    if labels.device.type == "cpu":
+        H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+        check_labels(labels, seq_lens, document_ids, H=H, V=unembed.shape[0], shift=shift, ignore_index=ignore_index)
+    with device_guard(labels.device):
+        rows, live, share, coefficient = find_rows(
+            hidden, unembed.shape[0], labels, token_weights, head_weights, seq_lens, document_ids,
+            shift, over_horizon, target_weights, ignore_index, with_shares,
+        )  # fmt: skip
+        later = reduction == "none"
+        products = Products(d_hidden_wanted and not later, d_unembed_wanted and not later, d_bias_wanted and not later)
+        results = run(
+            hidden, unembed, bias, rows, products,
+            drop=drop, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, with_top1=with_top1,
+            chunk_rows=chunk_rows, grad_dtype=grad_dtype, impl=impl,
+        )  # fmt: skip
+        ce, row_loss, lse = (from_row_order(x, hidden, B, S) for x in (results.ce, results.row_loss, results.lse))
+        out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
+        shares = torch.where(share != 0, share * row_loss, 0.0) if with_shares else ce.new_empty(0)
+        if later:
+            loss, factor = out.mul_(scale), out.new_full((), scale)
+        else:
+            loss, factor = cpu.mean(
+                out, live, normalizer, scale=scale, count=reduction == "mean" and normalizer is None
+            )
+        if drop >= 0:
+            # On a GPU nobody waits to say that rows were left out.
+            missed = rows.read.sum() > drop
+            loss, factor = (torch.where(missed, float("nan"), x) for x in (loss, factor))
+    d_hidden, d_unembed, d_bias = (unembed.new_empty(0) if x is None else x for x in results.gradients)
+    return (
+        loss,
+        ce,
+        lse,
+        live.contiguous(),
+        live.new_empty(0, dtype=torch.int32) if results.top1 is None else from_row_order(results.top1, hidden, B, S),
+        shares,
+        factor,
+        d_hidden,
+        d_unembed,
+        d_bias,
+    )
+
+
+@linear_forward.register_fake
+def _(
+    hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shift,
+    over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, reduction, scale, with_top1,
+    with_shares, d_hidden_wanted, d_unembed_wanted, d_bias_wanted, chunk_rows, drop, grad_dtype, impl,
+):  # fmt: skip
+    B, S = labels.shape
+    H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+    V, D = unembed.shape
+    dtype = torch.float64 if unembed.dtype == torch.float64 else torch.float32
+    total = torch.promote_types(grad_dtype, unembed.dtype)
+
+    def new(*shape: int, dtype: torch.dtype = dtype, wanted: bool = True) -> Tensor:
+        return unembed.new_empty(shape if wanted else (0,), dtype=dtype if wanted or dtype == torch.int32 else None)
+
+    now = reduction != "none"
+    return (
+        new() if now else new(B, S),
+        new(B, S, H),
+        new(B, S, H),
+        new(B, S, H, dtype=torch.bool),
+        new(B, S, H, dtype=torch.int32, wanted=with_top1),
+        new(B, S, H) if with_shares else new(0),
+        new(),
+        new(B * S * H, D, dtype=unembed.dtype, wanted=now and d_hidden_wanted),
+        new(V, D, dtype=total, wanted=now and d_unembed_wanted),
+        new(V, dtype=total, wanted=now and d_bias_wanted),
+    )
+
+
+@torch.library.custom_op("mtp_ce::linear_backward", mutates_args=())
+def linear_backward(
+    d_loss: Tensor,  # [] or [B, S]
+    hidden: list[Tensor],
+    unembed: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    head_weights: Tensor | None,
+    seq_lens: Tensor | None,
+    document_ids: Tensor | None,
+    factor: Tensor,
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    d_hidden_wanted: bool,
+    d_unembed_wanted: bool,
+    d_bias_wanted: bool,
+    chunk_rows: int,
+    drop: int,
+    grad_dtype: torch.dtype,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D loss / d hidden [N,D], d unembed [V,D], d bias [V] in the dtypes of the inputs; empty: not wanted."""
+    with device_guard(labels.device):
+        rows, _, _, _ = find_rows(
+            hidden, unembed.shape[0], labels, token_weights, head_weights, seq_lens, document_ids,
+            shift, over_horizon, target_weights, ignore_index, False,
+        )  # fmt: skip
+        upstream = d_loss.to(factor.dtype).expand(labels.shape) * factor
+        # The largest stays out of the products, as 1/N does in forward: in fp16 they would underflow.
+        largest = torch.cat([upstream.abs().flatten(), upstream.new_zeros(1)]).amax()
+        upstream = upstream / torch.where(largest == 0, 1.0, largest)
+        H = rows.label.numel() // max(1, labels.numel())
+        by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
+        dead = (rows.coefficient == 0) | (by_row == 0)
+        rows = Rows(rows.label, torch.where(dead, 0.0, rows.coefficient * by_row), ~dead)
+        results = run(
+            hidden, unembed, bias, rows, Products(d_hidden_wanted, d_unembed_wanted, d_bias_wanted),
+            drop=drop, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, with_top1=False,
+            chunk_rows=chunk_rows, grad_dtype=grad_dtype, impl=impl,
+        )  # fmt: skip
+        d_hidden, d_unembed, d_bias = (
+            unembed.new_empty(0) if x is None else scaled_(x, largest, unembed.dtype) for x in results.gradients
+        )
+    return d_hidden, d_unembed, d_bias
+
+
+@linear_backward.register_fake
+def _(
+    d_loss, hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, factor, shift,
+    over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, d_hidden_wanted, d_unembed_wanted,
+    d_bias_wanted, chunk_rows, drop, grad_dtype, impl,
+):  # fmt: skip
+    V, D = unembed.shape
+    N = sum(x.numel() for x in hidden) // max(1, D)
+    shapes = ((N, D), (V, D), (V,))
+    wanted = (d_hidden_wanted, d_unembed_wanted, d_bias_wanted)
+    return tuple(unembed.new_empty(shape if w else (0,)) for shape, w in zip(shapes, wanted, strict=True))
+
+
+def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """X * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x.mul_(factor).to(dtype)
+    # A half tensor would round the factor to half first.
+    return x.copy_(x.float().mul_(factor)).to(dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids = inputs[:8]
+    shares, factor, *gradients = output[5:]
+    ctx.save_for_backward(
+        *hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, factor, shares
+    )
+    ctx.given = len(hidden)
+    ctx.rule = inputs[9:16]
+    ctx.with_shares = inputs[19]
+    ctx.products, ctx.how = inputs[20:23], inputs[23:]
+    # Not saved, but owned: the first backward takes them and leaves nothing to the next.
+    ctx.gradients = gradients if inputs[16] != "none" else None
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    d_hidden: list[Tensor | None] = [None] * ctx.given
+    d_unembed = d_bias = d_weights = None
+    if d_loss is not None:
+        saved = ctx.saved_tensors
+        hidden, (unembed, bias, *tensors), shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
+        factor = tensors[-1]
+        if ctx.with_shares:
+            d_weights = weights_backward(d_loss, tensors[1], shares, factor, ctx.rule[0], ctx.rule[2])
+        if any(ctx.products):
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None or torch.is_grad_enabled():
+                given = linear_backward(d_loss, hidden, unembed, bias, *tensors, *ctx.rule, *ctx.products, *ctx.how)
+            else:
+                upstream = d_loss.to(factor.dtype) * factor
+                given = [scaled_(x, upstream, unembed.dtype) for x in gradients]
+            if ctx.products[0]:
+                d_hidden = split_rows(given[0], hidden)
+            d_unembed = given[1] if ctx.products[1] else None
+            d_bias = given[2] if ctx.products[2] else None
+    return d_hidden, d_unembed, d_bias, None, d_weights, *[None] * 22
+
+
+def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor | None]:
+    """Gradients [N,D] in row order as the hidden states were given."""
+    if len(hidden) == 1:
+        return [d_rows.view(hidden[0].shape)]
+    return [*d_rows.view(len(hidden), *hidden[0].shape).unbind(0)]
+
+
+linear_forward.register_autograd(_backward, setup_context=_setup_context)
