@@ -8,28 +8,61 @@ All heads share the trunk's own unembedding, so an extra head costs D^2 + D para
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_ce.heads import MTPHeads
+from mtp_ce.linear import weighted_mtp_linear_ce
+from mtp_ce.loss import CallOptions, MTPLoss, weighted_mtp_ce
 from mtp_ce.training.recipe import Recipe
 
 
 class MultiTokenModel(nn.Module):
-    """A trunk and its heads.
+    """A trunk and its heads, and the loss of all heads.
 
     Args:
         trunk: a causal language model with `base_model` and `get_output_embeddings()`.
         heads: prediction heads of the trunk's hidden size.
+        loss: "linear" never builds the logits [B, S, H, V]; "logits" builds them. The same loss.
     """
 
-    def __init__(self, trunk: PreTrainedModel, heads: MTPHeads) -> None:
+    def __init__(self, trunk: PreTrainedModel, heads: MTPHeads, loss: Literal["linear", "logits"] = "linear") -> None:
         super().__init__()
         self.trunk = trunk
         self.heads = heads
+        self.loss = loss
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:  # [B, S], [B, S]
-        """Give the logits of every head, H tensors [B, S, V].
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, S]
+        position_ids: Tensor,  # [B, S]
+        labels: Tensor,  # [B, S], unshifted
+        token_weights: Tensor | None = None,  # [B, S], of the token that stands there
+        document_ids: Tensor | None = None,  # [B, S]
+        normalizer: Tensor | None = None,  # []
+    ) -> MTPLoss:
+        """Give the weighted loss and its statistics.
+
+        It is computed in here because whoever gathers sharded parameters does so around forward.
+        """
+        hidden = self.hidden_states(input_ids, position_ids)
+        unembed = self.trunk.get_output_embeddings()
+        rule: CallOptions = {"weight_alignment": "target", "document_ids": document_ids, "normalizer": normalizer}
+        if self.loss == "linear":
+            return weighted_mtp_linear_ce(
+                hidden, unembed.weight, labels, token_weights, bias=unembed.bias, return_stats=True, **rule
+            )
+        logits = [unembed(x) for x in hidden]
+        # Nobody else sees these logits, so the gradient may have their place.
+        return weighted_mtp_ce(
+            logits, labels, token_weights, inplace_backward=torch.is_grad_enabled(), return_stats=True, **rule
+        )
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:  # [B, S], [B, S]
+        """Give the hidden states of every head, H tensors [B, S, D].
 
         Position ids that begin again mark a new document, and attention does not cross that border.
         """
@@ -38,8 +71,12 @@ class MultiTokenModel(nn.Module):
         output = self.trunk.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
         )
+        return self.heads(output.last_hidden_state)
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:  # [B, S], [B, S]
+        """Give the logits of every head, H tensors [B, S, V]."""
         unembed = self.trunk.get_output_embeddings()
-        return [unembed(hidden) for hidden in self.heads(output.last_hidden_state)]
+        return [unembed(hidden) for hidden in self.hidden_states(input_ids, position_ids)]
 
 
 def build_model(recipe: Recipe, end_of_text: int | None = None) -> MultiTokenModel:
@@ -65,4 +102,4 @@ def build_model(recipe: Recipe, end_of_text: int | None = None) -> MultiTokenMod
         pad_token_id=end_of_text,
     )
     heads = MTPHeads(sizes.hidden_size, sizes.mtp.horizon, sizes.mtp.kind)
-    return MultiTokenModel(LlamaForCausalLM(config), heads)
+    return MultiTokenModel(LlamaForCausalLM(config), heads, sizes.mtp.loss)

@@ -57,6 +57,9 @@ class MTPConfig(_Group):
         description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774",
     )
     horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
+    loss: Literal["linear", "logits"] = Field(
+        default="linear", description="linear never builds the logits of all heads; logits builds them. The same loss"
+    )
 
 
 class ModelConfig(_Group):

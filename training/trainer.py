@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mtp_ce.loss import weighted_mtp_ce
 from mtp_ce.rows import row_targets
 from mtp_ce.scorers.weights import Scorer, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
@@ -59,7 +58,7 @@ class Trainer:
 
     Attributes:
         recipe: steps, batch sizes, clipping, seed, how often to log and to validate.
-        model: gives H logits [B, S, V] from input ids and position ids; already on `device`.
+        model: gives the weighted loss of H heads and its statistics; already on `device`.
         scorer: gives token weights [B, S] from a batch.
         optimizer: over the model's parameters.
         schedule: the learning rate, moved on after every step.
@@ -127,8 +126,7 @@ class Trainer:
         for on_host in self.held_out.in_order(self.recipe.validation.batch_size):
             self._check_stop()
             batch = on_host.to(self.device)
-            logits = self.model(batch.input_ids, batch.position_ids)
-            out = weighted_mtp_ce(logits, batch.labels, document_ids=batch.document_ids, return_stats=True)
+            out = self.model(batch.input_ids, batch.position_ids, batch.labels, document_ids=batch.document_ids)
             sums.add(out.stats, batch.labels)
         self.model.train()
         return sums.results()
@@ -148,15 +146,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for micro in batch.split(train.micro_batch_size or train.batch_size):
             scored = self.scorer.run(micro.input_ids, micro.labels, micro.document_ids)
-            out = weighted_mtp_ce(
-                self.model(micro.input_ids, micro.position_ids),
+            out = self.model(
+                micro.input_ids,
+                micro.position_ids,
                 micro.labels,
                 scored.weights,
-                weight_alignment="target",
                 document_ids=micro.document_ids,
                 normalizer=normalizer,
-                inplace_backward=True,
-                return_stats=True,
             )
             out.loss.backward()
             loss += out.loss.detach()

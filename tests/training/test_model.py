@@ -40,9 +40,9 @@ def test_a_documents_logits_do_not_depend_on_its_neighbours(model, attention):
         beside_one = packed(before, document, after)
         beside_other = packed(other, document, after.flip(0))
         alone = packed(document)
-        first = model(beside_one.input_ids, beside_one.position_ids)
-        second = model(beside_other.input_ids, beside_other.position_ids)
-        third = model(alone.input_ids, alone.position_ids)
+        first = model.logits(beside_one.input_ids, beside_one.position_ids)
+        second = model.logits(beside_other.input_ids, beside_other.position_ids)
+        third = model.logits(alone.input_ids, alone.position_ids)
     for one, two, three in zip(first, second, third, strict=True):
         # Masked keys weigh exactly 0, so what stands there can't change a bit; being alone changes the
         # order of summation and nothing else.
@@ -58,7 +58,8 @@ def test_a_document_of_one_token_is_isolated_too(model):
     rest = torch.arange(10, 20)
     with torch.no_grad():
         first, second = (
-            model(batch.input_ids, batch.position_ids) for batch in (packed(one, one, rest), packed(other, one, rest))
+            model.logits(batch.input_ids, batch.position_ids)
+            for batch in (packed(one, one, rest), packed(other, one, rest))
         )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[:, 1:], b[:, 1:])
@@ -69,7 +70,7 @@ def test_head_0_is_the_trunks_own_next_token_head(model):
     positions = torch.arange(20).expand(2, -1)
     with torch.no_grad():
         plain = model.trunk(input_ids=tokens, labels=tokens, use_cache=False)
-        heads = model(tokens, positions)
+        heads = model.logits(tokens, positions)
     assert torch.equal(heads[0], plain.logits)
     assert not torch.equal(heads[1], plain.logits)
     torch.testing.assert_close(weighted_mtp_ce(heads[:1], tokens), plain.loss)

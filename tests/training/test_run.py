@@ -128,8 +128,8 @@ def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(finished_ru
         batch = held_out[0].batch(torch.arange(3))
         original = trained["model"].eval()
         with torch.no_grad():
-            expected = original(batch.input_ids, batch.position_ids)
-            loaded = MultiTokenModel(trunk, heads).eval()(batch.input_ids, batch.position_ids)
+            expected = original.logits(batch.input_ids, batch.position_ids)
+            loaded = MultiTokenModel(trunk, heads).eval().logits(batch.input_ids, batch.position_ids)
         assert len(loaded) == 3
         for one, other in zip(expected, loaded, strict=True):
             assert torch.equal(one, other)
@@ -157,7 +157,7 @@ def test_the_validation_is_that_of_the_saved_model_over_all_held_out_rows(finish
     rows = held_out[0]
     batch = rows.batch(torch.arange(len(rows)))
     with torch.no_grad():
-        logits = model(batch.input_ids, batch.position_ids)
+        logits = model.logits(batch.input_ids, batch.position_ids)
     for h, result in enumerate(finished_run.results):
         d = h + 1
         live = (batch.labels[:, d:] != -100) & (batch.document_ids[:, d:] == batch.document_ids[:, :-d])

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mtp_ce import weighted_mtp_ce
+from mtp_ce.linear import CPU_CHUNK_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import PackedRows, rows_of_step
 from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.recipe import Recipe, load_recipe
 from mtp_ce.training.trainer import NonFiniteError, Trainer, scored_positions
 
 
@@ -65,6 +69,49 @@ def test_micro_batches_add_up_to_the_batch(small, micro_batch_size):
         for (step, expected), (same_step, value) in zip(whole.series(name), parts.series(name), strict=True):
             assert step == same_step
             assert value == pytest.approx(expected, rel=2e-5), name
+
+
+def tiny(loss: str, *overrides: str) -> Recipe:
+    """The shipped recipe's model and batch, for a few steps more than its warm-up."""
+    return load_recipe(
+        "tiny", ["train.steps=32", "train.log_every=1", "validation.every=null", f"model.mtp.loss={loss}", *overrides]
+    )
+
+
+def test_linear_and_logits_path_train_alike():
+    """Losses of the shipped recipe's first 20 steps agree to 1e-5."""
+    linear, logits = Log(), Log()
+    make_trainer(tiny("linear"), linear).fit()
+    make_trainer(tiny("logits"), logits).fit()
+    for name in ("train/loss", "train/ce_mean", "train/ce_head_3"):
+        pairs = zip(linear.series(name), logits.series(name), strict=True)
+        for (step, one), (_, other) in pairs:
+            assert step > 20 or one == pytest.approx(other, rel=1e-5), (name, step)
+    losses = [loss for _, loss in linear.series("train/loss")]
+    assert losses[19] < losses[0] - 0.1
+
+
+def largest_allocation(run: Callable[[], Any]) -> int:
+    """Bytes; of torch's allocator, so inside custom operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("loss", ["linear", "logits"])
+def test_no_tensor_of_a_training_step_has_the_size_of_all_logits(loss):
+    """On the linear path; the logits path, whose heads come one by one, has H tensors of a quarter of it."""
+    recipe = tiny(loss, "train.batch_size=8")
+    trainer = make_trainer(recipe, Log())
+    largest = largest_allocation(lambda: trainer._step(1, trainer._window()))
+    rows = recipe.train.batch_size * recipe.data.sequence_length
+    one_head = rows * recipe.data.vocab_size * 4
+    if loss == "linear":
+        # The slab is bounded whatever the batch is; this batch's logits are 4 * 34 MB.
+        assert largest < 1.15 * CPU_CHUNK_BYTES < recipe.model.mtp.horizon * one_head
+    else:
+        assert largest >= one_head
 
 
 def test_a_line_of_metrics_is_the_sum_of_its_steps_divided_once(small):
@@ -201,7 +248,7 @@ def test_a_scorers_weights_are_those_of_the_token_predicted(small):
     trainer = make_trainer(recipe, log, scorer=EvenTokens())
     batch = trainer.rows.batch(rows_of_step(0, recipe.train.batch_size, len(trainer.rows), recipe.seed))
     with torch.no_grad():
-        logits = trainer.model(batch.input_ids, batch.position_ids)
+        logits = trainer.model.logits(batch.input_ids, batch.position_ids)
     weights, _ = EvenTokens().run(batch.input_ids, batch.labels)
     losses = {
         alignment: weighted_mtp_ce(
