@@ -264,9 +264,10 @@ def _autocast(
     hidden: Tensor | Sequence[Tensor], unembed: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor | None]:
     """What torch.nn.Linear does under torch.autocast."""
-    if not isinstance(unembed, Tensor) or not torch.is_autocast_enabled(unembed.device.type):
+    kind = unembed.device.type if isinstance(unembed, Tensor) else ""
+    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return hidden, unembed, bias
-    dtype = torch.get_autocast_dtype(unembed.device.type)
+    dtype = torch.get_autocast_dtype(kind)
 
     def cast(x: Tensor) -> Tensor:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

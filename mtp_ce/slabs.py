@@ -72,7 +72,9 @@ def in_row_order(x: Tensor, hidden: list[Tensor]) -> Tensor:
 
 def from_row_order(x: Tensor, hidden: list[Tensor], B: int, S: int) -> Tensor:
     """[N] as [B,S,H]."""
-    return x.view(B, S, -1) if len(hidden) == 1 else x.view(-1, B, S).permute(1, 2, 0).contiguous()
+    if len(hidden) == 1:
+        return x.view(B, S, hidden[0].shape[2])
+    return x.view(len(hidden), B, S).permute(1, 2, 0).contiguous()
 
 
 def chunks(parts: list[Tensor], index: Tensor | None, size: int) -> Iterator[Tensor]:
@@ -164,7 +166,7 @@ def run(
     """Walk the rows in chunks."""
     D, V = hidden[0].shape[-1], unembed.shape[0]
     parts = [x.reshape(-1, D) for x in hidden]
-    index, all_read = select(rows.read, drop), drop == COUNT
+    index = select(rows.read, drop)
     selected = rows if index is None else Rows(*(x[index] for x in rows))
     N, M = len(rows.label), len(selected.label)
     gradient = any(products)
@@ -187,9 +189,6 @@ def run(
     for x in chunks(parts, index, max(1, len(slab))):
         here = slice(start, start + len(x))
         label, coefficient, read = (column[here] for column in selected)
-        if not all_read:
-            # A dead row meets zeros in the product of gradients, and 0 * NaN is not 0.
-            x = torch.where(read[:, None], x, 0.0)
         z = slab[: len(x)]
         if bias is None:
             torch.mm(x, unembed.t(), out=z)
@@ -205,7 +204,8 @@ def run(
             else:
                 d_hidden.index_copy_(0, index[here], torch.mm(z, unembed))
         if d_unembed is not None:
-            add_product(d_unembed, z.t(), x, start == 0)
+            # A dead row, read or not, meets zeros in this product, and 0 * NaN is not 0.
+            add_product(d_unembed, z.t(), torch.where((coefficient != 0)[:, None], x, 0.0), start == 0)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=total_dtype)
         start += len(x)
