@@ -194,10 +194,9 @@ def _(
 
 def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """X * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
-    if x.dtype in (torch.float32, torch.float64):
-        return x.mul_(factor).to(dtype)
-    # A half tensor would round the factor to half first.
-    return x.copy_(x.float().mul_(factor)).to(dtype)
+    out = x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
+    # Of as many dimensions as x: a 0-d factor would be rounded to a half x's dtype first.
+    return torch.mul(x, factor.reshape((1,) * x.dim()), out=out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
