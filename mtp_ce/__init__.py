@@ -12,25 +12,42 @@ if TYPE_CHECKING:
     from mtp_ce.heads import MTPHeads
     from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
+    from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
+    from mtp_ce.scorers.critic import CriticDeltaScorer
+    from mtp_ce.scorers.next_token import NextToken
+    from mtp_ce.scorers.normalize import normalize_weights
+    from mtp_ce.scorers.rho1 import Rho1ExcessScorer
     from mtp_ce.scorers.uniform import UniformScorer
 
 _HOME = {
+    "CriticDeltaScorer": "mtp_ce.scorers.critic",
     "MTPHeads": "mtp_ce.heads",
     "MTPLoss": "mtp_ce.loss",
     "MTPStats": "mtp_ce.loss",
+    "NextToken": "mtp_ce.scorers.next_token",
+    "RandomMatchedWeights": "mtp_ce.scorers.controls",
+    "Rho1ExcessScorer": "mtp_ce.scorers.rho1",
+    "ShuffledWeights": "mtp_ce.scorers.controls",
     "UniformScorer": "mtp_ce.scorers.uniform",
     "WeightedMTPLoss": "mtp_ce.loss",
+    "normalize_weights": "mtp_ce.scorers.normalize",
     "token_ce": "mtp_ce.linear",
     "weighted_mtp_ce": "mtp_ce.loss",
     "weighted_mtp_linear_ce": "mtp_ce.linear",
 }
 
 __all__ = [
+    "CriticDeltaScorer",
     "MTPHeads",
     "MTPLoss",
     "MTPStats",
+    "NextToken",
+    "RandomMatchedWeights",
+    "Rho1ExcessScorer",
+    "ShuffledWeights",
     "UniformScorer",
     "WeightedMTPLoss",
+    "normalize_weights",
     "token_ce",
     "weighted_mtp_ce",
     "weighted_mtp_linear_ce",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class UniformScorer:
         input_ids: Tensor,  # [B, S]
         labels: Tensor,  # [B, S]
         document_ids: Tensor | None = None,  # [B, S]
+        **context: Any,
     ) -> TokenWeights:
         """Weigh the tokens of one batch.
 
@@ -36,6 +39,7 @@ class UniformScorer:
             input_ids: the tokens; a uniform weight does not look at them.
             labels: `input_ids` with `ignore_index` at the tokens that are not supervised, unshifted.
             document_ids: which document each token belongs to; not looked at either.
+            **context: what other scorers need; not looked at.
 
         Returns:
             Weights [B, S] fp32 on the labels' device, *of the token standing there* (so the loss takes

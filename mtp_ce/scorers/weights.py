@@ -10,7 +10,7 @@ differ in n, so the sums are what is stored, and `merge` adds them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class WeightStatistics:
         lowest: smallest w, fp32; +inf where there is no supervised token.
         highest: largest w, fp32; -inf where there is no supervised token.
         clipped: tokens whose weight stands at a bound of the scorer, int64.
+        neutral: tokens whose score was not finite, and whose weight is 1 for that reason, int64.
     """
 
     count: Tensor
@@ -35,26 +36,32 @@ class WeightStatistics:
     lowest: Tensor
     highest: Tensor
     clipped: Tensor
+    neutral: Tensor
 
     @classmethod
-    def of(cls, weights: Tensor, supervised: Tensor, clipped: Tensor | None = None) -> WeightStatistics:
+    def of(
+        cls, weights: Tensor, supervised: Tensor, clipped: Tensor | None = None, neutral: Tensor | None = None
+    ) -> WeightStatistics:
         """Sum over one batch, without a host synchronisation.
 
         Args:
             weights: [B, S] fp32.
             supervised: [B, S] bool, the tokens that count.
             clipped: [B, S] bool, the tokens at a bound of the scorer; None means none of them.
+            neutral: [B, S] bool, the tokens without a finite score; None means none of them.
         """
         w = torch.where(supervised, weights, 0.0)
         # A reduction over nothing has no minimum; one extra element that can't win gives it one.
         edge = weights.new_full((1,), float("inf"))
+        none = supervised.new_zeros((), dtype=torch.int64)
         return cls(
             count=supervised.sum(),
             total=w.sum(),
             total_squares=w.square().sum(),
             lowest=torch.cat([torch.where(supervised, weights, edge).flatten(), edge]).amin(),
             highest=torch.cat([torch.where(supervised, weights, -edge).flatten(), -edge]).amax(),
-            clipped=supervised.new_zeros((), dtype=torch.int64) if clipped is None else (clipped & supervised).sum(),
+            clipped=none if clipped is None else (clipped & supervised).sum(),
+            neutral=none if neutral is None else (neutral & supervised).sum(),
         )
 
     def merge(self, other: WeightStatistics) -> WeightStatistics:
@@ -66,6 +73,7 @@ class WeightStatistics:
             lowest=torch.minimum(self.lowest, other.lowest),
             highest=torch.maximum(self.highest, other.highest),
             clipped=self.clipped + other.clipped,
+            neutral=self.neutral + other.neutral,
         )
 
     @property
@@ -100,6 +108,8 @@ class TokenWeights(NamedTuple):
 class Scorer(Protocol):
     """Anything that weighs the tokens of a batch; see `UniformScorer.run` for the arguments."""
 
-    def run(self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> TokenWeights:
-        """Weigh the tokens of one batch [B, S]."""
+    def run(
+        self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, **context: Any
+    ) -> TokenWeights:
+        """Weigh the tokens of one batch [B, S]; context holds `position_ids` and `current` (see `Rho1ExcessScorer`)."""
         ...

@@ -1,0 +1,68 @@
+"""What a language model says about every token before it sees it: the cross entropy of *that* token.
+
+    ce[i] = -log p(token i | tokens before i)           nats
+
+A model's hidden state at t scores the token at t + 1, so the values move one place to the right: the classic mistake of
+token weighting is to leave them where they were computed, and so to weigh the wrong token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtp_ce.linear import token_ce
+
+
+class NextToken(NamedTuple):
+    """A causal language model's next-token head on one batch, before its logits exist."""
+
+    hidden: Tensor  # [B, S, D]; position t predicts token t + 1
+    unembed: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> NextToken:
+        """Run a Hugging Face causal language model up to its last hidden state.
+
+        Args:
+            model: has `base_model` and `get_output_embeddings()`; its configuration's final softcap and logit scale
+                are honoured.
+            input_ids: [B, S].
+            position_ids: [B, S], beginning again at every document of a packed row; None where rows are not packed.
+
+        Raises:
+            TypeError: the model has no output embeddings, so it can't predict tokens.
+        """
+        unembed: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        if unembed is None:
+            raise TypeError(f"{type(model).__name__} has no output embeddings; expected a causal language model.")
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        base: Any = model.base_model
+        hidden = base(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+        config = getattr(model, "config", None)
+        # Cohere multiplies its logits, Granite divides them: both are the same to the hidden states.
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(hidden if scale == 1 else hidden * scale, unembed.weight, getattr(unembed, "bias", None), softcap)
+
+    def token_ce(self, labels: Tensor, document_ids: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+        """Cross entropy [B, S] fp32 of the token that stands there, detached.
+
+        NaN where the label is `ignore_index`, and at the first token of a row or document, which nothing predicts.
+        """
+        B, S = labels.shape
+        at = token_ce(
+            self.hidden, self.unembed, labels,
+            bias=self.bias, softcap=self.softcap, document_ids=document_ids, ignore_index=ignore_index,
+        )  # fmt: skip
+        predicted = labels[:, 1:] != ignore_index
+        if document_ids is not None:
+            predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1])
+        ce = at.new_full((B, S), torch.nan)
+        ce[:, 1:] = torch.where(predicted, at[:, :-1], torch.nan)
+        return ce

@@ -1,0 +1,97 @@
+"""Rho-1: a token matters as much as the model is worse at it than a reference model.
+
+    s[i] = ce_model(i) - ce_reference(i)           nats, signed, of token i
+
+Positive: still to be learnt. Near zero: learnt, or noise that the reference can't predict either. arXiv:2404.07965.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.scorers.normalize import check_normalization, normalize_weights
+from mtp_ce.scorers.weights import TokenWeights
+
+
+class Rho1ExcessScorer:
+    """Weights from the excess loss of the model over a frozen reference.
+
+    Args:
+        reference: a Hugging Face causal language model of the same vocabulary; it is put into eval mode and never
+            learns.
+        ignore_index: the label of a token that is not supervised.
+        **normalization: options of `normalize_weights`: mode "softmax" or "topk", temperature, eps, w_max,
+            top_fraction, scope, group.
+
+    Raises:
+        TypeError, ValueError: the reference can't predict tokens, or an option is wrong.
+
+    Source: arXiv:2404.07965, equations 2 and 3.
+    """
+
+    def __init__(self, reference: nn.Module, *, ignore_index: int = -100, **normalization: Any) -> None:
+        if getattr(reference, "get_output_embeddings", lambda: None)() is None:
+            raise TypeError(
+                f"reference is {type(reference).__name__} without output embeddings; expected a causal language model."
+            )
+        check_normalization(**normalization)
+        self.reference = reference.eval().requires_grad_(False)
+        self.ignore_index = ignore_index
+        self.normalization = normalization
+
+    @torch.no_grad()
+    def scores(
+        self,
+        input_ids: Tensor,  # [B, S]
+        labels: Tensor,  # [B, S]
+        document_ids: Tensor | None = None,  # [B, S]
+        *,
+        position_ids: Tensor | None = None,  # [B, S]
+        current: NextToken,
+    ) -> Tensor:
+        """Excess loss [B, S] fp32 of the token that stands there; NaN where nothing predicts it."""
+        reference = NextToken.of(self.reference, input_ids, position_ids)
+        if reference.unembed.shape[0] != current.unembed.shape[0]:
+            raise ValueError(
+                f"reference has V = {reference.unembed.shape[0]} entries and the model {current.unembed.shape[0]}; "
+                "expected one vocabulary: excess losses of different tokens don't compare."
+            )
+        ours, theirs = (x.token_ce(labels, document_ids, self.ignore_index) for x in (current, reference))
+        return ours - theirs
+
+    @torch.no_grad()
+    def run(
+        self,
+        input_ids: Tensor,  # [B, S]
+        labels: Tensor,  # [B, S]
+        document_ids: Tensor | None = None,  # [B, S]
+        *,
+        position_ids: Tensor | None = None,  # [B, S]
+        current: NextToken | None = None,
+    ) -> TokenWeights:
+        """Weigh the tokens of one batch.
+
+        Args:
+            input_ids: the tokens, which the reference reads.
+            labels: `input_ids` with `ignore_index` at the tokens that are not supervised, unshifted.
+            document_ids: borders in packed rows; a document's weights don't depend on its neighbours.
+            position_ids: beginning again at every document, so that the reference's attention stays inside it.
+            current: the model's own next-token head on this batch (`NextToken.of(model, input_ids)`, or its parts
+                where the hidden states are at hand).
+
+        Returns:
+            Weights [B, S] fp32 of the token that stands there (weight_alignment="target"), and their statistics.
+            The first token of a row or document has no score and gets the neutral weight 1.
+
+        Raises:
+            ValueError: `current` is missing, or of another vocabulary than the reference.
+        """
+        if current is None:
+            raise ValueError("current is None; expected the model's NextToken on this batch, whose loss is compared.")
+        scores = self.scores(input_ids, labels, document_ids, position_ids=position_ids, current=current)
+        supervised = labels != self.ignore_index
+        return normalize_weights(scores, supervised, document_ids=document_ids, **self.normalization)
