@@ -8,6 +8,7 @@ All heads share the trunk's own unembedding, so an extra head costs D^2 + D para
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from mtp_ce.heads import MTPHeads
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import CallOptions, MTPLoss, weighted_mtp_ce
+from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.training.recipe import Recipe
 
 
@@ -40,16 +42,26 @@ class MultiTokenModel(nn.Module):
         input_ids: Tensor,  # [B, S]
         position_ids: Tensor,  # [B, S]
         labels: Tensor,  # [B, S], unshifted
-        token_weights: Tensor | None = None,  # [B, S], of the token that stands there
+        weigh: Callable[[NextToken], Tensor] | None = None,
         document_ids: Tensor | None = None,  # [B, S]
         normalizer: Tensor | None = None,  # []
     ) -> MTPLoss:
         """Give the weighted loss and its statistics.
 
         It is computed in here because whoever gathers sharded parameters does so around forward.
+
+        Args:
+            input_ids: the tokens.
+            position_ids: beginning again at every document.
+            labels: `input_ids` with -100 where nothing is to be learnt.
+            weigh: gives the weights [B, S] of the tokens that stand there, from the next-token head of this very
+                forward; None means ones.
+            document_ids: no head looks across their borders.
+            normalizer: what the sum over positions is divided by; None means the positions of this batch.
         """
         hidden = self.hidden_states(input_ids, position_ids)
         unembed = self.trunk.get_output_embeddings()
+        token_weights = None if weigh is None else weigh(NextToken(hidden[0], unembed.weight, unembed.bias))
         rule: CallOptions = {"weight_alignment": "target", "document_ids": document_ids, "normalizer": normalizer}
         if self.loss == "linear":
             return weighted_mtp_linear_ce(

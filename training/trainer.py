@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mtp_ce.rows import row_targets
-from mtp_ce.scorers.weights import Scorer, WeightStatistics
+from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
 from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.recipe import Recipe
@@ -145,19 +146,33 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for micro in batch.split(train.micro_batch_size or train.batch_size):
-            scored = self.scorer.run(micro.input_ids, micro.labels, micro.document_ids)
+            scored: list[TokenWeights] = []
+
+            def weigh(current: NextToken, micro: Batch = micro, scored: list[TokenWeights] = scored) -> Tensor:
+                scored.append(
+                    self.scorer.run(
+                        micro.input_ids,
+                        micro.labels,
+                        micro.document_ids,
+                        position_ids=micro.position_ids,
+                        current=current,
+                    )
+                )
+                return scored[0].weights
+
             out = self.model(
                 micro.input_ids,
                 micro.position_ids,
                 micro.labels,
-                scored.weights,
+                weigh,
                 document_ids=micro.document_ids,
                 normalizer=normalizer,
             )
             out.loss.backward()
             loss += out.loss.detach()
             sums.add(out.stats, micro.labels)
-            weights = scored.statistics if weights is None else weights.merge(scored.statistics)
+            statistics = scored[0].statistics
+            weights = statistics if weights is None else weights.merge(statistics)
         assert weights is not None
 
         limit = self.recipe.optimizer.clip_norm
@@ -263,6 +278,7 @@ class _Window:
             "train/weight_min": float(self.weights.min),
             "train/weight_max": float(self.weights.max),
             "train/weight_ess": float(self.weights.ess),
+            "train/weight_clipped_ratio": float(self.weights.clipped / self.weights.count.clamp(min=1)),
             "train/valid_token_ratio": positions / self.tokens,
             "optim/lr": self.lr,
             "optim/grad_norm": float(self.grad_norm),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import Rho1ExcessScorer, ShuffledWeights, weighted_mtp_ce
 from mtp_ce.linear import CPU_CHUNK_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
@@ -237,7 +237,7 @@ def test_clipping_bounds_the_step_but_not_the_logged_norm(small):
 class EvenTokens:
     """A scorer with an opinion: even tokens weigh 2, odd ones nothing."""
 
-    def run(self, input_ids, labels, document_ids=None):
+    def run(self, input_ids, labels, document_ids=None, **context):
         weights = torch.where((labels != -100) & (input_ids % 2 == 0), 2.0, 0.0)
         return TokenWeights(weights, WeightStatistics.of(weights, labels != -100))
 
@@ -268,3 +268,20 @@ def test_a_scorers_weights_are_those_of_the_token_predicted(small):
         assert log.series(f"train/weight_{name}")[0][1] == expected
     # Half the tokens at weight 2: half the effective sample.
     assert log.series("train/weight_ess")[0][1] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_excess_loss_over_a_reference_weighs_the_training(small, control):
+    """The reference is another model of the recipe: weights differ, and their mean is 1 in every line."""
+    recipe = small([*FEW, "train.micro_batch_size=4"])
+    torch.manual_seed(99)
+    scorer = Rho1ExcessScorer(build_model(recipe).trunk)
+    log, uniform = Log(), Log()
+    make_trainer(recipe, log, scorer=ShuffledWeights(scorer) if control else scorer).fit()
+    make_trainer(recipe, uniform).fit()
+    for name, low, high in (("mean", 1 - 1e-5, 1 + 1e-5), ("min", 0.05, 0.9), ("max", 1.1, 3), ("ess", 0.3, 0.99)):
+        assert all(low <= value <= high for _, value in log.series(f"train/weight_{name}")), name
+    assert all(value == 0 for _, value in uniform.series("train/weight_clipped_ratio"))
+    assert log.series("train/loss")[0] != uniform.series("train/loss")[0]
+    # The first step's cross entropies know nothing of the weights.
+    assert log.series("train/ce_head_1")[0][1] == pytest.approx(uniform.series("train/ce_head_1")[0][1], rel=1e-6)
