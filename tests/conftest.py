@@ -96,40 +96,62 @@ def draw(device: torch.device) -> SimpleNamespace:
 
 
 Given = Tensor | Sequence[Tensor]
+# How the linear path walks its rows: nothing of it changes what is true.
+CHUNKING = ("chunk_bytes", "grad_dtype", "drop_dead_rows")
 
 
 def evaluate(
     impl: str,
-    logits: Given,
+    given: Given,
     labels: Tensor,
     token_weights: Tensor | None = None,
     *,
+    unembed: Tensor | None = None,
+    bias: Tensor | None = None,
+    frozen: Sequence[str] = (),
     upstream: Tensor | float | None = None,
     weights_gradient: bool = True,
     **options: Any,
 ) -> SimpleNamespace:
-    """loss, d_logits (one for each tensor given), d_token_weights, stats, of leaves over the caller's own memory."""
-    from mtp_ce import weighted_mtp_ce
+    """loss, stats and gradients of leaves over the caller's own memory: of logits, or of hidden states with `unembed`.
 
-    several = not isinstance(logits, Tensor)
-    leaves = [x.detach().requires_grad_() for x in (logits if several else [logits])]
-    wanted = list(leaves)
-    if token_weights is not None:
-        token_weights = token_weights.detach().requires_grad_(weights_gradient)
-        wanted += [token_weights] * weights_gradient
-    loss, stats = weighted_mtp_ce(
-        leaves if several else leaves[0], labels, token_weights, impl=impl, return_stats=True, **options
-    )
+    d_logits and d_hidden are lists, one for each tensor given; d_unembed, d_bias and d_token_weights are tensors. None
+    where there is no such input, or where it is named in `frozen`.
+    """
+    from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
+
+    several = not isinstance(given, Tensor)
+    source = "logits" if unembed is None else "hidden"
+    tensors = {source: [*given] if several else [given], "unembed": [unembed], "bias": [bias]}
+    tensors["token_weights"] = [token_weights]
+    still = {*frozen} if weights_gradient else {*frozen, "token_weights"}
+    leaves = {
+        name: [x.detach().requires_grad_(name not in still) for x in group]
+        for name, group in tensors.items()
+        if group[0] is not None
+    }
+    weights = leaves.get("token_weights", [None])[0]
+    first = leaves[source] if several else leaves[source][0]
+    if unembed is None:
+        loss, stats = weighted_mtp_ce(first, labels, weights, impl=impl, return_stats=True, **options)
+    else:
+        loss, stats = weighted_mtp_linear_ce(
+            first, leaves["unembed"][0], labels, weights,
+            bias=leaves.get("bias", [None])[0], impl=impl, return_stats=True, **options,
+        )  # fmt: skip
     if upstream is None:
         upstream = torch.ones_like(loss)
     elif not isinstance(upstream, Tensor):
         upstream = torch.full_like(loss, upstream)
-    gradients = torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))
+    wanted = {name: group for name, group in leaves.items() if name not in still}
+    flat = [x for group in wanted.values() for x in group]
+    rest = iter(torch.autograd.grad(loss, flat, upstream.to(loss.dtype)) if flat else ())
+    found = {name: [next(rest) for _ in group] for name, group in wanted.items()}
     return SimpleNamespace(
         loss=loss.detach(),
-        d_logits=list(gradients[: len(leaves)]),
-        d_token_weights=gradients[-1] if len(wanted) > len(leaves) else None,
         stats=stats,
+        **{f"d_{name}": found.get(name) for name in ("logits", "hidden")},
+        **{f"d_{name}": found.get(name, [None])[0] for name in ("unembed", "bias", "token_weights")},
     )
 
 
@@ -143,6 +165,10 @@ def _positive(value: Any) -> Any:
     return value.abs() if isinstance(value, Tensor) else abs(value) if isinstance(value, float) else value
 
 
+def _is_positive(value: Any) -> bool:
+    return value is None or bool(torch.as_tensor(value >= 0).all())
+
+
 def _largest(values: Tensor | None) -> float:
     values = torch.zeros(1) if values is None else values[values.isfinite()]
     return float(values.abs().max()) if values.numel() else 0.0
@@ -153,6 +179,13 @@ def _error(got: Tensor, exact: Tensor) -> float:
     same = (got == exact) | (got.isnan() & exact.isnan())
     distance = torch.where(same, 0.0, (got.double() - exact.double()).abs())
     return float(distance.nan_to_num(math.inf).max()) if distance.numel() else 0.0
+
+
+def _heads(given: Given) -> list[Tensor]:
+    """H tensors [B,S,V] or [B,S,D]."""
+    if not isinstance(given, Tensor):
+        return [*given]
+    return [*given.unbind(2)] if given.dim() == 4 else [given]
 
 
 def _rounding_units(
@@ -182,64 +215,125 @@ def _rounding_units(
     }
 
 
+def _units_of_products(
+    units: dict[str, float], hidden: list[Tensor], unembed: Tensor, bias: Tensor | None, d_logits: list[Tensor]
+) -> dict[str, float]:
+    """The units of the linear path, from those of its logits and from their exact gradient.
+
+    A product carries the last bit of the sum of its terms' sizes, however small their sum is. A logit's reaches every
+    result that the logit does.
+    """
+    x, g = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in (hidden, d_logits))  # [N, D], [N, V]
+    logit = _largest(x.abs() @ unembed.abs().T) + _largest(bias)
+    lone = units["d_logits"]
+    return {
+        **{name: units[name] * (1 + logit) for name in ("loss", "d_token_weights")},
+        **{name: units[name] + logit for name in ("ce", "lse")},
+        "d_hidden": (1 + logit) * (_largest(g.abs() @ unembed.abs()) + lone * _largest(unembed)),
+        "d_unembed": (1 + logit) * (_largest(g.abs().T @ x.abs()) + lone * _largest(x)),
+        "d_bias": (1 + logit) * (_largest(g.abs().sum(0)) + lone),
+    }
+
+
 def _assert_dead_rows_are_zero(got: SimpleNamespace, exact: SimpleNamespace) -> None:
     dead = exact.stats.top1 < 0
     assert bool((got.stats.top1[dead] == -1).all()), "top1 of a dead row is not -1"
     for name in ("ce", "lse"):
         assert bool((getattr(got.stats, name)[dead] == 0).all()), f"{name} of a dead row is not 0"
-    several = len(got.d_logits) > 1 or got.d_logits[0].dim() == 3
-    for h, gradient in enumerate(got.d_logits if several else got.d_logits[0].unbind(2)):
+    gradients = got.d_logits or got.d_hidden
+    if gradients is None:
+        return
+    for h, gradient in enumerate(_heads(gradients if len(gradients) > 1 else gradients[0])):
         assert bool((gradient[dead[:, :, h]] == 0).all()), f"a dead row of head {h} has a gradient"
 
 
-def _assert_top1_is_the_largest(got: SimpleNamespace, exact: SimpleNamespace, logits: Given, softcap: Any) -> None:
-    heads = [*logits] if not isinstance(logits, Tensor) else [*logits.unbind(2)] if logits.dim() == 4 else [logits]
+def _assert_top1_is_the_largest(
+    got: SimpleNamespace, exact: SimpleNamespace, heads: list[Tensor], softcap: Any, slack: float
+) -> None:
+    """Of logits that are exact but for `slack`."""
     for h, head in enumerate(heads):
         read = (exact.stats.top1[:, :, h] >= 0) & ~head.isnan().any(-1)
         z = head[read].double()
         chosen = z.gather(-1, got.stats.top1[:, :, h][read].long()[:, None])[:, 0]
-        if softcap is None:
-            assert torch.equal(chosen, z.amax(-1)), f"top1 of head {h} is not the largest logit"
-        else:
+        largest = z.amax(-1)
+        if softcap is not None:
             # Distinct logits can meet in one fp32 number under the cap.
-            capped, largest = (softcap * torch.tanh(x / softcap) for x in (chosen, z.amax(-1)))
-            assert bool((largest - capped <= 1e-6 * largest.abs()).all()), f"top1 of head {h} is not the largest"
+            chosen, largest = (softcap * torch.tanh(x / softcap) for x in (chosen, largest))
+            largest = largest - 1e-6 * largest.abs()
+        assert bool((chosen >= largest - slack).all()), f"top1 of head {h} is not the largest logit"
+
+
+def evaluate_peer(given: Given, labels: Tensor, token_weights: Tensor | None, **options: Any) -> SimpleNamespace:
+    """What eager torch makes of the same numbers.
+
+    torch.nn.functional.linear of a strided input rounds once more for the bias: it gets copies, and so rounds each
+    logit once, as the chunks do.
+    """
+    if "unembed" not in options:
+        return evaluate("reference", given, labels, token_weights, **options)
+    options |= {name: options[name].contiguous() for name in ("unembed", "bias") if options.get(name) is not None}
+    peer = evaluate("reference", [x.contiguous() for x in _heads(given)], labels, token_weights, **options)
+    if peer.d_hidden is not None and isinstance(given, Tensor):
+        peer.d_hidden = [torch.stack(peer.d_hidden, dim=2).view(given.shape)]
+    return peer
 
 
 def compare(
-    impl: str, logits: Given, labels: Tensor, token_weights: Tensor | None = None, **options: Any
+    impl: str, given: Given, labels: Tensor, token_weights: Tensor | None = None, **options: Any
 ) -> SimpleNamespace:
-    """Assert that impl errs at most three times as much as eager torch, in every result; returns impl's results."""
-    options.setdefault("upstream", None)
-    got = evaluate(impl, logits, labels, token_weights, **options)
-    peer = evaluate("reference", logits, labels, token_weights, **options)
-    wide_logits, wide_weights = _double(logits), _double(token_weights)
-    wide = {name: _double(value) for name, value in options.items()}
-    exact = evaluate("reference", wide_logits, labels, wide_weights, **wide)
-    size = evaluate(
-        "reference", wide_logits, labels, _positive(wide_weights), **{**wide, "upstream": _positive(wide["upstream"])}
-    )
+    """Assert that impl errs at most three times as much as eager torch, in every result; returns impl's results.
 
-    first = logits if isinstance(logits, Tensor) else logits[0]
-    units = _rounding_units(exact, size, wide_weights, wide, logits)
+    The arguments are those of `evaluate`. Eager torch is impl="reference" at the same dtype.
+    """
+    options.setdefault("upstream", None)
+    got = evaluate(impl, given, labels, token_weights, **options)
+    options = {name: value for name, value in options.items() if name not in CHUNKING}
+    peer = evaluate_peer(given, labels, token_weights, **options)
+    wide_given, wide_weights = _double(given), _double(token_weights)
+    wide = {name: _double(value) for name, value in options.items()}
+    exact = evaluate("reference", wide_given, labels, wide_weights, **wide)
+    positive = {**wide, "upstream": _positive(wide["upstream"])}
+    size = exact
+    if not (_is_positive(wide_weights) and _is_positive(wide["upstream"])):
+        size = evaluate("reference", wide_given, labels, _positive(wide_weights), **positive)
+
+    first = given if isinstance(given, Tensor) else given[0]
     bit = UNITS_IN_LAST_PLACE * torch.finfo(got.loss.dtype).eps
+    heads, slack = _heads(wide_given), 0.0
+    if "unembed" in options:
+        of_layer = {name: wide.pop(name, None) for name in ("unembed", "bias", "frozen")}
+        hidden, unembed, bias = heads, of_layer["unembed"], of_layer["bias"]
+        heads = [torch.nn.functional.linear(x, unembed, bias) for x in hidden]
+        on_logits = evaluate("reference", heads, labels, wide_weights, **wide)
+        units = _rounding_units(exact, size, wide_weights, wide, heads)
+        units = _units_of_products(units, hidden, unembed, bias, on_logits.d_logits)
+        # Two logits that meet when they are rounded to the dtype of hidden.
+        slack = 2 * torch.finfo(first.dtype).eps * max(_largest(head) for head in heads) + bit * units["lse"]
+    else:
+        units = _rounding_units(exact, size, wide_weights, wide, wide_given)
     assert got.loss.dtype == (torch.float64 if first.dtype == torch.float64 else torch.float32)
     assert torch.equal(got.stats.live, exact.stats.live)
 
     def results(outcome: SimpleNamespace) -> dict[str, Tensor]:
         named = {"loss": outcome.loss, "ce": outcome.stats.ce, "lse": outcome.stats.lse}
-        named |= {f"d_logits[{i}]": gradient for i, gradient in enumerate(outcome.d_logits)}
-        return named | ({} if outcome.d_token_weights is None else {"d_token_weights": outcome.d_token_weights})
+        for name in ("d_logits", "d_hidden"):
+            named |= {f"{name}[{i}]": gradient for i, gradient in enumerate(getattr(outcome, name) or [])}
+        alone = {name: getattr(outcome, name) for name in ("d_unembed", "d_bias", "d_token_weights")}
+        return named | {name: gradient for name, gradient in alone.items() if gradient is not None}
 
     ours, theirs, truth = results(got), results(peer), results(exact)
+    assert ours.keys() == truth.keys()
     for name, value in ours.items():
         assert value.shape == truth[name].shape, name
         assert value.dtype == theirs[name].dtype, name
         error, allowed = _error(value, truth[name]), 3 * _error(theirs[name], truth[name])
         allowed += bit * units[name.partition("[")[0]]
+        if "unembed" in options and value.dtype != got.loss.dtype:
+            # A half gradient is rounded twice: as a product, and scaled.
+            allowed += torch.finfo(value.dtype).eps * _largest(truth[name])
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, of {_largest(truth[name]):.3e}"
     _assert_dead_rows_are_zero(got, exact)
-    _assert_top1_is_the_largest(got, exact, logits, wide.get("softcap"))
+    _assert_top1_is_the_largest(got, exact, heads, wide.get("softcap"), slack)
     return got
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
 
 CASES = 300
 # On, before and after the edges of vectors (4 and 8 elements) and of tiles.
 VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 127, 128, 129, 255, 256, 257, 300, 507, 511, 512, 513]
 LARGE_VOCABULARIES = [1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 2056, 3000]
+# Arguments of `compare` alone.
+NOT_OF_THE_CALL = ("upstream", "weights_gradient", "frozen")
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -65,15 +67,17 @@ def draw_weights(rng: random.Random, draw, B: int, S: int, H: int, alignment: st
     return weights if rng.random() < 0.5 else weights.relu()
 
 
-def draw_case(seed: int, draw) -> SimpleNamespace:
-    """Tensors and options of one case."""
-    rng = random.Random(seed)
-    draw.generator.manual_seed(seed)
+def draw_sizes(rng: random.Random) -> tuple[int, int, int, int, torch.dtype]:
+    """B, S, H, V and a dtype."""
     B, S, H = rng.choice([1, 1, 1, 2]), rng.choice([1, 2, 3, 4, 4, 5, 5, 6, 6]), rng.choice([1, 2, 2, 3])
     H = rng.choice([4, 5]) if S <= 3 and rng.random() < 0.3 else H
     V = rng.choice(LARGE_VOCABULARIES if rng.random() < 0.12 else VOCABULARIES)
-    dtype = rng.choice(DTYPES)
-    options: dict[str, Any] = {
+    return B, S, H, V, rng.choice(DTYPES)
+
+
+def draw_options(rng: random.Random, S: int) -> dict[str, Any]:
+    """Options that are numbers and words."""
+    return {
         "shift": rng.choice([0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2]),
         "weight_alignment": rng.choice(["position", "target"]),
         "reduction": rng.choice(["mean", "mean", "sum", "none"]),
@@ -83,15 +87,14 @@ def draw_case(seed: int, draw) -> SimpleNamespace:
         "label_smoothing": rng.choice([0.0, 0.0, 0.1, 0.6]),
         "ignore_index": rng.choice([-100, -100, -1, 0]),
     }
-    logits = draw_logits(rng, draw, B, S, H, V, dtype)
-    device = logits.device if isinstance(logits, Tensor) else logits[0].device
-    if options["label_smoothing"] == 0 and rng.random() < 0.15:
-        for part in [logits] if isinstance(logits, Tensor) else logits:
-            part[..., V // 2 + 1 :: 3] = -torch.inf
-    elif dtype == torch.float32 and rng.random() < 0.1 and isinstance(logits, Tensor) and logits.stride(2) != 0:
-        logits += rng.choice([1e4, -1e4])
 
-    labels = draw.integers(max(V // 2, 1), B, S)  # below the entries that may be -inf
+
+def draw_tokens(
+    rng: random.Random, draw, B: int, S: int, H: int, V: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Labels below V // 2 and weights; every option that is a tensor is added to `options`."""
+    labels = draw.integers(max(V // 2, 1), B, S)
+    device = labels.device
     if rng.random() < 0.6:
         share = rng.choice([0.1, 0.2, 0.3, 0.5]) if rng.random() < 0.95 else 1.0
         labels[draw.uniform(B, S) - 0.1 < share] = options["ignore_index"]
@@ -120,54 +123,161 @@ def draw_case(seed: int, draw) -> SimpleNamespace:
     weights = draw_weights(rng, draw, B, S, H, options["weight_alignment"])
     options["weights_gradient"] = rng.random() < 0.6
     labels = labels.to(rng.choice([torch.int64, torch.int64, torch.int32, torch.int16]))
-    labels = labels if rng.random() < 0.7 else labels.T.contiguous().T
-    return SimpleNamespace(logits=logits, labels=labels, weights=weights, options=options)
+    return labels if rng.random() < 0.7 else labels.T.contiguous().T, weights
+
+
+def draw_case(seed: int, draw) -> SimpleNamespace:
+    """Tensors and options of one case on logits."""
+    rng = random.Random(seed)
+    draw.generator.manual_seed(seed)
+    B, S, H, V, dtype = draw_sizes(rng)
+    options = draw_options(rng, S)
+    logits = draw_logits(rng, draw, B, S, H, V, dtype)
+    # Labels lie below the entries that may be -inf.
+    if options["label_smoothing"] == 0 and rng.random() < 0.15:
+        for part in [logits] if isinstance(logits, Tensor) else logits:
+            part[..., V // 2 + 1 :: 3] = -torch.inf
+    elif dtype == torch.float32 and rng.random() < 0.1 and isinstance(logits, Tensor) and logits.stride(2) != 0:
+        logits += rng.choice([1e4, -1e4])
+    labels, weights = draw_tokens(rng, draw, B, S, H, V, options)
+    return SimpleNamespace(given=logits, labels=labels, weights=weights, options=options)
+
+
+def draw_hidden(rng: random.Random, draw, B: int, S: int, H: int, D: int, dtype: torch.dtype) -> Tensor | list[Tensor]:
+    """Hidden states in one of the layouts that callers have."""
+
+    def normal(*shape: int) -> Tensor:
+        return draw.normal(*shape, dtype=dtype)
+
+    layouts = {
+        "contiguous": lambda: normal(B, S, H, D),
+        "heads_first": lambda: normal(H, B, S, D).permute(1, 2, 0, 3),
+        "sequence_first": lambda: normal(S, B, H, D).transpose(0, 1),
+        "features_first": lambda: normal(D, H, S, B).permute(3, 2, 1, 0),
+        "every_other_position": lambda: normal(B, 2 * S, H, D + 1)[:, 1::2, :, 1:],
+        "expanded_over_heads": lambda: normal(B, S, 1, D).expand(B, S, H, D),
+        "list": lambda: [normal(B, S, D) for _ in range(H)],
+        "tuple_of_slices": lambda: normal(B, S, H, D).unbind(2),
+        "list_of_layouts": lambda: [normal(S, B, D + h).transpose(0, 1)[..., h:] for h in range(H)],
+    }
+    if H == 1:
+        layouts["three_dimensions"] = lambda: normal(B, S, D)
+    return layouts[rng.choice([*layouts])]()
+
+
+def read_rows(hidden: Tensor | list[Tensor], labels: Tensor, weights: Tensor | None, options: dict[str, Any]) -> int:
+    """How many rows there are to read: of weight 0 only where the gradient of the weights is wanted."""
+    plain = {name: value for name, value in options.items() if name not in NOT_OF_THE_CALL}
+    if weights is not None:
+        weights = weights.detach().requires_grad_(options["weights_gradient"])
+    loss = weighted_mtp_linear_ce(
+        hidden, labels=labels, token_weights=weights, impl="reference", return_stats=True, **plain
+    )
+    return int((loss.stats.top1 >= 0).sum())
+
+
+def draw_linear_case(seed: int, draw) -> SimpleNamespace:
+    """The same on hidden states: beside the options of the loss, those of the linear path."""
+    rng = random.Random(seed)
+    draw.generator.manual_seed(seed)
+    B, S, H, V, dtype = draw_sizes(rng)
+    S += rng.choice([0, 3])  # rows for several chunks
+    D = rng.choice([1, 2, 7, 8, 16, 17, 33])
+    options = draw_options(rng, S)
+    hidden = draw_hidden(rng, draw, B, S, H, D, dtype)
+    scale = rng.choice([0.1, 1.0, 1.0, 3.0]) / D**0.5
+    options["unembed"] = rng.choice([
+        lambda: draw.normal(V, D, dtype=dtype, scale=scale),
+        lambda: draw.normal(D, V, dtype=dtype, scale=scale).T,
+        lambda: draw.normal(V + 3, D + 2, dtype=dtype, scale=scale)[:V, 2:],
+    ])()  # fmt: skip
+    if rng.random() < 0.5:
+        options["bias"] = draw.normal(V, dtype=dtype) if rng.random() < 0.7 else draw.normal(V, 2, dtype=dtype)[:, 1]
+        if options["label_smoothing"] == 0 and rng.random() < 0.3:
+            options["bias"][V // 2 + 1 :: 3] = -torch.inf
+    labels, weights = draw_tokens(rng, draw, B, S, H, V, options)
+    options["frozen"] = [name for name in ("hidden", "unembed", "bias") if rng.random() < 0.15]
+    options["grad_dtype"] = rng.choice([torch.float32, torch.float32, torch.float64])
+    rows = rng.choice([1, 2, 3, rng.randint(2, 5), rng.randint(2, 9), B * S * H, 1000, None])
+    if rows is not None:
+        # Part of a row of bytes left over.
+        options["chunk_bytes"] = (rows * V + rng.randint(0, V - 1)) * dtype.itemsize
+    spare = rng.choice([None, None, None, 0, rng.randint(1, 20)])
+    if spare is None:
+        options["drop_dead_rows"] = rng.choice(["auto", True, False])
+    else:
+        options["drop_dead_rows"] = read_rows(hidden, labels, weights, options) + spare
+    return SimpleNamespace(given=hidden, labels=labels, weights=weights, options=options)
 
 
 def describe(case: SimpleNamespace) -> str:
     """The case in one line a part, for whoever has to mend it."""
 
     def shown(value: Any) -> str:
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return f"{len(value)} x {shown(value[0])}"
         if isinstance(value, Tensor):
             return f"{value.dtype} {list(value.shape)} strides {list(value.stride())}"
         return repr(value)
 
-    parts = {"logits": case.logits, "labels": case.labels, "token_weights": case.weights, **case.options}
+    parts = {"given": case.given, "labels": case.labels, "token_weights": case.weights, **case.options}
     return "\n".join(f"{name}: {shown(value)}" for name, value in parts.items())
 
 
-@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
-def test_any_mixture_of_options_errs_at_most_three_times_as_much_as_torch(seed: int, impl, draw, compare) -> None:
-    """loss, d_logits, d_token_weights, ce, lse by the error; live and top1 exactly; the same loss without stats."""
-    case = draw_case(seed, draw)
+def check(function: Any, case: SimpleNamespace, impl: str, compare, with_alone: bool) -> None:
+    """All results of a case by their errors, and the loss of a call that wants nothing else."""
     try:
-        got = compare(case.logits, case.labels, case.weights, **case.options)
-        if seed % 4 == 0:
-            del case.options["upstream"], case.options["weights_gradient"]
+        got = compare(case.given, case.labels, case.weights, **case.options)
+        if with_alone:
+            options = {name: value for name, value in case.options.items() if name not in NOT_OF_THE_CALL}
             with torch.no_grad():
-                alone = weighted_mtp_ce(case.logits, case.labels, case.weights, impl=impl, **case.options)
+                alone = function(case.given, labels=case.labels, token_weights=case.weights, impl=impl, **options)
             assert torch.equal(alone, got.loss)
     except Exception as error:
         error.add_note(describe(case))
         raise
 
 
+@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
+def test_any_mixture_of_options_errs_at_most_three_times_as_much_as_torch(seed: int, impl, draw, compare) -> None:
+    """loss, d_logits, d_token_weights, ce, lse by the error; live and top1 exactly; the same loss without stats."""
+    check(weighted_mtp_ce, draw_case(seed, draw), impl, compare, seed % 4 == 0)
+
+
+@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
+def test_any_mixture_on_hidden_states_errs_at_most_three_times_as_much_as_torch(seed: int, impl, draw, compare) -> None:
+    """The same for d_hidden, d_unembed, d_bias, in chunks of every size, with dead rows left out or not."""
+    check(weighted_mtp_linear_ce, draw_linear_case(seed, draw), impl, compare, seed % 4 == 0)
+
+
 @pytest.mark.parametrize("impl", ["cpu"])
-def test_the_cases_reach_every_corner(impl, draw) -> None:
+@pytest.mark.parametrize(
+    ("function", "draw_one"), [(weighted_mtp_ce, draw_case), (weighted_mtp_linear_ce, draw_linear_case)]
+)
+def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
     """No option is there in name only: each value is drawn, and most cases have rows that are live and some dead."""
-    cases = [draw_case(seed, draw) for seed in range(CASES)]
+    cases = [draw_one(seed, draw) for seed in range(CASES)]
     for name in ("document_ids", "seq_lens", "head_weights", "head_reduction", "normalizer"):
         assert sum(name in case.options for case in cases) >= 20, name
     for name in ("softcap", "z_loss", "label_smoothing", "shift", "ignore_index", "loss_scale"):
         assert len({case.options[name] for case in cases}) >= 3, name
-    live = []
+    live, chunked = [], 0
     for case in cases:
-        options = {name: value for name, value in case.options.items() if name not in ("upstream", "weights_gradient")}
-        _, stats = weighted_mtp_ce(
-            case.logits, case.labels, case.weights, impl="reference", return_stats=True, **options
+        options = {name: value for name, value in case.options.items() if name not in NOT_OF_THE_CALL}
+        _, stats = function(
+            case.given, labels=case.labels, token_weights=case.weights, impl="reference", return_stats=True, **options
         )
         live.append(stats.live.float().mean().item())
+        if "unembed" in options:
+            row_bytes = options["unembed"].shape[0] * options["unembed"].element_size()
+            chunked += 0 < options.get("chunk_bytes", 2**60) // row_bytes < int((stats.top1 >= 0).sum())
     assert sum(share > 0 for share in live) >= 0.75 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES
+    if function is weighted_mtp_linear_ce:
+        assert chunked >= CASES / 4
+        numbers = [case.options["drop_dead_rows"] for case in cases]
+        assert sum(number is True for number in numbers) >= 20
+        assert sum(number is False for number in numbers) >= 20
+        assert sum(not isinstance(number, (bool, str)) for number in numbers) >= 60
+        for name in ("hidden", "unembed", "bias"):
+            assert sum(name in case.options["frozen"] for case in cases) >= 20, name
