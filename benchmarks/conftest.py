@@ -1,4 +1,4 @@
-"""The session of a benchmark run: its options, its record, and the table at its end."""
+"""The session of a benchmark run: its options, its order, its record, and the table at its end."""
 
 import sys
 import time
@@ -10,6 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import clock, results
+from benchmarks.plan import Case
 from benchmarks.session import Session
 from benchmarks.table import table
 
@@ -19,19 +20,42 @@ SESSION = pytest.StashKey[Session]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--results and --time-limit."""
     group = parser.getgroup("mtp_ce benchmarks")
-    group.addoption("--results", action="store_true", help="write benchmarks/results/<device>.json")
+    group.addoption(
+        "--results", nargs="?", type=Path, const=results.RESULTS, metavar="FOLDER",
+        help="write FOLDER/<device>.json; FOLDER is benchmarks/results/ where none is named",
+    )  # fmt: skip
     group.addoption(
         "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time"
     )
 
 
+def case_of(item: pytest.Item) -> Case | None:
+    """The case that a benchmark is about."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = parameters.get("case")
+    return case if isinstance(case, Case) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases in the order of their importance, over all paths: see plan.py."""
+
+    def place(item: pytest.Item) -> int:
+        case = case_of(item)
+        return -1 if case is None else case.place
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
-def session(pytestconfig: pytest.Config) -> Session:
+def session(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Session:
     """What the cases of this run share; the copy bandwidth is measured before the first of them."""
     kind = clock.DEVICE.type
-    path = results.results_path(kind) if pytestconfig.getoption("--results") else None
+    folder = pytestconfig.getoption("--results")
+    path = results.results_path(kind, folder) if folder else None
     deadline = time.monotonic() + pytestconfig.getoption("--time-limit")
-    pytestconfig.stash[SESSION] = Session(results.new_run(kind, clock.copy_bandwidth()), path, deadline)
+    run = results.new_run(kind, clock.copy_bandwidth())
+    cases = [case for item in request.session.items if (case := case_of(item)) is not None]
+    pytestconfig.stash[SESSION] = Session(run, path, deadline, cases)
     return pytestconfig.stash[SESSION]
 
 
@@ -44,4 +68,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in table(session.run):
             terminalreporter.write_line(line)
         if session.path is not None:
-            terminalreporter.write_line(f"written to benchmarks/results/{session.path.name}")
+            terminalreporter.write_line(f"written to {session.path.name}")

@@ -1,12 +1,11 @@
-"""Peak memory above the inputs: what a loss needs besides logits, labels and weights, its gradient included.
+"""Peak memory above the inputs: what a provider needs besides its inputs, gradients included.
 
 GPU    The peak of torch's allocator, in the process of the suite: the allocator counts exactly, whatever ran before.
 
 CPU    The high-water mark of resident memory, in a fresh process for each case (forked from a server that has
-       imported torch and done nothing else). The inputs are made and touched, and the loss and its gradient are run
-       once, so that libraries, threads and compiled code are there. Then freed memory goes back to the system, Linux
-       resets the mark, and forward and backward run again: peak = mark - resident size before. Nothing else is
-       subtracted.
+       imported torch and done nothing else). The inputs are made and touched, and the provider is run once, so that
+       libraries, threads and compiled code are there. Then freed memory goes back to the system, Linux resets the mark,
+       and forward and backward run again: peak = mark - resident size before. Nothing else is subtracted.
 """
 
 import ctypes
@@ -18,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.providers import BY_NAME, Loss
+from benchmarks.provider import Provider
+from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Inputs, Shape, make_inputs
 
 
 class Peak(NamedTuple):
-    """Bytes above the inputs until the end of forward, and until the end of backward."""
+    """Bytes above the inputs until the end of forward, and until the end of backward where there is one."""
 
     forward: int
     both: int
@@ -45,35 +45,40 @@ def _reset_mark() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure_gpu(loss: Loss, inputs: Inputs) -> Peak:
-    """By the allocator; the second call of a loss, which no longer compiles or tunes anything."""
-    logits = inputs.fresh_logits()
+def measure_gpu(provider: Provider, inputs: Inputs) -> Peak:
+    """By the allocator; the second call of a provider, which no longer compiles or tunes anything."""
+    values = inputs.fresh()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    value = loss(logits, inputs.labels, inputs.token_weights)
+    with torch.set_grad_enabled(inputs.has_gradient):
+        result = provider.run(*values, *inputs.rest)
     forward = torch.cuda.max_memory_allocated() - before
-    torch.autograd.grad(value, logits)
+    if inputs.has_gradient:
+        torch.autograd.grad(result, values)
     return Peak(forward, torch.cuda.max_memory_allocated() - before)
 
 
-def measure_here(loss: Loss, inputs: Inputs) -> Peak:
+def measure_here(provider: Provider, inputs: Inputs) -> Peak:
     """By the resident size of this process, which is to be a fresh one."""
     for measured in (False, True):
-        logits = inputs.fresh_logits()
+        values = inputs.fresh()
         if measured:
             _reset_mark()
         before = _resident("VmRSS")
-        value = loss(logits, inputs.labels, inputs.token_weights)
-        forward = _resident("VmHWM") - before
-        gradient = torch.autograd.grad(value, logits)
-        both = _resident("VmHWM") - before
-        del logits, value, gradient
+        with torch.set_grad_enabled(inputs.has_gradient):
+            result = provider.run(*values, *inputs.rest)
+        forward = both = _resident("VmHWM") - before
+        gradients = None
+        if inputs.has_gradient:
+            gradients = torch.autograd.grad(result, values)
+            both = _resident("VmHWM") - before
+        del values, result, gradients
     return Peak(forward, both)
 
 
 def _case(shape: Shape, provider: str) -> Peak:
-    return measure_here(BY_NAME[provider].loss, make_inputs(shape, torch.device("cpu")))
+    return measure_here(BY_NAME[shape.path][provider], make_inputs(shape, torch.device("cpu")))
 
 
 def measure_cpu(shape: Shape, provider: str) -> Peak:

@@ -4,6 +4,9 @@ A file holds runs. A run is one session: when, with which versions, commit and k
 device in that session, its cases, and the providers that were absent. Cases are compared within a run only, since only
 there they share a machine in one state. A new run takes the place of older results of the same cases (provider, pass,
 shape); older runs keep the rest, and vanish when nothing is left of them. Paths and host names are nowhere in a file.
+
+A case holds p20, p50 and p80 of its rounds. Ratios and shares are of p20: what disturbs a round only ever makes it
+longer, by a factor of 4 where a shared machine has to find fresh pages.
 """
 
 import hashlib
@@ -22,9 +25,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "liger-kernel")
-# What was timed, by the kind of device. The public function in front of it (input checks) is not part of it.
-SOURCES = {"cpu": ("mtp_ce/cpu.py", "mtp_ce/ops.py"), "cuda": ("kernels/*.py", "mtp_ce/ops.py")}
+# A file of another format is as good as none: its cases are not those of today's report.
+FORMAT = 2
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+# What is timed on a path, by the kind of device. Input checks in front of it are not part of it.
+_LINEAR = ("mtp_ce/linear.py", "mtp_ce/linear_ops.py", "mtp_ce/slabs.py")
+SOURCES = {
+    "cpu": {"logits": ("mtp_ce/cpu.py", "mtp_ce/ops.py"), "linear": ("mtp_ce/cpu.py", *_LINEAR)},
+    "cuda": {"logits": ("kernels/*.py", "mtp_ce/ops.py"), "linear": ("kernels/*.py", *_LINEAR)},
+}
+PATHS = ("linear", "logits", "token_ce")
 
 Run = dict[str, Any]
 Key = tuple[str, ...]
@@ -37,32 +47,33 @@ def device_name(kind: str) -> str:
     return f"{len(os.sched_getaffinity(0))}-core CPU"
 
 
-def results_path(kind: str) -> Path:
+def results_path(kind: str, folder: Path = RESULTS) -> Path:
     """The file of this machine's kind of device: cpu-2core.json, nvidia-h100-80gb-hbm3.json."""
     if kind == "cuda":
         slug = re.sub(r"[^a-z0-9]+", "-", device_name(kind).lower()).strip("-")
     else:
         slug = f"cpu-{len(os.sched_getaffinity(0))}core"
-    return RESULTS / f"{slug}.json"
+    return folder / f"{slug}.json"
 
 
-def source_files(kind: str, root: Path = ROOT) -> list[Path]:
-    """The files that decide how fast a device of this kind is."""
-    return sorted(path for pattern in SOURCES[kind] for path in root.glob(pattern))
+def source_files(kind: str, path: str, root: Path = ROOT) -> list[Path]:
+    """The files that decide how fast a path is on a device of this kind."""
+    patterns = SOURCES[kind]["linear" if path == "token_ce" else path]
+    return sorted(file for pattern in patterns for file in root.glob(pattern))
 
 
-def source_hash(kind: str, root: Path = ROOT) -> str:
+def source_hash(kind: str, path: str, root: Path = ROOT) -> str:
     """SHA-256 of the names and the bytes of `source_files`."""
     digest = hashlib.sha256()
-    for path in source_files(kind, root):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    for file in source_files(kind, path, root):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
-def is_stale(run: Run, root: Path = ROOT) -> bool:
-    """The sources are no longer those that the run has timed."""
-    return bool(run["source_hash"] != source_hash(run["kind"], root))
+def is_stale(run: Run, path: str, root: Path = ROOT) -> bool:
+    """The sources of a path are no longer those that the run has timed."""
+    return bool(run["source_hash"][path] != source_hash(run["kind"], path, root))
 
 
 def commit(kind: str) -> str | None:
@@ -76,7 +87,8 @@ def commit(kind: str) -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", *(str(path) for path in source_files(kind)))
+        sources = {str(file) for path in PATHS for file in source_files(kind, path)}
+        changed = git("status", "--porcelain", "--", *sorted(sources))
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("MTP_CE_COMMIT")
@@ -97,7 +109,7 @@ def new_run(kind: str, copy_bandwidth: float) -> Run:
         "measured": datetime.now(UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": commit(kind),
-        "source_hash": source_hash(kind),
+        "source_hash": {path: source_hash(kind, path) for path in PATHS},
         "copy_bytes_per_s": round(copy_bandwidth),
         "cases": [],
         "absent": [],
@@ -112,8 +124,8 @@ def percentile(ordered: list[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def timing(seconds: Iterable[float], moved: int, copy_bandwidth: float) -> dict[str, float]:
-    """What a case says about its time; share = bytes that the work must move / p50 / copy bandwidth."""
+def timing(seconds: Iterable[float], ceiling: float | None) -> dict[str, float | None]:
+    """What a case says about its time; the ceiling is the seconds of what the work can't do without."""
     ordered = sorted(seconds)
     p20, p50, p80 = (percentile(ordered, share) for share in (0.2, 0.5, 0.8))
     return {
@@ -121,8 +133,8 @@ def timing(seconds: Iterable[float], moved: int, copy_bandwidth: float) -> dict[
         "p20_ms": round(p20 * 1e3, 5),
         "p50_ms": round(p50 * 1e3, 5),
         "p80_ms": round(p80 * 1e3, 5),
-        "bytes": moved,
-        "share_of_copy": round(moved / p50 / copy_bandwidth, 4),
+        "ceiling_ms": None if ceiling is None else round(ceiling * 1e3, 5),
+        "share_of_ceiling": None if ceiling is None else round(ceiling / p20, 4),
     }
 
 
@@ -145,13 +157,14 @@ def merged(runs: list[Run], run: Run) -> list[Run]:
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file; none where there is no file."""
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    """The runs of a file; none where there is no file, or one of another format."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    return held["runs"] if held.get("format") == FORMAT else []
 
 
 def write(path: Path, runs: list[Run]) -> None:
     """Write a file in one step, so that a run that is cut off leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    aside.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1) + "\n")
     aside.replace(path)

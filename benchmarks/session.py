@@ -1,32 +1,30 @@
 """One benchmark session: the problem at hand, the check and the memory of each provider on it, and the record."""
 
+import contextlib
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from benchmarks import memory, oracle, results
+from benchmarks import memory, oracle, results, rounds
 from benchmarks.clock import DEVICE, HAS_GPU
-from benchmarks.providers import Provider
+from benchmarks.plan import Case
+from benchmarks.provider import AbsentError, Provider
 from benchmarks.shapes import Inputs, Shape, make_inputs
 
 
-class AbsentError(Exception):
-    """A provider that cannot run a case on this machine, with the reason."""
-
-
 class WrongResultError(Exception):
-    """A provider that is further from the oracle than the rule allows: it is not timed."""
+    """This project is further from the oracle than the rule allows: it is not timed."""
 
 
 class Qualified(NamedTuple):
     """A provider that may be timed."""
 
-    errors: oracle.Errors
+    errors: dict[str, oracle.Error]
     peak: memory.Peak
 
 
@@ -36,27 +34,43 @@ class Problem:
 
     shape: Shape
     inputs: Inputs
-    truth: oracle.Truth
     outcomes: dict[str, Qualified | Exception] = field(default_factory=dict)
+    # Of the loss, and of the plain mean over rows, each when it is first asked for.
+    truths: dict[bool, list[oracle.Expected]] = field(default_factory=dict)
+    # Seconds of the rounds of every provider, of a pass, that were timed in turns.
+    seconds: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
+
+    def truth(self, weighted: bool) -> list[oracle.Expected]:
+        """The oracle's results."""
+        if weighted not in self.truths:
+            self.truths[weighted] = oracle.find_truth(self.shape, self.inputs, weighted)
+        return self.truths[weighted]
 
 
-def run_once(provider: Provider, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Loss and d_logits, finished."""
-    logits = inputs.fresh_logits()
-    loss = provider.loss(logits, inputs.labels, inputs.token_weights)
-    (d_logits,) = torch.autograd.grad(loss, logits)
-    if HAS_GPU:
-        torch.cuda.synchronize()
-    return loss, d_logits
+def run_once(provider: Provider, inputs: Inputs) -> oracle.Results:
+    """Every result by its name: the loss and the gradients, or the rows' cross entropies."""
+    values = inputs.fresh()
+    if not inputs.has_gradient:
+        with torch.no_grad():
+            return {"ce": provider.run(*values, *inputs.rest)}
+    loss = provider.run(*values, *inputs.rest)
+    gradients = torch.autograd.grad(loss, values)
+    named = {f"d_{name}": gradient for name, gradient in zip(inputs.values, gradients, strict=True)}
+    return {"loss": loss.detach(), **named}
 
 
 def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
     """Run, check and measure the memory of a provider; an exception is an outcome here, for every pass to raise."""
-    missing = provider.missing(DEVICE)
+    missing = provider.missing(problem.shape, DEVICE)
     if missing is not None:
         return AbsentError(missing)
+    if provider.ceiling:
+        return Qualified({}, memory.Peak(0, 0))
+    truth = problem.truth(provider.weighted)
     try:
-        loss, d_logits = run_once(provider, problem.inputs)
+        found = run_once(provider, problem.inputs)
+        if HAS_GPU:
+            torch.cuda.synchronize()
     except Exception as error:
         # The frames of the traceback would keep gigabytes of tensors alive.
         traceback.clear_frames(error.__traceback__)
@@ -64,25 +78,30 @@ def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
             return error
         words = str(error).strip().splitlines() or [""]
         return AbsentError(f"{type(error).__name__}: {words[0][:160]}")
-    rounded = problem.shape.torch_dtype if provider.rounds_rows else torch.float32
-    errors = oracle.check(problem.truth, loss, d_logits, rounded)
-    if not errors.acceptable:
-        return WrongResultError(f"{provider.name} is not timed, for its result is wrong: {errors}")
-    del loss, d_logits
+    errors = oracle.check(truth, found, problem.shape.torch_dtype if provider.rounds else torch.float32)
+    del found
+    for name, error in errors.items():
+        if not error.acceptable:
+            words = f"is wrong: its {name} errs by {error.distance:.3g}, and {error.allowed:.3g} is allowed"
+            return WrongResultError(f"{provider.name} {words}") if provider.ours else AbsentError(words)
     if HAS_GPU:
-        return Qualified(errors, memory.measure_gpu(provider.loss, problem.inputs))
+        return Qualified(errors, memory.measure_gpu(provider, problem.inputs))
     return Qualified(errors, memory.measure_cpu(problem.shape, provider.name))
 
 
 class Session:
     """The run that is being measured, written after every case where it has a path."""
 
-    def __init__(self, run: results.Run, path: Path | None, deadline: float = float("inf")) -> None:
+    def __init__(
+        self, run: results.Run, path: Path | None, deadline: float = float("inf"), selected: Sequence[Case] = ()
+    ) -> None:
         self.run = run
         self.path = path
         self.deadline = deadline
+        self.selected = selected
         self.older = results.read(path) if path is not None else []
         self._problem: Problem | None = None
+        self._ceilings: dict[Shape, float] = {}
 
     def problem(self, shape: Shape) -> Problem:
         """The problem of a shape; the one before it is dropped. AbsentError where time has run out."""
@@ -94,8 +113,7 @@ class Session:
                 torch.cuda.empty_cache()
             # Compiled code of another shape counts against torch's limit of recompilations.
             torch._dynamo.reset()
-            inputs = make_inputs(shape, DEVICE)
-            self._problem = Problem(shape, inputs, oracle.find_truth(shape, inputs))
+            self._problem = Problem(shape, make_inputs(shape, DEVICE))
         return self._problem
 
     def qualify(self, provider: Provider, problem: Problem) -> Qualified:
@@ -106,6 +124,28 @@ class Session:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    def seconds(self, case: Case, problem: Problem) -> list[float]:
+        """The rounds of a case, timed in turns with the others that were selected of its problem and pass."""
+        turn = case.which, case.place
+        if turn not in problem.seconds:
+            able = {}
+            for other in self.selected:
+                if (other.shape, other.which, other.place) == (case.shape, *turn):
+                    # An exception is raised again in the test of the provider that it belongs to.
+                    with contextlib.suppress(Exception):
+                        self.qualify(other.provider, problem)
+                        able[other.provider.name] = rounds.calls(other.provider, case.which, case.shape, problem.inputs)
+            problem.seconds[turn] = rounds.in_turns(able)
+            for other in self.selected:
+                if other.provider.ceiling and other.provider.name in able and other.shape == case.shape:
+                    ordered = sorted(problem.seconds[turn][other.provider.name])
+                    self._ceilings[case.shape] = results.percentile(ordered, 0.2)
+        return problem.seconds[turn][case.provider.name]
+
+    def ceiling(self, shape: Shape) -> float | None:
+        """Seconds of the bare products of a shape, p20, where they were timed."""
+        return self._ceilings.get(shape)
 
     def add(self, part: str, provider: Provider, which: str, shape: Shape, **entry: Any) -> None:
         """Put an entry under "cases" or "absent", and the run into its file."""

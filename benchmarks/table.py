@@ -1,7 +1,8 @@
 """A results file as text: `python -m benchmarks.table [file]`, this machine's file where none is named.
 
-Times are medians. The share is that of the device's copy bandwidth, had the provider moved just the bytes that the work
-must move. "mtp_ce is" says how much faster mtp_ce is in the same run, forward and backward.
+Times are medians, and p20 for forward and backward together, of which the ratios are. "mtp_ce is" says how much faster
+mtp_ce is in the same run, and "of ceiling" is the share of the time of what can't be left out: a copy of the bytes, or
+the bare products. A provider with a dagger knows no weights of tokens, and does less work.
 """
 
 import sys
@@ -10,59 +11,81 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.providers import BY_NAME
 
-PASSES = ("forward", "backward", "both")
 MIB = 2**20
+UNWEIGHTED = "†"
+Cases = dict[str, dict[str, dict[str, Any]]]  # provider -> pass -> case
 
 
-def shape_line(shape: dict[str, Any], gradient_bytes: int) -> str:
+def label(path: str, provider: str) -> str:
+    """A provider's name, marked where it does not do the same work."""
+    known = BY_NAME[path].get(provider)
+    return provider + (UNWEIGHTED if known is not None and not known.weighted else "")
+
+
+def shape_line(shape: dict[str, Any]) -> str:
     """A problem in one line."""
-    prompt = f", {shape['rows'] - shape['live_rows']} rows dead" if shape["prompt"] else ""
+    width = f" D={shape['D']}" if shape["D"] else ""
+    dead = f", {shape['rows'] - shape['live_rows']} rows dead" if shape["prompt"] else ""
+    softcap = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
     return (
-        f"V={shape['V']} H={shape['H']} N={shape['rows']} {shape['dtype']}{prompt}; "
-        f"the gradient is {gradient_bytes / MIB:.0f} MiB"
+        f"{shape['path']}: {shape['model']} V={shape['V']}{width} H={shape['H']} N={shape['rows']} {shape['dtype']}"
+        f"{dead}{softcap}; gradients {shape['gradient_bytes'] / MIB:.0f} MiB, logits {shape['logits_bytes'] / MIB:.0f}"
     )
 
 
-def _provider_line(name: str, by_pass: dict[str, dict[str, Any]], ours: dict[str, Any] | None) -> str:
-    def columns(width: int, digits: int, field: str, factor: float = 1.0) -> str:
-        return " ".join(
-            f"{by_pass[which][field] * factor:{width}.{digits}f}" if which in by_pass else f"{'-':>{width}}"
-            for which in PASSES
-        )
-
-    both = by_pass.get("both")
-    speed_up = f"{both['p50_ms'] / ours['p50_ms']:6.2f}x" if both and ours else f"{'-':>7}"
-    peak = f"{both['peak_bytes'] / MIB:8.1f}" if both else f"{'-':>8}"
-    return f"  {name:15}{columns(8, 2, 'p50_ms')}   {columns(6, 1, 'share_of_copy', 100)}  {speed_up} {peak}"
-
-
-def table(run: results.Run) -> Iterator[str]:
-    """The lines of one run."""
-    shapes: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+def by_shape(run: results.Run) -> dict[str, tuple[dict[str, Any], Cases]]:
+    """Shape line -> the shape, and its cases."""
+    shapes: dict[str, tuple[dict[str, Any], Cases]] = {}
     for case in run["cases"]:
-        line = shape_line(case["shape"], case["gradient_bytes"])
-        shapes.setdefault(line, {}).setdefault(case["provider"], {})[case["pass"]] = case
-    passes = " ".join(f"{which:>8}" for which in PASSES)
-    yield f"{'':17}{'ms, median':>26}   {'share of copy, %':>20}  {'mtp_ce':>7} {'peak':>8}"
-    shares = " ".join(f"{which:>6}" for which in ("fwd", "bwd", "both"))
-    yield f"{'':17}{passes}   {shares}  {'is':>7} {'MiB':>8}"
-    for line, providers in shapes.items():
-        yield line
-        ours = providers.get("mtp_ce", {}).get("both")
-        for name, by_pass in providers.items():
-            yield _provider_line(name, by_pass, ours)
+        _, cases = shapes.setdefault(shape_line(case["shape"]), (case["shape"], {}))
+        cases.setdefault(case["provider"], {})[case["pass"]] = case
+    return shapes
+
+
+def _provider_line(path: str, name: str, by_pass: dict[str, dict[str, Any]], ours: dict[str, Any] | None) -> str:
+    def median(which: str) -> str:
+        return f"{by_pass[which]['p50_ms']:8.2f}" if which in by_pass else f"{'-':>8}"
+
+    main = by_pass.get("both") or by_pass.get("forward")
+    line = f"  {label(path, name):20}{median('forward')} {median('backward')} {median('both')}"
+    if main is None:
+        return line
+    share = main["share_of_ceiling"]
+    speed_up = f"{main['p20_ms'] / ours['p20_ms']:7.2f}x" if ours and ours["pass"] == main["pass"] else f"{'-':>8}"
+    of_ceiling = f"{share:.0%}" if share else "-"
+    return f"{line}  {main['p20_ms']:8.2f} {of_ceiling:>6} {speed_up} {main['peak_bytes'] / MIB:8.1f}"
+
+
+def absences(run: results.Run) -> Iterator[str]:
+    """Who was absent, and why."""
     reasons: dict[str, dict[str, int]] = {}
     for entry in run["absent"]:
         cases = reasons.setdefault(entry["reason"], {})
         cases[entry["provider"]] = cases.get(entry["provider"], 0) + 1
     for reason, cases in reasons.items():
-        yield f"absent: {', '.join(f'{name} ({count} cases)' for name, count in cases.items())}: {reason}"
+        yield f"absent: {', '.join(f'{name} ({count})' for name, count in cases.items())}: {reason}"
+
+
+def table(run: results.Run) -> Iterator[str]:
+    """The lines of one run."""
+    passes = " ".join(f"{which:>8}" for which in ("forward", "backward", "both"))
+    yield f"{'':22}{'ms, median':>26}  {'ms':>8} {'of':>6} {'mtp_ce':>8} {'peak':>8}"
+    yield f"{'':22}{passes}  {'p20':>8} {'ceil.':>6} {'is':>8} {'MiB':>8}"
+    for line, (shape, providers) in by_shape(run).items():
+        yield line
+        mine = providers.get("mtp_ce", {})
+        ours = mine.get("both") or mine.get("forward")
+        for name, by_pass in providers.items():
+            yield _provider_line(shape["path"], name, by_pass, ours)
+    yield from absences(run)
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
     yield f"{run['device']}, which copies {run['copy_bytes_per_s'] / 1e9:.1f} GB/s; {run['measured']}"
     yield f"{versions}; commit {(run['commit'] or 'unknown')[:12]}"
-    if results.is_stale(run):
-        yield "STALE: the kernel sources have changed since this run"
+    stale = [path for path in results.PATHS if results.is_stale(run, path)]
+    if stale:
+        yield f"STALE: sources have changed since this run: {', '.join(stale)}"
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,110 @@
+"""What is measured on a kind of device, and in which order.
+
+Summary    The shapes of the README's table. At the first of them every provider and every pass.
+Sweeps     The points of the plots: over the vocabularies of real models at H = 4, and over H at one vocabulary; forward
+           and backward together. On a GPU with the models' own D; on a CPU small, so that all end within minutes.
+More       GPU shapes that a tile is chosen by: few rows, H = 1, a padded vocabulary. No plot and no table shows them.
+
+The order is that of what would be missed most, since the suite may run out of its time: the summary, the sweeps, the
+rest, and last, on a GPU, the sweeps of torch.compile, which compiles for seconds for each of them. (On a CPU they run
+beside the others, since a shared machine is not the same minutes later.)
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from benchmarks.provider import Provider
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import MODELS, Shape
+
+PASSES = {"logits": ("forward", "backward", "both"), "linear": ("both",), "token_ce": ("forward",)}
+# The pass of the summary and of the plots.
+MAIN_PASS = {"logits": "both", "linear": "both", "token_ce": "forward"}
+SWEPT_MODELS = ("Llama-2 7B", "GPT-2", "Llama-3 8B", "Qwen2.5 7B", "Gemma-2 2B")
+SWEPT_HORIZONS = (1, 2, 4, 8)
+# Of the sweeps: positions, dtype, and the model whose vocabulary the horizons are swept at.
+SWEEP = {"cpu": (32, "fp32", "Llama-2 7B"), "cuda": (2048, "bf16", "Llama-3 8B")}
+CPU_D, CPU_SWEEP_D = 512, 256
+
+
+def shape_of(kind: str, path: str, model: str, S: int, H: int, dtype: str, **more: float) -> Shape:
+    """A shape with the D that a kind of device is measured with."""
+    D = MODELS[model].D if kind == "cuda" else CPU_D
+    return Shape(path, model, S, H, dtype, **{"D": 0 if path == "logits" else D, **more})  # type: ignore[arg-type]
+
+
+def summary(kind: str, path: str) -> tuple[Shape, ...]:
+    """The shapes of the table."""
+    if kind == "cpu":
+        main = shape_of(kind, path, "Llama-2 7B", 512, 4, "fp32")
+        return {
+            "linear": (
+                main,
+                shape_of(kind, path, "Llama-2 7B", 512, 4, "fp32", prompt=0.4),
+                shape_of(kind, path, "Llama-2 7B", 256, 4, "bf16"),
+            ),
+            "logits": (
+                main,
+                shape_of(kind, path, "Llama-2 7B", 256, 4, "bf16"),
+                shape_of(kind, path, "Llama-2 7B", 128, 4, "fp32", prompt=0.4),
+            ),
+            "token_ce": (main,),
+        }[path]
+    main = shape_of(kind, path, "Qwen3 8B", 2048, 4, "bf16")
+    dead = shape_of(kind, path, "Qwen3 8B", 2048, 4, "bf16", prompt=0.4)
+    if path == "linear":
+        return main, dead, shape_of(kind, path, "Qwen3 1.7B", 8192, 4, "bf16")
+    return (main, dead) if path == "logits" else (main,)
+
+
+def over_vocabularies(kind: str, path: str) -> tuple[Shape, ...]:
+    """The points of the plots over V, in its order."""
+    S, dtype, _ = SWEEP[kind]
+    models = sorted(SWEPT_MODELS, key=lambda model: MODELS[model].V)
+    return tuple(_swept(kind, path, model, S, 4, dtype) for model in models)
+
+
+def over_horizons(kind: str, path: str) -> tuple[Shape, ...]:
+    """The points of the plots over H."""
+    S, dtype, model = SWEEP[kind]
+    return tuple(_swept(kind, path, model, S, H, dtype) for H in SWEPT_HORIZONS)
+
+
+def _swept(kind: str, path: str, model: str, S: int, H: int, dtype: str) -> Shape:
+    small = {"D": CPU_SWEEP_D} if kind == "cpu" and path != "logits" else {}
+    return shape_of(kind, path, model, S, H, dtype, **small)
+
+
+def more(kind: str, path: str) -> tuple[Shape, ...]:
+    """Shapes without a plot."""
+    if (kind, path) != ("cuda", "logits"):
+        return ()
+    few = [shape_of(kind, path, "Qwen3 8B", S, H, "bf16") for S, H in ((256, 1), (64, 4), (8192, 1))]
+    return *few, shape_of(kind, path, "Llama-2 7B", 8192, 1, "bf16")
+
+
+class Case(NamedTuple):
+    """One provider, one pass, one problem."""
+
+    shape: Shape
+    which: str
+    provider: Provider
+    place: int  # in the order of importance
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.which}-{self.provider.name}"
+
+
+def cases(kind: str, path: str) -> Iterator[Case]:
+    """All cases of a path: shape by shape, pass by pass."""
+    shown = summary(kind, path)
+    swept = dict.fromkeys((*over_vocabularies(kind, path), *over_horizons(kind, path)))
+    for shape in dict.fromkeys((*shown, *swept, *more(kind, path))):
+        main = shape == shown[0]
+        for which in PASSES[path] if main or shape in more(kind, path) else (MAIN_PASS[path],):
+            for provider in PROVIDERS[path]:
+                if shape in shown and (main or provider.swept):
+                    yield Case(shape, which, provider, 0)
+                elif provider.swept:
+                    late = provider.compiled and kind == "cuda"
+                    yield Case(shape, which, provider, 3 if late else 1 if shape in swept else 2)

@@ -1,0 +1,129 @@
+"""The plots: time and memory over the vocabularies of real models, and over H, for every provider; the ceiling drawn.
+
+One figure for a device and a path, in SVG with text as text. The same results give the same bytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plan, results
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import MODELS, Shape
+from benchmarks.table import MIB, label
+
+TITLES = {
+    "linear": "weighted_mtp_linear_ce, forward and backward",
+    "logits": "weighted_mtp_ce, forward and backward",
+    "token_ce": "token_ce, forward",
+}
+CEILINGS = {"linear": "bare matrix products", "logits": "copy of the bytes", "token_ce": "bare matrix product"}
+EXTRA = {
+    "linear": "MiB besides inputs and gradients, peak",
+    "logits": "MiB besides the inputs, peak",
+    "token_ce": "MiB besides the inputs, peak",
+}
+STYLES = {
+    "mtp_ce": ("#0b62c4", "o", "-"),
+    "mtp_ce_inplace": ("#0b62c4", "s", "--"),
+    "eager_loop": ("#7f7f7f", "v", "-"),
+    "compiled_loop": ("#e08214", "^", "-"),
+    "torch_chunked": ("#2f8f2f", "D", "-"),
+    "liger": ("#8e44ad", "P", "-"),
+    "liger_rows": ("#8e44ad", "P", "-"),
+    "cce": ("#b2182b", "X", "-"),
+}
+
+Points = dict[int, dict[str, Any]]  # place on the axis -> case
+
+
+def points(runs: list[results.Run], shapes: tuple[Shape, ...], provider: str) -> Points:
+    """The newest case of a provider at each shape that has one."""
+    found: Points = {}
+    for place, shape in enumerate(shapes):
+        wanted = provider, plan.MAIN_PASS[shape.path], shape.as_dict()
+        for case in (case for run in runs for case in run["cases"]):
+            if (case["provider"], case["pass"], case["shape"]) == wanted:
+                found[place] = case
+    return found
+
+
+def extra_bytes(case: dict[str, Any]) -> int:
+    """Peak above the inputs; on the linear path above the gradients too, which everyone hands over."""
+    shape = case["shape"]
+    return int(case["peak_bytes"] - (shape["gradient_bytes"] if shape["path"] == "linear" else 0))
+
+
+def drawable(runs: list[results.Run], path: str) -> bool:
+    """There are points enough of mtp_ce for lines."""
+    kind = runs[-1]["kind"]
+    sweeps = plan.over_vocabularies(kind, path), plan.over_horizons(kind, path)
+    return all(len(points(runs, shapes, "mtp_ce")) > 1 for shapes in sweeps)
+
+
+def _tick(shape: Shape, over: str) -> str:
+    if over == "H":
+        return str(shape.H)
+    width = f"\nD {shape.D}" if shape.D and shape.D == MODELS[shape.model].D else ""
+    cap = f"\nsoftcap {shape.softcap:g}" if shape.softcap else ""
+    return f"{shape.model}\nV {shape.V}{width}{cap}"
+
+
+def _panel(axes: Any, runs: list[results.Run], shapes: tuple[Shape, ...], what: str) -> None:
+    """One provider a line; and the ceiling of the time, or the size of all logits."""
+    path = shapes[0].path
+    for provider in PROVIDERS[path]:
+        found = points(runs, shapes, provider.name)
+        if not found or provider.name not in STYLES:
+            continue
+        color, marker, dashes = STYLES[provider.name]
+        values = [case["p20_ms"] if what == "time" else extra_bytes(case) / MIB for case in found.values()]
+        axes.plot(
+            list(found), values, dashes, color=color, marker=marker, markersize=5,
+            linewidth=2.2 if provider.ours else 1.3, zorder=3 if provider.ours else 2,
+            label=label(path, provider.name),
+        )  # fmt: skip
+    if what == "time":
+        found = {place: case for place, case in points(runs, shapes, "mtp_ce").items() if case["ceiling_ms"]}
+        values = [case["ceiling_ms"] for case in found.values()]
+        axes.plot(list(found), values, ":", color="black", linewidth=1.6, label=f"ceiling: {CEILINGS[path]}")
+    else:
+        values = [shape.logits_bytes / MIB for shape in shapes]
+        axes.plot(range(len(shapes)), values, "-.", color="#444444", linewidth=1.1, label="size of all logits")
+    axes.set_yscale("log")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(runs: list[results.Run], path: str, file: Path) -> None:
+    """Write one figure; the ending of the file's name is its format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    run, kind = runs[-1], runs[-1]["kind"]
+    matplotlib.rcParams.update({"svg.hashsalt": "mtp_ce", "svg.fonttype": "none", "font.size": 9})
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.4), width_ratios=(5, 4), layout="constrained")
+    sweeps = (("V", plan.over_vocabularies(kind, path)), ("H", plan.over_horizons(kind, path)))
+    for column, (over, shapes) in enumerate(sweeps):
+        for row, what in enumerate(("time", "memory")):
+            axes = grid[row][column]
+            _panel(axes, runs, shapes, what)
+            axes.set_xticks(range(len(shapes)), [_tick(shape, over) for shape in shapes])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylabel("ms, p20" if what == "time" else EXTRA[path])
+        first, last = shapes[0], shapes[-1]
+        fixed = f"H = {first.H}" if over == "V" else f"V = {first.V}"
+        rows = f"N = {first.rows}" if first.rows == last.rows else f"N = {first.rows} to {last.rows}"
+        width = f", D = {first.D}" if first.D and first.D == last.D else ""
+        grid[0][column].set_title(f"over {over}: {fixed}, {rows}{width}", fontsize=9.5)
+        grid[1][column].set_xlabel("vocabulary" if over == "V" else "H, heads")
+    lines = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.suptitle(f"{TITLES[path]}, {shapes[0].dtype}: {run['device']}", fontsize=12)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
+    metadata = {"Date": None, "Creator": None} if file.suffix == ".svg" else None
+    figure.savefig(file, metadata=metadata, facecolor="white", dpi=100)
+    pyplot.close(figure)

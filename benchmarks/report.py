@@ -1,0 +1,214 @@
+"""The README's benchmark section and the plots, from benchmarks/results/*.json.
+
+    python -m benchmarks.report            write README.md between its markers, and benchmarks/plots/*.svg
+    python -m benchmarks.report --check    write nothing; exit code 1 where something would change
+
+A row of a table is a shape of the summary (plan.py), in the newest run that measured mtp_ce at it. Every ratio in it is
+of that one run, and of p20. `python -m benchmarks.table` prints every case.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import plan, results
+from benchmarks.plots import TITLES, draw, drawable
+from benchmarks.providers import BY_NAME
+from benchmarks.shapes import MODELS, Shape
+from benchmarks.table import MIB, UNWEIGHTED, label
+
+README = results.ROOT / "README.md"
+PLOTS = results.ROOT / "benchmarks" / "plots"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+DOES = {
+    "linear": "`weighted_mtp_linear_ce`",
+    "logits": "`weighted_mtp_ce`",
+    "token_ce": "`token_ce`",
+}
+HEAD = """\
+| work | mtp_ce | of the ceiling | memory | eager loop | torch.compile | best fused peer |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
+LEGEND = """\
+Losses forward and backward, `token_ce` forward. Peers: times the time, and times the memory, of mtp_ce on the same work
+in the same run. Ceiling: the bare matrix products of the live rows, or for `weighted_mtp_ce` a copy of the bytes that
+it must move. Memory: peak above the inputs, gradients included. Every result passed its check against the float64
+oracle."""
+
+
+class Row(NamedTuple):
+    """A shape of the summary with the cases of its main pass."""
+
+    shape: Shape
+    run: results.Run
+    cases: dict[str, dict[str, Any]]  # by provider
+
+
+def newest(runs: list[results.Run], shape: Shape) -> Row | None:
+    """The newest run that measured mtp_ce at a shape."""
+    wanted = shape.as_dict()
+    for run in reversed(runs):
+        cases = {
+            case["provider"]: case
+            for case in run["cases"]
+            if case["pass"] == plan.MAIN_PASS[shape.path] and case["shape"] == wanted
+        }
+        if "mtp_ce" in cases:
+            return Row(shape, run, cases)
+    return None
+
+
+def work(row: Row) -> str:
+    """What was done, in one cell."""
+    shape = row.shape
+    width = f", D {shape.D}" if shape.D else ""
+    if shape.D and MODELS[shape.model].D != shape.D:
+        width += " (reduced)"
+    dead = f", {1 - shape.live_rows / shape.rows:.0%} dead" if shape.prompt else ""
+    cap = f", softcap {shape.softcap:g}" if shape.softcap else ""
+    stale = " **(stale)**" if results.is_stale(row.run, shape.path) else ""
+    named = f"{shape.model}, V {shape.V}{width}, H {shape.H}, N {shape.rows}, {shape.dtype}{dead}{cap}"
+    return f"{DOES[shape.path]} {named}{stale}"
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits."""
+    return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f} ms"
+
+
+def against(row: Row, provider: str | None) -> str:
+    """A peer's cell: its time and memory as multiples of ours."""
+    if provider not in row.cases:
+        return "absent"
+    ours, peer = row.cases["mtp_ce"], row.cases[provider]
+    return f"{peer['p20_ms'] / ours['p20_ms']:.2f}x time, {peer['peak_bytes'] / ours['peak_bytes']:.1f}x memory"
+
+
+def fused(row: Row) -> str:
+    """The fastest fused peer that does the same work, and the fastest that does less, if that is faster."""
+    known = BY_NAME[row.shape.path]
+    peers = [
+        name
+        for name in row.cases
+        if name in known and not (known[name].ours or known[name].ceiling or name.startswith(("eager", "compiled")))
+    ]
+    cells = []
+    fastest = None
+    for weighted in (True, False):
+        able = [name for name in peers if known[name].weighted is weighted]
+        best = min(able, key=lambda name: row.cases[name]["p20_ms"], default=None)
+        if best is None or (fastest is not None and row.cases[best]["p20_ms"] > row.cases[fastest]["p20_ms"]):
+            continue
+        cells.append(f"{label(row.shape.path, best)} {against(row, best)}")
+        fastest = best
+    return "<br>".join(cells) or "absent"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    ours = row.cases["mtp_ce"]
+    share = ours["share_of_ceiling"]
+    logits = row.shape.logits_bytes
+    beyond = ours["peak_bytes"] - row.shape.gradient_bytes
+    memory = f"{ours['peak_bytes'] / MIB:.0f} MiB"
+    if row.shape.path != "logits":
+        memory += f"; {beyond / logits:.0%} of the logits" + (" besides gradients" if row.shape.gradient_bytes else "")
+    cells = (
+        work(row),
+        milliseconds(ours["p20_ms"]),
+        f"{share:.0%}" if share else "-",
+        memory,
+        against(row, "eager_loop"),
+        against(row, "compiled_loop"),
+        fused(row),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def reasons(run: results.Run) -> Iterator[str]:
+    """Who was absent, and why, each reason once."""
+    names: dict[str, dict[str, None]] = {}
+    for entry in run["absent"]:
+        names.setdefault(entry["reason"], {})[entry["provider"]] = None
+    for reason, providers in names.items():
+        yield f"Absent: {', '.join(providers)} ({reason})."
+
+
+def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
+    """The lines of one results file."""
+    kind = runs[-1]["kind"]
+    rows = [row for path in results.PATHS for shape in plan.summary(kind, path) if (row := newest(runs, shape))]
+    used = [run for run in runs if any(row.run is run for row in rows)]
+    yield f"### {runs[-1]['device']}"
+    yield ""
+    if rows:
+        yield HEAD
+        yield from map(line, rows)
+        yield ""
+    if any(results.is_stale(row.run, row.shape.path) for row in rows):
+        yield "Stale: the sources have changed since they were timed."
+    if any(UNWEIGHTED in line(row) for row in rows):
+        yield f"{UNWEIGHTED} knows no token weights, and does less work: the plain mean over rows."
+    yield from dict.fromkeys(reason for run in used for reason in reasons(run))
+    for run in used:
+        numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+        yield f"Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
+    for path in drawn(runs):
+        yield ""
+        yield f"![{TITLES[path]}: time and memory over V and H](benchmarks/plots/{slug}-{path}.svg)"
+
+
+def drawn(runs: list[results.Run]) -> list[str]:
+    """The paths that have a plot."""
+    return [path for path in results.PATHS if drawable(runs, path)]
+
+
+def held(folder: Path = results.RESULTS) -> dict[str, list[results.Run]]:
+    """File name without its ending -> runs."""
+    files = {path.stem: results.read(path) for path in sorted(folder.glob("*.json"))}
+    return {slug: runs for slug, runs in files.items() if runs}
+
+
+def section(folder: Path = results.RESULTS) -> str:
+    """The text between the markers, with them."""
+    lines = [text for slug, runs in held(folder).items() for text in (*device_section(slug, runs), "")]
+    body = [LEGEND, "", *lines] if lines else ["No results yet.", ""]
+    return "\n".join([BEGIN, "", *body]) + END
+
+
+def replaced(text: str, new: str) -> str:
+    """A page with another section between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md has no section between {BEGIN} and {END}.")
+    return before + new + after
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or check."""
+    page = README.read_text()
+    files = {README: replaced(page, section()).encode()}
+    with tempfile.TemporaryDirectory() as folder:
+        for slug, runs in held().items():
+            for path in drawn(runs):
+                file = Path(folder) / f"{slug}-{path}.svg"
+                draw(runs, path, file)
+                files[PLOTS / file.name] = file.read_bytes()
+    changed = [file for file, content in files.items() if not file.exists() or file.read_bytes() != content]
+    gone = [file for file in PLOTS.glob("*.svg") if file not in files]
+    for file in (*changed, *gone):
+        print(file.relative_to(results.ROOT))
+    if "--check" in arguments:
+        return int(bool(changed or gone))
+    PLOTS.mkdir(exist_ok=True)
+    for file in changed:
+        file.write_bytes(files[file])
+    for file in gone:
+        file.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
