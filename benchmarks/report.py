@@ -16,25 +16,21 @@ from typing import Any, NamedTuple
 from benchmarks import plan, results
 from benchmarks.plots import TITLES, draw, drawable
 from benchmarks.providers import BY_NAME
-from benchmarks.shapes import MODELS, Shape
+from benchmarks.shapes import Shape
 from benchmarks.table import MIB, UNWEIGHTED, label
 
 README = results.ROOT / "README.md"
 PLOTS = results.ROOT / "benchmarks" / "plots"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-DOES = {
-    "linear": "`weighted_mtp_linear_ce`",
-    "logits": "`weighted_mtp_ce`",
-    "token_ce": "`token_ce`",
-}
 HEAD = """\
-| work | mtp_ce | of the ceiling | memory | eager loop | torch.compile | best fused peer |
+| | mtp_ce | of the ceiling | memory | eager loop | torch.compile | best fused peer |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |"""
 LEGEND = """\
-Losses forward and backward, `token_ce` forward. Peers: times the time, and times the memory, of mtp_ce on the same work
-in the same run. Ceiling: the bare matrix products of the live rows, or for `weighted_mtp_ce` a copy of the bytes that
-it must move. Memory: peak above the inputs, gradients included. Every result passed its check against the float64
-oracle."""
+`linear` is `weighted_mtp_linear_ce` and `logits` is `weighted_mtp_ce`, forward and backward; `token_ce` is forward. A
+model's name stands for its vocabulary. The ceiling is the bare matrix products of the live rows, or for `logits` a copy
+of the bytes that it must move. Memory is the peak above the inputs, in brackets without the gradients, as a share of
+all logits. Peers: times the time, times the memory, of mtp_ce on the same work in the same run. Every result passed its
+check against the float64 oracle first."""
 
 
 class Row(NamedTuple):
@@ -63,13 +59,11 @@ def work(row: Row) -> str:
     """What was done, in one cell."""
     shape = row.shape
     width = f", D {shape.D}" if shape.D else ""
-    if shape.D and MODELS[shape.model].D != shape.D:
-        width += " (reduced)"
     dead = f", {1 - shape.live_rows / shape.rows:.0%} dead" if shape.prompt else ""
     cap = f", softcap {shape.softcap:g}" if shape.softcap else ""
     stale = " **(stale)**" if results.is_stale(row.run, shape.path) else ""
-    named = f"{shape.model}, V {shape.V}{width}, H {shape.H}, N {shape.rows}, {shape.dtype}{dead}{cap}"
-    return f"{DOES[shape.path]} {named}{stale}"
+    size = f"V {shape.V}{width}, N {shape.rows} (H {shape.H}), {shape.dtype}{dead}{cap}"
+    return f"`{shape.path}` {shape.model}: {size}{stale}"
 
 
 def milliseconds(ms: float) -> str:
@@ -77,12 +71,12 @@ def milliseconds(ms: float) -> str:
     return f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2}f} ms"
 
 
-def against(row: Row, provider: str | None) -> str:
+def against(row: Row, provider: str) -> str:
     """A peer's cell: its time and memory as multiples of ours."""
     if provider not in row.cases:
         return "absent"
     ours, peer = row.cases["mtp_ce"], row.cases[provider]
-    return f"{peer['p20_ms'] / ours['p20_ms']:.2f}x time, {peer['peak_bytes'] / ours['peak_bytes']:.1f}x memory"
+    return f"{peer['p20_ms'] / ours['p20_ms']:.2f}x, {peer['peak_bytes'] / ours['peak_bytes']:.1f}x"
 
 
 def fused(row: Row) -> str:
@@ -109,11 +103,8 @@ def line(row: Row) -> str:
     """A row of the table."""
     ours = row.cases["mtp_ce"]
     share = ours["share_of_ceiling"]
-    logits = row.shape.logits_bytes
-    beyond = ours["peak_bytes"] - row.shape.gradient_bytes
-    memory = f"{ours['peak_bytes'] / MIB:.0f} MiB"
-    if row.shape.path != "logits":
-        memory += f"; {beyond / logits:.0%} of the logits" + (" besides gradients" if row.shape.gradient_bytes else "")
+    besides = (ours["peak_bytes"] - row.shape.gradient_bytes) / row.shape.logits_bytes
+    memory = f"{ours['peak_bytes'] / MIB:.0f} MiB ({besides:.0%})"
     cells = (
         work(row),
         milliseconds(ours["p20_ms"]),
