@@ -152,53 +152,15 @@ def weighted_mtp_linear_ce(
         Gradients in the forward of a chunked linear cross entropy: arXiv:2410.10989. Never building logits:
         arXiv:2411.09009.
     """
-    hidden, unembed, bias = _autocast(hidden, unembed, bias)
-    given, heads, shape = check_linear(hidden, unembed, bias)
-    first = given[0]
-    check_options(
-        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-        ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing, validate=validate, return_stats=return_stats, impl=impl,
+    loss, stats = _evaluate(
+        hidden, unembed, labels, token_weights,
+        bias=bias, chunk_bytes=chunk_bytes, grad_dtype=grad_dtype, drop_dead_rows=drop_dead_rows, shift=shift,
+        weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
+        seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
+        normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
+        label_smoothing=label_smoothing, validate=validate, with_top1=return_stats, impl=impl,
     )  # fmt: skip
-    check_tensors(first, shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids, "hidden")
-    check_normalizer(normalizer, reduction, first.device, "hidden")
-    row_bytes = shape[3] * first.element_size()
-    check_chunking(chunk_bytes, grad_dtype, drop_dead_rows, row_bytes)
-    impl = choose_impl(impl, first, "hidden")
-    if validate:
-        check_values(
-            labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shape, shift, ignore_index
-        )
-
-    if impl == "reference":
-        logits = [F.linear(head, unembed, bias) for head in heads]
-        return reference_loss(
-            logits, labels, token_weights,
-            shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-            seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
-            normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-            label_smoothing=label_smoothing, return_stats=return_stats,
-        )  # fmt: skip
-
-    scale, by = loss_scale, normalizer
-    if isinstance(by, numbers.Real):
-        scale, by, reduction = loss_scale / float(by), None, "sum"
-    learning = torch.is_grad_enabled()
-    loss, ce, lse, live, top1, *_ = linear_forward(
-        [x[:, :, None] for x in given] if first.dim() == 3 and len(given) == 1 else given, unembed, bias, labels,
-        token_weights, head_weights, seq_lens, document_ids, by,
-        shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
-        None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
-        reduction, float(scale), return_stats,
-        learning and token_weights is not None and token_weights.requires_grad,
-        learning and any(x.requires_grad for x in given),
-        learning and unembed.requires_grad,
-        learning and bias is not None and bias.requires_grad,
-        _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
-    )  # fmt: skip
-    if not return_stats:
-        return loss
-    return MTPLoss(loss, MTPStats(ce.detach(), live, lse.detach(), top1))
+    return MTPLoss(loss, stats) if return_stats else loss
 
 
 @torch.no_grad()
@@ -250,14 +212,90 @@ def token_ce(
         >>> [round(x, 4) for x in ce[0].tolist()]  # ln 100, and no target after the last token
         [4.6052, 4.6052, 0.0]
     """
-    _, stats = weighted_mtp_linear_ce(
-        hidden, unembed, labels,
-        bias=bias, chunk_bytes=chunk_bytes, drop_dead_rows=drop_dead_rows, shift=shift, seq_lens=seq_lens,
-        document_ids=document_ids, ignore_index=ignore_index, softcap=softcap, validate=validate, impl=impl,
-        reduction="sum", return_stats=True,
+    _, stats = _evaluate(
+        hidden, unembed, labels, None,
+        bias=bias, chunk_bytes=chunk_bytes, grad_dtype=torch.float32, drop_dead_rows=drop_dead_rows, shift=shift,
+        weight_alignment="position", head_reduction="live", head_weights=None, seq_lens=seq_lens,
+        document_ids=document_ids, ignore_index=ignore_index, reduction="sum", normalizer=None, loss_scale=1.0,
+        softcap=softcap, z_loss=0.0, label_smoothing=0.0, validate=validate, with_top1=False, impl=impl,
     )  # fmt: skip
     single = isinstance(hidden, Tensor) and hidden.dim() == 3
     return stats.ce[:, :, 0] if single else stats.ce
+
+
+def _evaluate(
+    hidden: Tensor | Sequence[Tensor],
+    unembed: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    *,
+    bias: Tensor | None,
+    chunk_bytes: int | None,
+    grad_dtype: torch.dtype,
+    drop_dead_rows: bool | int | Literal["auto"],
+    shift: int,
+    weight_alignment: str,
+    head_reduction: str,
+    head_weights: Tensor | None,
+    seq_lens: Tensor | None,
+    document_ids: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    loss_scale: float,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    validate: bool,
+    with_top1: bool,
+    impl: str,
+) -> MTPLoss:
+    """Check everything and run; without `with_top1` the statistics' top1 is empty."""
+    hidden, unembed, bias = _autocast(hidden, unembed, bias)
+    given, heads, shape = check_linear(hidden, unembed, bias)
+    first = given[0]
+    check_options(
+        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
+        ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
+        label_smoothing=label_smoothing, validate=validate, return_stats=with_top1, impl=impl,
+    )  # fmt: skip
+    check_tensors(first, shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids, "hidden")
+    check_normalizer(normalizer, reduction, first.device, "hidden")
+    row_bytes = shape[3] * first.element_size()
+    check_chunking(chunk_bytes, grad_dtype, drop_dead_rows, row_bytes)
+    impl = choose_impl(impl, first, "hidden")
+    if validate:
+        check_values(
+            labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shape, shift, ignore_index
+        )
+
+    if impl == "reference":
+        logits = [F.linear(head, unembed, bias) for head in heads]
+        return reference_loss(
+            logits, labels, token_weights,
+            shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
+            seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
+            normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+
+    scale, by = loss_scale, normalizer
+    if isinstance(by, numbers.Real):
+        scale, by, reduction = loss_scale / float(by), None, "sum"
+    learning = torch.is_grad_enabled()
+    loss, ce, lse, live, top1, *_ = linear_forward(
+        [x[:, :, None] for x in given] if first.dim() == 3 and len(given) == 1 else given, unembed, bias, labels,
+        token_weights, head_weights, seq_lens, document_ids, by,
+        shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
+        None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
+        reduction, float(scale), with_top1,
+        learning and token_weights is not None and token_weights.requires_grad,
+        learning and any(x.requires_grad for x in given),
+        learning and unembed.requires_grad,
+        learning and bias is not None and bias.requires_grad,
+        _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
+    )  # fmt: skip
+    return MTPLoss(loss, MTPStats(ce.detach(), live, lse.detach(), top1))
 
 
 def _autocast(

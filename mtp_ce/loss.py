@@ -205,13 +205,14 @@ def weighted_mtp_ce(
         )
 
     if impl == "reference":
-        return reference_loss(
+        by_reference = reference_loss(
             heads, labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
             seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-            label_smoothing=label_smoothing, return_stats=return_stats,
+            label_smoothing=label_smoothing,
         )  # fmt: skip
+        return by_reference if return_stats else by_reference.loss
 
     scale, by = loss_scale, normalizer
     if isinstance(by, numbers.Real):
@@ -229,9 +230,7 @@ def weighted_mtp_ce(
     return MTPLoss(loss, MTPStats(ce.detach(), live, row_max.detach() + log_sum.detach(), top1))
 
 
-def reference_loss(
-    heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, *, return_stats: bool, **options: Any
-) -> Tensor | MTPLoss:
+def reference_loss(heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, **options: Any) -> MTPLoss:
     """The oracle's loss of H heads [B,S,V], with the same answer to a broken label as the other implementations."""
     if labels.device.type == "cpu" and labels.numel():
         check_labels(
@@ -239,7 +238,7 @@ def reference_loss(
             H=len(heads), V=heads[0].shape[-1], shift=options["shift"], ignore_index=options["ignore_index"],
         )  # fmt: skip
     loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, labels, token_weights, **options)
-    return MTPLoss(loss, MTPStats(ce, live, lse, top1)) if return_stats else loss
+    return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 
 class WeightedMTPLoss(nn.Module):

@@ -86,10 +86,7 @@ def normalize_weights(
     else:
         groups = torch.zeros(s.numel(), dtype=torch.int64, device=s.device)
     order = _Order(torch.where(finite, s, 0.0).flatten(), finite.flatten(), groups)
-    if s.numel() == 0:
-        w = s
-    else:
-        w = order.topk(top_fraction) if mode == "topk" else order.soft(temperature, eps, w_max)
+    w = order.topk(top_fraction) if mode == "topk" else order.soft(temperature, eps, w_max)
     weights = torch.where(counted, torch.where(finite, w.view(s.shape), 1.0), 0.0).float()
     if scope == "global":
         weights, finite = weights.chunk(rank[1])[rank[0]], finite.chunk(rank[1])[rank[0]]
@@ -153,6 +150,8 @@ class _Order:
     def level(self, u: Tensor, eps: float, w_max: float) -> Tensor:
         """The c [N + 1] of every scope for which the mean of clip(c u, eps, w_max) is 1."""
         N = self.size
+        if N == 0:
+            return self.n
         # suffix[i]: sum of u from sorted place i to the end of the scope, the smallest added first. A running sum over
         # all scopes would drown small ones in large ones, so each scope is summed on its own, as a doubling scan.
         suffix = _suffix_sums(u, self.group)
