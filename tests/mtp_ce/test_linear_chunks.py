@@ -143,18 +143,14 @@ def errors_of_sums(impl: str, draw, grad_dtype: torch.dtype | None, rows: int) -
     return tuple(((x.double() - y).norm() / y.norm()).item() for x, y in zip(got, exact, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=pytest.mark.gpu)])  # the sums are torch's
 def test_sums_over_many_chunks_are_kept_in_fp32(impl, draw) -> None:
-    """By default: 150 chunks err no more than twice as much as one. In bf16 they err ten times as much."""
-    whole = errors_of_sums(impl, draw, None, 300)
-    for one, chunked, asked, half in zip(
-        whole,
-        errors_of_sums(impl, draw, None, 2),
-        errors_of_sums(impl, draw, torch.float32, 2),
-        errors_of_sums(impl, draw, torch.bfloat16, 2),
-        strict=True,
-    ):
-        assert chunked <= 2 * max(one, torch.finfo(torch.bfloat16).eps / 2)
-        assert asked == chunked
+    """By default: 150 chunks err no more than one, by a rounding of each g and of the sum. In bf16, ten times that."""
+    whole = errors_of_sums(impl, draw, torch.float32, 300)
+    by_default = errors_of_sums(impl, draw, None, 2)
+    in_half = errors_of_sums(impl, draw, torch.bfloat16, 2)
+    for one, chunked, half in zip(whole, by_default, in_half, strict=True):
+        assert chunked <= max(2 * one, torch.finfo(torch.bfloat16).eps / 2)
         assert half >= 10 * chunked
 
 
