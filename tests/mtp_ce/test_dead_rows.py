@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
 
 B, S, H, V = 2, 6, 3, 45
 
@@ -83,6 +83,73 @@ def test_dead_rows_are_never_read(impl, draw, reason: str, poison: float) -> Non
         assert torch.equal(clean, poisoned)
 
 
+D = 9
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize(("drop", "poison"), [(True, torch.nan), (False, torch.inf), (B * S * H, torch.nan)])
+def test_hidden_states_of_dead_rows_reach_nobody(impl, draw, reason: str, drop: bool | int, poison: float) -> None:
+    """Left out or not: no bit of the loss, of any gradient, of the statistics."""
+    labels, hidden, unembed, bias = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D), draw.normal(V)
+    options = REASONS[reason](labels)
+    _, stats = weighted_mtp_linear_ce(hidden, unembed, labels, impl="reference", return_stats=True, **options)
+    dead = stats.top1 < 0
+    assert bool(dead.any())
+    assert not bool(dead.all())
+
+    results = []
+    for planted in (0.0, poison):
+        leaf = torch.where(dead[..., None], planted, hidden).requires_grad_()
+        leaves = (leaf, unembed.requires_grad_(), bias.requires_grad_())
+        loss, stats = weighted_mtp_linear_ce(
+            leaf, unembed, labels, bias=bias, softcap=9.0, z_loss=0.1, label_smoothing=0.1, drop_dead_rows=drop,
+            impl=impl, return_stats=True, **options,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(loss, leaves) if drop is False else ()  # computed anew
+        assert bool((gradients[0][dead] == 0).all())
+        assert bool((gradients[0][~dead] != 0).any())
+        assert bool((stats.ce[dead] == 0).all())
+        assert bool((stats.lse[dead] == 0).all())
+        assert bool((stats.top1[dead] == -1).all())
+        results.append((loss.detach(), *gradients, *again, *stats))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("reason", ["zero_weight", "zero_target_weight", "zero_row_weight"])
+@pytest.mark.parametrize(
+    ("path", "drop"), [("logits", None), ("linear", True), ("linear", False), ("linear", B * S * H)]
+)
+def test_a_row_that_is_read_for_its_weight_alone_harms_nobody_else(impl, draw, reason: str, drop, path: str) -> None:
+    """Where weights of 0 want a gradient, NaN in their rows is in that gradient, and nowhere else."""
+    labels, hidden, unembed = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D)
+    options = REASONS[reason](labels)
+    weights = options.pop("token_weights").float()
+    _, stats = weighted_mtp_linear_ce(hidden, unembed, labels, weights, impl="reference", return_stats=True, **options)
+    unweighted = stats.live & (stats.top1 < 0)
+    assert bool(unweighted.any())
+    results = []
+    for planted in (0.0, torch.nan):
+        x = torch.where(unweighted[..., None], planted, hidden).requires_grad_()
+        u, w = unembed.clone().requires_grad_(), weights.clone().requires_grad_()
+        if path == "linear":
+            loss = weighted_mtp_linear_ce(x, u, labels, w, drop_dead_rows=drop, impl=impl, **options)
+            leaves = [x, u, w]
+        else:
+            logits = (x @ u.T).detach().requires_grad_()
+            loss = weighted_mtp_ce(logits, labels, w, impl=impl, **options)
+            leaves = [logits, w]
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    (*clean, d_clean), (*poisoned, d_poisoned) = results
+    for one, other in zip(clean, poisoned, strict=True):
+        assert torch.equal(one, other)
+    assert bool((d_poisoned.isnan() <= (weights == 0)).all())
+    assert bool(d_poisoned.isnan().any())
+    kept = ~d_poisoned.isnan()
+    assert torch.equal(d_clean[kept], d_poisoned[kept])
+
+
 @pytest.mark.parametrize("reason", REASONS)
 def test_dead_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) -> None:
     """NaN there must not survive as a gradient."""
@@ -107,6 +174,11 @@ def test_a_dead_row_does_not_need_a_label_that_is_a_class(impl, draw, device) ->
         draw.normal(1, S, H, V), labels, seq_lens=torch.tensor([5], device=device), validate=True, impl=impl
     )
     assert bool(loss.isfinite())
+    loss = weighted_mtp_linear_ce(
+        draw.normal(1, S, H, D), draw.normal(V, D), labels, seq_lens=torch.tensor([5], device=device), validate=True,
+        impl=impl,
+    )  # fmt: skip
+    assert bool(loss.isfinite())
 
 
 def test_an_ignored_label_may_be_a_class(impl, draw, device) -> None:
@@ -116,3 +188,6 @@ def test_an_ignored_label_may_be_a_class(impl, draw, device) -> None:
     labels[0, 2:4], by_default[0, 2:4] = 0, -100
     with_class = weighted_mtp_ce(logits, labels, ignore_index=0, impl=impl)
     assert torch.equal(with_class, weighted_mtp_ce(logits, by_default, impl=impl))
+    hidden, unembed = draw.normal(1, S, H, D), draw.normal(V, D)
+    with_class = weighted_mtp_linear_ce(hidden, unembed, labels, ignore_index=0, impl=impl)
+    assert torch.equal(with_class, weighted_mtp_linear_ce(hidden, unembed, by_default, impl=impl))
