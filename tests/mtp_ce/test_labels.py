@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 
 V = 23
 OUTSIDE = [V, V + 1000, -1, -101, 2**31 - 1, 2**40]
@@ -26,6 +26,43 @@ def test_on_a_cpu_the_error_names_the_place(impl, device, draw, label: int) -> N
     message = f"labels[1, 2] is {label}; expected ignore_index (-100) or a class in [0, V) = [0, {V})"
     with pytest.raises(IndexError, match=re.escape(message)):
         weighted_mtp_ce(*batch(draw, label), impl=impl, validate=device.type != "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("function", [weighted_mtp_linear_ce, token_ce])
+@pytest.mark.parametrize("label", OUTSIDE)
+def test_on_hidden_states_the_error_is_the_same(impl, device, draw, function, label: int) -> None:
+    """Before any product."""
+    _, labels = batch(draw, label)
+    hidden, unembed = draw.normal(2, 5, 2, 3), draw.normal(V, 3)
+    message = f"labels[1, 2] is {label}; expected ignore_index (-100) or a class in [0, V) = [0, {V})"
+    with pytest.raises(IndexError, match=re.escape(message)):
+        function(hidden, unembed, labels, impl=impl, validate=device.type != "cpu")
+
+
+@pytest.mark.parametrize("impl", ["triton"])  # a CPU always looks
+@pytest.mark.parametrize("label", [V, -1, 2**40])
+@pytest.mark.parametrize(("reduction", "drop"), [("mean", False), ("none", True), ("none", 25)])
+def test_where_nobody_looks_its_rows_on_hidden_states_are_nan(
+    impl, draw, monkeypatch, label: int, reduction: str, drop: bool | int
+) -> None:
+    """As on a GPU, which is not asked: here the check is taken away. NaN in loss and gradient, no illegal read."""
+    monkeypatch.setattr("mtp_ce.linear_ops.check_labels", lambda *_, **__: None)
+    _, labels = batch(draw, label)
+    hidden, unembed = draw.normal(2, 5, 2, 3).requires_grad_(), draw.normal(V, 3).requires_grad_()
+    loss, stats = weighted_mtp_linear_ce(
+        hidden, unembed, labels, drop_dead_rows=drop, reduction=reduction, impl=impl, return_stats=True
+    )
+    broken = torch.zeros(2, 5, 2, dtype=torch.bool, device=labels.device)
+    broken[1, 1, 0] = broken[1, 0, 1] = True
+    assert torch.equal(loss.isnan(), broken.any(-1) if reduction == "none" else broken.any())
+    assert torch.equal(stats.ce.isnan(), broken)
+    d_hidden, d_unembed = torch.autograd.grad(loss.sum(), (hidden, unembed))
+    if reduction == "none":
+        assert torch.equal(d_hidden.isnan().all(-1), broken)
+        assert torch.equal(d_hidden.isnan().any(-1), broken)
+    assert bool(d_hidden.isnan().any())
+    assert bool(d_unembed.isnan().any())
 
 
 def run_kernels(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,3 +123,9 @@ def test_on_a_gpu_the_loss_is_nan(impl, draw, label: int) -> None:
     assert bool(loss.isnan())
     assert bool(logits.grad[0].isfinite().all())
     assert bool(logits.grad[1, 1, 0].isnan().all())
+    hidden, unembed = draw.normal(2, 5, 2, 3).requires_grad_(), draw.normal(V, 3).requires_grad_()
+    loss = weighted_mtp_linear_ce(hidden, unembed, labels, impl=impl)
+    loss.backward()
+    assert bool(loss.isnan())
+    assert bool(hidden.grad[1, 1, 0].isnan().all())
+    assert bool(unembed.grad.isnan().any())
