@@ -23,8 +23,11 @@ from mtp_ce.reference import reference_weighted_mtp_ce
 
 UNITS_IN_LAST_PLACE = 4
 CHECKED_ROWS = 64
-SPAN_BYTES = {"cpu": 2**28, "cuda": 2**30}
-COMPARED_BYTES = 2**28
+# Float64 logits of a product, and of a call of the oracle: below 32 MiB a host's allocator uses memory again that it
+# has touched before, above it every temporary begins with fresh pages, which cost more than what is computed in them.
+SPAN_BYTES = {"cpu": 2**29, "cuda": 2**30}
+CALL_BYTES = {"cpu": 2**24, "cuda": 2**30}
+COMPARED_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 Results = dict[str, Tensor]
 
@@ -67,17 +70,21 @@ def _rows(
     z: Tensor, target: Tensor, coefficient: Tensor | None, softcap: float | None, gradient: bool
 ) -> tuple[float, Tensor, Tensor | None]:
     """Loss, ce [R] and d_z of rows [R, V] by the oracle, each row a sequence of its own."""
-    z = z.detach().requires_grad_(gradient)
-    weights = None if coefficient is None else coefficient[:, None]
-    with torch.set_grad_enabled(gradient):
-        loss, ce, *_ = reference_weighted_mtp_ce(
-            [z[:, None]], target[:, None], weights, shift=0, reduction="sum", softcap=softcap
-        )
-    if not gradient:
-        return float(loss), ce[:, 0, 0], None
-    loss.backward()
-    assert z.grad is not None
-    return float(loss.detach()), ce[:, 0, 0], z.grad
+    total, ce, d_z = 0.0, [], torch.empty_like(z) if gradient else None
+    length = max(1, CALL_BYTES[z.device.type] // (8 * z.shape[1]))
+    for begin in range(0, len(z), length):
+        here = slice(begin, begin + length)
+        rows = z[here].detach().requires_grad_(gradient)
+        weights = None if coefficient is None else coefficient[here, None]
+        with torch.set_grad_enabled(gradient):
+            loss, row_ce, *_ = reference_weighted_mtp_ce(
+                [rows[:, None]], target[here, None], weights, shift=0, reduction="sum", softcap=softcap
+            )
+        total += float(loss.detach())
+        ce.append(row_ce[:, 0, 0])
+        if d_z is not None:
+            (d_z[here],) = torch.autograd.grad(loss, rows)
+    return total, torch.cat(ce), d_z
 
 
 def _spans(shape: Shape, device: torch.device) -> Iterator[slice]:
@@ -131,7 +138,7 @@ def _of_hidden(
 def _distance(got: Tensor, value: Tensor) -> float:
     """Largest difference, a part at a time: a difference in float64 is as large as the truth."""
     largest = 0.0
-    length = max(1, COMPARED_BYTES // (8 * max(1, value[:1].numel())))
+    length = max(1, COMPARED_BYTES[value.device.type] // (8 * max(1, value[:1].numel())))
     for a, b in zip(got.split(length), value.split(length), strict=True):
         # NaN is no number to take the largest of, and must not pass.
         largest = max(largest, float((a.double() - b).abs().nan_to_num(float("inf")).max()))

@@ -1,9 +1,9 @@
 """What is measured on a kind of device, and in which order.
 
-Summary    The shapes of the README's table. At the first of them every provider and every pass.
+Summary    The shapes that matter most. At the first of them every provider and every pass.
 Sweeps     The points of the plots: over the vocabularies of real models at H = 4, and over H at one vocabulary; forward
            and backward together. On a GPU with the models' own D; on a CPU small, so that all end within minutes.
-More       GPU shapes that a tile is chosen by: few rows, H = 1, a padded vocabulary. No plot and no table shows them.
+More       GPU shapes that a tile is chosen by: few rows, and H = 1. No plot and no table shows them.
 
 The order is that of what would be missed most, since the suite may run out of its time: the summary, the sweeps, the
 rest, and last, on a GPU, the sweeps of torch.compile, which compiles for seconds for each of them. (On a CPU they run
@@ -33,8 +33,14 @@ def shape_of(kind: str, path: str, model: str, S: int, H: int, dtype: str, **mor
     return Shape(path, model, S, H, dtype, **{"D": 0 if path == "logits" else D, **more})  # type: ignore[arg-type]
 
 
+def shown(kind: str, path: str) -> tuple[Shape, ...]:
+    """The rows of the README's table: the summary, and on a GPU the linear path of every model."""
+    models = over_vocabularies(kind, path) if (kind, path) == ("cuda", "linear") else ()
+    return *summary(kind, path), *models
+
+
 def summary(kind: str, path: str) -> tuple[Shape, ...]:
-    """The shapes of the table."""
+    """What is measured first."""
     if kind == "cpu":
         main = shape_of(kind, path, "Llama-2 7B", 512, 4, "fp32")
         return {
@@ -97,13 +103,13 @@ class Case(NamedTuple):
 
 def cases(kind: str, path: str) -> Iterator[Case]:
     """All cases of a path: shape by shape, pass by pass."""
-    shown = summary(kind, path)
+    first = summary(kind, path)
     swept = dict.fromkeys((*over_vocabularies(kind, path), *over_horizons(kind, path)))
-    for shape in dict.fromkeys((*shown, *swept, *more(kind, path))):
-        main = shape == shown[0]
+    for shape in dict.fromkeys((*first, *swept, *more(kind, path))):
+        main = shape == first[0]
         for which in PASSES[path] if main or shape in more(kind, path) else (MAIN_PASS[path],):
             for provider in PROVIDERS[path]:
-                if shape in shown and (main or provider.swept):
+                if shape in first and (main or provider.swept):
                     yield Case(shape, which, provider, 0)
                 elif provider.swept:
                     late = provider.compiled and kind == "cuda"

@@ -18,9 +18,9 @@ TITLES = {
 }
 CEILINGS = {"linear": "bare matrix products", "logits": "copy of the bytes", "token_ce": "bare matrix product"}
 EXTRA = {
-    "linear": "MiB besides inputs and gradients, peak",
-    "logits": "MiB besides the inputs, peak",
-    "token_ce": "MiB besides the inputs, peak",
+    "linear": "peak MiB besides inputs, gradients",
+    "logits": "peak MiB besides the inputs",
+    "token_ce": "peak MiB besides the inputs",
 }
 STYLES = {
     "mtp_ce": ("#0b62c4", "o", "-"),

@@ -28,16 +28,16 @@ def operands(shape: Shape, inputs: Inputs) -> tuple[Tensor, ...]:
     return x, unembed, logits, torch.zeros_like(x), torch.zeros_like(unembed)
 
 
-def three_products(x: Tensor, unembed: Tensor, logits: Tensor, d_x: Tensor, d_unembed: Tensor) -> None:
+def three_products(x: Tensor, unembed: Tensor, logits: Tensor, d_x: Tensor, d_unembed: Tensor) -> Tensor:
     """Of forward and backward."""
     torch.mm(x, unembed.t(), out=logits)
     torch.mm(logits, unembed, out=d_x)
-    torch.mm(logits.t(), x, out=d_unembed)
+    return torch.mm(logits.t(), x, out=d_unembed)
 
 
-def one_product(x: Tensor, unembed: Tensor, logits: Tensor) -> None:
+def one_product(x: Tensor, unembed: Tensor, logits: Tensor) -> Tensor:
     """Of forward."""
-    torch.mm(x, unembed.t(), out=logits)
+    return torch.mm(x, unembed.t(), out=logits)
 
 
 def operations(shape: Shape) -> int:

@@ -17,6 +17,9 @@ from benchmarks.shapes import Shape
 Missing = Callable[[Shape, torch.device], str | None]
 
 
+NOT_REACHED = "not reached in the time given"
+
+
 class AbsentError(Exception):
     """A provider that cannot run a case on this machine, with the reason."""
 

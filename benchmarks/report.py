@@ -3,7 +3,7 @@
     python -m benchmarks.report            write README.md between its markers, and benchmarks/plots/*.svg
     python -m benchmarks.report --check    write nothing; exit code 1 where something would change
 
-A row of a table is a shape of the summary (plan.py), in the newest run that measured mtp_ce at it. Every ratio in it is
+A row of a table is a shape that plan.py shows, in the newest run that measured mtp_ce at it. Every ratio in it is
 of that one run, and of p20. `python -m benchmarks.table` prints every case.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import plan, results
 from benchmarks.plots import TITLES, draw, drawable
+from benchmarks.provider import NOT_REACHED
 from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Shape
 from benchmarks.table import MIB, UNWEIGHTED, label
@@ -34,7 +35,7 @@ check against the float64 oracle first."""
 
 
 class Row(NamedTuple):
-    """A shape of the summary with the cases of its main pass."""
+    """A shape of the table with the cases of its main pass."""
 
     shape: Shape
     run: results.Run
@@ -121,7 +122,8 @@ def reasons(run: results.Run) -> Iterator[str]:
     """Who was absent, and why, each reason once."""
     names: dict[str, dict[str, None]] = {}
     for entry in run["absent"]:
-        names.setdefault(entry["reason"], {})[entry["provider"]] = None
+        if entry["reason"] != NOT_REACHED:
+            names.setdefault(entry["reason"], {})[entry["provider"]] = None
     for reason, providers in names.items():
         yield f"Absent: {', '.join(providers)} ({reason})."
 
@@ -129,7 +131,7 @@ def reasons(run: results.Run) -> Iterator[str]:
 def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
     """The lines of one results file."""
     kind = runs[-1]["kind"]
-    rows = [row for path in results.PATHS for shape in plan.summary(kind, path) if (row := newest(runs, shape))]
+    rows = [row for path in results.PATHS for shape in plan.shown(kind, path) if (row := newest(runs, shape))]
     used = [run for run in runs if any(row.run is run for row in rows)]
     yield f"### {runs[-1]['device']}"
     yield ""
@@ -145,9 +147,10 @@ def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
     for run in used:
         numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
         yield f"Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
-    for path in drawn(runs):
+    for place, path in enumerate(drawn(runs)):
+        link = f"[{TITLES[path]}: time and memory over V and H](benchmarks/plots/{slug}-{path}.svg)"
         yield ""
-        yield f"![{TITLES[path]}: time and memory over V and H](benchmarks/plots/{slug}-{path}.svg)"
+        yield link if place else f"!{link}"
 
 
 def drawn(runs: list[results.Run]) -> list[str]:

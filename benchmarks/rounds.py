@@ -8,6 +8,7 @@ problem comes up, and pytest-benchmark reads the durations from `recorded`, a ti
 """
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,26 +47,36 @@ def calls(provider: Provider, which: str, shape: Shape, inputs: Inputs) -> tuple
 
     if provider.ceiling:
         return prepare, provider.run
-    return prepare, {"forward": forward, "backward": backward, "both": both}[which]
+    by_pass: dict[str, Call] = {"forward": forward, "backward": backward, "both": both}
+    return prepare, by_pass[which]
 
 
-def in_turns(by_name: dict[str, tuple[Prepare, Call]]) -> dict[str, list[float]]:
-    """Seconds of every provider's rounds; as many for each."""
+def in_turns(by_name: dict[str, tuple[Prepare, Call]]) -> dict[str, list[float] | Exception]:
+    """Seconds of every provider's rounds, as many for each; or what one of them raised, which ends its rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in by_name}
+    failed: dict[str, Exception] = {}
 
-    def lap() -> Iterator[float]:
-        for prepare, call in by_name.values():
-            yield timed(call, *prepare())
+    def lap() -> None:
+        for name, (prepare, call) in by_name.items():
+            if name not in failed:
+                try:
+                    seconds[name].append(timed(call, *prepare()))
+                except Exception as error:
+                    # The frames of the traceback would keep gigabytes of tensors alive.
+                    traceback.clear_frames(error.__traceback__)
+                    failed[name] = error
 
     gc.collect()
     gc.disable()
     try:
         # Nobody is cold in the first lap: who is timed has passed its check.
-        laps = [list(lap())]
-        rounds = min(max(int(SECONDS * len(by_name) / sum(laps[0])), LEAST), MOST)
-        laps += [list(lap()) for _ in range(rounds - 1)]
+        lap()
+        first = sum(duration for durations in seconds.values() for duration in durations)
+        for _ in range(min(max(int(SECONDS * len(by_name) / max(first, 1e-9)), LEAST), MOST) - 1):
+            lap()
     finally:
         gc.enable()
-    return dict(zip(by_name, map(list, zip(*laps, strict=True)), strict=True))
+    return {**seconds, **failed}
 
 
 _readings: Iterator[float] = iter(())

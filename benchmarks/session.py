@@ -13,7 +13,7 @@ import torch
 from benchmarks import memory, oracle, results, rounds
 from benchmarks.clock import DEVICE, HAS_GPU
 from benchmarks.plan import Case
-from benchmarks.provider import AbsentError, Provider
+from benchmarks.provider import NOT_REACHED, AbsentError, Provider
 from benchmarks.shapes import Inputs, Shape, make_inputs
 
 
@@ -59,6 +59,14 @@ def run_once(provider: Provider, inputs: Inputs) -> oracle.Results:
     return {"loss": loss.detach(), **named}
 
 
+def failure(provider: Provider, error: Exception) -> Exception:
+    """What an exception of a provider means: ours is itself, a peer's an absence with its first line."""
+    if provider.ours:
+        return error
+    words = str(error).strip().splitlines() or [""]
+    return AbsentError(f"{type(error).__name__}: {words[0][:160]}")
+
+
 def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
     """Run, check and measure the memory of a provider; an exception is an outcome here, for every pass to raise."""
     missing = provider.missing(problem.shape, DEVICE)
@@ -74,15 +82,12 @@ def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
     except Exception as error:
         # The frames of the traceback would keep gigabytes of tensors alive.
         traceback.clear_frames(error.__traceback__)
-        if provider.ours:
-            return error
-        words = str(error).strip().splitlines() or [""]
-        return AbsentError(f"{type(error).__name__}: {words[0][:160]}")
+        return failure(provider, error)
     errors = oracle.check(truth, found, problem.shape.torch_dtype if provider.rounds else torch.float32)
     del found
-    for name, error in errors.items():
-        if not error.acceptable:
-            words = f"is wrong: its {name} errs by {error.distance:.3g}, and {error.allowed:.3g} is allowed"
+    for name, (distance, allowed) in errors.items():
+        if not errors[name].acceptable:
+            words = f"is wrong: its {name} errs by {distance:.3g}, and {allowed:.3g} is allowed"
             return WrongResultError(f"{provider.name} {words}") if provider.ours else AbsentError(words)
     if HAS_GPU:
         return Qualified(errors, memory.measure_gpu(provider, problem.inputs))
@@ -104,10 +109,10 @@ class Session:
         self._ceilings: dict[Shape, float] = {}
 
     def problem(self, shape: Shape) -> Problem:
-        """The problem of a shape; the one before it is dropped. AbsentError where time has run out."""
-        if time.monotonic() > self.deadline:
-            raise AbsentError("not reached in the time given")
+        """The problem of a shape; the one before it is dropped. AbsentError where no time is left for a new one."""
         if self._problem is None or self._problem.shape != shape:
+            if time.monotonic() > self.deadline:
+                raise AbsentError(NOT_REACHED)
             self._problem = None
             if HAS_GPU:
                 torch.cuda.empty_cache()
@@ -129,19 +134,32 @@ class Session:
         """The rounds of a case, timed in turns with the others that were selected of its problem and pass."""
         turn = case.which, case.place
         if turn not in problem.seconds:
-            able = {}
-            for other in self.selected:
-                if (other.shape, other.which, other.place) == (case.shape, *turn):
-                    # An exception is raised again in the test of the provider that it belongs to.
-                    with contextlib.suppress(Exception):
-                        self.qualify(other.provider, problem)
-                        able[other.provider.name] = rounds.calls(other.provider, case.which, case.shape, problem.inputs)
-            problem.seconds[turn] = rounds.in_turns(able)
-            for other in self.selected:
-                if other.provider.ceiling and other.provider.name in able and other.shape == case.shape:
-                    ordered = sorted(problem.seconds[turn][other.provider.name])
-                    self._ceilings[case.shape] = results.percentile(ordered, 0.2)
+            problem.seconds[turn] = self._time(
+                [other for other in self.selected if (other.shape, other.which, other.place) == (case.shape, *turn)],
+                problem,
+            )
+        # An exception of the rounds is the provider's outcome since.
+        self.qualify(case.provider, problem)
         return problem.seconds[turn][case.provider.name]
+
+    def _time(self, cases: list[Case], problem: Problem) -> dict[str, list[float]]:
+        able = {}
+        for case in cases:
+            # An exception is raised again in the test of the provider that it belongs to.
+            with contextlib.suppress(Exception):
+                self.qualify(case.provider, problem)
+                able[case.provider.name] = rounds.calls(case.provider, case.which, problem.shape, problem.inputs)
+        seconds = {}
+        measured = rounds.in_turns(able)
+        for provider in (case.provider for case in cases if case.provider.name in able):
+            outcome = measured[provider.name]
+            if isinstance(outcome, Exception):
+                problem.outcomes[provider.name] = failure(provider, outcome)
+                continue
+            seconds[provider.name] = outcome
+            if provider.ceiling:
+                self._ceilings[problem.shape] = results.percentile(sorted(outcome), 0.2)
+        return seconds
 
     def ceiling(self, shape: Shape) -> float | None:
         """Seconds of the bare products of a shape, p20, where they were timed."""

@@ -206,8 +206,15 @@ def test_rounds_are_timed_in_turns(load: Load) -> None:
     order: list[str] = []
     seconds = rounds.in_turns({name: (tuple, lambda name=name: order.append(name)) for name in "abc"})
     assert order == list("abc") * (len(order) // 3)
-    assert len(order) == 3 * (1 + rounds.MOST)
+    assert len(order) == 3 * rounds.MOST
     assert {name: len(durations) for name, durations in seconds.items()} == dict.fromkeys("abc", rounds.MOST)
+
+    def breaks() -> None:
+        raise MemoryError
+
+    seconds = rounds.in_turns({"a": (tuple, lambda: None), "b": (tuple, breaks)})
+    assert len(seconds["a"]) == rounds.MOST
+    assert isinstance(seconds["b"], MemoryError)
 
     rounds.replay([0.25, 0.5])
     assert [-(rounds.recorded() - rounds.recorded()) for _ in range(2)] == [0.25, 0.5]
