@@ -204,8 +204,12 @@ def run(
             else:
                 d_hidden.index_copy_(0, index[here], torch.mm(z, unembed))
         if d_unembed is not None:
-            # A dead row, read or not, meets zeros in this product, and 0 * NaN is not 0.
-            add_product(d_unembed, z.t(), torch.where((coefficient != 0)[:, None], x, 0.0), start == 0)
+            alive = coefficient != 0
+            # A dead row, read or not, meets zeros in this product, and 0 * NaN is not 0. A GPU is not asked whether
+            # there is one.
+            if x.device.type != "cpu" or not bool(alive.all()):
+                x = torch.where(alive[:, None], x, 0.0)
+            add_product(d_unembed, z.t(), x, start == 0)
         if d_bias is not None:
             d_bias += z.sum(0, dtype=total_dtype)
         start += len(x)
