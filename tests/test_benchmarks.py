@@ -91,6 +91,22 @@ def test_providers_do_the_same_work(load: Load, model: str, path: str) -> None:
     assert {"mtp_ce", "eager_loop"} <= set(names)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("path", PATHS)
+def test_liger_does_the_same_work_in_the_interpreter(load: Load, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """So that a GPU's minutes are not spent on finding a wrong argument. (Without a softcap: it takes a float there.)"""
+    pytest.importorskip("liger_kernel")
+    shapes = load("shapes")
+    monkeypatch.setitem(shapes.MODELS, "plain", shapes.Model(301, 16))
+    problem = a_problem(load, path, "plain", "fp32")
+    peers = [provider for provider in load("providers").PROVIDERS[path] if provider.name.startswith("liger")]
+    assert peers
+    for peer in peers:
+        found = load("session").run_once(peer, problem.inputs)
+        errors = load("oracle").check(problem.truth(peer.weighted), found)
+        assert all(error.acceptable for error in errors.values()), (peer.name, errors)
+
+
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has no chunked version")
 @pytest.mark.parametrize("name", ["torch_chunked", "torch_chunked_mean"])
 def test_a_mean_over_rows_is_checked_as_one(load: Load, name: str) -> None:
