@@ -94,7 +94,7 @@ def test_providers_do_the_same_work(load: Load, model: str, path: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 @pytest.mark.parametrize("path", PATHS)
 def test_liger_does_the_same_work_in_the_interpreter(load: Load, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """So that a GPU's minutes are not spent on finding a wrong argument. (Without a softcap: it takes a float there.)"""
+    """So that a GPU's minutes are not spent on finding a wrong argument."""
     pytest.importorskip("liger_kernel")
     shapes = load("shapes")
     monkeypatch.setitem(shapes.MODELS, "plain", shapes.Model(301, 16))
