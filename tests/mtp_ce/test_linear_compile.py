@@ -1,0 +1,307 @@
+"""The linear path inside the machinery of others: torch.compile, opcheck, autocast, activation checkpointing."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from mtp_ce import linear_ops, token_ce, weighted_mtp_linear_ce
+from mtp_ce.slabs import COUNT, KEEP_ALL
+
+B, S, H, D, V = 2, 5, 3, 8, 37
+FEW = 4 * V * 4  # bytes of four rows of fp32 logits
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache() -> Iterator[None]:
+    """No test runs what another has compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(draw, positions: int = S, vocabulary: int = V) -> tuple[Tensor, ...]:
+    """hidden, unembed, bias, labels with a hole, weights."""
+    labels = draw.integers(vocabulary, B, positions)
+    labels[0, 2] = -100
+    return (
+        draw.normal(B, positions, H, D), draw.normal(vocabulary, D), draw.normal(vocabulary), labels,
+        draw.normal(B, positions),
+    )  # fmt: skip
+
+
+Step = Callable[..., Any]
+
+
+def outcome(function: Step, data: tuple[Tensor, ...], *more: Any) -> list[Tensor]:
+    """Loss, statistics and gradients of fresh leaves, under an upstream other than 1."""
+    x, u, bias, labels, w = data
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, u, bias, w)]
+    loss, stats = function(*leaves[:3], labels, leaves[3], *more)
+    return [loss.detach(), *torch.autograd.grad(loss.sum() * 3, leaves), *stats]
+
+
+def assert_same(compiled: list[Tensor], eager: list[Tensor]) -> None:
+    for one, other in zip(compiled, eager, strict=True):
+        assert torch.equal(one, other)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {
+        "softcap": 5.0, "z_loss": 0.01, "label_smoothing": 0.1, "weight_alignment": "target", "loss_scale": 0.5,
+        "chunk_bytes": FEW,
+    },
+    "none": {"reduction": "none", "head_reduction": "horizon", "shift": 0},
+    "sum_of_all_rows": {"reduction": "sum", "shift": 2, "drop_dead_rows": False},
+    "a_bound_of_rows": {"drop_dead_rows": B * S * H, "normalizer": 3.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"), [("inductor", "everything"), *(("aot_eager", name) for name in OPTIONS)]
+)
+def test_compiled_is_eager(impl, draw, backend: str, options: str) -> None:
+    """Loss, statistics and all gradients bit for bit, between operations that are compiled around the loss."""
+
+    def step(x: Tensor, u: Tensor, bias: Tensor, y: Tensor, w: Tensor) -> Any:
+        return weighted_mtp_linear_ce(x * 2, u, y, w, bias=bias, impl=impl, return_stats=True, **OPTIONS[options])
+
+    data = batch(draw)
+    assert_same(outcome(torch.compile(step, fullgraph=True, backend=backend), data), outcome(step, data))
+
+
+def test_compiled_with_every_optional_tensor(impl, device, draw) -> None:
+    """Documents, lengths, head weights, a tensor normalizer; heads as a list."""
+    ids = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]], device=device)
+    lens, a = torch.tensor([5, 4], device=device), torch.tensor([1.0, 0.0, 0.5], device=device)
+
+    def step(x: Tensor, u: Tensor, bias: Tensor, y: Tensor, w: Tensor, n: Tensor) -> Any:
+        return weighted_mtp_linear_ce(
+            list((x + 1).unbind(2)), u, y, w, bias=bias, document_ids=ids, seq_lens=lens, head_weights=a, normalizer=n,
+            impl=impl, return_stats=True,
+        )  # fmt: skip
+
+    data, n = batch(draw), torch.tensor(6.0, device=device)
+    assert_same(outcome(torch.compile(step, fullgraph=True, backend="aot_eager"), data, n), outcome(step, data, n))
+
+
+@pytest.mark.parametrize(("impl", "dynamic"), [("cpu", None), ("cpu", True), ("triton", None)])
+def test_new_shapes_do_not_recompile(draw, impl, dynamic: bool | None) -> None:
+    """Every length, every vocabulary: one graph with sizes as numbers, at most one with them as constants."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor, u: Tensor, bias: Tensor, y: Tensor, w: Tensor) -> Any:
+        return weighted_mtp_linear_ce(
+            x * 2, u, y, w, bias=bias, weight_alignment="target", impl=impl, return_stats=True
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=counter)
+    for positions in (4, 5, 3):
+        data = batch(draw, positions, V + positions)
+        assert_same(outcome(compiled, data), outcome(step, data))
+    assert counter.frame_count <= 2
+
+
+def test_new_shapes_of_a_marked_dimension_are_one_graph(impl, draw) -> None:
+    """mark_dynamic on the positions: the second length runs what the first compiled."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        return weighted_mtp_linear_ce(x * 2, u, y, impl=impl)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for positions in (6, 9):
+        x, u, _, labels, _ = batch(draw, positions)
+        results = []
+        for function in (compiled, step):
+            leaves = [x.clone().requires_grad_(), u.clone().requires_grad_()]
+            marked = labels.clone()
+            if function is compiled:
+                torch._dynamo.mark_dynamic(leaves[0], 1)
+                torch._dynamo.mark_dynamic(marked, 1)
+            loss = function(*leaves, marked)
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        assert_same(*results)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "unembed"])
+def test_compiled_with_a_frozen_input(impl, draw, frozen: str) -> None:
+    """Which products are wanted is known when the graph is made."""
+    x, u, _, labels, _ = batch(draw)
+
+    def step(x: Tensor, u: Tensor) -> Tensor:
+        return weighted_mtp_linear_ce(x, u, labels, impl=impl)
+
+    results = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = [x.clone().requires_grad_(frozen != "hidden"), u.clone().requires_grad_(frozen != "unembed")]
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(results[0]) == 2
+    assert_same(*results)
+
+
+def test_a_compiled_backward_twice(impl, draw) -> None:
+    """retain_graph through the compiled graph: the gradients that it keeps are not scaled twice."""
+    x, u, _, labels, _ = batch(draw)
+
+    def step(x: Tensor, u: Tensor) -> Tensor:
+        return weighted_mtp_linear_ce(x, u, labels, impl=impl)
+
+    leaves = [x.requires_grad_(), u.requires_grad_()]
+    wanted = torch.autograd.grad(step(*leaves), leaves, torch.tensor(-2.5, device=x.device))
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
+    first = torch.autograd.grad(loss, leaves, torch.tensor(-2.5, device=x.device), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(loss, leaves, torch.tensor(-2.5, device=x.device))
+    for true, one, copy, two in zip(wanted, first, kept, second, strict=True):
+        assert torch.equal(one, true)
+        assert torch.equal(two, true)
+        assert torch.equal(one, copy)
+
+
+def test_compiled_forwards_without_gradients(impl, draw) -> None:
+    """Evaluation: the loss under no_grad, and token_ce."""
+    x, u, bias, labels, weights = batch(draw)
+
+    def evaluation(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            loss = weighted_mtp_linear_ce(x, u, labels, weights, bias=bias, impl=impl)
+        return loss, token_ce(x, u, labels, bias=bias, impl=impl)
+
+    compiled = torch.compile(evaluation, fullgraph=True, backend="aot_eager")
+    assert_same([*compiled(x.requires_grad_())], [*evaluation(x)])
+
+
+CHECKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"tensors": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1, "reduction": "none"},
+    "list_of_half": {"listed": True, "dtype": torch.bfloat16, "drop": KEEP_ALL},
+    "target_and_bound": {"target": True, "reduction": "sum", "drop": 5, "chunk_rows": 2},
+    "hidden_frozen": {"products": (False, True, False), "weights": False},
+    "unembed_frozen": {"products": (True, False, False), "bias": False},
+    "nothing_wanted": {"products": (False, False, False), "top1": False},
+    "fp64_sums": {"grad_dtype": torch.float64},
+    "empty": {"positions": 0},
+}
+
+
+def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of linear_forward and of linear_backward."""
+    positions, dtype = case.get("positions", 3), case.get("dtype", torch.float32)
+    hidden, unembed = draw.normal(1, positions, 2, 5, dtype=dtype), draw.normal(9, 5, dtype=dtype)
+    given = [x.contiguous() for x in hidden.unbind(2)] if case.get("listed") else [hidden]
+    bias = draw.normal(9, dtype=dtype) if case.get("bias", True) else None
+    labels = draw.integers(9, 1, positions)
+    weights = draw.uniform(1, positions) if case.get("weights", True) else None
+    tensors: list[Tensor | None] = [None] * 4
+    if case.get("tensors"):
+        tensors = [draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions), None]
+    extras = (case.get("softcap"), case.get("z_loss", 0.0), case.get("smoothing", 0.0))
+    rule = (1, False, case.get("target", False), -100, *extras)
+    products = case.get("products", (True, True, bias is not None))
+    how = (case.get("chunk_rows", 100), case.get("drop", COUNT), case.get("grad_dtype", torch.float32), impl)
+    tail = (case.get("reduction", "mean"), 0.5, case.get("top1", True), weights is not None, *products, *how)
+    with torch.no_grad():
+        loss, *_, factor, _, _, _ = linear_ops.linear_forward(
+            given, unembed, bias, labels, weights, *tensors, *rule, *tail
+        )
+    upstream = torch.ones_like(loss)
+    backward = (upstream, given, unembed, bias, labels, weights, *tensors[:3], factor, *rule, *products, *how)
+    leaves = [[x.clone().requires_grad_(products[0]) for x in given], unembed.clone().requires_grad_(products[1])]
+    leaves.append(None if bias is None else bias.clone().requires_grad_(products[2]))
+    w = None if weights is None else weights.clone().requires_grad_()
+    return (*leaves, labels, w, *tensors, *rule, *tail), backward
+
+
+@pytest.mark.parametrize(
+    ("impl", "name"), [*(("cpu", name) for name in CHECKED), ("triton", "plain"), ("triton", "everything")]
+)
+def test_the_operators_keep_their_promises(impl, draw, name: str) -> None:
+    """torch.library.opcheck: schema, no alias and no mutation, fake tensors, autograd, dynamic shapes.
+
+    Backward takes the gradients that linear_forward returned and scales them in place. opcheck looks at those outputs
+    again afterwards, which nobody else can: the public function keeps them to itself. So the traced backward is
+    opcheck's to judge where forward returns none, and that of the tests above where it does.
+    """
+    forward, backward = operator_arguments(draw, impl, CHECKED[name])
+    promises = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    case = CHECKED[name]
+    if case.get("reduction") == "none" or not any(case.get("products", (True,))):
+        promises.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.mtp_ce.linear_forward.default, forward, test_utils=promises)
+    torch.library.opcheck(torch.ops.mtp_ce.linear_backward.default, backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("several", [False, True])
+def test_autocast_casts_as_a_linear_layer_does(impl, device, draw, dtype: torch.dtype, several: bool) -> None:
+    """fp32 parameters under torch.autocast: the numbers of a call with casts by hand, gradients in fp32."""
+    x, u, bias, labels, weights = batch(draw)
+    results = []
+    for by_hand in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, u, bias)]
+        cast = [leaf.to(dtype) if by_hand else leaf for leaf in leaves]
+        given = [*cast[0].unbind(2)] if several else cast[0]
+        with torch.autocast(device.type, dtype=dtype, enabled=not by_hand):
+            loss = weighted_mtp_linear_ce(given, cast[1], labels, weights, bias=cast[2], impl=impl, chunk_bytes=FEW)
+        assert loss.dtype == torch.float32
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(result.dtype == torch.float32 for result in results[0])
+    assert_same(*results)
+    plain = weighted_mtp_linear_ce(x, u, labels, weights, bias=bias, impl=impl)
+    assert not torch.equal(results[0][0], plain)
+
+
+def test_autocast_takes_what_a_layer_before_it_has_cast(impl, device, draw) -> None:
+    """hidden arrives in bf16 from a layer under autocast, unembed in fp32: no mismatch, and backward works there."""
+    x, u, _, labels, _ = batch(draw)
+    layer = torch.nn.Linear(D, D, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        hidden = layer(x)
+        assert hidden.dtype == torch.bfloat16
+        loss = weighted_mtp_linear_ce(hidden, u.requires_grad_(), labels, impl=impl)
+        ce = token_ce(hidden, u, labels, impl=impl)
+        loss.backward()
+    assert ce.dtype == torch.float32
+    assert layer.weight.grad.dtype == u.grad.dtype == torch.float32
+    assert bool(u.grad.any())
+    with pytest.raises(TypeError, match=r"unembed is torch.float32; expected torch.bfloat16"):
+        weighted_mtp_linear_ce(hidden, u, labels, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_autocast_leaves_float64_alone(impl, draw) -> None:
+    """As torch does."""
+    x, u, _, labels, _ = (tensor.double() if tensor.is_floating_point() else tensor for tensor in batch(draw))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = weighted_mtp_linear_ce(x, u, labels, impl=impl)
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, weighted_mtp_linear_ce(x, u, labels, impl=impl))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inside_activation_checkpointing(impl, draw, reentrant: bool, reduction: str) -> None:
+    """The forward that is run again gives the gradients of the first one, bit for bit."""
+    x, u, bias, labels, weights = batch(draw)
+
+    def head(x: Tensor, u: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+        return weighted_mtp_linear_ce(
+            torch.tanh(x), u, labels, w, bias=bias, reduction=reduction, chunk_bytes=FEW, impl=impl
+        ).sum()
+
+    results = []
+    for checkpointed in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, u, bias, weights)]
+        loss = checkpoint(head, *leaves, use_reentrant=reentrant) if checkpointed else head(*leaves)
+        (loss * 3).backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert_same(*results)
