@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument and what was expected, before anything is computed."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 
-B, S, H, V = 2, 5, 3, 11
+B, S, H, D, V = 2, 5, 3, 7, 11
 NAN, INF = float("nan"), float("inf")
 INPLACE, TRITON = {"inplace_backward": True}, {"impl": "triton"}
 
@@ -27,6 +28,8 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mtp_ce.loss.logits_forward", reached)
     monkeypatch.setattr("mtp_ce.loss.reference_weighted_mtp_ce", reached)
+    monkeypatch.setattr("mtp_ce.linear.linear_forward", reached)
+    monkeypatch.setattr("mtp_ce.linear.F.linear", reached)
 
 
 def f32(*shape: int) -> Tensor:
@@ -49,6 +52,11 @@ def layer(*shape: int) -> Tensor:
 def good() -> dict[str, Any]:
     """Arguments that are right; each row of the tables below spoils some."""
     return {"logits": f32(B, S, H, V), "labels": i64(B, S)}
+
+
+def good_linear() -> dict[str, Any]:
+    """The same of the linear path."""
+    return {"hidden": f32(B, S, H, D), "unembed": f32(V, D), "labels": i64(B, S)}
 
 
 Row = tuple[str, Callable[[], dict[str, Any]]]  # what the message says ("..." stands for anything), what is spoiled
@@ -227,6 +235,110 @@ def test_bad_input_is_named_before_anything_is_computed(name: str) -> None:
         weighted_mtp_ce(**arguments)
 
 
+def shared(rows: dict[str, Row]) -> dict[str, Row]:
+    """Those that spoil what both paths take."""
+    return {name: row for name, row in rows.items() if not {"logits", "inplace_backward"} & set(row[1]())}
+
+
+HIDDEN_TYPES: dict[str, Row] = {
+    "hidden_None": ("hidden is NoneType; expected", lambda: {"hidden": None}),
+    "hidden_text": ("hidden is str; expected", lambda: {"hidden": "hidden"}),
+    "hidden_numbers": ("hidden[0] is float; expected", lambda: {"hidden": [1.0, 2.0]}),
+    "hidden_int": ("hidden is torch.int64; expected", lambda: {"hidden": i64(B, S, H, D)}),
+    "hidden_complex": ("hidden is torch.complex64; expected", lambda: {"hidden": f32(B, S, H, D) * 1j}),
+    "hidden_float8": ("hidden is torch.float8_e5m2; expected", lambda: {"hidden": f32(B, S, D).to(torch.float8_e5m2)}),
+    "hidden_float64_for_triton": (
+        "hidden is torch.float64; expected",
+        lambda: {"hidden": f32(B, S, D).double(), "unembed": f32(V, D).double()} | TRITON,
+    ),
+    "head_int": ("hidden... expected", lambda: {"hidden": [i64(B, S, D)]}),
+    "unembed_None": ("unembed is NoneType; expected a torch.Tensor", lambda: {"unembed": None}),
+    "unembed_layer": ("unembed is Linear; expected a torch.Tensor", lambda: {"unembed": torch.nn.Linear(D, V)}),
+    "unembed_int": ("unembed is torch.int64; expected torch.float32, as hidden", lambda: {"unembed": i64(V, D)}),
+    "unembed_half": ("unembed is torch.float16; expected torch.float32", lambda: {"unembed": f32(V, D).half()}),
+    "hidden_half": ("unembed is torch.float32; expected torch.bfloat16", lambda: {"hidden": f32(B, S, D).bfloat16()}),
+    "bias_number": ("bias is float; expected a torch.Tensor", lambda: {"bias": 0.5}),
+    "bias_double": ("bias is torch.float64; expected torch.float32, as hidden", lambda: {"bias": f32(V).double()}),
+    "bias_int": ("bias is torch.int64; expected torch.float32", lambda: {"bias": i64(V)}),
+    "chunk_bytes_float": ("chunk_bytes is float; expected an int", lambda: {"chunk_bytes": 2.0**20}),
+    "chunk_bytes_bool": ("chunk_bytes is bool; expected an int", lambda: {"chunk_bytes": True}),
+    "chunk_bytes_text": ("chunk_bytes is str; expected an int", lambda: {"chunk_bytes": "1GiB"}),
+    "grad_dtype_text": ("grad_dtype is str; expected a torch.dtype", lambda: {"grad_dtype": "float32"}),
+    "grad_dtype_None": ("grad_dtype is NoneType; expected a torch.dtype", lambda: {"grad_dtype": None}),
+    "drop_text": ("drop_dead_rows is 'all'; expected 'auto', True, False", lambda: {"drop_dead_rows": "all"}),
+    "drop_None": ("drop_dead_rows is None; expected", lambda: {"drop_dead_rows": None}),
+    "drop_float": ("drop_dead_rows is 3.0; expected", lambda: {"drop_dead_rows": 3.0}),
+    "drop_tensor": ("drop_dead_rows is tensor(3); expected", lambda: {"drop_dead_rows": torch.tensor(3)}),
+}
+
+HIDDEN_SHAPES: dict[str, Row] = {
+    "hidden_2d": ("hidden is [5, 7]; expected [B, S, H, D], [B, S, D]", lambda: {"hidden": f32(S, D)}),
+    "hidden_5d": ("hidden is [1, 2, 5, 3, 7]; expected", lambda: {"hidden": f32(1, B, S, H, D)}),
+    "head_4d": ("hidden[0] is [2, 5, 1, 7]; expected [B, S, D]", lambda: {"hidden": [f32(B, S, 1, D)] * 2}),
+    "heads_of_two_shapes": ("hidden[1] is ... expected", lambda: {"hidden": [f32(B, S, D), f32(B, S, D + 1)]}),
+    "heads_of_two_dtypes": ("hidden[1] is ... expected", lambda: {"hidden": [f32(B, S, D), f32(B, S, D).half()]}),
+    "no_heads": ("hidden has H = 0 heads; expected", lambda: {"hidden": f32(B, S, 0, D)}),
+    "empty_list": ("hidden has H = 0 heads; expected", lambda: {"hidden": []}),
+    "unembed_transposed": ("unembed is [7, 11]; expected [V, D] with D = 7", lambda: {"unembed": f32(D, V)}),
+    "unembed_of_another_size": ("unembed is [11, 8]; expected [V, D] with D = 7", lambda: {"unembed": f32(V, D + 1)}),
+    "unembed_1d": ("unembed is [7]; expected [V, D]", lambda: {"unembed": f32(D)}),
+    "unembed_by_head": ("unembed is [3, 11, 7]; expected [V, D]", lambda: {"unembed": f32(H, V, D)}),
+    "no_vocabulary": ("unembed is [0, 7]; expected ... at least 1", lambda: {"unembed": f32(0, D)}),
+    "no_features": (
+        "unembed is [11, 0]; expected ... at least 1",
+        lambda: {"hidden": f32(B, S, H, 0), "unembed": f32(V, 0)},
+    ),
+    "bias_too_long": ("bias is [12]; expected [V] = [11] from unembed", lambda: {"bias": f32(V + 1)}),
+    "bias_of_features": ("bias is [7]; expected [V] = [11]", lambda: {"bias": f32(D)}),
+    "bias_2d": ("bias is [1, 11]; expected [V] = [11]", lambda: {"bias": f32(1, V)}),
+    "bias_0d": ("bias is []; expected [V] = [11]", lambda: {"bias": f32()}),
+    "labels_1d": ("labels is [5]; expected [B, S] = [2, 5] from hidden", lambda: {"labels": i64(S)}),
+}
+
+HIDDEN_VALUES: dict[str, Row] = {
+    "chunk_bytes_0": ("chunk_bytes is 0; expected at least 44, one row of logits", lambda: {"chunk_bytes": 0}),
+    "chunk_bytes_negative": ("chunk_bytes is -1; expected at least 44", lambda: {"chunk_bytes": -1}),
+    "chunk_bytes_below_a_row": ("chunk_bytes is 43; expected at least 44", lambda: {"chunk_bytes": 43}),
+    "grad_dtype_int": ("grad_dtype is torch.int64; expected float32", lambda: {"grad_dtype": torch.int64}),
+    "grad_dtype_float8": ("grad_dtype is torch.float8", lambda: {"grad_dtype": torch.float8_e5m2}),
+    "drop_negative": ("drop_dead_rows is -1; expected a number of rows", lambda: {"drop_dead_rows": -1}),
+}
+
+HIDDEN_ELSEWHERE: dict[str, Row] = {
+    "unembed": ("unembed is on meta; expected cpu, where hidden is", lambda: {"unembed": f32(V, D).to("meta")}),
+    "hidden": ("unembed is on cpu; expected meta, where hidden is", lambda: {"hidden": f32(B, S, D).to("meta")}),
+    "bias": ("bias is on meta; expected cpu, where hidden is", lambda: {"bias": f32(V).to("meta")}),
+    "heads": ("hidden[1] ... meta; expected ... cpu", lambda: {"hidden": [f32(B, S, D), f32(B, S, D).to("meta")]}),
+    "labels": ("labels is on meta; expected cpu, where hidden is", lambda: {"labels": i64(B, S).to("meta")}),
+    "impl_cpu": (
+        "impl is 'cpu' and hidden is on meta; expected CPU tensors",
+        lambda: {name: value.to("meta") for name, value in good_linear().items()} | {"impl": "cpu"},
+    ),
+}
+
+HIDDEN_TABLES: list[tuple[type[Exception], str, dict[str, Row]]] = [
+    (TypeError, "hidden_type", HIDDEN_TYPES),
+    (ValueError, "hidden_shape", HIDDEN_SHAPES),
+    (ValueError, "hidden_value", HIDDEN_VALUES),
+    (ValueError, "hidden_device", HIDDEN_ELSEWHERE),
+    *((error, kind, shared(rows)) for error, kind, rows in TABLES if kind != "in_place"),
+]
+HIDDEN_ROWS = {f"{kind}-{name}": (error, *row) for error, kind, rows in HIDDEN_TABLES for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("name", HIDDEN_ROWS)
+def test_bad_input_of_the_linear_path_is_named_before_anything_is_computed(name: str) -> None:
+    """As above; and token_ce says the same of the arguments that it takes."""
+    error, message, spoil = HIDDEN_ROWS[name]
+    spoiled = {**spoil(), **({"validate": True} if name.startswith("validated") else {})}
+    pattern = re.escape(message).replace(r"\.\.\.", ".*")
+    with pytest.raises(error, match=pattern):
+        weighted_mtp_linear_ce(**{**good_linear(), **spoiled})
+    if set(spoiled) <= set(inspect.signature(token_ce).parameters):
+        with pytest.raises(error, match=pattern):
+            token_ce(**{**good_linear(), **spoiled})
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize(
     ("label", "message"),
@@ -241,20 +353,38 @@ def test_validation_finds_a_label_that_is_no_class(impl: str, device: torch.devi
     arguments["labels"][1, 3] = label
     with pytest.raises(IndexError, match=re.escape(message)):
         weighted_mtp_ce(**arguments, validate=True, impl=impl)
+    on_hidden = {name: value.to(device) for name, value in good_linear().items()} | {"labels": arguments["labels"]}
+    for function in (weighted_mtp_linear_ce, token_ce):
+        with pytest.raises(IndexError, match=re.escape(message)):
+            function(**on_hidden, validate=True, impl=impl)
 
 
 def test_a_mistake_is_not_excused_by_an_empty_batch() -> None:
     """B = 0 takes the same checks."""
     with pytest.raises(ValueError, match="labels is"):
         weighted_mtp_ce(f32(0, S, H, V), i64(0, S + 1))
+    with pytest.raises(ValueError, match="labels is"):
+        weighted_mtp_linear_ce(f32(0, S, H, D), f32(V, D), i64(0, S + 1))
+    with pytest.raises(ValueError, match="unembed is"):
+        token_ce(f32(B, 0, H, D), f32(V, D + 1), i64(B, 0))
 
 
-def test_arguments_after_the_third_are_keywords() -> None:
-    """A fourth positional argument would be read as something else one day."""
+def test_arguments_after_the_tensors_are_keywords() -> None:
+    """One more positional argument would be read as something else one day."""
     with pytest.raises(TypeError, match="positional"):
         weighted_mtp_ce(*good().values(), None, 1)
     with pytest.raises(TypeError, match="weight"):
         weighted_mtp_ce(**good(), weight=torch.ones(B, S))
+    with pytest.raises(TypeError, match="positional"):
+        weighted_mtp_linear_ce(*good_linear().values(), None, f32(V))
+    with pytest.raises(TypeError, match="positional"):
+        token_ce(*good_linear().values(), 1)
+
+
+def test_the_linear_path_has_nothing_to_overwrite() -> None:
+    """inplace_backward is an option of logits."""
+    with pytest.raises(TypeError, match="inplace_backward"):
+        weighted_mtp_linear_ce(**good_linear(), inplace_backward=True)
 
 
 @pytest.fixture(scope="module")
@@ -292,13 +422,44 @@ def test_a_dtensor_is_told_what_to_do(name: str, shard) -> None:
         weighted_mtp_ce(**{**good(), **spoiled})
 
 
+@pytest.mark.parametrize("name", [*(name for name in TENSORS if name != "logits"), "hidden", "hidden[1]"])
+def test_a_dtensor_on_the_linear_path_is_told_what_to_do(name: str, shard) -> None:
+    """The same for what belongs to the batch."""
+    if name == "hidden[1]":
+        spoiled: dict[str, Any] = {"hidden": [f32(B, S, D), shard(f32(B, S, D))]}
+    else:
+        spoiled = {name: shard(f32(B, S, H, D) if name == "hidden" else TENSORS[name]())}
+    with pytest.raises(TypeError, match=name.replace("[", r"\[") + r" is a DTensor; expected a plain tensor.*to_local"):
+        weighted_mtp_linear_ce(**{**good_linear(), **spoiled})
+
+
+@pytest.mark.parametrize("name", ["unembed", "bias"])
+def test_a_sharded_parameter_is_told_where_it_is_whole(name: str, shard) -> None:
+    """Inside the forward of its FSDP module, or gathered; a local shard of it is never right."""
+    spoiled = {name: shard(f32(V, D) if name == "unembed" else f32(V))}
+    with pytest.raises(TypeError, match=f"{name} is a DTensor; expected a plain tensor") as caught:
+        weighted_mtp_linear_ce(**{**good_linear(), **spoiled})
+    message = str(caught.value)
+    assert "inside the sharded module's forward" in message
+    assert f"{name}.full_tensor()" in message
+    assert "to_local" not in message
+    if name == "unembed":
+        with pytest.raises(TypeError, match="unembed is a DTensor"):
+            token_ce(**{**good_linear(), **spoiled})
+
+
 WITHOUT_INTERPRETER = """
 import torch
-from mtp_ce import weighted_mtp_ce
-try:
-    weighted_mtp_ce(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, dtype=torch.int64), impl="triton")
-except ValueError as error:
-    print(error)
+from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
+x, y = torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, dtype=torch.int64)
+for name, call in {"logits": weighted_mtp_ce, "hidden": lambda *tensors, **how: weighted_mtp_linear_ce(
+    tensors[0], torch.zeros(5, 3), tensors[1], **how
+)}.items():
+    try:
+        call(x, y, impl="triton")
+    except ValueError as error:
+        assert f"impl is 'triton': {name} is on cpu" in str(error)
+        print(error)
 """
 
 
@@ -309,6 +470,6 @@ def test_triton_on_cpu_tensors_without_the_interpreter_says_why_not() -> None:
         [sys.executable, "-c", WITHOUT_INTERPRETER], env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert "impl is 'triton'" in run.stdout
-    assert "expected a GPU, or TRITON_INTERPRET=1" in run.stdout
-    assert "'cpu'" in run.stdout
+    assert run.stdout.count("impl is 'triton'") == 2
+    assert run.stdout.count("expected a GPU, or TRITON_INTERPRET=1") == 2
+    assert run.stdout.count("'cpu'") == 2
