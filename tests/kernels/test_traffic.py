@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtp_ce import weighted_mtp_ce
-from mtp_ce.kernels import backward, forward
+from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
+from mtp_ce.kernels import backward, forward, forward_backward
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in the interpreter, which a GPU run leaves off"
@@ -20,21 +20,23 @@ class Meter:
         self.stored: list[np.ndarray] = []
 
     def loads_of(self, tensor: torch.Tensor) -> np.ndarray:
-        """How often each element of a dense tensor was loaded, in its shape."""
+        """How often each element was loaded, in the tensor's shape."""
         return self._count(self.loaded, tensor)
 
     def stores_to(self, tensor: torch.Tensor) -> np.ndarray:
-        """How often each element of a dense tensor was stored, in its shape."""
+        """How often each element was stored, in the tensor's shape."""
         return self._count(self.stored, tensor)
 
     @staticmethod
     def _count(addresses: list[np.ndarray], tensor: torch.Tensor) -> np.ndarray:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         offsets = np.concatenate(addresses).astype(np.int64) - tensor.data_ptr()
-        offsets = offsets[(offsets >= 0) & (offsets < tensor.numel() * tensor.element_size())]
+        offsets = offsets[(offsets >= 0) & (offsets < span * tensor.element_size())]
         assert not (offsets % tensor.element_size()).any()
-        counts = np.bincount(offsets // tensor.element_size(), minlength=tensor.numel())
-        strided = torch.from_numpy(counts).as_strided(tensor.shape, tensor.stride())
-        return strided.numpy()
+        counts = np.bincount(offsets // tensor.element_size(), minlength=span)
+        strided = torch.from_numpy(counts).as_strided(tensor.shape, tensor.stride()).numpy()
+        assert strided.sum() == counts.sum(), "an access between the rows"
+        return strided
 
 
 @pytest.fixture
@@ -113,3 +115,107 @@ def test_forward_writes_what_it_states(meter):
     _, stated = forward.traffic(0, B * S, H, V, 4)
     one_byte = B * S * H
     assert (stored - one_byte) * 4 + one_byte == stated + results
+
+
+class Slabs:
+    """What each visit to a slab was asked for, and what the meter counted of it."""
+
+    def __init__(self, meter: Meter, monkeypatch) -> None:
+        self.visits: list[dict] = []
+        launch = forward_backward.launch_forward_backward
+
+        def counted(slab, label, coefficient, read, *results, gradient, **options):
+            meter.loaded.clear()
+            meter.stored.clear()
+            launch(slab, label, coefficient, read, *results, gradient=gradient, **options)
+            loads, stores = meter.loads_of(slab), meter.stores_to(slab)
+            self.visits.append({
+                "read": read.numpy().copy(), "moves": (coefficient != 0).numpy() & read.numpy(), "gradient": gradient,
+                "loads": loads, "stores": stores, "itemsize": slab.element_size(),
+            })  # fmt: skip
+
+        monkeypatch.setattr(forward_backward, "launch_forward_backward", counted)
+
+
+@pytest.fixture
+def slabs(meter, monkeypatch) -> Slabs:
+    """Every visit of a call of the linear path."""
+    return Slabs(meter, monkeypatch)
+
+
+def linear_batch(V, dtype):
+    """Rows that are dead for their label, their document and their weight."""
+    generator = torch.Generator().manual_seed(V)
+    labels = torch.randint(V, (2, 5), generator=generator)
+    labels[0, 2] = -100
+    token_weights = torch.ones(2, 5)
+    token_weights[1, 0] = 0
+    document_ids = torch.tensor([[0, 0, 0, 1, 1], [0] * 5])
+    hidden = torch.randn(2, 5, 3, 4, generator=generator).to(dtype).requires_grad_()
+    unembed = torch.randn(V, 4, generator=generator).to(dtype).requires_grad_()
+    return hidden, unembed, labels, token_weights, document_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("V", [5, 1000, 1003, 9001])
+@pytest.mark.parametrize("drop", [True, False])
+def test_each_live_logit_of_a_slab_is_read_twice_and_each_gradient_written_once(slabs, V, dtype, drop):
+    """Dead rows are written, never read, and not there at all where they are left out; as `traffic` says."""
+    hidden, unembed, labels, token_weights, document_ids = linear_batch(V, dtype)
+    _, stats = weighted_mtp_linear_ce(
+        hidden, unembed, labels, token_weights,
+        document_ids=document_ids, drop_dead_rows=drop, chunk_bytes=7 * V * dtype.itemsize, impl="triton",
+        return_stats=True,
+    )  # fmt: skip
+    live = int((stats.top1 >= 0).sum())
+    assert 0 < live < stats.live.numel()
+    assert len(slabs.visits) == -(-(live if drop else stats.live.numel()) // 7)
+    assert sum(visit["read"].sum() for visit in slabs.visits) == live
+    for visit in slabs.visits:
+        assert visit["gradient"]
+        assert (visit["loads"] == 2 * visit["read"][:, None]).all()
+        assert (visit["stores"] == 1).all()
+        stated = forward_backward.traffic(int(visit["read"].sum()), len(visit["read"]), V, visit["itemsize"], True)
+        assert (visit["loads"].sum() * visit["itemsize"], visit["stores"].sum() * visit["itemsize"]) == stated
+    if drop:
+        assert all(visit["read"].all() for visit in slabs.visits)
+
+
+@pytest.mark.parametrize("V", [5, 1003])
+@pytest.mark.parametrize("wanted", ["no_grad", "none"])
+def test_forward_alone_reads_a_slab_once_and_writes_no_gradient(slabs, V, wanted):
+    """Also the forward of reduction="none", whose backward reads twice what it computes again."""
+    hidden, unembed, labels, token_weights, document_ids = linear_batch(V, torch.float32)
+    with torch.set_grad_enabled(wanted == "none"):
+        loss = weighted_mtp_linear_ce(
+            hidden, unembed, labels, token_weights,
+            document_ids=document_ids, drop_dead_rows=False, reduction="none", impl="triton",
+        )  # fmt: skip
+    (visit,) = slabs.visits
+    assert not visit["gradient"]
+    assert (visit["loads"] == 1 * visit["read"][:, None]).all()
+    assert not visit["stores"].any()
+    rows, live = len(visit["read"]), int(visit["read"].sum())
+    assert (visit["loads"].sum() * 4, 0) == forward_backward.traffic(live, rows, V, 4, False)
+    if wanted == "none":
+        upstream = torch.ones_like(loss)
+        upstream[0, 0] = 0.0  # its rows are dead in backward
+        loss.backward(upstream)
+        again = slabs.visits[1]
+        assert again["gradient"]
+        assert 0 < again["read"].sum() < live
+        assert (again["loads"] == 2 * again["read"][:, None]).all()
+        assert (again["stores"] == 1).all()
+
+
+def test_a_row_that_is_read_for_its_weight_alone_is_read_once(slabs):
+    """Its loss is the gradient of its weight; its own gradient is known to be 0."""
+    hidden, unembed, labels, token_weights, document_ids = linear_batch(1003, torch.float32)
+    weighted_mtp_linear_ce(
+        hidden, unembed, labels, token_weights.requires_grad_(),
+        document_ids=document_ids, drop_dead_rows=False, impl="triton",
+    )  # fmt: skip
+    (visit,) = slabs.visits
+    assert (visit["read"] & ~visit["moves"]).any()
+    assert (visit["loads"] == (visit["read"].astype(int) + visit["moves"])[:, None]).all()
+    assert (visit["stores"] == 1).all()
