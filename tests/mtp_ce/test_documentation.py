@@ -3,24 +3,27 @@
 import doctest
 import inspect
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
+import mtp_ce.linear
 import mtp_ce.loss
-from mtp_ce import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
+from mtp_ce import MTPLoss, MTPStats, WeightedMTPLoss, token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 
 
-def test_examples_in_the_docstrings_run() -> None:
-    """Every `>>>` of mtp_ce/loss.py."""
-    results = doctest.testmod(mtp_ce.loss)
+@pytest.mark.parametrize("module", [mtp_ce.loss, mtp_ce.linear], ids=["loss", "linear"])
+def test_examples_in_the_docstrings_run(module: ModuleType) -> None:
+    """Every `>>>` of the public functions."""
+    results = doctest.testmod(module)
     assert results.attempted >= 6
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("documented", [weighted_mtp_ce, WeightedMTPLoss])
+@pytest.mark.parametrize("documented", [weighted_mtp_ce, WeightedMTPLoss, weighted_mtp_linear_ce, token_ce])
 def test_every_argument_is_documented(documented: Any) -> None:
     """By name, in the docstring's Args."""
     text = inspect.getdoc(documented)
@@ -31,12 +34,14 @@ def test_every_argument_is_documented(documented: Any) -> None:
 
 @pytest.fixture
 def hints() -> dict[str, Any]:
-    """The annotations of weighted_mtp_ce, which are strings until jaxtyping is there to read them."""
+    """The annotations of the public functions, which are strings until jaxtyping is there to read them."""
     jaxtyping = pytest.importorskip("jaxtyping")
     names = {name: getattr(jaxtyping, name) for name in ("Bool", "Float", "Int")}
-    known = {**vars(mtp_ce.loss), **names}
+    known = {**vars(mtp_ce.loss), **vars(mtp_ce.linear), **names}
     return {
         "call": get_type_hints(weighted_mtp_ce, known),
+        "linear": get_type_hints(weighted_mtp_linear_ce, known),
+        "token_ce": get_type_hints(token_ce, known),
         "module": get_type_hints(WeightedMTPLoss.forward, known),
         "stats": get_type_hints(MTPStats, known),
     }
@@ -47,6 +52,8 @@ def fits(value: Any, hint: Any) -> bool:
     members = get_args(hint)
     if get_origin(hint) is Sequence:
         return isinstance(value, (list, tuple)) and all(fits(item, members[0]) for item in value)
+    if get_origin(hint) is Literal:
+        return value in members
     if members:
         return any(fits(value, member) for member in members)
     return isinstance(value, hint)
@@ -60,7 +67,7 @@ def shapes_agree(arguments: dict[str, Any], hints: dict[str, Any]) -> bool:
         return all(fits(value, hints[name]) for name, value in arguments.items())
 
 
-B, S, H, V = 2, 5, 3, 11
+B, S, H, D, V = 2, 5, 3, 7, 11
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "weights": {"token_weights": torch.ones(B, S)},
@@ -110,3 +117,73 @@ def test_annotated_shapes_refuse_what_the_function_refuses(hints, spoiled: dict[
     assert not shapes_agree(arguments, hints["call"])
     with pytest.raises((TypeError, ValueError)):
         weighted_mtp_ce(**arguments)
+
+
+LINEAR_CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "list": {"hidden": [torch.zeros(B, S, D) for _ in range(H)]},
+    "everything": {
+        "token_weights": torch.ones(B, S), "bias": torch.zeros(V), "chunk_bytes": 10**6, "grad_dtype": torch.float64,
+        "drop_dead_rows": 12, "head_weights": torch.ones(H), "seq_lens": torch.tensor([5, 3]), "softcap": 3.0,
+        "document_ids": torch.zeros(B, S, dtype=torch.int32), "normalizer": torch.tensor(4.0),
+    },
+    "words": {"drop_dead_rows": "auto", "reduction": "none"},
+    "flags": {"drop_dead_rows": False, "validate": True},
+}  # fmt: skip
+
+
+def linear_arguments(**spoiled: Any) -> dict[str, Any]:
+    labels = torch.zeros(B, S, dtype=torch.int64)
+    return {"hidden": torch.zeros(B, S, H, D), "unembed": torch.zeros(V, D), "labels": labels, **spoiled}
+
+
+@pytest.mark.parametrize("name", LINEAR_CALLS)
+def test_annotated_shapes_of_the_linear_path_are_the_shapes_that_work(hints, name: str) -> None:
+    """One B, S, H, D, V for all arguments; token_ce takes those that it names, and gives what it says."""
+    arguments = linear_arguments(**LINEAR_CALLS[name])
+    assert shapes_agree(arguments, hints["linear"])
+    result = weighted_mtp_linear_ce(**arguments, return_stats=True)
+    assert isinstance(result, MTPLoss)
+    known = inspect.signature(token_ce).parameters
+    arguments = {key: value for key, value in arguments.items() if key in known}
+    assert shapes_agree(arguments, hints["token_ce"])
+    assert shapes_agree({**arguments, "return": token_ce(**arguments)}, hints["token_ce"])
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"unembed": torch.zeros(D, V)},
+        {"unembed": torch.zeros(V, D, 1)},
+        {"bias": torch.zeros(V + 1)},
+        {"bias": torch.zeros(D)},
+        {"labels": torch.zeros(B, S + 1, dtype=torch.int64)},
+        {"chunk_bytes": 1.5},
+        {"drop_dead_rows": "all"},
+        {"grad_dtype": "float32"},
+    ],
+    ids=lambda spoiled: next(iter(spoiled)),
+)
+def test_annotated_shapes_of_the_linear_path_refuse_what_the_function_refuses(hints, spoiled: dict[str, Any]) -> None:
+    """The annotation and the check say the same."""
+    arguments = linear_arguments(**spoiled)
+    assert not shapes_agree(arguments, hints["linear"])
+    with pytest.raises((TypeError, ValueError)):
+        weighted_mtp_linear_ce(**arguments)
+
+
+def test_both_paths_and_the_overloads_name_the_same_options() -> None:
+    """What weighted_mtp_ce takes, the linear path takes, but for overwriting logits; with the same defaults."""
+    logits, linear = (inspect.signature(function).parameters for function in (weighted_mtp_ce, weighted_mtp_linear_ce))
+    assert set(logits) - set(linear) == {"logits", "inplace_backward"}
+    assert set(linear) - set(logits) == {"hidden", "unembed", "bias", "chunk_bytes", "grad_dtype", "drop_dead_rows"}
+    for name in set(logits) & set(linear):
+        assert logits[name].default == linear[name].default, name
+        assert logits[name].kind == linear[name].kind, name
+    options = mtp_ce.linear.LinearOptions.__optional_keys__
+    assert options == {name for name in linear if linear[name].kind is inspect.Parameter.KEYWORD_ONLY} - {
+        "return_stats"
+    }
+    alone = inspect.signature(token_ce).parameters
+    for name in set(alone):
+        assert alone[name].default == linear[name].default, name
