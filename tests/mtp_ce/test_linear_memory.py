@@ -77,7 +77,7 @@ def test_no_more_than_a_slab_and_the_gradients_is_ever_held(call, device, watch,
     # A chunk of hidden states, gathered, without its dead rows and in fp32, and of their gradient.
     bound += 4 * ROWS * D * 4
     peak, largest = seen.peak, seen.largest
-    assert peak <= bound
+    assert peak <= bound + seen.spare
     assert bound < S * H * V * 4
     if dtype == torch.float32:  # torch's half products take room of their own
         assert device.type == "cuda" or largest < S * V * 4
@@ -89,7 +89,7 @@ def test_backward_allocates_nothing(call, watch) -> None:
     value = loss()
     seen = watch(lambda: torch.autograd.grad(value, leaves))
     peak, products = seen.peak, seen.products
-    assert peak <= 4096
+    assert peak <= 4096 + seen.spare
     assert products == 0
 
 
@@ -112,7 +112,7 @@ def test_forward_alone_holds_a_slab(call, device, watch, drop: bool, wanted: str
     chunk = ROWS * LIGHT["features"] * 4
     bound = slab_bytes(ROWS, LIGHT["vocabulary"], torch.float32, device) + chunk + small_change(rows)
     peak = seen.peak
-    assert peak <= bound
+    assert peak <= bound + seen.spare
     assert bound < min(rows, LIGHT["vocabulary"]) * LIGHT["features"] * 4
 
 
