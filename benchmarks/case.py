@@ -31,7 +31,7 @@ def measure(benchmark: BenchmarkFixture, session: Session, case: Case) -> None:
         session.add("absent", provider, which, shape, reason=str(absent))
         pytest.skip(str(absent))
 
-    benchmark.extra_info["peak_mib_above_inputs"] = round(peak.of(which) / 2**20, 1)
+    benchmark.extra_info["peak_mib_above_inputs"] = round(peak().of(which) / 2**20, 1)
     rounds.replay(seconds)
     benchmark.pedantic(lambda: None, rounds=len(seconds))
     if benchmark.disabled:
@@ -45,6 +45,6 @@ def measure(benchmark: BenchmarkFixture, session: Session, case: Case) -> None:
     time = results.timing(seconds, ceiling)
     benchmark.extra_info["share_of_ceiling"] = time["share_of_ceiling"]
     session.add(
-        "cases", provider, which, shape, **time, **work, peak_bytes=peak.of(which),
+        "cases", provider, which, shape, **time, **work, peak_bytes=peak().of(which),
         errors={name: error._asdict() for name, error in errors.items()},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Qualified(NamedTuple):
     """A provider that may be timed."""
 
     errors: dict[str, oracle.Error]
-    peak: memory.Peak
+    peak: Callable[[], memory.Peak]  # waits where it is being measured
 
 
 @dataclass
@@ -73,7 +73,7 @@ def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
     if missing is not None:
         return AbsentError(missing)
     if provider.ceiling:
-        return Qualified({}, memory.Peak(0, 0))
+        return Qualified({}, lambda: memory.Peak(0, 0))
     truth = problem.truth(provider.weighted)
     try:
         found = run_once(provider, problem.inputs)
@@ -90,8 +90,9 @@ def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
             words = f"is wrong: its {name} errs by {distance:.3g}, and {allowed:.3g} is allowed"
             return WrongResultError(f"{provider.name} {words}") if provider.ours else AbsentError(words)
     if HAS_GPU:
-        return Qualified(errors, memory.measure_gpu(provider, problem.inputs))
-    return Qualified(errors, memory.measure_cpu(problem.shape, provider.name))
+        peak = memory.measure_gpu(provider, problem.inputs)
+        return Qualified(errors, lambda: peak)
+    return Qualified(errors, memory.begin_cpu(problem.shape, provider.name).result)
 
 
 class Session:
@@ -143,21 +144,26 @@ class Session:
         return problem.seconds[turn][case.provider.name]
 
     def _time(self, cases: list[Case], problem: Problem) -> dict[str, list[float]]:
-        able = {}
+        able: dict[str, Provider] = {}
         for case in cases:
             # An exception is raised again in the test of the provider that it belongs to.
             with contextlib.suppress(Exception):
                 self.qualify(case.provider, problem)
-                able[case.provider.name] = rounds.calls(case.provider, case.which, problem.shape, problem.inputs)
+                able[case.provider.name] = case.provider
+        for name, provider in [*able.items()]:
+            # Nothing else runs while the clock does.
+            try:
+                self.qualify(provider, problem).peak()
+            except Exception as error:
+                problem.outcomes[able.pop(name).name] = failure(provider, error)
+        calls = {name: rounds.calls(able[name], cases[0].which, problem.shape, problem.inputs) for name in able}
         seconds = {}
-        measured = rounds.in_turns(able)
-        for provider in (case.provider for case in cases if case.provider.name in able):
-            outcome = measured[provider.name]
+        for name, outcome in rounds.in_turns(calls).items():
             if isinstance(outcome, Exception):
-                problem.outcomes[provider.name] = failure(provider, outcome)
+                problem.outcomes[name] = failure(able[name], outcome)
                 continue
-            seconds[provider.name] = outcome
-            if provider.ceiling:
+            seconds[name] = outcome
+            if able[name].ceiling:
                 self._ceilings[problem.shape] = results.percentile(sorted(outcome), 0.2)
         return seconds
 
