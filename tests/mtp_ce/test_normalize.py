@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,34 +188,30 @@ def test_bad_input_names_the_argument(wrong, error, message) -> None:
     assert message in str(raised.value)
 
 
-def _global_worker(rank: int, port: int, results) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        scores, supervised = draw_scores(39)
-        half = slice(0, 2) if rank == 0 else slice(2, 4)
-        out = normalize_weights(scores[half], supervised[half], scope="global")
-        results.put((rank, out.weights.tolist(), int(out.statistics.neutral)))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_scope_global_is_one_batch_over_two_ranks() -> None:
     """Four rows on one rank or two on each of two: the same weights, NaN and all."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, rank, port], stdout=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    parts = [json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) for rank in ranks]
     scores, supervised = draw_scores(39)
-    assert len(scores) == 4
     whole, _ = normalize_weights(scores, supervised, scope="batch")
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_global_worker, args=(rank, port, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    parts = sorted(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=60)
-    assert torch.equal(torch.tensor(parts[0][1] + parts[1][1]), whole)
-    assert sum(part[2] for part in parts) == int((supervised & ~scores.isfinite()).sum())
+    assert len(whole) == 4
+    assert torch.equal(torch.tensor(parts[0]["weights"] + parts[1]["weights"]), whole)
+    assert sum(part["neutral"] for part in parts) == int((supervised & ~scores.isfinite()).sum())
+
+
+def main(rank: int, port: str) -> None:
+    """One of two ranks: its half of the rows."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    scores, supervised = (x[2 * rank : 2 * rank + 2] for x in draw_scores(39))
+    weights, statistics = normalize_weights(scores, supervised, scope="global")
+    torch.distributed.destroy_process_group()
+    print(json.dumps({"weights": weights.tolist(), "neutral": int(statistics.neutral)}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
