@@ -45,6 +45,7 @@ def measure(benchmark: BenchmarkFixture, session: Session, case: Case) -> None:
     time = results.timing(seconds, ceiling)
     benchmark.extra_info["share_of_ceiling"] = time["share_of_ceiling"]
     session.add(
-        "cases", provider, which, shape, **time, **work, peak_bytes=peak().of(which),
+        "cases", provider, which, shape, **time, **work,
+        others_cpu=problem.others[which, case.place], peak_bytes=peak().of(which),
         errors={name: error._asdict() for name, error in errors.items()},
     )  # fmt: skip

@@ -5,9 +5,11 @@ that they enclose was queued. The host runs ahead during `cool_caches`, so its l
 take longer than that. On a CPU it is the host's own clock.
 """
 
+import os
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,14 @@ def timed(run: Callable[..., Any], *arguments: Any) -> float:
     seconds = clock() - start
     del result
     return seconds
+
+
+def busy_elsewhere() -> float:
+    """CPU seconds that other processes have used so far; 0 where only a GPU's time counts."""
+    if HAS_GPU:
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def copy_bandwidth() -> float:

@@ -58,7 +58,7 @@ def needs(package: str, label: str) -> Missing:
 
     def missing(shape: Shape, device: torch.device) -> str | None:
         if device.type != "cuda":
-            return "its kernels need a GPU"
+            return "GPU kernels only"
         return None if find_spec(package) else f"{label} is not installed"
 
     return missing

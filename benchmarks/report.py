@@ -18,7 +18,7 @@ from benchmarks.plots import TITLES, draw, drawable
 from benchmarks.provider import NOT_REACHED
 from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Shape
-from benchmarks.table import MIB, UNWEIGHTED, label
+from benchmarks.table import MIB, NOISY, UNWEIGHTED, is_noisy, label
 
 README = results.ROOT / "README.md"
 PLOTS = results.ROOT / "benchmarks" / "plots"
@@ -62,9 +62,9 @@ def work(row: Row) -> str:
     width = f", D {shape.D}" if shape.D else ""
     dead = f", {1 - shape.live_rows / shape.rows:.0%} dead" if shape.prompt else ""
     cap = f", softcap {shape.softcap:g}" if shape.softcap else ""
-    stale = " **(stale)**" if results.is_stale(row.run, shape.path) else ""
+    marks = ["stale"] * results.is_stale(row.run, shape.path) + ["noisy"] * is_noisy(row.cases.values())
     size = f"V {shape.V}{width}, N {shape.rows} (H {shape.H}), {shape.dtype}{dead}{cap}"
-    return f"`{shape.path}` {shape.model}: {size}{stale}"
+    return f"`{shape.path}` {shape.model}: {size}{''.join(f' **({mark})**' for mark in marks)}"
 
 
 def milliseconds(ms: float) -> str:
@@ -125,7 +125,7 @@ def reasons(run: results.Run) -> Iterator[str]:
         if entry["reason"] != NOT_REACHED:
             names.setdefault(entry["reason"], {})[entry["provider"]] = None
     for reason, providers in names.items():
-        yield f"Absent: {', '.join(providers)} ({reason})."
+        yield f"* Absent: {', '.join(providers)} ({reason})."
 
 
 def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
@@ -140,13 +140,15 @@ def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
         yield from map(line, rows)
         yield ""
     if any(results.is_stale(row.run, row.shape.path) for row in rows):
-        yield "Stale: the sources have changed since they were timed."
+        yield "* Stale: the sources have changed since they were timed."
+    if any(is_noisy(row.cases.values()) for row in rows):
+        yield f"* Noisy: other processes took more than {NOISY:.0%} of the CPU meanwhile, or nobody looked."
     if any(UNWEIGHTED in line(row) for row in rows):
-        yield f"{UNWEIGHTED} knows no token weights, and does less work: the plain mean over rows."
+        yield f"* {UNWEIGHTED} knows no token weights, and does less work: the plain mean over rows."
     yield from dict.fromkeys(reason for run in used for reason in reasons(run))
     for run in used:
         numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
-        yield f"Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
+        yield f"* Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
     for place, path in enumerate(drawn(runs)):
         link = f"[{TITLES[path]}: time and memory over V and H](benchmarks/plots/{slug}-{path}.svg)"
         yield ""

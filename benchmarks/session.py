@@ -1,6 +1,7 @@
 """One benchmark session: the problem at hand, the check and the memory of each provider on it, and the record."""
 
 import contextlib
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import memory, oracle, results, rounds
-from benchmarks.clock import DEVICE, HAS_GPU
+from benchmarks.clock import DEVICE, HAS_GPU, busy_elsewhere
 from benchmarks.plan import Case
 from benchmarks.provider import NOT_REACHED, AbsentError, Provider
 from benchmarks.shapes import Inputs, Shape, make_inputs
@@ -39,6 +40,8 @@ class Problem:
     truths: dict[bool, list[oracle.Expected]] = field(default_factory=dict)
     # Seconds of the rounds of every provider, of a pass, that were timed in turns.
     seconds: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
+    # Share of the CPU that other processes took meanwhile.
+    others: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def truth(self, weighted: bool) -> list[oracle.Expected]:
         """The oracle's results."""
@@ -135,15 +138,15 @@ class Session:
         """The rounds of a case, timed in turns with the others that were selected of its problem and pass."""
         turn = case.which, case.place
         if turn not in problem.seconds:
-            problem.seconds[turn] = self._time(
-                [other for other in self.selected if (other.shape, other.which, other.place) == (case.shape, *turn)],
-                problem,
-            )
+            together = [
+                other for other in self.selected if (other.shape, other.which, other.place) == (case.shape, *turn)
+            ]
+            problem.seconds[turn], problem.others[turn] = self._time(together, problem)
         # An exception of the rounds is the provider's outcome since.
         self.qualify(case.provider, problem)
         return problem.seconds[turn][case.provider.name]
 
-    def _time(self, cases: list[Case], problem: Problem) -> dict[str, list[float]]:
+    def _time(self, cases: list[Case], problem: Problem) -> tuple[dict[str, list[float]], float]:
         able: dict[str, Provider] = {}
         for case in cases:
             # An exception is raised again in the test of the provider that it belongs to.
@@ -157,15 +160,18 @@ class Session:
             except Exception as error:
                 problem.outcomes[able.pop(name).name] = failure(provider, error)
         calls = {name: rounds.calls(able[name], cases[0].which, problem.shape, problem.inputs) for name in able}
+        begin, busy = time.monotonic(), busy_elsewhere()
+        outcomes = rounds.in_turns(calls)
+        others = (busy_elsewhere() - busy) / (time.monotonic() - begin) / (os.cpu_count() or 1)
         seconds = {}
-        for name, outcome in rounds.in_turns(calls).items():
+        for name, outcome in outcomes.items():
             if isinstance(outcome, Exception):
                 problem.outcomes[name] = failure(able[name], outcome)
                 continue
             seconds[name] = outcome
             if able[name].ceiling:
                 self._ceilings[problem.shape] = results.percentile(sorted(outcome), 0.2)
-        return seconds
+        return seconds, round(max(0.0, others), 3)
 
     def ceiling(self, shape: Shape) -> float | None:
         """Seconds of the bare products of a shape, p20, where they were timed."""

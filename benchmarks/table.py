@@ -6,7 +6,7 @@ the bare products. A provider with a dagger knows no weights of tokens, and does
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ from benchmarks.providers import BY_NAME
 
 MIB = 2**20
 UNWEIGHTED = "†"
+# Share of the CPU that others took. One busy neighbour on two cores is 0.5, and slows down by 10 what has many short
+# parallel parts.
+NOISY = 0.05
 Cases = dict[str, dict[str, dict[str, Any]]]  # provider -> pass -> case
+
+
+def is_noisy(cases: Iterable[dict[str, Any]]) -> bool:
+    """Other processes took so much of the CPU that they may have decided who is faster; or nobody knows."""
+    return max(case.get("others_cpu", 1.0) for case in cases) > NOISY
 
 
 def label(path: str, provider: str) -> str:
@@ -74,7 +82,8 @@ def table(run: results.Run) -> Iterator[str]:
     yield f"{'':22}{'ms, median':>26}  {'ms':>8} {'of':>6} {'mtp_ce':>8} {'peak':>8}"
     yield f"{'':22}{passes}  {'p20':>8} {'ceil.':>6} {'is':>8} {'MiB':>8}"
     for line, (shape, providers) in by_shape(run).items():
-        yield line
+        noisy = is_noisy(case for by_pass in providers.values() for case in by_pass.values())
+        yield line + "; NOISY, others were on the CPU" * noisy
         mine = providers.get("mtp_ce", {})
         ours = mine.get("both") or mine.get("forward")
         for name, by_pass in providers.items():

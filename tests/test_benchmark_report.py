@@ -48,7 +48,7 @@ def a_run(load: Load, kind: str) -> dict[str, Any]:
                 continue
             peak = max(n, 1) * max(shape["gradient_bytes"], 2**20) + shape["logits_bytes"] // 10
             timing = results.timing([(n or 0.5) / 1e3] * 5, 0.5 / 1e3)
-            run["cases"].append({**entry, **timing, "peak_bytes": peak, "errors": {}})
+            run["cases"].append({**entry, **timing, "others_cpu": 0.0, "peak_bytes": peak, "errors": {}})
     return run
 
 
@@ -69,7 +69,7 @@ def test_the_readme_section_says_in_few_lines_what_matters(load: Load, tmp_path:
     assert "torch_chunked 5.00x, " in rows[0]
     assert "40% dead" in rows[1]
     assert "stale" not in report.section(tmp_path)
-    (absent,) = [line for line in lines if line.startswith("Absent")]
+    (absent,) = [line for line in lines if line.startswith("* Absent")]
     assert absent.endswith("(not installed).")
     assert "commit 0123456789ab." in report.section(tmp_path)
     for path in PATHS:
@@ -87,6 +87,18 @@ def test_a_result_of_other_sources_is_marked_stale(load: Load, tmp_path: Path) -
     assert marked == {"linear": False, "logits": True, "token_ce": False}
     assert "Stale: the sources have changed since they were timed." in section
     assert STALE in [*load("table").table(run)]
+
+
+def test_a_result_of_a_busy_machine_is_marked_noisy(load: Load, tmp_path: Path) -> None:
+    results, report = load("results"), load("report")
+    run = a_run(load, "cpu")
+    for case in run["cases"]:
+        case["others_cpu"] = 0.4 if case["shape"]["path"] == "token_ce" else 0.01
+    results.write(tmp_path / "cpu.json", [run])
+    section = report.section(tmp_path)
+    marked = {line.split("`")[1]: "**(noisy)**" in line for line in section.splitlines() if line.startswith("| `")}
+    assert marked == {"linear": False, "logits": False, "token_ce": True}
+    assert "* Noisy: other processes took more than 5% of the CPU meanwhile" in section
 
 
 def test_a_peer_that_does_less_work_is_marked(load: Load, tmp_path: Path) -> None:
