@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from mtp_ce.training.recipe import Recipe
+    from mtp_ce.training.schema import Recipe
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -73,7 +73,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := [name for name in _TRAIN_EXTRA if find_spec(name) is None]:
         return _complain(_missing(missing), EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
-    from mtp_ce.training.recipe import RecipeError, load_recipe, to_yaml
+    from mtp_ce.training.recipe import load_recipe, to_yaml
+    from mtp_ce.training.schema import RecipeError
 
     try:
         name, overrides = _sort_out(arguments.what)
@@ -153,7 +154,7 @@ def _headline(recipe: Path) -> str:
 
 
 def _sort_out(words: Sequence[str]) -> tuple[str, list[str]]:
-    from mtp_ce.training.recipe import RecipeError
+    from mtp_ce.training.schema import RecipeError
 
     overrides = [word for word in words if _OVERRIDE.match(word)]
     recipes = [word for word in words if not _OVERRIDE.match(word)]
@@ -163,7 +164,7 @@ def _sort_out(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _output_folder(recipe: Recipe, wanted: Path | None) -> Path:
-    from mtp_ce.training.recipe import RecipeError
+    from mtp_ce.training.schema import RecipeError
 
     output = wanted or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     if output.exists() or output.is_symlink():

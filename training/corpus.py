@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_ce.training.recipe import DataConfig, RecipeError
+from mtp_ce.training.schema import DataConfig, RecipeError
 
 # Third-party packages differ from machine to machine, and tests from one Linux distribution to the next.
 # encodings and pydoc_data are generated: a hundred near copies of one table, of which some would be held out

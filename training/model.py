@@ -19,7 +19,7 @@ from mtp_ce.heads import MTPHeads
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import CallOptions, MTPLoss, weighted_mtp_ce
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.schema import Recipe
 
 
 class MultiTokenModel(nn.Module):

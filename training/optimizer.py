@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from mtp_ce.training.model import MultiTokenModel
-from mtp_ce.training.recipe import OptimizerConfig
+from mtp_ce.training.schema import OptimizerConfig
 
 
 def build_optimizer(model: MultiTokenModel, config: OptimizerConfig) -> AdamW:

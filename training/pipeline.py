@@ -17,8 +17,9 @@ from mtp_ce.training.data import PackedRows, TokenisedCorpus, tokenise, unigram_
 from mtp_ce.training.interrupt import stop_on_interrupt
 from mtp_ce.training.model import MultiTokenModel, build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import Recipe, RecipeError, UniformScorerConfig, to_yaml, without_password
+from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import Display, results_table
+from mtp_ce.training.schema import Recipe, RecipeError, UniformScorerConfig
 from mtp_ce.training.sums import HeadResult
 from mtp_ce.training.tokenizer import load_tokenizer
 from mtp_ce.training.tracking import METRICS_FILE, Tracking

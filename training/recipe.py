@@ -1,10 +1,10 @@
-"""What a training run is made of: a YAML file, `a.b=c` overrides, and the models that check both.
+"""From a YAML file and `a.b=c` overrides to a checked recipe, and back.
 
     recipe = load_recipe("tiny", ["train.steps=100", "optimizer.lr=3e-4"])
 
 Everything here is answered without torch, so that a mistake costs a second and not a minute. A key that
 does not exist, a value of the wrong type or out of range, a key given twice: each is one `RecipeError`
-whose message is one line. Every field says what it is and in which unit; `None` is written `null`.
+whose message is one line.
 """
 
 from __future__ import annotations
@@ -13,178 +13,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mtp_ce.training.schema import Recipe, RecipeError
+
 RECIPES_FOLDER = Path(__file__).resolve().parent / "recipes"
-
-
-class RecipeError(ValueError):
-    """A mistake in what the user asked for; its message is one line that names it and the way out."""
-
-
-class _Group(BaseModel):
-    # strict: YAML already has types, and a lax `steps: yes` would train for one step.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(_Group):
-    """The text, its split, its tokens."""
-
-    corpus: str = Field(
-        default="stdlib",
-        description="'stdlib' (the Python standard library's own source) or a folder of text files",
-    )
-    suffix: str = Field(default=".py", min_length=1, description="which files of the corpus are documents, by suffix")
-    holdout_fraction: float = Field(
-        default=0.04,
-        gt=0,
-        lt=1,
-        description="share of the files held out for validation, chosen by a hash of the path",
-    )
-    vocab_size: int = Field(default=8192, ge=257, description="entries of the byte-level BPE tokenizer, V")
-    sequence_length: int = Field(default=256, ge=2, description="tokens in a packed row, S")
-
-
-class MTPConfig(_Group):
-    """The prediction heads."""
-
-    kind: Literal["residual"] = Field(
-        default="residual",
-        description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774",
-    )
-    horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
-    loss: Literal["linear", "logits"] = Field(
-        default="linear", description="linear never builds the logits of all heads; logits builds them. The same loss"
-    )
-
-
-class ModelConfig(_Group):
-    """The trunk, a Llama from transformers with random weights, and its heads."""
-
-    kind: Literal["llama"] = Field(default="llama", description="architecture; trained from scratch")
-    hidden_size: int = Field(ge=1, description="width of the hidden states, D")
-    intermediate_size: int = Field(ge=1, description="width inside the feed-forward layers")
-    layers: int = Field(ge=1, description="number of decoder layers")
-    attention_heads: int = Field(ge=1, description="number of attention heads per layer")
-    kv_heads: int = Field(ge=1, description="number of key/value heads per layer; divides attention_heads")
-    tie_embeddings: bool = Field(default=True, description="whether input embedding and unembedding are one matrix")
-    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights and embeddings")
-    mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        if self.hidden_size % (2 * self.attention_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not an even multiple of attention_heads "
-                f"{self.attention_heads}; rotary positions need an even width per head"
-            )
-        if self.attention_heads % self.kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide attention_heads {self.attention_heads}")
-        return self
-
-
-class UniformScorerConfig(_Group):
-    """Every supervised token weighs 1."""
-
-    name: Literal["uniform"] = Field(default="uniform", description="which scorer makes the token weights")
-
-
-class OptimizerConfig(_Group):
-    """AdamW with a linear warm-up and a cosine decay."""
-
-    lr: float = Field(gt=0, description="peak learning rate")
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
-    final_lr_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
-    weight_decay: float = Field(
-        default=0.1,
-        ge=0,
-        description="decoupled weight decay; matrices only, not embeddings, norms or biases",
-    )
-    clip_norm: float | None = Field(
-        default=1.0,
-        gt=0,
-        description="largest L2 norm of the whole gradient; null logs the norm but never clips",
-    )
-
-
-class TrainConfig(_Group):
-    """The loop."""
-
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(ge=1, description="rows of sequence_length tokens per optimizer step")
-    micro_batch_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="rows per forward; divides batch_size; null: all. Changes memory, not results",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
-    log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
-
-    @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> Self:
-        if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        return self
-
-
-class ValidationConfig(_Group):
-    """How the held-out files are scored; always all of them, unweighted, and always after the last step."""
-
-    every: int | None = Field(
-        default=None, ge=1, description="steps between two validations; null: after the last step only"
-    )
-    batch_size: int = Field(default=8, ge=1, description="rows per forward; changes memory, not results")
-
-
-class TrackingConfig(_Group):
-    """Where metrics go besides metrics.jsonl in the output folder."""
-
-    kind: Literal["mlflow", "none"] = Field(default="mlflow", description="none works without mlflow installed")
-    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
-    experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
-
-
-class Recipe(_Group):
-    """Everything that decides a run."""
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="begins the name of the output folder and of the MLflow run",
-    )
-    description: str = Field(default="", description="one sentence, shown by --help")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the rows")
-    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split, its tokens")
-    model: ModelConfig = Field(description="the trunk and its heads")
-    scorer: UniformScorerConfig = Field(
-        default_factory=UniformScorerConfig, description="what gives every token its weight"
-    )
-    optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
-    train: TrainConfig = Field(description="the loop")
-    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
-
-    @model_validator(mode="after")
-    def _groups_agree(self) -> Self:
-        if self.model.mtp.horizon >= self.data.sequence_length:
-            raise ValueError(
-                f"model.mtp.horizon {self.model.mtp.horizon} leaves no target for the last head in rows of "
-                f"data.sequence_length {self.data.sequence_length}; make the rows longer than the horizon"
-            )
-        if self.optimizer.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps "
-                f"{self.train.steps}; the learning rate would never come down"
-            )
-        return self
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -310,26 +147,53 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
+def _groups(annotation: Any) -> list[type[BaseModel]]:
+    """The groups that a field can hold: none for a plain value, several for a choice."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [group for part in get_args(annotation) for group in _groups(part)]
+
+
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for key, field in model.model_fields.items():
         yield prefix + key
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{key}.")
+        for group in _groups(field.annotation):
+            yield from _known_keys(group, f"{prefix}{key}.")
 
 
 def _description(dotted: str) -> str:
-    model: Any = Recipe
+    groups: list[type[BaseModel]] = [Recipe]
     field = None
     for key in dotted.split("."):
-        field = model.model_fields.get(key) if hasattr(model, "model_fields") else None
+        field = next((group.model_fields[key] for group in groups if key in group.model_fields), None)
         if field is None:
             return ""
-        model = field.annotation
+        groups = _groups(field.annotation)
     return field.description or "" if field else ""
 
 
+def _dotted(place: Sequence[str | int]) -> tuple[str, str | None]:
+    """The dotted key that an error speaks of, and the name of the choice it was read as.
+
+    pydantic puts that name between the keys: scorer, rho1_excess, eps.
+    """
+    groups: list[type[BaseModel]] = [Recipe]
+    keys: list[str] = []
+    chosen = None
+    for part in map(str, place):
+        field = next((group.model_fields[part] for group in groups if part in group.model_fields), None)
+        if field is None and len(groups) > 1:
+            named = [g for g in groups if part in get_args(g.model_fields["name"].annotation)]
+            if named:
+                groups, chosen = named, part
+                continue
+        keys.append(part)
+        groups = _groups(field.annotation) if field else []
+    return ".".join(keys), chosen
+
+
 def _nearest_key(dotted: str) -> str | None:
-    known = list(_known_keys(Recipe))
+    known = list(dict.fromkeys(_known_keys(Recipe)))
     leaf = dotted.rpartition(".")[2]
     # A right name in the wrong place comes first: `lr` means optimizer.lr and nothing spelt like it.
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
@@ -344,12 +208,21 @@ def _nearest_key(dotted: str) -> str | None:
 
 def _explain(error: ErrorDetails) -> str:
     """Turn one pydantic error into one line: the key, what came, what was expected, the way out."""
-    dotted = ".".join(str(part) for part in error["loc"])
+    dotted, chosen = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
         meant = _nearest_key(dotted)
+        if meant == dotted:
+            return f"key '{dotted}' is not one of {dotted.rpartition('.')[0]} '{chosen}'; --print-config shows its keys"
         hint = f"did you mean '{meant}'?" if meant else "--print-config shows every key"
         return f"unknown key '{dotted}'; {hint}"
-    if error["type"] == "missing":
+    if error["type"] == "union_tag_invalid":
+        tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+        near = difflib.get_close_matches(tag, re.findall(r"'([^']*)'", expected), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"'{dotted}.name' is '{tag}'; it should be one of {expected}{hint}"
+    if error["type"] == "union_tag_not_found":
+        dotted = f"{dotted}.name"
+    if error["type"] in ("missing", "union_tag_not_found"):
         return f"missing key '{dotted}': {_description(dotted)}"
     if error["type"] == "value_error":
         return f"{dotted}: {error['ctx']['error']}" if dotted else str(error["ctx"]["error"])

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.recipe import RecipeError
+from mtp_ce.training.schema import RecipeError
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -22,7 +22,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mtp_ce.training.recipe import Recipe, flatten, without_password
+from mtp_ce.training.recipe import flatten, without_password
+from mtp_ce.training.schema import Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -27,7 +27,7 @@ from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
 from mtp_ce.training.model import MultiTokenModel
-from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.sums import HeadResult, HeadSums
 
 # Takes the steps done and the metrics of the last log_every of them.

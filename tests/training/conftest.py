@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.recipe import Recipe, load_recipe
+from mtp_ce.training.recipe import load_recipe
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.sums import HeadResult
 
 SMALL = [

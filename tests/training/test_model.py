@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from mtp_ce import weighted_mtp_ce
 from mtp_ce.training.data import PackedRows
 from mtp_ce.training.model import MultiTokenModel, build_model
-from mtp_ce.training.recipe import Recipe
+from mtp_ce.training.schema import Recipe
 
 
 @pytest.fixture

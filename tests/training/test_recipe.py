@@ -6,15 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from mtp_ce.training.recipe import (
-    Recipe,
-    RecipeError,
-    flatten,
-    load_recipe,
-    shipped_recipes,
-    to_yaml,
-    without_password,
-)
+from mtp_ce.training.recipe import flatten, load_recipe, shipped_recipes, to_yaml, without_password
+from mtp_ce.training.schema import Recipe, RecipeError
 
 
 def groups(model: type[BaseModel]):

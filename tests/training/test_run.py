@@ -15,7 +15,8 @@ from mtp_ce.training import pipeline
 from mtp_ce.training.corpus import read_corpus, texts
 from mtp_ce.training.data import PackedRows, tokenise, unigram_cross_entropy
 from mtp_ce.training.model import MultiTokenModel
-from mtp_ce.training.recipe import RecipeError, load_recipe, to_yaml
+from mtp_ce.training.recipe import load_recipe, to_yaml
+from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.tokenizer import load_tokenizer
 
 TRAIN_METRICS = {

@@ -19,7 +19,8 @@ from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import PackedRows, rows_of_step
 from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import Recipe, load_recipe
+from mtp_ce.training.recipe import load_recipe
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.trainer import NonFiniteError, Trainer, scored_positions
 
 

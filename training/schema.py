@@ -1,0 +1,331 @@
+"""What a recipe holds: every key with its meaning, unit and range, and how keys must agree.
+
+Strict: a key that does not exist, a value of the wrong type or out of range is an error. `None` is written `null`.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RecipeError(ValueError):
+    """A mistake in what the user asked for; its message is one line that names it and the way out."""
+
+
+class _Group(BaseModel):
+    # strict: YAML already has types, and a lax `steps: yes` would train for one step.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Group):
+    """The text, its split, its tokens."""
+
+    corpus: str = Field(
+        default="stdlib",
+        description="'stdlib' (the Python standard library's own source) or a folder of text files",
+    )
+    suffix: str = Field(default=".py", min_length=1, description="which files of the corpus are documents, by suffix")
+    holdout_fraction: float = Field(
+        default=0.04,
+        gt=0,
+        lt=1,
+        description="share of the files held out for validation, chosen by a hash of the path",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a folder, an s3:// address or a hub name; null: a byte-level BPE, trained on the corpus",
+    )
+    vocab_size: int = Field(
+        default=8192,
+        ge=257,
+        description="V: entries of the tokenizer trained here; for another one at least its own",
+    )
+    sequence_length: int = Field(default=256, ge=2, description="tokens in a packed row, S")
+
+
+class MTPConfig(_Group):
+    """The prediction heads."""
+
+    kind: Literal["residual"] = Field(
+        default="residual",
+        description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774",
+    )
+    horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
+    loss: Literal["linear", "logits"] = Field(
+        default="linear", description="linear never builds the logits of all heads; logits builds them. The same loss"
+    )
+
+
+class TrunkConfig(_Group):
+    """A Llama from transformers with random weights."""
+
+    kind: Literal["llama"] = Field(default="llama", description="architecture; trained from scratch")
+    hidden_size: int = Field(ge=1, description="width of the hidden states, D")
+    intermediate_size: int = Field(ge=1, description="width inside the feed-forward layers")
+    layers: int = Field(ge=1, description="number of decoder layers")
+    attention_heads: int = Field(ge=1, description="number of attention heads per layer")
+    kv_heads: int = Field(ge=1, description="number of key/value heads per layer; divides attention_heads")
+    tie_embeddings: bool = Field(default=True, description="whether input embedding and unembedding are one matrix")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights and embeddings")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden_size % (2 * self.attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even multiple of attention_heads "
+                f"{self.attention_heads}; rotary positions need an even width per head"
+            )
+        if self.attention_heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide attention_heads {self.attention_heads}")
+        return self
+
+
+class ModelConfig(TrunkConfig):
+    """The trunk and its heads."""
+
+    mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+
+class UniformScorerConfig(_Group):
+    """Every supervised token weighs 1."""
+
+    name: Literal["uniform"] = Field(default="uniform", description="which scorer makes the token weights")
+
+
+class _ScoreConfig(_Group):
+    """How scores become weights of mean 1; the options of `normalize_weights`."""
+
+    mode: Literal["softmax", "topk"] = Field(
+        default="softmax",
+        description="softmax: a soft weight; topk: the highest scores share it all, arXiv:2404.07965",
+    )
+    temperature: float = Field(default=0.7, gt=0, description="of the soft form, in standard deviations")
+    eps: float = Field(default=0.05, ge=0, le=1, description="smallest weight of the soft form")
+    w_max: float = Field(default=3.0, ge=1, description="largest weight of the soft form")
+    top_fraction: float = Field(default=0.6, gt=0, le=1, description="share of the tokens that topk keeps")
+    scope: Literal["sequence", "batch", "global"] = Field(
+        default="sequence",
+        description="over which tokens the mean is 1: a document in its row, a micro-batch, all ranks",
+    )
+
+    def normalization(self) -> dict[str, Any]:
+        """Give the options as `normalize_weights` takes them."""
+        return self.model_dump(include=set(_ScoreConfig.model_fields))
+
+
+class Rho1ScorerConfig(_ScoreConfig):
+    """Excess cross entropy over a reference model, arXiv:2404.07965."""
+
+    name: Literal["rho1_excess"] = Field(description="which scorer makes the token weights")
+    current: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a frozen model to compare with the reference: a folder, an s3:// address or a hub name; "
+        "null: the model in training",
+    )
+
+
+class CriticScorerConfig(_ScoreConfig):
+    """Change of a critic's value at the token."""
+
+    name: Literal["critic_delta"] = Field(description="which scorer makes the token weights")
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount of the next value")
+    gae_lambda: float = Field(
+        default=0.0, ge=0, le=1, description="0: the change at the token alone; 1: later ones too"
+    )
+
+
+ModelScorerConfig = Annotated[Rho1ScorerConfig | CriticScorerConfig, Field(discriminator="name")]
+
+
+class ControlScorerConfig(_Group):
+    """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the micro-batch."""
+
+    name: Literal["shuffled", "random_matched"] = Field(description="which scorer makes the token weights")
+    of: ModelScorerConfig = Field(description="the scorer whose weights are moved")
+
+
+ScorerConfig = Annotated[
+    UniformScorerConfig | Rho1ScorerConfig | CriticScorerConfig | ControlScorerConfig, Field(discriminator="name")
+]
+
+
+class OptimizerConfig(_Group):
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    lr: float = Field(gt=0, description="peak learning rate")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
+    final_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="decoupled weight decay; matrices only, not embeddings, norms or biases",
+    )
+    clip_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="largest L2 norm of the whole gradient; null logs the norm but never clips",
+    )
+
+
+class StageTrainConfig(_Group):
+    """The loop of a stage."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(ge=1, description="rows of sequence_length tokens per optimizer step")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows per forward; divides batch_size; null: all. Changes memory, not results",
+    )
+    log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class TrainConfig(StageTrainConfig):
+    """The loop of the last stage, and the device of all."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+
+
+class _FrozenModelConfig(_Group):
+    """A model that only scores: taken as it is, or trained in a stage of its own."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a trained model: a folder, an s3:// address or a hub name; null: it is trained here",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the data")
+    model: TrunkConfig | None = Field(default=None, description="its sizes; null: those of the recipe's `model`")
+    optimizer: OptimizerConfig | None = Field(default=None, description="null: the recipe's `optimizer`")
+    train: StageTrainConfig | None = Field(default=None, description="the loop; needed where source is null")
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> Self:
+        if self.source is None and self.train is None:
+            raise ValueError("neither source nor train is given; name a trained model or say how to train one")
+        return self
+
+
+class ReferenceConfig(_FrozenModelConfig):
+    """The reference of rho1_excess: a next-token model of the text that one wants more of."""
+
+    documents: Literal["documented", "all"] = Field(
+        default="documented",
+        description="what it is trained on: public modules with a docstring, or every training file",
+    )
+
+
+class CriticConfig(_FrozenModelConfig):
+    """The critic of critic_delta: says at every token whether the function will compile."""
+
+    objective: Literal["ranking", "regression"] = Field(
+        default="ranking",
+        description="ranking: intact above corrupted; regression: the value is the chance to compile",
+    )
+    corruption: Literal["delete", "swap", "both"] = Field(
+        default="both", description="how functions are corrupted: a token deleted, two tokens swapped"
+    )
+
+
+class ValidationConfig(_Group):
+    """How the held-out files are scored; always all of them, unweighted, and always after the last step."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="steps between two validations; null: after the last step only"
+    )
+    batch_size: int = Field(default=8, ge=1, description="rows per forward; changes memory, not results")
+
+
+class TrackingConfig(_Group):
+    """Where metrics go besides metrics.jsonl in the output folder."""
+
+    kind: Literal["mlflow", "none"] = Field(default="mlflow", description="none works without mlflow installed")
+    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
+    experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
+
+
+class Recipe(_Group):
+    """Everything that decides a run: its stages (reference, critic, the model itself) and what they share."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="begins the name of the output folder and of the MLflow run",
+    )
+    description: str = Field(default="", description="one sentence, shown by --help")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the rows")
+    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split, its tokens")
+    model: ModelConfig = Field(description="the trunk and its heads")
+    scorer: ScorerConfig = Field(default_factory=UniformScorerConfig, description="what gives every token its weight")
+    precompute_weights: bool = Field(
+        default=False, description="whether a stage of its own weighs every token once, before training"
+    )
+    reference: ReferenceConfig | None = Field(default=None, description="the reference model of rho1_excess")
+    critic: CriticConfig | None = Field(default=None, description="the critic of critic_delta")
+    optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
+    train: TrainConfig = Field(description="the loop")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+
+    @model_validator(mode="after")
+    def _groups_agree(self) -> Self:
+        if self.model.mtp.horizon >= self.data.sequence_length:
+            raise ValueError(
+                f"model.mtp.horizon {self.model.mtp.horizon} leaves no target for the last head in rows of "
+                f"data.sequence_length {self.data.sequence_length}; make the rows longer than the horizon"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps "
+                f"{self.train.steps}; the learning rate would never come down"
+            )
+        for name, stage in (("reference", self.reference), ("critic", self.critic)):
+            if stage and stage.train and (stage.optimizer or self.optimizer).warmup_steps >= stage.train.steps:
+                raise ValueError(
+                    f"{name}.train.steps {stage.train.steps} is not above its warmup_steps "
+                    f"{(stage.optimizer or self.optimizer).warmup_steps}; give {name}.optimizer or more steps"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _scorer_has_its_model(self) -> Self:
+        scored = self.scored_by
+        if isinstance(scored, Rho1ScorerConfig) and self.reference is None:
+            raise ValueError(
+                "scorer rho1_excess compares with a reference and there is none; give reference.source=FOLDER, an "
+                "s3:// address or a hub name, or reference.train.steps and reference.train.batch_size to train one"
+            )
+        if isinstance(scored, CriticScorerConfig) and self.critic is None:
+            raise ValueError(
+                "scorer critic_delta asks a critic and there is none; give critic.source=FOLDER, an s3:// address or "
+                "a hub name, or critic.train.steps and critic.train.batch_size to train one"
+            )
+        if self.precompute_weights and scored is None:
+            raise ValueError("precompute_weights is true, but scorer uniform computes nothing; take another scorer")
+        if self.precompute_weights and isinstance(scored, Rho1ScorerConfig) and scored.current is None:
+            raise ValueError(
+                "precompute_weights is true, but the model in training has other losses at every step; name a frozen "
+                "model as scorer.current"
+            )
+        return self
+
+    @property
+    def scored_by(self) -> Rho1ScorerConfig | CriticScorerConfig | None:
+        """The scorer that asks a model, also behind a control; None for uniform weights."""
+        scorer = self.scorer.of if isinstance(self.scorer, ControlScorerConfig) else self.scorer
+        return None if isinstance(scorer, UniformScorerConfig) else scorer
