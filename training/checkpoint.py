@@ -11,20 +11,25 @@ loads an ordinary causal language model from it.
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
+from typing import Any, Protocol
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.model import MultiTokenModel
 
 
-def save_model(folder: Path, model: MultiTokenModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write model, tokenizer and heads; `folder` appears when all of it is there.
+class Saves(Protocol):
+    """A model, a tokenizer, heads: what writes its own files into a folder."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write the files."""
+        ...
+
+
+def save_model(folder: Path, *parts: Saves) -> None:
+    """Write the parts of a model; `folder` appears when all of it is there.
 
     Raises:
         FileExistsError: `folder` is there already.
     """
     with whole_folder(folder) as aside:
-        model.trunk.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        model.heads.save_pretrained(aside)
+        for part in parts:
+            part.save_pretrained(aside)

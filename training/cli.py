@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
-EXIT_NOT_FINITE = 3
+EXIT_REFUSED = 3
 EXIT_INTERRUPTED = 130
 
-DEFAULT_RECIPE = "tiny"
+DEFAULT_RECIPE = "rho1"
 
 # What floor 2 imports sooner or later; mlflow only where the recipe asks for it.
 _TRAIN_EXTRA = (
@@ -38,14 +38,14 @@ shipped recipes:
 {recipes}
 
 examples:
-  train-mtp                                     train the recipe 'tiny'
+  train-mtp                                     train the recipe 'rho1'
   train-mtp --print-config                      show every key, its value after overrides
   train-mtp tiny train.steps=50 optimizer.lr=1e-3 --dry-run
   train-mtp my.yaml tracking.kind=none --output runs/first
 
 exit codes:
   0 done   1 a crash   2 a mistake in the call or the recipe, nothing was written
-  3 loss or gradient was NaN or infinite; the step was not taken   130 Ctrl-C
+  3 loss, gradient or token weights out of bounds; the step was not taken   130 Ctrl-C
 """
 
 
@@ -75,6 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.corpus import find_files
     from mtp_ce.training.recipe import load_recipe, to_yaml
     from mtp_ce.training.schema import RecipeError
+    from mtp_ce.training.sources import find_sources
 
     try:
         name, overrides = _sort_out(arguments.what)
@@ -86,6 +87,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return _complain(_missing(["mlflow"]) + ", or give tracking.kind=none", EXIT_USAGE)
         output = _output_folder(recipe, arguments.output)
         find_files(recipe.data)
+        find_sources(recipe)
         return _run(recipe, output, arguments.dry_run)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
@@ -94,18 +96,18 @@ def _main(argv: Sequence[str] | None) -> int:
 def _run(recipe: Recipe, output: Path, dry_run: bool) -> int:
     # Only here do torch and transformers load; everything above has been answered by then.
     from mtp_ce.training.pipeline import describe, train
-    from mtp_ce.training.trainer import NonFiniteError
+    from mtp_ce.training.trainer import StepRefusedError
 
     if dry_run:
         describe(recipe, output)
         return EXIT_DONE
     try:
         train(recipe, output)
-    except NonFiniteError as error:
-        return _complain(str(error), EXIT_NOT_FINITE)
+    except StepRefusedError as error:
+        return _complain(str(error), EXIT_REFUSED)
     except KeyboardInterrupt:
-        metrics = output / "metrics.jsonl"
-        kept = f"; metrics so far are in {metrics}" if metrics.exists() else ""
+        metrics = sorted(output.rglob("metrics.jsonl"))
+        kept = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
         return _complain(f"interrupted{kept}", EXIT_INTERRUPTED)
     return EXIT_DONE
 

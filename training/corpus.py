@@ -9,12 +9,14 @@ Nothing here needs torch: an empty folder is a mistake that deserves its answer 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import sysconfig
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mtp_ce.training.schema import DataConfig, RecipeError
 
@@ -130,6 +132,24 @@ def read_corpus(data: DataConfig) -> Corpus:
 def texts(documents: Iterable[Document]) -> list[str]:
     """Give the texts alone."""
     return [document.text for document in documents]
+
+
+def is_documented(document: Document) -> bool:
+    """Whether a file is a public module with a docstring: the curated part of a Python corpus.
+
+    Whoever writes for others to read documents and names what is private with an underscore: private modules hold
+    tables, generated code and fallbacks of C code, and a module without a docstring is mostly a script or a shim.
+    """
+    parts = PurePosixPath(document.path).with_suffix("").parts
+    if any(part.startswith("_") and part != "__init__" for part in parts):
+        return False
+    try:
+        with warnings.catch_warnings():
+            # Old files hold escapes that newer Pythons warn about.
+            warnings.simplefilter("ignore")
+            return ast.get_docstring(ast.parse(document.text)) is not None
+    except (SyntaxError, ValueError):
+        return False
 
 
 def _decode(content: bytes) -> str | None:

@@ -13,9 +13,10 @@ all-ones mask would switch that detection off. Padding is a document of its own,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 
 import datasets
 import torch
@@ -34,24 +35,31 @@ _FORMAT = "1"
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents: four int64 tensors [B, S]."""
+    """Rows of packed documents: four int64 tensors [B, S], and weights where they were made before training."""
 
     input_ids: Tensor
     labels: Tensor  # input_ids, unshifted, with -100 at padding
     document_ids: Tensor
     position_ids: Tensor
+    token_weights: Tensor | None = None  # [B, S] fp32, of the token that stands there
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        return Batch(*(tensor.to(device) for tensor in self._tensors()))
+        return self._each(lambda tensor: tensor.to(device))
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Give micro-batches of at most `rows` rows, as views."""
-        for parts in zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True):
-            yield Batch(*parts)
+        for start in range(0, len(self.input_ids), rows):
+            yield self._each(itemgetter(slice(start, start + rows)))
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.input_ids, self.labels, self.document_ids, self.position_ids
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            input_ids=change(self.input_ids),
+            labels=change(self.labels),
+            document_ids=change(self.document_ids),
+            position_ids=change(self.position_ids),
+            token_weights=None if self.token_weights is None else change(self.token_weights),
+        )
 
 
 class PackedRows:
@@ -61,15 +69,23 @@ class PackedRows:
         documents: token ids of each document, 1-d.
         row_length: S. Nothing is dropped: the last row is padded.
         pad_id: what fills the last row.
+        token_weights: fp32 weights of each document's tokens, 1-d, or None.
     """
 
-    def __init__(self, documents: Sequence[Tensor], row_length: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        documents: Sequence[Tensor],
+        row_length: int,
+        pad_id: int,
+        token_weights: Sequence[Tensor] | None = None,
+    ) -> None:
         self.row_length = row_length
         self.pad_id = pad_id
         self.tokens = torch.cat([document.to(torch.int32) for document in documents])
-        lengths = torch.tensor([len(document) for document in documents])
+        self.token_weights = None if token_weights is None else torch.cat([*token_weights])
+        self.lengths = torch.tensor([len(document) for document in documents])
         # One start more than there are documents: the padding's, so that it needs no case of its own.
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
 
     def __len__(self) -> int:
         """Give the number of rows."""
@@ -84,13 +100,15 @@ class PackedRows:
         row_start = rows[:, None] * self.row_length  # [B, 1]
         place = row_start + torch.arange(self.row_length)  # [B, S], in self.tokens
         real = place < len(self.tokens)
-        tokens = self.tokens[place.clamp(max=len(self.tokens) - 1)].to(torch.int64)
+        inside = place.clamp(max=len(self.tokens) - 1)
+        tokens = self.tokens[inside].to(torch.int64)
         document_ids = torch.searchsorted(self._starts, place, right=True) - 1
         return Batch(
             input_ids=torch.where(real, tokens, self.pad_id),
             labels=torch.where(real, tokens, IGNORE),
             document_ids=document_ids,
             position_ids=place - torch.maximum(self._starts[document_ids], row_start),
+            token_weights=None if self.token_weights is None else self.token_weights[inside] * real,
         )
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from mtp_ce.heads import MTPHeads
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import CallOptions, MTPLoss, weighted_mtp_ce
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.schema import DataConfig, Recipe, TrunkConfig
 
 
 class MultiTokenModel(nn.Module):
@@ -99,19 +99,29 @@ def build_model(recipe: Recipe, end_of_text: int | None = None) -> MultiTokenMod
         end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
     """
     sizes = recipe.model
-    config = LlamaConfig(
-        vocab_size=recipe.data.vocab_size,
+    heads = MTPHeads(sizes.hidden_size, sizes.mtp.horizon, sizes.mtp.kind)
+    return MultiTokenModel(LlamaForCausalLM(llama_config(sizes, recipe.data, end_of_text)), heads, sizes.mtp.loss)
+
+
+def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:
+    """Give the configuration of a Llama that reads the recipe's rows.
+
+    Args:
+        sizes: widths and depth.
+        data: the vocabulary and the longest row.
+        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+    """
+    return LlamaConfig(
+        vocab_size=data.vocab_size,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.attention_heads,
         num_key_value_heads=sizes.kv_heads,
-        max_position_embeddings=recipe.data.sequence_length,
+        max_position_embeddings=data.sequence_length,
         initializer_range=sizes.init_std,
         tie_word_embeddings=sizes.tie_embeddings,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
     )
-    heads = MTPHeads(sizes.hidden_size, sizes.mtp.horizon, sizes.mtp.kind)
-    return MultiTokenModel(LlamaForCausalLM(config), heads, sizes.mtp.loss)

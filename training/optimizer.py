@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
-from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.schema import OptimizerConfig
 
 
-def build_optimizer(model: MultiTokenModel, config: OptimizerConfig) -> AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Give AdamW over all parameters; weight decay pulls on matrices alone.
 
     Norms, biases and both embeddings are not decayed: a token that is rare gets few gradients and would
     shrink towards zero by decay alone.
+
+    Args:
+        model: a transformers model, or a module that holds some; they say which parameters are embeddings.
+        config: rates and decays.
     """
     embeddings = {
-        id(embedding.weight) for embedding in (model.trunk.get_input_embeddings(), model.trunk.get_output_embeddings())
+        id(embedding.weight)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+        for embedding in (part.get_input_embeddings(), part.get_output_embeddings())
+        if embedding is not None
     }
     decayed: list[Parameter] = []
     plain: list[Parameter] = []

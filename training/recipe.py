@@ -195,10 +195,9 @@ def _dotted(place: Sequence[str | int]) -> tuple[str, str | None]:
 def _nearest_key(dotted: str) -> str | None:
     known = list(dict.fromkeys(_known_keys(Recipe)))
     leaf = dotted.rpartition(".")[2]
-    # A right name in the wrong place comes first: `lr` means optimizer.lr and nothing spelt like it.
-    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    if elsewhere:
-        return elsewhere[0]
+    # A right name in the wrong place comes first, the least nested one: `lr` means optimizer.lr.
+    if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
+        return min(elsewhere, key=lambda key: key.count("."))
     if near := difflib.get_close_matches(dotted, known, n=1):
         return near[0]
     leaves = {key.rpartition(".")[2]: key for key in known}
@@ -211,7 +210,7 @@ def _explain(error: ErrorDetails) -> str:
     dotted, chosen = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
         meant = _nearest_key(dotted)
-        if meant == dotted:
+        if chosen and dotted in _known_keys(Recipe):
             return f"key '{dotted}' is not one of {dotted.rpartition('.')[0]} '{chosen}'; --print-config shows its keys"
         hint = f"did you mean '{meant}'?" if meant else "--print-config shows every key"
         return f"unknown key '{dotted}'; {hint}"

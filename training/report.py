@@ -67,7 +67,7 @@ class Display:
 
     def warn(self, message: str) -> None:
         """Show a warning above the bar."""
-        self._console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+        warn(self._console, message)
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -82,7 +82,17 @@ class Display:
         self._bar.stop()
 
     def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say(self._console, text)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def warn(console: Console, message: str) -> None:
+    """Print a warning; above the bar where one is shown."""
+    console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def results_table(results: Sequence[HeadResult], unigram: float) -> Table:

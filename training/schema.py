@@ -317,6 +317,11 @@ class Recipe(_Group):
             )
         if self.precompute_weights and scored is None:
             raise ValueError("precompute_weights is true, but scorer uniform computes nothing; take another scorer")
+        if self.precompute_weights and scored and (self.scorer.name == "random_matched" or scored.scope != "sequence"):
+            raise ValueError(
+                "precompute_weights is true, but these weights depend on what else is in the batch; take scope "
+                "'sequence' and another scorer than random_matched"
+            )
         if self.precompute_weights and isinstance(scored, Rho1ScorerConfig) and scored.current is None:
             raise ValueError(
                 "precompute_weights is true, but the model in training has other losses at every step; name a frozen "

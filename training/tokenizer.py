@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.schema import RecipeError
@@ -55,6 +55,33 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
         except FileExistsError:
             pass  # another process trained the same tokenizer meanwhile
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def read_tokenizer(folder: Path, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Read a tokenizer that is there already.
+
+    Args:
+        folder: where its files are.
+        source: how the recipe calls it.
+        vocab_size: entries of the model, at least those of the tokenizer.
+
+    Raises:
+        RecipeError: there is none, or it does not fit.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"data.tokenizer '{source}' can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise RecipeError(f"data.tokenizer '{source}' is not a fast tokenizer with an end-of-text token")
+    if len(tokenizer) > vocab_size:
+        raise RecipeError(
+            f"data.vocab_size is {vocab_size}, but data.tokenizer '{source}' has {len(tokenizer)} entries; "
+            f"give data.vocab_size={len(tokenizer)}"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -4,8 +4,9 @@
         tracking.log(step, {"train/loss": 4.2})
 
 Leaving the block ends the MLflow run: FINISHED, KILLED on Ctrl-C, FAILED on any other exception, with tags
-that say why. Training never waits for MLflow and never fails with it: a thread of its own connects and sends,
-a server that does not answer is asked again later, and what it never took is in metrics.jsonl all the same.
+that say why. A stage of a run is a child of its MLflow run. Training never waits for MLflow and never fails
+with it: a thread of its own connects and sends, a server that does not answer is asked again later, and what
+it never took is in metrics.jsonl all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from mtp_ce.training.recipe import flatten, without_password
 from mtp_ce.training.schema import Recipe
@@ -50,126 +51,192 @@ _MLFLOW_ENVIRONMENT = {
 # MLflow refuses longer ones.
 _LONGEST_TAG = 5000
 
-# One thing to send: takes a client and the run's id.
-_Call = Callable[["MlflowClient", str], Any]
+# One thing to send.
+_Call = Callable[["MlflowClient"], Any]
 
 
 class Tracking:
-    """The metrics file of a run, and its MLflow run if it has one.
+    """The metrics file of a run or of one of its stages, and its MLflow run if it has one.
 
     Args:
         recipe: what the run does; its values become MLflow parameters.
-        folder: the run's folder, which exists; its name becomes the MLflow run's.
+        folder: the run's folder, which exists; the first metrics make the file in it.
         warn: takes a line about a server that does not answer.
+        whole: the tracking of the run that this is a stage of; None for the run itself.
+        name: what MLflow calls it; None takes the folder's name.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, warn: Callable[[str], None]) -> None:
-        self._file = (folder / METRICS_FILE).open("x", encoding="utf-8", buffering=1)
-        self._mlflow = None
-        if recipe.tracking.kind == "mlflow":
-            self._mlflow = MlflowRun(recipe, folder.name, warn)
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        warn: Callable[[str], None],
+        whole: Tracking | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._path = folder / METRICS_FILE
+        self._file: TextIO | None = None
+        name = name or folder.name
+        self._run = None
+        # Who opens the connection closes it.
+        self._connection = None
+        if whole is None and recipe.tracking.kind == "mlflow":
+            self._connection = MlflowConnection(recipe, warn)
+            self._run = MlflowRun(self._connection, name)
+        elif whole is not None and whole._run is not None:
+            self._run = MlflowRun(whole._run.connection, name, whole._run)
+        if self._run:
+            self._run.parameters(flatten(without_password(recipe)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics by name after `step` optimizer steps; what is not finite is null in the file."""
+        if self._file is None:
+            self._file = self._path.open("x", encoding="utf-8", buffering=1)
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        if self._mlflow:
-            self._mlflow.log(step, metrics)
+        if self._run:
+            self._run.log(step, metrics)
+
+    def summary(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show metrics in the MLflow run that another file has already."""
+        if self._run:
+            self._run.log(step, metrics)
 
     def artifact(self, path: Path) -> None:
         """Attach a file to the MLflow run; it has to stay where it is until the run ends."""
-        if self._mlflow:
-            self._mlflow.artifact(path)
+        if self._run:
+            self._run.artifact(path)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Describe the MLflow run."""
+        if self._run:
+            self._run.tags(tags)
 
     def __enter__(self) -> Self:
-        """Open nothing more: the file is open, and the thread connects by itself."""
+        """Open nothing: the first metrics make the file, and the thread connects by itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the run with the status that the exception calls for."""
-        self._file.close()
-        if self._mlflow is None:
+        if self._file:
+            self._file.close()
+        if self._run is None:
             return
         if error is None:
-            self._mlflow.end("FINISHED", {})
+            self._run.end("FINISHED", {})
         elif isinstance(error, KeyboardInterrupt):
-            self._mlflow.end("KILLED", {"stop.reason": "interrupted"})
+            self._run.end("KILLED", {"stop.reason": "interrupted"})
         else:
-            # trainer.NonFiniteError knows where it happened; other exceptions have their message alone.
+            # trainer.StepRefusedError knows where it happened; other exceptions have their message alone.
             where = {
                 f"stop.{name}": str(getattr(error, name))
                 for name in ("step", "quantity", "value")
                 if hasattr(error, name)
             }
             reason = f"{type(error).__name__}: {error}"
-            self._mlflow.end("FAILED", {"stop.reason": reason[:_LONGEST_TAG], **where})
+            self._run.end("FAILED", {"stop.reason": reason[:_LONGEST_TAG], **where})
+        if self._connection:
+            self._connection.close()
 
 
 class MlflowRun:
-    """One MLflow run, filled by a thread from a queue.
+    """One MLflow run; every method only puts something into the connection's queue.
 
     Args:
-        recipe: names server and experiment; its values become the run's parameters.
-        run_name: how the run is called.
-        warn: takes one line when the server fails for the first time, and one if it never took everything.
+        connection: what sends.
+        name: how the run is called.
+        parent: the run that it is a part of.
     """
 
-    def __init__(self, recipe: Recipe, run_name: str, warn: Callable[[str], None]) -> None:
-        shown = without_password(recipe)
-        self._config = recipe.tracking
-        self._shown_uri = shown.tracking.uri
-        self._run_name = run_name
-        self._warn = warn
-        self._warned = False
-        self._lost = False
-        self._started = int(time.time() * 1000)
-        self._client: MlflowClient | None = None
-        self._run_id = ""
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._closing = threading.Event()
-        self._send_parameters(flatten(shown))
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
+    def __init__(self, connection: MlflowConnection, name: str, parent: MlflowRun | None = None) -> None:
+        self.connection = connection
+        self._id = ""
+        started = int(time.time() * 1000)
+
+        def create(client: MlflowClient) -> None:
+            tags = {"mlflow.source.name": "train-mtp"}
+            if parent:
+                tags["mlflow.parentRunId"] = parent._id
+            run = client.create_run(connection.experiment_id, start_time=started, run_name=name, tags=tags)
+            self._id = run.info.run_id
+
+        # Calls are sent in their order, so the id is there before any other call needs it.
+        connection.send(create)
+
+    def parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Send what decides the run."""
+
+        def call(client: MlflowClient) -> None:
+            from mlflow.entities import Param
+
+            client.log_batch(self._id, params=[Param(name, str(value)) for name, value in parameters.items()])
+
+        self.connection.send(call)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics, with the time of this call."""
         now = int(time.time() * 1000)
 
-        def call(client: MlflowClient, run_id: str) -> None:
+        def call(client: MlflowClient) -> None:
             from mlflow.entities import Metric
 
-            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+            client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
-        self._calls.put(call)
+        self.connection.send(call)
 
     def artifact(self, path: Path) -> None:
         """Send a file."""
-        self._calls.put(lambda client, run_id: client.log_artifact(run_id, str(path)))
+        self.connection.send(lambda client: client.log_artifact(self._id, str(path)))
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Send tags."""
+
+        def call(client: MlflowClient) -> None:
+            for name, value in tags.items():
+                client.set_tag(self._id, name, value)
+
+        self.connection.send(call)
 
     def end(self, status: str, tags: Mapping[str, str]) -> None:
-        """Send tags and status, then wait for the thread, at most `CLOSE_S` seconds."""
+        """Send tags and status."""
+        self.tags(tags)
+        self.connection.send(lambda client: client.set_terminated(self._id, status))
 
-        def call(client: MlflowClient, run_id: str) -> None:
-            for name, value in tags.items():
-                client.set_tag(run_id, name, value)
-            client.set_terminated(run_id, status)
 
+class MlflowConnection:
+    """A thread that sends to one MLflow server, in order, what it finds in a queue.
+
+    Args:
+        recipe: names server and experiment.
+        warn: takes one line when the server fails for the first time, and one if it never took everything.
+    """
+
+    def __init__(self, recipe: Recipe, warn: Callable[[str], None]) -> None:
+        self._config = recipe.tracking
+        self._shown_uri = without_password(recipe).tracking.uri
+        self._warn = warn
+        self._warned = False
+        self._lost = False
+        self._client: MlflowClient | None = None
+        self.experiment_id = ""
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def send(self, call: _Call) -> None:
+        """Put something into the queue."""
         self._calls.put(call)
+
+    def close(self) -> None:
+        """Wait for the thread to send what is left, at most `CLOSE_S` seconds."""
         self._calls.put(None)
         self._closing.set()
         self._thread.join(CLOSE_S)
         if self._lost or self._thread.is_alive():
             self._warn(f"MLflow at {self._shown_uri} did not take everything; {METRICS_FILE} has all metrics")
-
-    def _send_parameters(self, parameters: Mapping[str, Any]) -> None:
-        def call(client: MlflowClient, run_id: str) -> None:
-            from mlflow.entities import Param
-
-            client.log_batch(run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
-
-        self._calls.put(call)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -186,7 +253,7 @@ class MlflowRun:
     def _try(self, call: _Call) -> bool:
         """Send one thing; False if the server is away, so that it is worth another attempt."""
         try:
-            call(self._connected(), self._run_id)
+            call(self._connected())
         except Exception as error:  # whatever it is, training goes on
             if not self._warned:
                 self._warned = True
@@ -212,14 +279,9 @@ class MlflowRun:
 
         client = MlflowClient(tracking_uri=self._config.uri)
         experiment = client.get_experiment_by_name(self._config.experiment)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self._config.experiment)
-        run = client.create_run(
-            experiment_id,
-            start_time=self._started,
-            run_name=self._run_name,
-            tags={"mlflow.source.name": "train-mtp"},
+        self.experiment_id = (
+            experiment.experiment_id if experiment else client.create_experiment(self._config.experiment)
         )
-        self._run_id = run.info.run_id
         self._client = client
         return client
 
@@ -227,7 +289,7 @@ class MlflowRun:
         if self._client is None:
             return False
         try:
-            self._client.get_run(self._run_id)
+            self._client.get_experiment(self.experiment_id)
         except Exception:
             return False
         return True

@@ -24,29 +24,34 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mtp_ce.rows import row_targets
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
+from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
 from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.schema import Recipe
+from mtp_ce.training.scoring import Weigh
 from mtp_ce.training.sums import HeadResult, HeadSums
+
+# How far the mean of a batch's weights, a sum in fp32, may be from 1.
+MEAN_TOLERANCE = 1e-3
 
 # Takes the steps done and the metrics of the last log_every of them.
 Log = Callable[[int, dict[str, float]], None]
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradient was NaN or infinite; the optimizer step was not taken.
+class StepRefusedError(RuntimeError):
+    """Loss, gradient or token weights were out of bounds; the optimizer step was not taken.
 
     Attributes:
         step: which step it was, counted from 1.
-        quantity: the metric that was not finite.
+        quantity: the metric that was out of its bounds.
         value: what it was.
     """
 
-    def __init__(self, step: int, quantity: str, value: float) -> None:
+    def __init__(self, step: int, quantity: str, value: float, expected: str = "a finite number") -> None:
+        advice = "" if math.isfinite(value) else ". A lower learning rate or a longer warm-up usually helps"
         super().__init__(
-            f"{quantity} is {value} at step {step}; the step was not taken and the run ends FAILED. "
-            "A lower optimizer.lr or a longer optimizer.warmup_steps usually helps"
+            f"{quantity} is {value} at step {step}, expected {expected}; the step was not taken and the run ends "
+            f"FAILED{advice}"
         )
         self.step = step
         self.quantity = quantity
@@ -60,7 +65,7 @@ class Trainer:
     Attributes:
         recipe: steps, batch sizes, clipping, seed, how often to log and to validate.
         model: gives the weighted loss of H heads and its statistics; already on `device`.
-        scorer: gives token weights [B, S] from a batch.
+        weigh: gives the token weights of a micro-batch.
         optimizer: over the model's parameters.
         schedule: the learning rate, moved on after every step.
         rows: what is trained on.
@@ -68,12 +73,13 @@ class Trainer:
         device: where the model is.
         log: takes metrics by name.
         tick: called after every step.
+        weight_bounds: smallest and largest weight that a supervised token may have.
         stop: set from outside; the loop ends with KeyboardInterrupt before the next step.
     """
 
     recipe: Recipe
     model: MultiTokenModel
-    scorer: Scorer
+    weigh: Weigh
     optimizer: Optimizer
     schedule: LRScheduler
     rows: PackedRows
@@ -81,6 +87,7 @@ class Trainer:
     device: torch.device
     log: Log
     tick: Callable[[], None] = lambda: None
+    weight_bounds: tuple[float, float] = (0.0, math.inf)
     stop: Event = field(default_factory=Event)
 
     def fit(self) -> list[HeadResult]:
@@ -90,7 +97,7 @@ class Trainer:
             The validation after the last step, one result per head.
 
         Raises:
-            NonFiniteError: before the step that would have used the value.
+            StepRefusedError: before the step that would have used the value.
             KeyboardInterrupt: `stop` was set.
         """
         train, validation = self.recipe.train, self.recipe.validation
@@ -108,7 +115,7 @@ class Trainer:
                 if last or (validation.every and step % validation.every == 0):
                     results = self.validate()
                     self.log(step, validation_metrics(results))
-        except (NonFiniteError, KeyboardInterrupt):
+        except (StepRefusedError, KeyboardInterrupt):
             # The steps that were taken since the last line are part of the record too.
             if window.steps:
                 self.log(window.last_step, window.metrics())
@@ -149,15 +156,7 @@ class Trainer:
             scored: list[TokenWeights] = []
 
             def weigh(current: NextToken, micro: Batch = micro, scored: list[TokenWeights] = scored) -> Tensor:
-                scored.append(
-                    self.scorer.run(
-                        micro.input_ids,
-                        micro.labels,
-                        micro.document_ids,
-                        position_ids=micro.position_ids,
-                        current=current,
-                    )
-                )
+                scored.append(self.weigh(micro, current))
                 return scored[0].weights
 
             out = self.model(
@@ -177,10 +176,7 @@ class Trainer:
 
         limit = self.recipe.optimizer.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        quantities = {"train/loss": loss, "optim/grad_norm": norm}
-        for quantity, value in zip(quantities, torch.stack([*quantities.values()]).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise NonFiniteError(step, quantity, value)
+        self._gate(step, loss, norm, weights)
         self.optimizer.step()
 
         window.add(
@@ -195,6 +191,25 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
         self.schedule.step()
+
+    def _gate(self, step: int, loss: Tensor, norm: Tensor, weights: WeightStatistics) -> None:
+        """Refuse the step where a number is out of its bounds; the one place where a step awaits the device."""
+        low, high = self.weight_bounds
+        # Weights come first: where they are wrong, they are the cause of what else is.
+        allowed = {
+            "train/weight_mean": (weights.mean, 1 - MEAN_TOLERANCE, 1 + MEAN_TOLERANCE),
+            "train/weight_min": (weights.min, low - MEAN_TOLERANCE, math.inf),
+            "train/weight_max": (weights.max, -math.inf, high + MEAN_TOLERANCE),
+            "train/loss": (loss, -math.inf, math.inf),
+            "optim/grad_norm": (norm, -math.inf, math.inf),
+        }
+        *values, count = torch.stack([*(value.double() for value, _, _ in allowed.values()), weights.count]).tolist()
+        for (quantity, (_, least, most)), value in zip(allowed.items(), values, strict=True):
+            if not math.isfinite(value):
+                raise StepRefusedError(step, quantity, value)
+            # A batch without a supervised token has no weights.
+            if count and not least <= value <= most:
+                raise StepRefusedError(step, quantity, value, f"{least:g} to {most:g}")
 
     def _window(self) -> _Window:
         return _Window(HeadSums.zeros(self.recipe.model.mtp.horizon, self.device))

@@ -54,17 +54,19 @@ class CriticDeltaScorer:
         self.normalization = normalization
 
     @torch.no_grad()
-    def scores(
+    def explain(
         self,
         input_ids: Tensor,  # [B, S]
         labels: Tensor,  # [B, S]
         document_ids: Tensor | None = None,  # [B, S]
         *,
         position_ids: Tensor | None = None,  # [B, S]
-    ) -> Tensor:
-        """Value change [B, S] fp32 at the token that stands there; NaN at the first of a row or document.
+        current: NextToken | None = None,
+    ) -> dict[str, Tensor]:
+        """What the weights come from, [B, S] fp32 of the token that stands there: score and value.
 
-        The first supervised token of a document compares with the value of the last prompt token before it.
+        The score is the change of the value, NaN at the first token of a row or document; the first supervised
+        token of a document compares with the last prompt token before it. Arguments as in `run`.
         """
         values = self._values(input_ids, position_ids)
         B, S = input_ids.shape
@@ -74,7 +76,7 @@ class CriticDeltaScorer:
         change = values.new_full((B, S), torch.nan)
         change[:, 1:] = torch.where(inside, self.gamma * values[:, 1:] - values[:, :-1], torch.nan)
         if self.gae_lambda == 0:
-            return change
+            return {"score": change, "value": values}
         # Backwards through the row; what lies behind a border or is not supervised adds nothing.
         decay, later = self.gamma * self.gae_lambda, values.new_zeros(B)
         columns = []
@@ -83,7 +85,7 @@ class CriticDeltaScorer:
             here = change[:, i] + torch.where(same, decay * later, 0.0)
             columns.append(here)
             later = torch.where(labels[:, i] == self.ignore_index, 0.0, here)
-        return torch.stack(columns[::-1], 1) if columns else change
+        return {"score": torch.stack(columns[::-1], 1) if columns else change, "value": values}
 
     @torch.no_grad()
     def run(
@@ -100,9 +102,9 @@ class CriticDeltaScorer:
         Raises:
             TypeError, ValueError: the critic gives no values, or values of another shape.
         """
-        scores = self.scores(input_ids, labels, document_ids, position_ids=position_ids)
+        parts = self.explain(input_ids, labels, document_ids, position_ids=position_ids)
         supervised = labels != self.ignore_index
-        return normalize_weights(scores, supervised, document_ids=document_ids, **self.normalization)
+        return normalize_weights(parts["score"], supervised, document_ids=document_ids, **self.normalization)
 
     def _values(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         given = {} if position_ids is None else {"position_ids": position_ids}

@@ -44,7 +44,7 @@ class Rho1ExcessScorer:
         self.normalization = normalization
 
     @torch.no_grad()
-    def scores(
+    def explain(
         self,
         input_ids: Tensor,  # [B, S]
         labels: Tensor,  # [B, S]
@@ -52,8 +52,11 @@ class Rho1ExcessScorer:
         *,
         position_ids: Tensor | None = None,  # [B, S]
         current: NextToken,
-    ) -> Tensor:
-        """Excess loss [B, S] fp32 of the token that stands there; NaN where nothing predicts it."""
+    ) -> dict[str, Tensor]:
+        """What the weights come from, [B, S] fp32 nats of the token that stands there: score, ce and reference_ce.
+
+        NaN where nothing predicts the token. Arguments as in `run`.
+        """
         reference = NextToken.of(self.reference, input_ids, position_ids)
         if reference.unembed.shape[0] != current.unembed.shape[0]:
             raise ValueError(
@@ -61,7 +64,7 @@ class Rho1ExcessScorer:
                 "expected one vocabulary: excess losses of different tokens don't compare."
             )
         ours, theirs = (x.token_ce(labels, document_ids, self.ignore_index) for x in (current, reference))
-        return ours - theirs
+        return {"score": ours - theirs, "ce": ours, "reference_ce": theirs}
 
     @torch.no_grad()
     def run(
@@ -92,6 +95,6 @@ class Rho1ExcessScorer:
         """
         if current is None:
             raise ValueError("current is None; expected the model's NextToken on this batch, whose loss is compared.")
-        scores = self.scores(input_ids, labels, document_ids, position_ids=position_ids, current=current)
+        parts = self.explain(input_ids, labels, document_ids, position_ids=position_ids, current=current)
         supervised = labels != self.ignore_index
-        return normalize_weights(scores, supervised, document_ids=document_ids, **self.normalization)
+        return normalize_weights(parts["score"], supervised, document_ids=document_ids, **self.normalization)

@@ -10,10 +10,13 @@ differ in n, so the sums are what is stored, and `merge` adds them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mtp_ce.scorers.next_token import NextToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,16 @@ class TokenWeights(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Anything that weighs the tokens of a batch; see `UniformScorer.run` for the arguments."""
+    """Anything that weighs the tokens of a batch."""
 
     def run(
-        self, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, **context: Any
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        document_ids: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        current: NextToken | None = None,
     ) -> TokenWeights:
-        """Weigh the tokens of one batch [B, S]; context holds `position_ids` and `current` (see `Rho1ExcessScorer`)."""
+        """Weigh the tokens of one batch [B, S]; see `Rho1ExcessScorer.run` for the arguments."""
         ...

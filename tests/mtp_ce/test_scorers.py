@@ -119,7 +119,7 @@ def test_excess_is_signed_and_topk_keeps_what_is_still_to_be_learnt(packed) -> N
     scorer = Rho1ExcessScorer(Oracle(packed.input_ids, unlearnable), mode="topk", top_fraction=0.3)
     current = NextToken.of(Oracle(packed.input_ids, hard), packed.input_ids)
     given = (packed.input_ids, packed.labels, packed.document_ids)
-    scores = scorer.scores(*given, current=current)
+    scores = scorer.explain(*given, current=current)["score"]
     assert (scores[0, [2, 4]] > 3).all()
     assert scores[0, 5] < -3
     weights, _ = scorer.run(*given, current=current)
@@ -208,9 +208,9 @@ def test_gamma_and_lambda_are_generalised_advantage_estimation(packed) -> None:
     values = torch.randn(2, 24)
     critic = nn.Module()
     critic.forward = lambda input_ids: values
-    plain = CriticDeltaScorer(critic, gamma=0.9).scores(packed.input_ids, packed.labels, packed.document_ids)
+    plain = CriticDeltaScorer(critic, gamma=0.9).explain(packed.input_ids, packed.labels, packed.document_ids)["score"]
     smooth = CriticDeltaScorer(critic, gamma=0.9, gae_lambda=0.8)
-    got = smooth.scores(packed.input_ids, packed.labels, packed.document_ids)
+    got = smooth.explain(packed.input_ids, packed.labels, packed.document_ids)["score"]
     for b in range(2):
         for i in range(24):
             if packed.first[b, i]:

@@ -18,7 +18,7 @@ from mtp_ce.training import cli
 from mtp_ce.training import tracking as module
 from mtp_ce.training.recipe import to_yaml
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
-from mtp_ce.training.trainer import NonFiniteError
+from mtp_ce.training.trainer import StepRefusedError
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_a_run_that_was_not_finite_ends_failed_and_says_why_and_where(mlflow_run
     recipe, newest = mlflow_runs
     tracking = Tracking(recipe("failed"), tmp_path, warnings.append)
     tracking.log(1, {"train/loss": 2.0})
-    with pytest.raises(NonFiniteError), tracking:
-        raise NonFiniteError(7, "optim/grad_norm", math.nan)
+    with pytest.raises(StepRefusedError), tracking:
+        raise StepRefusedError(7, "optim/grad_norm", math.nan)
     run = newest("failed")
     assert run.info.status == "FAILED"
     assert run.data.tags["stop.step"] == "7"

@@ -21,7 +21,8 @@ from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.recipe import load_recipe
 from mtp_ce.training.schema import Recipe
-from mtp_ce.training.trainer import NonFiniteError, Trainer, scored_positions
+from mtp_ce.training.scoring import Weighing
+from mtp_ce.training.trainer import StepRefusedError, Trainer, scored_positions
 
 
 def make_trainer(recipe: Recipe, log, **parts) -> Trainer:
@@ -35,7 +36,7 @@ def make_trainer(recipe: Recipe, log, **parts) -> Trainer:
     fixed = {
         "recipe": recipe,
         "model": model,
-        "scorer": UniformScorer(),
+        "weigh": Weighing(UniformScorer()).weigh,
         "optimizer": optimizer,
         "schedule": build_schedule(optimizer, recipe.optimizer, recipe.train.steps),
         "rows": PackedRows(documents[:30], recipe.data.sequence_length, 0),
@@ -159,7 +160,7 @@ def test_what_is_not_finite_never_reaches_the_optimizer(small, poison, value):
         saved["optimizer"] = copy.deepcopy(trainer.optimizer.state_dict())
 
     trainer.tick = plant
-    with pytest.raises(NonFiniteError) as raised:
+    with pytest.raises(StepRefusedError) as raised:
         trainer.fit()
     assert raised.value.step == 3
     assert raised.value.quantity == ("train/loss" if poison == "loss" else "optim/grad_norm")
@@ -176,6 +177,36 @@ def test_what_is_not_finite_never_reaches_the_optimizer(small, poison, value):
     assert all(math.isfinite(v) for _, metrics in log for v in metrics.values())
 
 
+WRONG_WEIGHTS = {
+    "nan": ("train/weight_mean", lambda w: w.index_fill(1, torch.tensor([3]), math.nan)),
+    "infinite": ("train/weight_mean", lambda w: w.index_fill(1, torch.tensor([3]), math.inf)),
+    "mean too high": ("train/weight_mean", lambda w: w * 1.01),
+    "mean too low": ("train/weight_mean", lambda w: w * 0.99),
+    "negative": ("train/weight_min", lambda w: w + torch.linspace(2, -2, w.numel()).view_as(w)),
+    "above the cap": ("train/weight_max", lambda w: w + torch.linspace(-0.9, 0.9, w.numel()).view_as(w)),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_WEIGHTS)
+def test_weights_that_break_their_promise_never_reach_the_optimizer(small, mistake):
+    """Rows without padding, so that every place is supervised."""
+    quantity, spoil = WRONG_WEIGHTS[mistake]
+    recipe = small(FEW)
+
+    def weigh(batch, current):
+        weights = spoil(torch.ones_like(batch.labels, dtype=torch.float32))
+        return TokenWeights(weights, WeightStatistics.of(weights, torch.ones_like(weights, dtype=torch.bool)))
+
+    rows = PackedRows([torch.arange(64 * 8) % 300], recipe.data.sequence_length, 0)
+    trainer = make_trainer(recipe, Log(), weigh=weigh, rows=rows, weight_bounds=(0.0, 1.5))
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(StepRefusedError) as raised:
+        trainer.fit()
+    assert (raised.value.step, raised.value.quantity) == (1, quantity)
+    assert "step was not taken" in str(raised.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+
+
 def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):
     log = Log()
     trainer = make_trainer(small([*FEW, "train.log_every=100"]), log)
@@ -188,7 +219,7 @@ def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):
                 trainer.model.trunk.model.norm.weight.fill_(math.nan)
 
     trainer.tick = plant
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(StepRefusedError):
         trainer.fit()
     assert [step for step, _ in log] == [1, 3]
 
@@ -236,17 +267,18 @@ def test_clipping_bounds_the_step_but_not_the_logged_norm(small):
 
 
 class EvenTokens:
-    """A scorer with an opinion: even tokens weigh 2, odd ones nothing."""
+    """A scorer with an opinion: even tokens share all weight, odd ones have none."""
 
     def run(self, input_ids, labels, document_ids=None, **context):
-        weights = torch.where((labels != -100) & (input_ids % 2 == 0), 2.0, 0.0)
+        even = (labels != -100) & (input_ids % 2 == 0)
+        weights = even * ((labels != -100).sum() / even.sum())
         return TokenWeights(weights, WeightStatistics.of(weights, labels != -100))
 
 
 def test_a_scorers_weights_are_those_of_the_token_predicted(small):
     log = Log()
     recipe = small([*FEW, "train.steps=2", "optimizer.warmup_steps=1"])
-    trainer = make_trainer(recipe, log, scorer=EvenTokens())
+    trainer = make_trainer(recipe, log, weigh=Weighing(EvenTokens()).weigh)
     batch = trainer.rows.batch(rows_of_step(0, recipe.train.batch_size, len(trainer.rows), recipe.seed))
     with torch.no_grad():
         logits = trainer.model.logits(batch.input_ids, batch.position_ids)
@@ -265,9 +297,9 @@ def test_a_scorers_weights_are_those_of_the_token_predicted(small):
     trainer.fit()
     assert log.series("train/loss")[0][1] == pytest.approx(losses["target"], rel=1e-5)
     assert losses["position"] != pytest.approx(losses["target"], rel=1e-3)
-    for name, expected in (("min", 0.0), ("max", 2.0)):
-        assert log.series(f"train/weight_{name}")[0][1] == expected
-    # Half the tokens at weight 2: half the effective sample.
+    for name, expected in (("min", 0.0), ("mean", 1.0), ("max", float(weights.max()))):
+        assert log.series(f"train/weight_{name}")[0][1] == pytest.approx(expected)
+    # All weight on half the tokens: half the effective sample.
     assert log.series("train/weight_ess")[0][1] == pytest.approx(0.5, abs=0.1)
 
 
@@ -278,7 +310,7 @@ def test_excess_loss_over_a_reference_weighs_the_training(small, control):
     torch.manual_seed(99)
     scorer = Rho1ExcessScorer(build_model(recipe).trunk)
     log, uniform = Log(), Log()
-    make_trainer(recipe, log, scorer=ShuffledWeights(scorer) if control else scorer).fit()
+    make_trainer(recipe, log, weigh=Weighing(ShuffledWeights(scorer) if control else scorer).weigh).fit()
     make_trainer(recipe, uniform).fit()
     for name, low, high in (("mean", 1 - 1e-5, 1 + 1e-5), ("min", 0.05, 0.9), ("max", 1.1, 3), ("ess", 0.3, 0.99)):
         assert all(low <= value <= high for _, value in log.series(f"train/weight_{name}")), name

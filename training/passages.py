@@ -1,0 +1,68 @@
+"""What a scorer thinks of held-out text: passages with the weight of every token, as a page and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from mtp_ce.training.weights_view import Passage, draw_weights, token_texts, write_page
+from torch import Tensor
+
+from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.training.corpus import is_documented
+from mtp_ce.training.inputs import Inputs
+from mtp_ce.training.model import MultiTokenModel
+from mtp_ce.training.scoring import Weighing
+
+PASSAGES = 4
+ROWS_EACH = 3
+
+
+@torch.no_grad()
+def show_weights(inputs: Inputs, weighing: Weighing, model: MultiTokenModel, scorer: str, folder: Path) -> list[Path]:
+    """Weigh the beginnings of some held-out documents with the trained model, and show them.
+
+    Args:
+        inputs: tokenizer and held-out documents.
+        weighing: the run's scorer.
+        model: the trained model, whose losses the scorer may ask.
+        scorer: its name.
+        folder: where weights.html and weights.png are written.
+
+    Returns:
+        The two files.
+    """
+    model.eval()
+    passages = [_passage(inputs, weighing, model, place) for place in _choose(inputs)]
+    model.train()
+    page, picture = folder / "weights.html", folder / "weights.png"
+    title = f"{folder.name}: weights of held-out tokens"
+    write_page(passages, page, title=title, scorer=scorer)
+    draw_weights(passages, picture, title=title, scorer=scorer)
+    return [page, picture]
+
+
+def _choose(inputs: Inputs) -> list[int]:
+    """Held-out documents, spread over all of them; documented ones first, because they hold prose and code."""
+    documents = inputs.corpus.held_out
+    places = [i for i in range(len(documents)) if is_documented(documents[i])] or list(range(len(documents)))
+    return places[:: max(1, len(places) // PASSAGES)][:PASSAGES]
+
+
+def _passage(inputs: Inputs, weighing: Weighing, model: MultiTokenModel, place: int) -> Passage:
+    document = inputs.tokens.held_out[place][: ROWS_EACH * inputs.row_length]
+    rows = inputs.rows([document])
+    batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
+    current = NextToken.of(model.trunk, batch.input_ids, batch.position_ids)
+    n = len(document)
+
+    def flat(tensor: Tensor) -> list[float]:
+        values: list[float] = tensor.flatten()[:n].tolist()
+        return values
+
+    return Passage(
+        title=inputs.corpus.held_out[place].path,
+        texts=token_texts(inputs.tokenizer, document.tolist()),
+        weights=flat(weighing.weigh(batch, current).weights),
+        details={name: flat(part) for name, part in weighing.explain(batch, current).items()},
+    )

@@ -1,0 +1,296 @@
+"""The stages of a run. Each writes a folder of its own and is a child of the run in MLflow.
+
+    reference, critic   a model that only scores; trained, or found finished, or given by the recipe
+    weights             every token weighed once, where the recipe asks for it
+    main                the model itself, weighted by the scorer
+
+A finished stage is kept in the cache by a hash of its settings and inputs, and taken from there the next time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mtp_ce.training.checkpoint import save_model
+from mtp_ce.training.corpus import is_documented
+from mtp_ce.training.critic import train_critic
+from mtp_ce.training.data import PackedRows
+from mtp_ce.training.inputs import Inputs
+from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
+from mtp_ce.training.model import MultiTokenModel, build_model
+from mtp_ce.training.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.passages import show_weights
+from mtp_ce.training.report import Display, say, warn
+from mtp_ce.training.schema import (
+    ModelConfig,
+    MTPConfig,
+    Recipe,
+    RecipeError,
+    Rho1ScorerConfig,
+    TrainConfig,
+    UniformScorerConfig,
+)
+from mtp_ce.training.scoring import (
+    FrozenModels,
+    Weigh,
+    Weighing,
+    build_weighing,
+    load_weights,
+    save_weights,
+    stored,
+    weigh_rows,
+    weight_bounds,
+)
+from mtp_ce.training.sums import HeadResult
+from mtp_ce.training.tracking import METRICS_FILE, Tracking
+from mtp_ce.training.trainer import Trainer, validation_metrics
+
+# What a finished stage says of itself, beside its model.
+STAGE_FILE = "stage.json"
+WEIGHTS_FOLDER = "token_weights"
+
+
+def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> FrozenModels:
+    """Give the models that the recipe's scorer asks, trained where they are not there yet."""
+    scored, given = recipe.scored_by, inputs.given
+    if scored is None:
+        return FrozenModels()
+    if isinstance(scored, Rho1ScorerConfig):
+        return FrozenModels(
+            reference=given.get("reference.source") or _reference(recipe, inputs, output, tracking) / "model",
+            current=next((folder for key, folder in given.items() if key.endswith(".current")), None),
+        )
+    return FrozenModels(critic=given.get("critic.source") or _critic(recipe, inputs, output, tracking) / "model")
+
+
+def main_stage(
+    recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking
+) -> list[HeadResult]:
+    """Train the model itself, and where its tokens are weighted, show what the weights look like.
+
+    Returns:
+        The validation after the last step, one result per head.
+    """
+    weighing = build_weighing(recipe, models, inputs.device)
+    rows = inputs.rows(inputs.tokens.train)
+    weigh: Weigh = weighing.weigh
+    if recipe.precompute_weights:
+        made = _weights(recipe, inputs, weighing, models, output, tracking)
+        rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
+    with Tracking(recipe, output, _warning(inputs), tracking, "main") as run:
+        model, results = _fit(recipe, inputs, rows, weigh, output, run)
+        if recipe.scored_by:
+            for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+                run.artifact(path)
+    tracking.summary(recipe.train.steps, validation_metrics(results))
+    return results
+
+
+def reference_recipe(recipe: Recipe) -> Recipe:
+    """Give the recipe of the reference stage: a next-token model, uniform weights, its own loop and seed."""
+    stage = recipe.reference
+    assert stage is not None
+    assert stage.train is not None
+    sizes = (stage.model or recipe.model).model_dump(exclude={"mtp"})
+    return recipe.model_copy(
+        update={
+            "name": "reference",
+            "description": f"next-token model of the {stage.documents} files",
+            "seed": stage.seed,
+            "model": ModelConfig(**sizes, mtp=MTPConfig(horizon=1, loss=recipe.model.mtp.loss)),
+            "scorer": UniformScorerConfig(),
+            "precompute_weights": False,
+            "reference": None,
+            "critic": None,
+            "optimizer": stage.optimizer or recipe.optimizer,
+            "train": TrainConfig(**stage.train.model_dump(), device=recipe.train.device),
+            "validation": recipe.validation.model_copy(update={"every": None}),
+        }
+    )
+
+
+def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    own, stage = reference_recipe(recipe), recipe.reference
+    assert stage is not None
+    documents = [
+        tokens
+        for document, tokens in zip(inputs.corpus.train, inputs.tokens.train, strict=True)
+        if stage.documents == "all" or is_documented(document)
+    ]
+    if not documents:
+        raise RecipeError(
+            "reference.documents is 'documented', but no training file is a public module with a docstring; "
+            "give reference.documents=all or reference.source"
+        )
+    settings = own.model_dump(include={"seed", "data", "model", "optimizer", "train"})
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        weighing = build_weighing(own, FrozenModels(), inputs.device)
+        _, results = _fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
+        return validation_metrics(results)
+
+    return _stage(
+        "reference",
+        f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps",
+        stage_key("reference", {**settings, "documents": stage.documents}, inputs.digests),
+        own, inputs, output, tracking, work,
+    )  # fmt: skip
+
+
+def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    stage = recipe.critic
+    assert stage is not None
+    assert stage.train is not None
+    settings = {
+        **stage.model_dump(),
+        "data": recipe.data.model_dump(),
+        "model": (stage.model or recipe.model).model_dump(exclude={"mtp"}),
+        "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
+    }
+    steps = stage.train.steps
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        with Display(inputs.console, steps) as display, stop_on_interrupt() as stop:
+            model, results = train_critic(
+                recipe, inputs.corpus, inputs.tokenizer, inputs.device,
+                log=_both(run, display), tick=display.tick, stop=stop,
+            )  # fmt: skip
+        save_model(folder / "model", model, inputs.tokenizer)
+        return results
+
+    return _stage(
+        "critic",
+        f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps",
+        stage_key("critic", settings, inputs.digests),
+        recipe, inputs, output, tracking, work,
+    )  # fmt: skip
+
+
+def _weights(
+    recipe: Recipe, inputs: Inputs, weighing: Weighing, models: FrozenModels, output: Path, tracking: Tracking
+) -> Path:
+    settings = {"scorer": recipe.scorer.model_dump(), "row_length": inputs.row_length, "seed": recipe.seed}
+    digests = [*inputs.digests, *map(folder_digest, models.folders())]
+    rows = inputs.rows(inputs.tokens.train)
+    batch_size = recipe.validation.batch_size
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        parts = []
+        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_interrupt() as stop:
+            for part in weigh_rows(weighing, rows, batch_size, inputs.device):
+                parts.append(part)
+                display.tick()
+                if stop.is_set():
+                    raise KeyboardInterrupt
+        weights = torch.cat(parts)[: len(rows.tokens)]
+        paths = [document.path for document in inputs.corpus.train]
+        save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
+        return {
+            "weights/mean": float(weights.mean()),
+            "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
+        }
+
+    return _stage(
+        "weights",
+        f"{len(rows.tokens):,} tokens weighed by {recipe.scorer.name}",
+        stage_key("weights", settings, digests),
+        recipe, inputs, output, tracking, work,
+    )  # fmt: skip
+
+
+def _stage(
+    kind: StageKind,
+    what: str,
+    key: str,
+    recipe: Recipe,
+    inputs: Inputs,
+    output: Path,
+    tracking: Tracking,
+    work: Callable[[Path, Tracking], dict[str, float]],
+) -> Path:
+    """Run one stage in a folder of its own and keep it, or find that it was kept; give the kept folder."""
+    folder = output / kind
+    folder.mkdir()
+    with Tracking(recipe, folder, _warning(inputs), tracking) as run:
+        kept = kept_stage(kind, key)
+        if kept:
+            said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
+            say(inputs.console, f"{kind:<11} reused, unchanged since {said['finished']}: {_shown(said['results'])}")
+        else:
+            say(inputs.console, f"{kind:<11} {what}")
+            results = work(folder, run)
+            finished = datetime.now(UTC).isoformat(timespec="seconds")
+            said = {"stage": kind, "key": key, "finished": finished, "results": results}
+            (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+            kept = keep_stage(kind, key, folder)
+            say(inputs.console, f"{kind:<11} done: {_shown(results)}")
+        say(inputs.console, f"            {kept}")
+        (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
+        run.summary(0, said["results"])
+        run.tags({"stage.key": key, "stage.finished": said["finished"]})
+        run.artifact(folder / STAGE_FILE)
+    return kept
+
+
+def _fit(
+    recipe: Recipe, inputs: Inputs, rows: PackedRows, weigh: Weigh, folder: Path, run: Tracking
+) -> tuple[MultiTokenModel, list[HeadResult]]:
+    """Train one model with prediction heads; save it and the picture of its losses."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id).to(inputs.device)
+    say(inputs.console, f"model       {parameters(model)}; on {inputs.device}")
+    optimizer = build_optimizer(model, recipe.optimizer)
+    with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
+        results = Trainer(
+            recipe=recipe,
+            model=model,
+            weigh=weigh,
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, recipe.optimizer, recipe.train.steps),
+            rows=rows,
+            held_out=inputs.rows(inputs.tokens.held_out),
+            device=inputs.device,
+            log=_both(run, display),
+            tick=display.tick,
+            stop=stop,
+            weight_bounds=weight_bounds(recipe),
+        ).fit()
+    run.log(recipe.train.steps, {"val/unigram_entropy": inputs.unigram})
+    save_model(folder / "model", model.trunk, inputs.tokenizer, model.heads)
+    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+    from mtp_ce.training.plot import draw_losses
+
+    title = f"{folder.name}: cross entropy of each head"
+    draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
+    run.artifact(folder / "losses.png")
+    return model, results
+
+
+def parameters(model: MultiTokenModel) -> str:
+    """Count a model's parameters, in words."""
+    trunk = sum(parameter.numel() for parameter in model.trunk.parameters())
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())
+    return f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}"
+
+
+def _both(run: Tracking, display: Display) -> Callable[[int, dict[str, float]], None]:
+    def log(step: int, metrics: dict[str, float]) -> None:
+        run.log(step, metrics)
+        display.show(step, metrics)
+
+    return log
+
+
+def _warning(inputs: Inputs) -> Callable[[str], None]:
+    return partial(warn, inputs.console)
+
+
+def _shown(results: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in results.items())
