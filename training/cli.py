@@ -42,6 +42,7 @@ examples:
   train-mtp --print-config                      show every key, its value after overrides
   train-mtp tiny train.steps=50 optimizer.lr=1e-3 --dry-run
   train-mtp my.yaml tracking.kind=none --output runs/first
+  train-mtp compare rho1 --seeds 3              uniform, the recipe's scorer and its controls, on three seeds
 
 exit codes:
   0 done   1 a crash   2 a mistake in the call or the recipe, nothing was written
@@ -78,7 +79,10 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.sources import find_sources
 
     try:
-        name, overrides = _sort_out(arguments.what)
+        comparing = arguments.what[:1] == ["compare"]
+        if arguments.seeds and not comparing:
+            raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
+        name, overrides = _sort_out(arguments.what[1:] if comparing else arguments.what)
         recipe = load_recipe(name, overrides)
         if arguments.print_config:
             print(to_yaml(recipe), end="")
@@ -88,13 +92,14 @@ def _main(argv: Sequence[str] | None) -> int:
         output = _output_folder(recipe, arguments.output)
         find_files(recipe.data)
         find_sources(recipe)
-        return _run(recipe, output, arguments.dry_run)
+        return _run(recipe, output, arguments.dry_run, (arguments.seeds or 3) if comparing else None)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
 
 
-def _run(recipe: Recipe, output: Path, dry_run: bool) -> int:
+def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
     # Only here do torch and transformers load; everything above has been answered by then.
+    from mtp_ce.training.compare import compare
     from mtp_ce.training.pipeline import describe, train
     from mtp_ce.training.trainer import StepRefusedError
 
@@ -102,7 +107,10 @@ def _run(recipe: Recipe, output: Path, dry_run: bool) -> int:
         describe(recipe, output)
         return EXIT_DONE
     try:
-        train(recipe, output)
+        if seeds:
+            compare(recipe, output, seeds)
+        else:
+            train(recipe, output)
     except StepRefusedError as error:
         return _complain(str(error), EXIT_REFUSED)
     except KeyboardInterrupt:
@@ -117,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = "\n".join(f"  {path.stem:<12}{_headline(path)}" for path in sorted(folder.glob("*.yaml")))
     parser = _Parser(
         prog="train-mtp",
-        usage="train-mtp [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR]",
+        usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] [--seeds N]",
         description="Train a language model that predicts several tokens at once, from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,9 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         nargs="*",
-        metavar="recipe | a.b=c",
+        metavar="compare | recipe | a.b=c",
         help=f"a shipped recipe's name or the path of a YAML file (default: {DEFAULT_RECIPE}), and any "
-        "number of overrides, whose values are read as YAML",
+        "number of overrides, whose values are read as YAML; the word compare before them trains the recipe with "
+        "uniform weights, its own scorer and the two controls, and reports the differences",
     )
     parser.add_argument(
         "--dry-run",
@@ -146,7 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for metrics, plot and model; must not exist (default: runs/<recipe>-<UTC time>)",
     )
+    parser.add_argument(
+        "--seeds", type=_seeds, metavar="N", help="how many seeds compare trains every scorer on (default: 3)"
+    )
     return parser
+
+
+def _seeds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seeds from 1")
+    return int(text)
 
 
 def _headline(recipe: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.tokenizer import cache_folder
 
-StageKind = Literal["reference", "critic", "weights"]
+StageKind = Literal["reference", "critic", "weights", "main"]
 
 # Part of every key: raise it when the code of a stage changes what comes out.
 _FORMAT = "1"

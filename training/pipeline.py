@@ -16,9 +16,10 @@ from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import results_table, say, warn
 from mtp_ce.training.schema import Recipe, RecipeError
 from mtp_ce.training.sources import sources_of
-from mtp_ce.training.stages import main_stage, parameters, scoring_stages
+from mtp_ce.training.stages import check_stages, main_stage, parameters, scoring_stages
 from mtp_ce.training.sums import HeadResult
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
+from mtp_ce.training.trainer import validation_metrics
 
 
 def describe(recipe: Recipe, output: Path) -> None:
@@ -27,39 +28,40 @@ def describe(recipe: Recipe, output: Path) -> None:
     Raises:
         RecipeError: the corpus is not there.
     """
-    console = _console()
+    out = Console()
     root, paths = find_files(recipe.data)
     with torch.device("meta"):
         model = build_model(recipe)
     train, data, scored = recipe.train, recipe.data, recipe.scored_by
     step_tokens = train.batch_size * data.sequence_length
-    say(console, f"recipe      {recipe.name}: {recipe.description}")
-    say(console, f"corpus      {len(paths)} files in {root}, {data.holdout_fraction:.1%} held out")
+    say(out, f"recipe      {recipe.name}: {recipe.description}")
+    say(out, f"corpus      {len(paths)} files in {root}, {data.holdout_fraction:.1%} held out")
     for key, (source, kind) in sources_of(recipe).items():
-        say(console, f"given       {key}: {kind} {source}")
+        say(out, f"given       {key}: {kind} {source}")
     for name, stage in (("reference", recipe.reference), ("critic", recipe.critic)):
         needed = scored and scored.name == {"reference": "rho1_excess", "critic": "critic_delta"}[name]
         if needed and stage and stage.train and not stage.source:
-            say(console, f"{name:<11} {stage.train.steps:,} steps of {stage.train.batch_size}, where not there already")
-    say(console, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
-    say(console, f"model       {parameters(model)}")
+            say(out, f"{name:<11} {stage.train.steps:,} steps of {stage.train.batch_size}, where not there already")
+    say(out, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
+    say(out, f"model       {parameters(model)}")
     say(
-        console,
+        out,
         f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
         f"tokens: {train.steps * step_tokens:,} in all, for {recipe.model.mtp.horizon} heads",
     )
-    say(console, f"device      {find_device(recipe)}")
-    say(console, f"output      {output}")
-    say(console, f"tracking    {_tracking(recipe)}")
-    say(console, "dry run: nothing was written")
+    say(out, f"device      {find_device(recipe)}")
+    say(out, f"output      {output}")
+    say(out, f"tracking    {_tracking(recipe)}")
+    say(out, "dry run: nothing was written")
 
 
-def train(recipe: Recipe, output: Path) -> list[HeadResult]:
+def train(recipe: Recipe, output: Path, out: Console | None = None) -> list[HeadResult]:
     """Run a recipe from the corpus to the saved model.
 
     Args:
         recipe: what to do.
         output: folder to make; it must not exist.
+        out: where to say what happens; None means the terminal.
 
     Returns:
         The validation after the last step, one result per head.
@@ -71,27 +73,34 @@ def train(recipe: Recipe, output: Path) -> list[HeadResult]:
     """
     # transformers would draw bars of its own for files that take milliseconds.
     transformers_logging.disable_progress_bar()
-    console = _console()
-    inputs = read_inputs(recipe, console)
-    _make_folder(output)
-    say(console, f"output      {output}")
+    out = out or Console()
+    inputs = read_inputs(recipe, out)
+    check_stages(recipe, inputs)
+    make_folder(output)
+    say(out, f"output      {output}")
     (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
-    with Tracking(recipe, output, partial(warn, console)) as tracking:
+    with Tracking(recipe, output, partial(warn, out)) as tracking:
         tracking.artifact(output / "recipe.yaml")
         models = scoring_stages(recipe, inputs, output, tracking)
         results = main_stage(recipe, inputs, models, output, tracking)
-    console.print(results_table(results, inputs.unigram))
-    say(console, "unigram entropy: held-out tokens under the frequencies of the training tokens, add-one smoothed")
+        tracking.summary(recipe.train.steps, validation_metrics(results))
+    out.print(results_table(results, inputs.unigram))
+    say(out, "unigram entropy: held-out tokens under the frequencies of the training tokens, add-one smoothed")
     weights = ", weights.html, weights.png" if recipe.scored_by else ""
     say(
-        console,
+        out,
         f"saved       {output}/model (model, tokenizer, heads), losses.png{weights}, {METRICS_FILE}, recipe.yaml",
     )
-    say(console, f"tracking    {_tracking(recipe)}")
+    say(out, f"tracking    {_tracking(recipe)}")
     return results
 
 
-def _make_folder(output: Path) -> None:
+def make_folder(output: Path) -> None:
+    """Make a run's folder.
+
+    Raises:
+        RecipeError: it is there already, or can't be made.
+    """
     try:
         output.mkdir(parents=True)
     except OSError as error:
@@ -102,7 +111,3 @@ def _tracking(recipe: Recipe) -> str:
     if recipe.tracking.kind == "none":
         return f"none; metrics go to {METRICS_FILE}"
     return f"mlflow ui --backend-store-uri {without_password(recipe).tracking.uri}"
-
-
-def _console() -> Console:
-    return Console()

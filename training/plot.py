@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too; its black is kept for the reference line.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+
+def open_figure(inches: tuple[float, float]) -> Figure:
+    """Give an empty figure that can be saved; no pyplot: no global state, and no window system is ever asked for."""
+    figure = Figure(figsize=inches, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> None:
@@ -24,13 +31,11 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # A Figure of our own instead of pyplot: no global state, and no window system is ever asked for.
-    figure = Figure(figsize=(8.5, 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = open_figure((8.5, 5.0))
     axes = figure.subplots()
     handles = []
     for h in range(sum(name.startswith("train/ce_head_") for name in lines[0])):
-        colour = _COLOURS[h % len(_COLOURS)]
+        colour = COLOURS[h % len(COLOURS)]
         steps, ce = _series(lines, f"train/ce_head_{h}")
         axes.plot(steps, ce, color=colour, linewidth=1.3, alpha=0.85)
         steps, ce = _series(lines, f"val/ce_head_{h}")

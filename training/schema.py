@@ -142,10 +142,13 @@ class CriticScorerConfig(_ScoreConfig):
 ModelScorerConfig = Annotated[Rho1ScorerConfig | CriticScorerConfig, Field(discriminator="name")]
 
 
+ControlName = Literal["shuffled", "random_matched"]
+
+
 class ControlScorerConfig(_Group):
     """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the micro-batch."""
 
-    name: Literal["shuffled", "random_matched"] = Field(description="which scorer makes the token weights")
+    name: ControlName = Field(description="which scorer makes the token weights")
     of: ModelScorerConfig = Field(description="the scorer whose weights are moved")
 
 

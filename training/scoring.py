@@ -21,6 +21,7 @@ from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows
 from mtp_ce.training.schema import (
+    ControlName,
     ControlScorerConfig,
     CriticScorerConfig,
     Recipe,
@@ -32,7 +33,10 @@ from mtp_ce.training.schema import (
 # Takes a micro-batch and the next-token head of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]
 
-CONTROLS: dict[str, type[ShuffledWeights]] = {"shuffled": ShuffledWeights, "random_matched": RandomMatchedWeights}
+CONTROLS: dict[ControlName, type[ShuffledWeights]] = {
+    "shuffled": ShuffledWeights,
+    "random_matched": RandomMatchedWeights,
+}
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device) -
 
     def load(kind: Any, folder: Path | None) -> PreTrainedModel:
         assert folder is not None
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
-        return model.to(device).eval().requires_grad_(False)
+        model: Any = kind.from_pretrained(folder, dtype=torch.float32)
+        frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        return frozen
 
     def build(config: ScorerConfig) -> Scorer:
         match config:

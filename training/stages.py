@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mtp_ce.training.checkpoint import save_model
 from mtp_ce.training.corpus import is_documented
@@ -33,6 +35,7 @@ from mtp_ce.training.schema import (
     MTPConfig,
     Recipe,
     RecipeError,
+    ReferenceConfig,
     Rho1ScorerConfig,
     TrainConfig,
     UniformScorerConfig,
@@ -55,6 +58,16 @@ from mtp_ce.training.trainer import Trainer, validation_metrics
 # What a finished stage says of itself, beside its model.
 STAGE_FILE = "stage.json"
 WEIGHTS_FOLDER = "token_weights"
+
+
+def check_stages(recipe: Recipe, inputs: Inputs) -> None:
+    """Look for what would stop a stage that has not begun.
+
+    Raises:
+        RecipeError: the reference has nothing to learn from.
+    """
+    if isinstance(recipe.scored_by, Rho1ScorerConfig) and recipe.reference and not recipe.reference.source:
+        documents_of(recipe.reference, inputs)
 
 
 def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> FrozenModels:
@@ -84,12 +97,11 @@ def main_stage(
     if recipe.precompute_weights:
         made = _weights(recipe, inputs, weighing, models, output, tracking)
         rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
-    with Tracking(recipe, output, _warning(inputs), tracking, "main") as run:
-        model, results = _fit(recipe, inputs, rows, weigh, output, run)
+    with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main") as run:
+        trainer, results = fit(recipe, inputs, rows, weigh, output, run)
         if recipe.scored_by:
-            for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+            for path in show_weights(inputs, weighing, trainer.model, recipe.scorer.name, output):
                 run.artifact(path)
-    tracking.summary(recipe.train.steps, validation_metrics(results))
     return results
 
 
@@ -116,9 +128,12 @@ def reference_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
-    own, stage = reference_recipe(recipe), recipe.reference
-    assert stage is not None
+def documents_of(stage: ReferenceConfig, inputs: Inputs) -> list[Tensor]:
+    """Give the tokens of the documents that a reference is trained on.
+
+    Raises:
+        RecipeError: there are none.
+    """
     documents = [
         tokens
         for document, tokens in zip(inputs.corpus.train, inputs.tokens.train, strict=True)
@@ -129,19 +144,23 @@ def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking)
             "reference.documents is 'documented', but no training file is a public module with a docstring; "
             "give reference.documents=all or reference.source"
         )
-    settings = own.model_dump(include={"seed", "data", "model", "optimizer", "train"})
+    return documents
+
+
+def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    own, stage = reference_recipe(recipe), recipe.reference
+    assert stage is not None
+    documents = documents_of(stage, inputs)
+    settings = own.model_dump(include={"seed", "model", "optimizer", "train"}) | {"row_length": inputs.row_length}
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
         weighing = build_weighing(own, FrozenModels(), inputs.device)
-        _, results = _fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
+        _, results = fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
         return validation_metrics(results)
 
-    return _stage(
-        "reference",
-        f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps",
-        stage_key("reference", {**settings, "documents": stage.documents}, inputs.digests),
-        own, inputs, output, tracking, work,
-    )  # fmt: skip
+    what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
+    key = stage_key("reference", {**settings, "documents": stage.documents}, inputs.digests)
+    return run_stage(Stage("reference", "reference", what, key, own, work), inputs, output, tracking)
 
 
 def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
@@ -150,7 +169,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     assert stage.train is not None
     settings = {
         **stage.model_dump(),
-        "data": recipe.data.model_dump(),
+        "row_length": inputs.row_length,
         "model": (stage.model or recipe.model).model_dump(exclude={"mtp"}),
         "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
     }
@@ -165,12 +184,9 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
         save_model(folder / "model", model, inputs.tokenizer)
         return results
 
-    return _stage(
-        "critic",
-        f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps",
-        stage_key("critic", settings, inputs.digests),
-        recipe, inputs, output, tracking, work,
-    )  # fmt: skip
+    what = f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps"
+    key = stage_key("critic", settings, inputs.digests)
+    return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
 def _weights(
@@ -197,58 +213,67 @@ def _weights(
             "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
         }
 
-    return _stage(
-        "weights",
-        f"{len(rows.tokens):,} tokens weighed by {recipe.scorer.name}",
-        stage_key("weights", settings, digests),
-        recipe, inputs, output, tracking, work,
-    )  # fmt: skip
+    what = f"{len(rows.tokens):,} tokens weighed by {recipe.scorer.name}"
+    key = stage_key("weights", settings, digests)
+    return run_stage(Stage("weights", "weights", what, key, recipe, work), inputs, output, tracking)
 
 
-def _stage(
-    kind: StageKind,
-    what: str,
-    key: str,
-    recipe: Recipe,
-    inputs: Inputs,
-    output: Path,
-    tracking: Tracking,
-    work: Callable[[Path, Tracking], dict[str, float]],
-) -> Path:
-    """Run one stage in a folder of its own and keep it, or find that it was kept; give the kept folder."""
-    folder = output / kind
+@dataclass(frozen=True)
+class Stage:
+    """One thing to do, once.
+
+    Attributes:
+        kind: what it is, to the cache.
+        name: its folder in the run's, and its run in MLflow.
+        what: one line for people.
+        key: hash of everything that decides the result.
+        recipe: its own.
+        work: does it in a folder, tracked, and gives the results by name.
+    """
+
+    kind: StageKind
+    name: str
+    what: str
+    key: str
+    recipe: Recipe
+    work: Callable[[Path, Tracking], dict[str, float]]
+
+
+def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    """Run a stage and keep it, or find that it was kept; give the kept folder."""
+    folder, console = output / stage.name, inputs.console
     folder.mkdir()
-    with Tracking(recipe, folder, _warning(inputs), tracking) as run:
-        kept = kept_stage(kind, key)
+    with Tracking(stage.recipe, folder, partial(warn, console), tracking) as run:
+        kept = kept_stage(stage.kind, stage.key)
         if kept:
             said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
-            say(inputs.console, f"{kind:<11} reused, unchanged since {said['finished']}: {_shown(said['results'])}")
+            say(console, f"{stage.name:<11} reused, unchanged since {said['finished']}: {_shown(said['results'])}")
         else:
-            say(inputs.console, f"{kind:<11} {what}")
-            results = work(folder, run)
+            say(console, f"{stage.name:<11} {stage.what}")
+            results = stage.work(folder, run)
             finished = datetime.now(UTC).isoformat(timespec="seconds")
-            said = {"stage": kind, "key": key, "finished": finished, "results": results}
+            said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
             (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
-            kept = keep_stage(kind, key, folder)
-            say(inputs.console, f"{kind:<11} done: {_shown(results)}")
-        say(inputs.console, f"            {kept}")
+            kept = keep_stage(stage.kind, stage.key, folder)
+            say(console, f"{stage.name:<11} done: {_shown(results)}")
+        say(console, f"            {kept}")
         (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
         run.summary(0, said["results"])
-        run.tags({"stage.key": key, "stage.finished": said["finished"]})
+        run.tags({"stage.key": stage.key, "stage.finished": said["finished"]})
         run.artifact(folder / STAGE_FILE)
     return kept
 
 
-def _fit(
+def fit(
     recipe: Recipe, inputs: Inputs, rows: PackedRows, weigh: Weigh, folder: Path, run: Tracking
-) -> tuple[MultiTokenModel, list[HeadResult]]:
+) -> tuple[Trainer, list[HeadResult]]:
     """Train one model with prediction heads; save it and the picture of its losses."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id).to(inputs.device)
     say(inputs.console, f"model       {parameters(model)}; on {inputs.device}")
     optimizer = build_optimizer(model, recipe.optimizer)
     with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
-        results = Trainer(
+        trainer = Trainer(
             recipe=recipe,
             model=model,
             weigh=weigh,
@@ -261,7 +286,8 @@ def _fit(
             tick=display.tick,
             stop=stop,
             weight_bounds=weight_bounds(recipe),
-        ).fit()
+        )
+        results = trainer.fit()
     run.log(recipe.train.steps, {"val/unigram_entropy": inputs.unigram})
     save_model(folder / "model", model.trunk, inputs.tokenizer, model.heads)
     # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
@@ -270,7 +296,7 @@ def _fit(
     title = f"{folder.name}: cross entropy of each head"
     draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
     run.artifact(folder / "losses.png")
-    return model, results
+    return trainer, results
 
 
 def parameters(model: MultiTokenModel) -> str:
@@ -288,9 +314,5 @@ def _both(run: Tracking, display: Display) -> Callable[[int, dict[str, float]], 
     return log
 
 
-def _warning(inputs: Inputs) -> Callable[[str], None]:
-    return partial(warn, inputs.console)
-
-
 def _shown(results: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(results.items())[:2])

@@ -123,15 +123,18 @@ class Trainer:
         return results
 
     @torch.no_grad()
-    def validate(self) -> list[HeadResult]:
-        """Score every held-out row, each live row with the same weight.
+    def validate(self, rows: PackedRows | None = None) -> list[HeadResult]:
+        """Score rows, each live row with the same weight.
+
+        Args:
+            rows: None means all that are held out.
 
         Raises:
             KeyboardInterrupt: `stop` was set.
         """
         self.model.eval()
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
-        for on_host in self.held_out.in_order(self.recipe.validation.batch_size):
+        for on_host in (self.held_out if rows is None else rows).in_order(self.recipe.validation.batch_size):
             self._check_stop()
             batch = on_host.to(self.device)
             out = self.model(batch.input_ids, batch.position_ids, batch.labels, document_ids=batch.document_ids)

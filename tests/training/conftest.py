@@ -87,6 +87,5 @@ def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun
     recipe = small(["tracking.kind=mlflow", f"tracking.uri={database}"])
     with pytest.MonkeyPatch.context() as patch, (where / "printed.txt").open("w") as printed:
         patch.chdir(where)
-        patch.setattr(pipeline, "_console", lambda: Console(file=printed, width=120))
-        results = pipeline.train(recipe, where / "runs" / "one")
+        results = pipeline.train(recipe, where / "runs" / "one", Console(file=printed, width=120))
     return FinishedRun(recipe, where / "runs" / "one", database, results, (where / "printed.txt").read_text())
