@@ -84,6 +84,8 @@ def _main(argv: Sequence[str] | None) -> int:
             raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
         name, overrides = _sort_out(arguments.what[1:] if comparing else arguments.what)
         recipe = load_recipe(name, overrides)
+        if comparing:
+            recipe.arms()
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE

@@ -25,33 +25,11 @@ from mtp_ce.training.kept import folder_digest, stage_key
 from mtp_ce.training.pipeline import make_folder
 from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import say, warn
-from mtp_ce.training.schema import ControlScorerConfig, Recipe, RecipeError, ScorerConfig, UniformScorerConfig
-from mtp_ce.training.scoring import CONTROLS, FrozenModels, build_weighing
+from mtp_ce.training.schema import Recipe
+from mtp_ce.training.scoring import FrozenModels, build_weighing
 from mtp_ce.training.stages import STAGE_FILE, Stage, check_stages, fit, run_stage, scoring_stages
 from mtp_ce.training.tracking import Tracking
 from mtp_ce.training.trainer import validation_metrics
-
-UNIFORM = "uniform"
-
-
-def arms_of(recipe: Recipe) -> dict[str, Recipe]:
-    """Give the recipe with each of the scorers that are compared, by the scorer's name.
-
-    Raises:
-        RecipeError: the recipe's scorer is uniform, so there is nothing to compare with.
-    """
-    scored = recipe.scored_by
-    if scored is None:
-        raise RecipeError("compare needs a recipe whose scorer is not uniform, such as 'rho1'")
-    scorers: dict[str, ScorerConfig] = {
-        UNIFORM: UniformScorerConfig(),
-        scored.name: scored,
-        **{name: ControlScorerConfig(name=name, of=scored) for name in CONTROLS},
-    }
-    plain = recipe.model_copy(
-        update={"precompute_weights": False, "validation": recipe.validation.model_copy(update={"every": None})}
-    )
-    return {name: plain.model_copy(update={"scorer": scorer}) for name, scorer in scorers.items()}
 
 
 def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None) -> dict[str, Any]:
@@ -73,7 +51,7 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
         StepRefusedError, KeyboardInterrupt: as `pipeline.train`.
     """
     transformers_logging.disable_progress_bar()
-    arms, out = arms_of(recipe), out or Console()
+    arms, out = recipe.arms(), out or Console()
     inputs = read_inputs(recipe, out)
     check_stages(recipe, inputs)
     make_folder(output)
@@ -81,7 +59,7 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
     (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
     found: dict[str, Any] = {
         "recipe": recipe.name,
-        "scorer": recipe.scored_by.name if recipe.scored_by else UNIFORM,
+        "scorers": {name: arm.scorer.model_dump() for name, arm in arms.items()},
         "steps": recipe.train.steps,
         "tokens_per_step": recipe.train.batch_size * inputs.row_length,
         "seeds": list(range(recipe.seed, recipe.seed + seeds)),
@@ -135,7 +113,7 @@ def _run(
 
 def differences(found: dict[str, Any], arm: str, metric: str) -> list[float]:
     """Give an arm's metric minus that of uniform weights, seed by seed."""
-    pairs = zip(found["results"][arm], found["results"][UNIFORM], strict=True)
+    pairs = zip(found["results"][arm], found["results"]["uniform"], strict=True)
     return [ours[metric] - uniform[metric] for ours, uniform in pairs]
 
 
@@ -145,10 +123,10 @@ def comparison_table(found: dict[str, Any]) -> str:
     Args:
         found: what comparison.json holds.
     """
-    first = found["results"][UNIFORM][0]
+    first = found["results"]["uniform"][0]
     sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
     heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != UNIFORM]
+    arms = [arm for arm in found["results"] if arm != "uniform"]
     lines = [
         "| held-out files | head | uniform, CE in nats | " + " | ".join(f"{arm} - uniform" for arm in arms) + " |",
         "| --- | ---: | ---: |" + " ---: |" * len(arms),
@@ -156,7 +134,7 @@ def comparison_table(found: dict[str, Any]) -> str:
     for side in sides:
         for h in range(heads):
             metric = f"{side}/ce_head_{h}"
-            uniform = [result[metric] for result in found["results"][UNIFORM]]
+            uniform = [result[metric] for result in found["results"]["uniform"]]
             cells = [_spread(uniform), *(_spread(differences(found, arm, metric), "+") for arm in arms)]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
@@ -169,10 +147,10 @@ def draw_comparison(found: dict[str, Any], picture: Path) -> None:
     # matplotlib writes a font cache when it is first imported; a wrong recipe writes nothing.
     from mtp_ce.training.plot import COLOURS, open_figure
 
-    first = found["results"][UNIFORM][0]
+    first = found["results"]["uniform"][0]
     sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
     heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != UNIFORM]
+    arms = [arm for arm in found["results"] if arm != "uniform"]
     figure = open_figure((4.6 * len(sides), 4.2))
     panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for side, axes in zip(sides, panels, strict=True):

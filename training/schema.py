@@ -6,7 +6,7 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -337,3 +337,18 @@ class Recipe(_Group):
         """The scorer that asks a model, also behind a control; None for uniform weights."""
         scorer = self.scorer.of if isinstance(self.scorer, ControlScorerConfig) else self.scorer
         return None if isinstance(scorer, UniformScorerConfig) else scorer
+
+    def arms(self) -> dict[str, Recipe]:
+        """Give the recipe with each scorer that a comparison trains: uniform, its own, and the two controls of it.
+
+        Raises:
+            RecipeError: its own is uniform.
+        """
+        scored = self.scored_by
+        if scored is None:
+            raise RecipeError("compare needs a recipe whose scorer is not uniform, such as 'rho1'")
+        scorers: dict[str, ScorerConfig] = {"uniform": UniformScorerConfig(), scored.name: scored}
+        scorers |= {name: ControlScorerConfig(name=name, of=scored) for name in get_args(ControlName)}
+        validation = self.validation.model_copy(update={"every": None})
+        same = {"precompute_weights": False, "validation": validation}
+        return {name: self.model_copy(update={**same, "scorer": scorer}) for name, scorer in scorers.items()}

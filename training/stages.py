@@ -28,7 +28,6 @@ from mtp_ce.training.interrupt import stop_on_interrupt
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
 from mtp_ce.training.model import MultiTokenModel, build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.passages import show_weights
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.schema import (
     ModelConfig,
@@ -100,6 +99,9 @@ def main_stage(
     with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main") as run:
         trainer, results = fit(recipe, inputs, rows, weigh, output, run)
         if recipe.scored_by:
+            # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+            from mtp_ce.training.passages import show_weights
+
             for path in show_weights(inputs, weighing, trainer.model, recipe.scorer.name, output):
                 run.artifact(path)
     return results
@@ -290,7 +292,6 @@ def fit(
         results = trainer.fit()
     run.log(recipe.train.steps, {"val/unigram_entropy": inputs.unigram})
     save_model(folder / "model", model.trunk, inputs.tokenizer, model.heads)
-    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
     from mtp_ce.training.plot import draw_losses
 
     title = f"{folder.name}: cross entropy of each head"

@@ -64,6 +64,18 @@ def small(corpus_folder: Path):
     return make
 
 
+@pytest.fixture(scope="session")
+def rho1(corpus_folder: Path):
+    """Make a small recipe with a reference stage, with more overrides where they are given."""
+    short = ["train.steps=6", "train.log_every=1", "validation.every=null"]
+    reference = ["reference.train.steps=8", "reference.train.batch_size=4"]
+
+    def make(overrides: Sequence[str] = ()) -> Recipe:
+        return load_recipe("rho1", [*SMALL, f"data.corpus={corpus_folder}", *short, *reference, *overrides])
+
+    return make
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run that went through: where it wrote, and what it found."""
@@ -75,17 +87,28 @@ class FinishedRun:
     printed: str
 
 
-@pytest.fixture(scope="session")
-def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The small recipe with MLflow, run once for the whole session."""
+def run_tracked(recipe: Recipe, where: Path) -> FinishedRun:
+    """Run a recipe in a folder of its own, which becomes the working directory."""
     from rich.console import Console
 
     from mtp_ce.training import pipeline
 
-    where = tmp_path_factory.mktemp("run")
-    database = f"sqlite:///{where}/mlflow.db"
-    recipe = small(["tracking.kind=mlflow", f"tracking.uri={database}"])
     with pytest.MonkeyPatch.context() as patch, (where / "printed.txt").open("w") as printed:
         patch.chdir(where)
         results = pipeline.train(recipe, where / "runs" / "one", Console(file=printed, width=120))
-    return FinishedRun(recipe, where / "runs" / "one", database, results, (where / "printed.txt").read_text())
+    printed_text = (where / "printed.txt").read_text()
+    return FinishedRun(recipe, where / "runs" / "one", recipe.tracking.uri, results, printed_text)
+
+
+@pytest.fixture(scope="session")
+def finished_run(small, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The small recipe with MLflow, run once for the whole session."""
+    where = tmp_path_factory.mktemp("run")
+    return run_tracked(small(["tracking.kind=mlflow", f"tracking.uri=sqlite:///{where}/mlflow.db"]), where)
+
+
+@pytest.fixture(scope="session")
+def weighted_run(rho1, finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A recipe with a reference stage, run once, in an experiment of its own (making a database takes seconds)."""
+    tracked = ["tracking.kind=mlflow", f"tracking.uri={finished_run.database}", "tracking.experiment=weighted"]
+    return run_tracked(rho1(tracked), tmp_path_factory.mktemp("weighted"))

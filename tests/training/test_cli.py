@@ -54,6 +54,37 @@ MISTAKES = {
     "infinite value": (["optimizer.lr=.inf"], ["'optimizer.lr' is inf", "finite"]),
     "unknown choice": (["tracking.kind=mlflwo"], ["'tracking.kind'", "did you mean 'mlflow'"]),
     "unknown scorer": (["scorer.name=rho"], ["'scorer.name' is 'rho'", "'uniform'"]),
+    "smallest weight above 1": (["scorer.eps=1.5"], ["'scorer.eps' is 1.5", "less than or equal to 1"]),
+    "largest weight below 1": (["scorer.w_max=0.5"], ["'scorer.w_max' is 0.5", "greater than or equal to 1"]),
+    "no temperature": (["scorer.temperature=0"], ["'scorer.temperature' is 0", "greater than 0"]),
+    "misspelt scorer": (["scorer.name=rho1_exces"], ["did you mean 'rho1_excess'"]),
+    "scorer without a name": (["tiny", "scorer={eps: 0.1}"], ["missing key 'scorer.name'"]),
+    "option of another scorer": (
+        ["tiny", "scorer.temperature=1.0"],
+        ["'scorer.temperature' is not one of scorer 'uniform'"],
+    ),
+    "option of a scorer behind a control": (
+        ["scorer={name: shuffled, of: {name: rho1_excess, gamma: 0.5}}"],
+        ["'scorer.of.gamma' is not one of scorer.of 'rho1_excess'"],
+    ),
+    "no reference": (["tiny", "scorer={name: rho1_excess}"], ["reference and there is none", "reference.source"]),
+    "no critic": (["tiny", "scorer={name: critic_delta}"], ["critic and there is none", "critic.source"]),
+    "a reference that is nowhere": (["reference.source=./nowhere"], ["reference.source", "not a folder"]),
+    "a reference that is no model": (["reference.source=./empty"], ["reference.source", "config.json"]),
+    "a reference neither trained nor given": (
+        ["reference.train=null"],
+        ["reference: neither source nor train is given"],
+    ),
+    "a reference with too few steps": (["reference.train.steps=30"], ["reference.train.steps 30", "warmup_steps"]),
+    "weights before training by a model in training": (["precompute_weights=true"], ["scorer.current"]),
+    "weights before training that need the batch": (
+        ["precompute_weights=true", "scorer={name: rho1_excess, current: ./empty, scope: batch}"],
+        ["depend on what else is in the batch"],
+    ),
+    "a tokenizer that is nowhere": (["data.tokenizer=./nowhere"], ["data.tokenizer", "not a folder"]),
+    "seeds of a single run": (["tiny", "--seeds", "3"], ["--seeds belongs to train-mtp compare"]),
+    "no seeds": (["compare", "--seeds", "0"], ["'0' is not a number of seeds"]),
+    "nothing to compare": (["compare", "tiny"], ["compare needs a recipe whose scorer is not uniform"]),
     "sizes that don't fit": (["model.kv_heads=3"], ["kv_heads 3 does not divide"]),
     "horizon longer than a row": (
         ["model.mtp.horizon=300"],
@@ -142,7 +173,18 @@ def test_a_missing_mlflow_is_named_only_where_the_recipe_wants_it(tmp_path):
 def test_help_is_readable_and_needs_no_extra(missing, tmp_path):
     answer = train_mtp("--help", cwd=tmp_path, before=missing)
     assert answer.returncode == 0
-    for words in ("--dry-run", "--print-config", "--output", "a.b=c", "shipped recipes", "tiny", "examples"):
+    for words in (
+        "--dry-run",
+        "--print-config",
+        "--output",
+        "a.b=c",
+        "shipped recipes",
+        "rho1",
+        "tiny",
+        "examples",
+        "compare",
+        "--seeds",
+    ):
         assert words in answer.stdout
     assert answer.stdout.endswith("IMPORTED\n")
 
@@ -165,12 +207,14 @@ def test_print_config_prints_a_recipe_that_gives_itself(tmp_path):
 def test_a_dry_run_sizes_the_model_and_writes_nothing(tmp_path):
     answer = train_mtp("--dry-run", "train.steps=1000", "train.batch_size=6", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    recipe = load_recipe("tiny")
+    recipe = load_recipe("rho1")
     D, inner, V = recipe.model.hidden_size, recipe.model.intermediate_size, recipe.data.vocab_size
     layer = 4 * D * D + 3 * D * inner + 2 * D
     trunk = V * D * (1 if recipe.model.tie_embeddings else 2) + recipe.model.layers * layer + D
     heads = 3 * (D * D + D)
     assert f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}" in answer.stdout
     assert "1,000 steps" in answer.stdout
+    assert f"reference   {recipe.reference.train.steps:,} steps of" in answer.stdout
+    assert "scorer      rho1_excess" in answer.stdout
     assert f"{1000 * 6 * recipe.data.sequence_length:,} in all" in answer.stdout
     assert files_below(tmp_path) == set()

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce import MTPHeads
-from mtp_ce.training import pipeline
+from mtp_ce.training import pipeline, stages
 from mtp_ce.training.corpus import read_corpus, texts
 from mtp_ce.training.data import PackedRows, tokenise, unigram_cross_entropy
 from mtp_ce.training.model import MultiTokenModel
@@ -32,13 +32,20 @@ VAL_METRICS = {"val/ce_mean", "val/unigram_entropy"} | {
 
 @pytest.fixture(scope="module")
 def mlflow_run(finished_run):
-    """The run as MLflow has it, and a client of its database."""
+    """The one stage of the run as MLflow has it, and a client of its database."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=finished_run.database)
     experiment = client.get_experiment_by_name("mtp_ce")
-    (run,) = client.search_runs([experiment.experiment_id])
-    return client, run
+    (stage,) = client.search_runs([experiment.experiment_id], "tags.mlflow.parentRunId != ''")
+    return client, stage
+
+
+@pytest.fixture(scope="module")
+def mlflow_parent(mlflow_run):
+    """The run that the stage belongs to."""
+    client, stage = mlflow_run
+    return client, client.get_run(stage.data.tags["mlflow.parentRunId"])
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +93,24 @@ def test_mlflow_and_the_metrics_file_agree(mlflow_run, metrics):
     assert [line["step"] for line in metrics if "val/ce_mean" in line] == [24, 48, 60]
 
 
-def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(finished_run, mlflow_run, tmp_path):
-    client, run = mlflow_run
-    assert run.data.params["model.mtp.horizon"] == "3"
-    assert run.data.params["optimizer.lr"] == "0.01"
-    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {
-        "recipe.yaml",
-        "losses.png",
-    }
+def test_the_run_above_the_stage_shows_how_it_ended(mlflow_parent, mlflow_run, finished_run):
+    _, run = mlflow_parent
+    assert run.info.run_name == finished_run.folder.name
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/ce_head_1"] == finished_run.results[1].ce
+    assert mlflow_run[1].info.run_name == "main"
+
+
+def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(
+    finished_run, mlflow_run, mlflow_parent, tmp_path
+):
+    client, stage = mlflow_run
+    _, run = mlflow_parent
+    for each in (stage, run):
+        assert each.data.params["model.mtp.horizon"] == "3"
+        assert each.data.params["optimizer.lr"] == "0.01"
+    assert [artifact.path for artifact in client.list_artifacts(stage.info.run_id)] == ["losses.png"]
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["recipe.yaml"]
     copy = client.download_artifacts(run.info.run_id, "recipe.yaml", str(tmp_path))
     assert load_recipe(copy) == finished_run.recipe
     assert (finished_run.folder / "recipe.yaml").read_text() == to_yaml(finished_run.recipe)
@@ -110,13 +127,13 @@ def test_the_picture_is_a_picture(finished_run):
 def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(finished_run, held_out, monkeypatch, tmp_path):
     """Trained, saved, loaded by transformers alone: the same logits, the same heads, the same tokens."""
     trained = {}
-    save = pipeline.save_model
+    save = stages.save_model
 
-    def remember(folder, model, tokenizer):
-        trained["model"] = model
-        save(folder, model, tokenizer)
+    def remember(folder, trunk, tokenizer, heads):
+        trained["model"] = MultiTokenModel(trunk, heads)
+        save(folder, trunk, tokenizer, heads)
 
-    monkeypatch.setattr(pipeline, "save_model", remember)
+    monkeypatch.setattr(stages, "save_model", remember)
     recipe = finished_run.recipe.model_copy(
         update={"tracking": finished_run.recipe.tracking.model_copy(update={"kind": "none"})}
     )

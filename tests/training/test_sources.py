@@ -1,0 +1,183 @@
+"""Trained models that a recipe names: found, compared with the run's own tokens, refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import boto3
+import pytest
+from moto import mock_aws
+from rich.console import Console
+from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
+
+from mtp_ce.training import pipeline
+from mtp_ce.training.inputs import read_inputs
+from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.sources import fetch_source, find_sources
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def reference(weighted_run) -> Path:
+    """A trained model of the small recipes' tokenizer."""
+    return weighted_run.folder / "reference" / "model"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 of this process alone."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with mock_aws():
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        yield client
+
+
+def upload(client, folder: Path, prefix: str) -> None:
+    for path in folder.iterdir():
+        client.upload_file(str(path), "models", f"{prefix}/{path.name}")
+
+
+def changed(folder: Path, where: Path, **config) -> Path:
+    """A copy of a model with other values in its config.json."""
+    shutil.copytree(folder, where)
+    old = json.loads((where / "config.json").read_text())
+    (where / "config.json").write_text(json.dumps({**old, **config}))
+    return where
+
+
+def test_a_reference_in_a_folder_is_used_as_it_is(reference, weighted_run, rho1, tmp_path):
+    recipe = rho1([f"reference.source={reference}"])
+    pipeline.train(recipe, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / "reference").exists()
+    ours, theirs = ((folder / "metrics.jsonl").read_text() for folder in (tmp_path / "run", weighted_run.folder))
+    weights = [[json.loads(line).get("train/weight_ess") for line in text.splitlines()] for text in (ours, theirs)]
+    assert weights[0] == weights[1], "the same reference as the one that the recipe would train"
+
+
+def test_a_reference_in_s3_is_fetched_once(reference, rho1, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    upload(bucket, reference, "some/reference")
+    recipe = rho1(["reference.source=s3://models/some/reference"])
+    find_sources(recipe)
+    folder = read_inputs(recipe, QUIET).given["reference.source"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fetch_source("reference.source", "s3://models/some/reference/") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    bucket.put_object(Bucket="models", Key="some/reference/config.json", Body=b"{}")
+    assert fetch_source("reference.source", "s3://models/some/reference") != folder, "its content has changed"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("s3://models/nothing", "has no objects"),
+        ("s3://nowhere/model", "NoSuchBucket"),
+        ("s3://models", "expected s3://bucket/prefix"),
+        ("s3:///model", "expected s3://bucket/prefix"),
+    ],
+)
+def test_what_is_not_in_s3_is_named(bucket, address, words):
+    with pytest.raises(RecipeError, match=words) as raised:
+        fetch_source("reference.source", address)
+    assert "reference.source" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_s3_without_credentials_is_one_line(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(RecipeError, match=r"critic\.source 's3://models/critic' can't be read: .*credentials"):
+        fetch_source("critic.source", "s3://models/critic")
+
+
+def test_a_hub_name_that_can_not_be_had_is_one_line(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match=r"reference\.source is 'nobody/nothing', which is no folder here") as raised:
+        fetch_source("reference.source", "nobody/nothing")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_vocabulary_of_another_size_is_refused_from_its_config(reference, rho1, tmp_path):
+    other = changed(reference, tmp_path / "other", vocab_size=600)
+    with pytest.raises(RecipeError, match=r"reference\.source .* has a vocabulary of 600 entries .* one of 512"):
+        find_sources(rho1([f"reference.source={other}"]))
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_before_anything_is_written(reference, rho1, tmp_path):
+    """The numbers would mean other tokens; nothing else could notice."""
+    other = changed(reference, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = [entry for entry, number in vocabulary.items() if number in (300, 400)]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = rho1([f"reference.source={other}"])
+    find_sources(recipe)
+    with pytest.raises(RecipeError, match=r"another tokenizer: 510 of 512 entries agree; give data\.tokenizer"):
+        pipeline.train(recipe, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_that_predicts_no_tokens_is_refused(reference, rho1, tmp_path):
+    other = changed(reference, tmp_path / "other", architectures=["LlamaForTokenClassification"])
+    with pytest.raises(RecipeError, match="is a LlamaForTokenClassification; expected a causal language model"):
+        find_sources(rho1([f"reference.source={other}"]))
+
+
+def save_critic(folder: Path, labels: int) -> Path:
+    """A tiny token classification model."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForTokenClassification(LlamaConfig(vocab_size=512, num_labels=labels, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def critic_recipe(rho1, source: Path):
+    return rho1(["scorer={name: critic_delta}", f"critic.source={source}"])
+
+
+def test_a_critic_without_a_value_head_is_refused(reference, rho1, tmp_path):
+    with pytest.raises(RecipeError, match="is a LlamaForCausalLM without a value head"):
+        find_sources(critic_recipe(rho1, reference))
+    with pytest.raises(RecipeError, match="without a value head; expected a ForTokenClassification of one label"):
+        find_sources(critic_recipe(rho1, save_critic(tmp_path / "two", labels=2)))
+
+
+def test_a_critic_in_a_folder_weighs_the_training(reference, rho1, tmp_path):
+    save_critic(tmp_path / "critic", labels=1)
+    AutoTokenizer.from_pretrained(reference).save_pretrained(tmp_path / "critic")
+    recipe = critic_recipe(rho1, tmp_path / "critic")
+    find_sources(recipe)
+    pipeline.train(recipe, tmp_path / "run", QUIET)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/weight_ess"] < 0.99
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_folder_that_lacks_a_file_is_refused_by_name(reference, rho1, tmp_path, missing):
+    other = changed(reference, tmp_path / "other")
+    (other / missing).unlink()
+    if missing == "tokenizer.json":
+        (other / "tokenizer_config.json").unlink()
+    with pytest.raises(RecipeError, match=r"reference\.source .* has no (readable config.json|tokenizer)"):
+        read_inputs(rho1([f"reference.source={other}"]), QUIET)
+
+
+def test_a_run_can_take_the_tokenizer_of_a_trained_model(reference, rho1, corpus_folder):
+    recipe = rho1([f"data.tokenizer={reference}", f"reference.source={reference}", "data.vocab_size=512"])
+    inputs = read_inputs(recipe, QUIET)
+    assert inputs.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(reference).get_vocab()
+    with pytest.raises(RecipeError, match=r"data\.vocab_size is 500, but data\.tokenizer .* has 512 entries"):
+        read_inputs(rho1([f"data.tokenizer={reference}", "data.vocab_size=500"]), QUIET)

@@ -1,0 +1,219 @@
+"""Stages: a reference is trained once, on what it is meant for, and the main model is weighted by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from mtp_ce.scorers.rho1 import Rho1ExcessScorer
+from mtp_ce.training import pipeline
+from mtp_ce.training.inputs import read_inputs
+from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
+from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.stages import documents_of, reference_recipe
+
+
+def run(recipe: Recipe, folder: Path) -> str:
+    """Train, and give what was printed."""
+    with (folder.parent / f"{folder.name}.txt").open("w+") as printed:
+        pipeline.train(recipe, folder, Console(file=printed, width=200))
+        printed.seek(0)
+        return printed.read()
+
+
+def lines(folder: Path) -> list[dict]:
+    """The training metrics of a run."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and "perf" not in k} for line in metrics]
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """No stage was ever finished; tokenizers and tokens are made again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_reference_is_trained_first_and_weighs_the_tokens(weighted_run):
+    metrics = lines(weighted_run.folder)
+    for line in metrics[:-1]:
+        if "train/loss" in line:
+            assert line["train/weight_mean"] == pytest.approx(1, abs=1e-5)
+            assert 0.05 <= line["train/weight_min"] < 0.9
+            assert 1.1 < line["train/weight_max"] <= 3
+            assert line["train/weight_ess"] < 0.99
+    assert (weighted_run.folder / "reference" / "model" / "model.safetensors").exists()
+    assert "reference   a next-token model of" in weighted_run.printed
+
+
+def test_mlflow_has_one_run_with_a_child_for_each_stage(weighted_run):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=weighted_run.database)
+    runs = client.search_runs([client.get_experiment_by_name("weighted").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert set(children) == {"reference", "main"}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+    assert children["reference"].data.params["model.mtp.horizon"] == "1"
+    assert children["reference"].data.metrics["val/ce_head_0"] > 0
+    assert len(children["reference"].data.tags["stage.key"]) == 32
+    artifacts = {artifact.path for artifact in client.list_artifacts(children["main"].info.run_id)}
+    assert artifacts == {"losses.png", "weights.html", "weights.png"}
+
+
+def test_a_second_run_reuses_the_reference_and_says_so(weighted_run, rho1, tmp_path):
+    printed = run(rho1(["name=other", "reference.train.log_every=3"]), tmp_path / "again")
+    assert "reference   reused, unchanged since" in printed
+    assert not (tmp_path / "again" / "reference" / "model").exists()
+    assert lines(tmp_path / "again") == lines(weighted_run.folder), "the same reference, so the same training"
+    said = json.loads((tmp_path / "again" / "reference" / "stage.json").read_text())
+    assert Path(said["folder"], "model", "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["reference.train.steps=9", "reference.seed=1", "reference.documents=all", "data.sequence_length=32", "seed=3"],
+)
+def test_a_stage_is_made_again_when_what_decides_it_changes(rho1, change):
+    """The main model's own seed is none of the reference's business."""
+
+    def key(recipe: Recipe) -> str:
+        own = reference_recipe(recipe)
+        settings = own.model_dump(include={"seed", "data", "model", "optimizer", "train"})
+        return stage_key("reference", {**settings, "documents": recipe.reference.documents}, ["texts"])
+
+    same = change == "seed=3"
+    assert (key(rho1()) == key(rho1([change]))) is same
+
+
+def test_a_stage_is_not_made_again_for_what_changes_no_result():
+    one = stage_key("critic", {"train": {"steps": 3, "log_every": 1, "device": "cpu"}}, ["texts"])
+    other = stage_key("critic", {"train": {"steps": 3, "log_every": 9, "device": "cuda"}}, ["texts"])
+    assert one == other
+    assert one != stage_key("critic", {"train": {"steps": 4, "log_every": 1, "device": "cpu"}}, ["texts"])
+    assert one != stage_key("critic", {"train": {"steps": 3, "log_every": 1, "device": "cpu"}}, ["other texts"])
+
+
+def test_other_texts_are_another_reference(weighted_run, rho1, corpus_folder, tmp_path, monkeypatch):
+    shutil.copytree(corpus_folder, tmp_path / "corpus")
+    with (tmp_path / "corpus" / "json" / "decoder.py").open("a") as file:
+        file.write("\n# one more line\n")
+    printed = run(rho1([f"data.corpus={tmp_path / 'corpus'}"]), tmp_path / "other")
+    assert "reused" not in printed
+
+
+def test_a_stage_that_did_not_finish_is_not_kept(rho1, empty_cache, tmp_path):
+    """The learning rate explodes in the reference; nothing of it may be found later."""
+    from mtp_ce.training.trainer import StepRefusedError
+
+    recipe = rho1(["reference.optimizer={lr: 1.0e+30, clip_norm: null}"])
+    with pytest.raises(StepRefusedError):
+        run(recipe, tmp_path / "broken")
+    assert not (tmp_path / "cache" / "mtp_ce" / "stages").exists()
+    assert (tmp_path / "broken" / "reference" / "metrics.jsonl").exists(), "what was measured stays"
+
+
+def test_a_kept_folder_is_a_copy_and_the_first_one_wins(tmp_path, empty_cache):
+    for text in ("first", "second"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "file.txt").write_text(text)
+        kept = keep_stage("critic", "some-key", tmp_path / text)
+    assert kept == kept_stage("critic", "some-key")
+    assert (kept / "file.txt").read_text() == "first"
+    assert kept_stage("critic", "other-key") is None
+    assert kept_stage("reference", "some-key") is None
+
+
+def test_a_reference_learns_from_documented_files_alone(rho1, corpus_folder, tmp_path):
+    """A private file and one without a docstring are trained on by the main model, and by reference.documents=all."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(corpus_folder, corpus)
+    (corpus / "_private.py").write_text('"""A docstring."""\nx = 1\n')
+    (corpus / "script.py").write_text("print(1)\n")
+    recipe = rho1([f"data.corpus={corpus}", "data.holdout_fraction=0.1"])
+    inputs = read_inputs(recipe, Console(quiet=True))
+    paths = [document.path for document in inputs.corpus.train]
+    assert {"_private.py", "script.py"} <= set(paths)
+    documented = documents_of(recipe.reference, inputs)
+    expected = [
+        tokens
+        for path, tokens in zip(paths, inputs.tokens.train, strict=True)
+        if path not in ("_private.py", "script.py")
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(documented, expected, strict=True))
+    everything = documents_of(recipe.reference.model_copy(update={"documents": "all"}), inputs)
+    assert len(everything) == len(paths)
+
+
+def test_a_corpus_without_documented_files_is_refused_before_anything_is_written(rho1, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f"file{i}.py").write_text(f"x{i} = {'[1, 2, 3, 4, 5], ' * 30}\nname_{i} = 'text number {i}'\n" * 5)
+    recipe = rho1([f"data.corpus={corpus}", "data.vocab_size=280"])
+    with pytest.raises(RecipeError, match=r"reference\.documents is 'documented'.*give reference\.documents=all"):
+        pipeline.train(recipe, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run, rho1):
+    """The whole way: stage, cache, scorer. The model is made again from the seed, the reference read from disk."""
+    from mtp_ce.scorers.next_token import NextToken
+    from mtp_ce.training.data import rows_of_step
+    from mtp_ce.training.model import build_model
+
+    recipe = weighted_run.recipe
+    inputs = read_inputs(recipe, Console(quiet=True))
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id)
+    reference = AutoModelForCausalLM.from_pretrained(weighted_run.folder / "reference" / "model")
+    rows = inputs.rows(inputs.tokens.train)
+    batch = rows.batch(rows_of_step(0, recipe.train.batch_size, len(rows), recipe.seed))
+    _, statistics = Rho1ExcessScorer(reference).run(
+        batch.input_ids, batch.labels, batch.document_ids,
+        position_ids=batch.position_ids, current=NextToken.of(model.trunk, batch.input_ids, batch.position_ids),
+    )  # fmt: skip
+    first = lines(weighted_run.folder)[0]
+    for name in ("min", "max", "ess"):
+        assert first[f"train/weight_{name}"] == pytest.approx(float(getattr(statistics, name)), rel=1e-4), name
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted_run, rho1, tmp_path, control):
+    """The current model is frozen here, so every token has one weight for the whole training."""
+    frozen = f"{{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
+    scorer = f"scorer={{name: shuffled, of: {frozen}}}" if control else f"scorer={frozen}"
+    shuffled_rows = ["train.batch_size=1"] if control else []  # a control's weights depend on the batch's shape
+    run(rho1([scorer, *shuffled_rows]), tmp_path / "online")
+    before = rho1([scorer, *shuffled_rows, "precompute_weights=true", "validation.batch_size=1"])
+    printed = run(before, tmp_path / "before")
+    assert "weights     " in printed
+    online, stored = lines(tmp_path / "online"), lines(tmp_path / "before")
+    assert len(online) == len(stored)
+    assert online[0]["train/weight_ess"] < 0.99
+    for one, other in zip(online, stored, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    again = run(before, tmp_path / "again")
+    assert "weights     reused, unchanged since" in again
+
+
+def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, tmp_path):
+    import datasets
+
+    scorer = f"scorer={{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
+    run(rho1([scorer, "precompute_weights=true"]), tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "weights" / "stage.json").read_text())
+    table = datasets.load_from_disk(str(Path(said["folder"]) / "token_weights"))
+    inputs = read_inputs(weighted_run.recipe, Console(quiet=True))
+    assert table["path"][:] == [document.path for document in inputs.corpus.train]
+    assert [len(weights) for weights in table["token_weights"]] == [len(tokens) for tokens in inputs.tokens.train]
+    flat = [weight for weights in table["token_weights"] for weight in weights]
+    assert sum(flat) / len(flat) == pytest.approx(1, abs=1e-5)
+    assert 0.05 <= min(flat) < max(flat) <= 3
