@@ -106,5 +106,5 @@ def score_pairs(critic: PreTrainedModel, micro_batches: Sequence[PairRows], obje
         total = objective.total(values, rows)
         if torch.is_grad_enabled():
             (total / normalizer).backward()
-        sums += PairSums(float(total), count, int(rows.ranked(values).sum()), int(rows.differ().sum()))
+        sums += PairSums(float(total.detach()), count, int(rows.ranked(values).sum()), int(rows.differ().sum()))
     return sums
