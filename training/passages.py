@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from mtp_ce.training.weights_view import Passage, draw_weights, token_texts, write_page
 from torch import Tensor
 
 from mtp_ce.scorers.next_token import NextToken
@@ -13,6 +12,9 @@ from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.scoring import Weighing
+from mtp_ce.training.weights_passage import Passage, token_texts
+from mtp_ce.training.weights_plot import draw_weights
+from mtp_ce.training.weights_view import write_page
 
 PASSAGES = 4
 ROWS_EACH = 3
@@ -54,15 +56,19 @@ def _passage(inputs: Inputs, weighing: Weighing, model: MultiTokenModel, place: 
     rows = inputs.rows([document])
     batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
     current = NextToken.of(model.trunk, batch.input_ids, batch.position_ids)
-    n = len(document)
+    parts = weighing.explain(batch, current)
+    weights = weighing.weigh(batch, current).weights
+    if "score" in parts:
+        # What has no score has a neutral weight that says nothing about it.
+        weights = torch.where(parts["score"].isnan(), torch.nan, weights)
 
     def flat(tensor: Tensor) -> list[float]:
-        values: list[float] = tensor.flatten()[:n].tolist()
+        values: list[float] = tensor.flatten()[: len(document)].tolist()
         return values
 
     return Passage(
         title=inputs.corpus.held_out[place].path,
         texts=token_texts(inputs.tokenizer, document.tolist()),
-        weights=flat(weighing.weigh(batch, current).weights),
-        details={name: flat(part) for name, part in weighing.explain(batch, current).items()},
+        weights=flat(weights),
+        details={name: flat(part) for name, part in parts.items()},
     )

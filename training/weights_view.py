@@ -21,14 +21,9 @@ from mtp_ce.training.weights_passage import (
     Passage,
     scale_ticks,
     summary,
-    token_texts,
     unit_of,
     weight_norm,
 )
-from mtp_ce.training.weights_plot import draw_weights
-
-# Callers find all four names of the view here.
-__all__ = ["Passage", "draw_weights", "token_texts", "write_page"]
 
 _HIGHEST = 10
 

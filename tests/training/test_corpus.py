@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.corpus import find_files, is_held_out, read_corpus, texts
+from mtp_ce.training.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
 from mtp_ce.training.schema import DataConfig, RecipeError
 
 
@@ -94,3 +94,26 @@ def test_a_split_with_an_empty_side_is_refused(tmp_path):
     write(tmp_path, {"only.py": "x = 1\n"})
     with pytest.raises(RecipeError, match="both sides need at least one"):
         find_files(DataConfig(corpus=str(tmp_path)))
+
+
+DOCSTRING = '"""What it is for."""\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("json/decoder.py", DOCSTRING, True),
+        ("json/__init__.py", DOCSTRING, True),
+        ("json/decoder.py", "# No docstring.\nx = 1\n", False),
+        ("json/decoder.py", 'x = """not the first statement"""\n', False),
+        ("_private.py", DOCSTRING, False),
+        ("json/_tables.py", DOCSTRING, False),
+        ("_vendored/json.py", DOCSTRING, False),
+        ("json/__main__.py", DOCSTRING, False),
+        ("old.py", DOCSTRING + "print 'of another Python'\n", False),
+        ("null.py", DOCSTRING + "\0", False),
+    ],
+)
+def test_the_curated_part_is_public_modules_with_a_docstring(path, text, expected, recwarn):
+    assert is_documented(Document(path, text)) is expected
+    assert not recwarn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -14,8 +16,12 @@ def groups(model: type[BaseModel]):
     """The model and every model below it."""
     yield model
     for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from groups(field.annotation)
+        inside = [field.annotation]
+        while inside:
+            part = inside.pop()
+            inside += get_args(part)
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from groups(part)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -70,7 +76,10 @@ def test_a_recipe_in_a_strange_encoding_is_refused(tmp_path):
 
 
 def test_a_recipe_survives_being_written_and_read(tmp_path):
-    recipe = load_recipe("tiny", ["optimizer.lr=1.7e-5", "train.micro_batch_size=1", "optimizer.clip_norm=null"])
+    scorer = "scorer={name: shuffled, of: {name: rho1_excess, w_max: 4.0}}"
+    recipe = load_recipe(
+        "rho1", ["optimizer.lr=1.7e-5", "train.micro_batch_size=1", "optimizer.clip_norm=null", scorer]
+    )
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
     assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from mtp_ce.training import cli, pipeline
+from mtp_ce.training import cli, stages
 from mtp_ce.training.interrupt import stop_on_interrupt
 from mtp_ce.training.recipe import to_yaml
 
@@ -63,15 +63,16 @@ def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finish
 
     client = MlflowClient(tracking_uri=finished_run.database)
     experiment = client.get_experiment_by_name("interrupted")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "KILLED"
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the run and its stage"
+    (run,) = [run for run in runs if run.info.run_name == "main"]
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(steps)
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every model is built with one NaN in its final norm."""
-    build = pipeline.build_model
+    build = stages.build_model
 
     def build_poisoned(*arguments, **options):
         model = build(*arguments, **options)
@@ -79,7 +80,7 @@ def poisoned(monkeypatch):
             model.trunk.model.norm.weight[0] = float("nan")
         return model
 
-    monkeypatch.setattr(pipeline, "build_model", build_poisoned)
+    monkeypatch.setattr(stages, "build_model", build_poisoned)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
@@ -97,19 +98,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
     assert cli.main(["small.yaml", "--output", "out"]) == 3
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "train/loss is nan at step 1; the step was not taken" in error
+    assert "train/loss is nan at step 1, expected a finite number; the step was not taken" in error
     assert not (tmp_path / "out" / "model").exists()
 
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=finished_run.database)
-    (run,) = client.search_runs([client.get_experiment_by_name("poisoned").experiment_id])
-    assert run.info.status == "FAILED"
-    assert {name: run.data.tags[f"stop.{name}"] for name in ("step", "quantity", "value")} == {
-        "step": "1",
-        "quantity": "train/loss",
-        "value": "nan",
-    }
+    runs = client.search_runs([client.get_experiment_by_name("poisoned").experiment_id])
+    assert len(runs) == 2, "the run and its stage"
+    for run in runs:
+        assert run.info.status == "FAILED"
+        assert {name: run.data.tags[f"stop.{name}"] for name in ("step", "quantity", "value")} == {
+            "step": "1",
+            "quantity": "train/loss",
+            "value": "nan",
+        }
 
 
 def test_the_first_ctrl_c_asks_and_the_second_insists():

@@ -14,8 +14,9 @@ from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.image import imread
 
 from mtp_ce.training.tokenizer import END_OF_TEXT, train_tokenizer
-from mtp_ce.training.weights_passage import SCALE, weight_norm
-from mtp_ce.training.weights_view import Passage, draw_weights, token_texts, write_page
+from mtp_ce.training.weights_passage import SCALE, Passage, token_texts, weight_norm
+from mtp_ce.training.weights_plot import draw_weights
+from mtp_ce.training.weights_view import write_page
 
 NAN = math.nan
 HOSTILE = [
