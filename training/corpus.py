@@ -30,6 +30,15 @@ _NOT_STDLIB = {
 }
 
 
+# What ast and compile raise about a text; the last two about deep nesting.
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+# Python warns of old escapes and the like in what it parses; who trains on a text can't change it. This is a filter
+# for good: catch_warnings would put back old ones, and lose what another thread, importing mlflow, has set meanwhile.
+SOURCE_NAME = "<corpus>"
+warnings.filterwarnings("ignore", module=SOURCE_NAME)
+
+
 @dataclass(frozen=True)
 class Document:
     """One file of the corpus."""
@@ -143,13 +152,16 @@ def is_documented(document: Document) -> bool:
     parts = PurePosixPath(document.path).with_suffix("").parts
     if any(part.startswith("_") and part != "__init__" for part in parts):
         return False
+    tree = parse_python(document.text)
+    return tree is not None and ast.get_docstring(tree) is not None
+
+
+def parse_python(source: str) -> ast.Module | None:
+    """Parse a text; None where it is not valid Python."""
     try:
-        with warnings.catch_warnings():
-            # Old files hold escapes that newer Pythons warn about.
-            warnings.simplefilter("ignore")
-            return ast.get_docstring(ast.parse(document.text)) is not None
-    except (SyntaxError, ValueError):
-        return False
+        return ast.parse(source, filename=SOURCE_NAME)
+    except NOT_PYTHON:
+        return None
 
 
 def _decode(content: bytes) -> str | None:

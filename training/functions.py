@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,15 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mtp_ce.training.corpus import Document
+from mtp_ce.training.corpus import NOT_PYTHON, SOURCE_NAME, Document, parse_python
 
 Corruption = Literal["delete", "swap", "both"]
 
 # Largest distance between two swapped tokens. A larger one is easier to see and says less about where it went wrong.
 SWAP_REACH = 4
-
-# What ast and compile raise about a text; the last two about deep nesting.
-_NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -104,13 +100,11 @@ class PairRows:
 
 def compiles(source: str) -> bool:
     """Say whether Python compiles a text; nothing is run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # dont_inherit: this file's own __future__ imports must not decide what is valid.
-            compile(source, "<function>", "exec", dont_inherit=True)
-        except _NOT_PYTHON:
-            return False
+    try:
+        # dont_inherit: this file's own __future__ imports must not decide what is valid.
+        compile(source, SOURCE_NAME, "exec", dont_inherit=True)
+    except NOT_PYTHON:
+        return False
     return True
 
 
@@ -125,12 +119,9 @@ def find_functions(documents: Sequence[Document]) -> list[str]:
     """
     found: dict[str, None] = {}
     for document in documents:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                tree = ast.parse(document.text)
-            except _NOT_PYTHON:
-                continue
+        tree = parse_python(document.text)
+        if tree is None:
+            continue
         # str.splitlines also breaks at form feeds, which Python does not count as lines.
         lines = re.split(r"\r\n?|\n", document.text)
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -50,14 +50,18 @@ class Display:
         self._bar.advance(self._task)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the newest metrics, of training or of validation."""
-        if "train/loss" not in metrics:
-            self._line(f"step {step:>5}  validation  {_heads(metrics, 'val')} nats")
+        """Show the newest metrics of a model or of a critic, of training or of validation."""
+        if "train/loss" in metrics:
+            loss, rate = metrics["train/loss"], metrics["perf/tokens_per_s"]
+            numbers = f"loss {loss:.3f}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
+        elif "critic/loss" in metrics:
+            numbers = f"loss {metrics['critic/loss']:.3f}  {metrics['critic/accuracy']:.1%} of pairs in order"
+        else:
+            found = f"{_heads(metrics, 'val')} nats"
+            if "critic/val_loss" in metrics:
+                found = f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
+            self._line(f"step {step:>5}  validation  {found}")
             return
-        numbers = (
-            f"loss {metrics['train/loss']:.3f}  {_heads(metrics, 'train')}  "
-            f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
-        )
         if self._console.is_terminal:
             self._bar.update(self._task, numbers=numbers)
             return

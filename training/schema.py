@@ -184,7 +184,7 @@ class StageTrainConfig(_Group):
     """The loop of a stage."""
 
     steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(ge=1, description="rows of sequence_length tokens per optimizer step")
+    batch_size: int = Field(ge=1, description="rows per optimizer step; of a critic, pairs of functions")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,

@@ -10,6 +10,7 @@ A finished stage is kept in the cache by a hash of its settings and inputs, and 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -172,6 +173,8 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     settings = {
         **stage.model_dump(),
         "row_length": inputs.row_length,
+        # Python decides the rewards.
+        "python": sys.version_info[:2],
         "model": (stage.model or recipe.model).model_dump(exclude={"mtp"}),
         "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,20 @@ DOCSTRING = '"""What it is for."""\n'
 def test_the_curated_part_is_public_modules_with_a_docstring(path, text, expected, recwarn):
     assert is_documented(Document(path, text)) is expected
     assert not recwarn
+
+
+def test_warnings_about_a_corpus_are_not_shown_and_filters_stay_as_they_are():
+    """In a process of its own: the test runner has filters of its own."""
+    program = (
+        "import warnings\n"
+        "from mtp_ce.training.corpus import parse_python\n"
+        "from mtp_ce.training.functions import compiles\n"
+        "before = list(warnings.filters)\n"
+        "text = 'x = \\'\\\\d\\' is 1'\n"
+        "assert compiles(text) and parse_python(text) is not None\n"
+        "assert warnings.filters == before\n"
+        "compile(text, 'elsewhere.py', 'exec')\n"
+    )
+    answer = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
+    assert "elsewhere.py" in answer.stderr
+    assert "<corpus>" not in answer.stderr

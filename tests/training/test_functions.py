@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -97,13 +95,6 @@ def test_a_form_feed_is_not_the_end_of_a_line():
 def test_a_file_that_does_not_parse_is_passed_over():
     documents = [Document("a.py", "def f(:\n"), Document("b.py", "x = '\0'"), Document("c.py", "def g(): pass\n")]
     assert find_functions(documents) == ["def g(): pass\n"]
-
-
-def test_warnings_of_the_compiler_are_not_shown():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(find_functions([Document("a.py", SOURCE), Document("b.py", 'def f(): return 1 is 1, "\\d"\n')])) == 3
-        assert compiles('assert (1, "\\d")')
 
 
 def test_what_a_text_means_does_not_depend_on_who_asks():
