@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from mtp_ce.scorers.normalize import normalize_weights
     from mtp_ce.scorers.rho1 import Rho1ExcessScorer
     from mtp_ce.scorers.uniform import UniformScorer
+    from mtp_ce.wrapper import MTPOutput, MTPWrapper
 
 _HOME = {
     "CriticDeltaScorer": "mtp_ce.scorers.critic",
     "MTPHeads": "mtp_ce.heads",
     "MTPLoss": "mtp_ce.loss",
+    "MTPOutput": "mtp_ce.wrapper",
     "MTPStats": "mtp_ce.loss",
+    "MTPWrapper": "mtp_ce.wrapper",
     "NextToken": "mtp_ce.scorers.next_token",
     "RandomMatchedWeights": "mtp_ce.scorers.controls",
     "Rho1ExcessScorer": "mtp_ce.scorers.rho1",
@@ -40,7 +43,9 @@ __all__ = [
     "CriticDeltaScorer",
     "MTPHeads",
     "MTPLoss",
+    "MTPOutput",
     "MTPStats",
+    "MTPWrapper",
     "NextToken",
     "RandomMatchedWeights",
     "Rho1ExcessScorer",

@@ -72,8 +72,12 @@ class MTPHeads(nn.Module):
         """Sizes and kind, for `print(model)`."""
         return f"hidden_size={self.hidden_size}, horizon={self.horizon}, kind={self.kind!r}"
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write `mtp_heads.json` and `mtp_heads.safetensors` into `folder`, beside a saved model.
+
+        Args:
+            folder: made where it is missing.
+            state_dict: the parameters, where they were gathered from elsewhere; None takes the module's own.
 
         Raises:
             ModuleNotFoundError: safetensors is not installed; `pip install 'mtp_ce[train]'` brings it.
@@ -84,7 +88,8 @@ class MTPHeads(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
 
     @classmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_ce.linear import token_ce
+from mtp_ce.unembedding import Unembedding
 
 
 class NextToken(NamedTuple):
@@ -38,17 +39,11 @@ class NextToken(NamedTuple):
         Raises:
             TypeError: the model has no output embeddings, so it can't predict tokens.
         """
-        unembed: Any = getattr(model, "get_output_embeddings", lambda: None)()
-        if unembed is None:
-            raise TypeError(f"{type(model).__name__} has no output embeddings; expected a causal language model.")
+        output = Unembedding.of(model)
         given = {} if position_ids is None else {"position_ids": position_ids}
         base: Any = model.base_model
         hidden = base(input_ids=input_ids, use_cache=False, **given).last_hidden_state
-        config = getattr(model, "config", None)
-        # Cohere multiplies its logits, Granite divides them: both are the same to the hidden states.
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(hidden if scale == 1 else hidden * scale, unembed.weight, getattr(unembed, "bias", None), softcap)
+        return cls(output.scaled(hidden), output.weight, output.bias, output.softcap)
 
     def token_ce(self, labels: Tensor, document_ids: Tensor | None = None, ignore_index: int = -100) -> Tensor:
         """Cross entropy [B, S] fp32 of the token that stands there, detached.

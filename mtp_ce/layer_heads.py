@@ -1,0 +1,159 @@
+"""Heads that are decoder layers of the model's own class, so that they attend as the model does.
+
+    z        = output of the model's last decoder layer, before its final norm          [B, S, D]
+
+    layer        hidden_h = norm(layer_h(z))                                            h = 1..H-1
+    sequential   z_h      = layer_h(P_h [norm_a(z_{h-1}); norm_b(embed(token t + h))]),  z_0 = z
+                 hidden_h = norm(z_h)
+
+norm is the model's own final norm, which all heads share as they share the unembedding. A layer begins as a copy of the
+model's last one and is called as that one was called in the same forward (mask, positions), which works for every
+architecture whose layers look alike. P_h begins as the identity on z and 0 on the embedding.
+
+At the end of a row there is no token t + h. Such rows have no target either, and causal attention keeps them from
+others.
+
+Source: "layer" arXiv:2404.19737, section 2; "sequential" arXiv:2412.19437, section 2.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtp_ce.heads import CONFIG_FILE, TENSORS_FILE
+
+LayerKind = Literal["layer", "sequential"]
+
+
+@dataclass
+class LayerCall:
+    """How the model's last decoder layer was called in one forward, and what it gave."""
+
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    output: Tensor | None = None  # [B, S, D]
+
+    def again(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Call another layer in the same way, on other hidden states."""
+        options = {name: value for name, value in self.options.items() if name != "hidden_states"}
+        # What a layer would remember for generation is the model's business.
+        options |= {name: None for name in ("past_key_values", "layer_past") if name in options}
+        options |= {name: False for name in ("use_cache",) if name in options}
+        return _tensor(layer(hidden, *self.arguments, **options))
+
+
+class LayerHeads(nn.Module):
+    """Extra heads of decoder layers.
+
+    Args:
+        model: the causal language model whose last layer they copy.
+        horizon: H, the number of heads; head 0 is the model's own.
+        kind: "layer": side by side on the model's output; "sequential": each on the one before, and on the token that
+            head predicted, which training knows.
+
+    Raises:
+        ValueError: the model's decoder layers can't be found.
+    """
+
+    def __init__(self, model: Any, horizon: int, kind: LayerKind) -> None:
+        super().__init__()
+        layers, _ = decoder_layers(model)
+        last, config = layers[-1], model.config
+        unembed = model.get_output_embeddings().weight
+        self.hidden_size, self.horizon, self.kind = unembed.shape[1], horizon, kind
+        # PEFT keeps a layer's own parameters one level deeper; its adapters stay with the model.
+        own = {name.replace(".base_layer.", "."): x for name, x in last.state_dict().items() if "lora_" not in name}
+        self.layers = nn.ModuleList(type(last)(config, len(layers) - 1) for _ in range(horizon - 1))
+        for layer in self.layers:
+            layer.load_state_dict(own)
+        if kind == "sequential":
+            D = self.hidden_size
+            self.projections = nn.ModuleList(nn.Linear(2 * D, D, bias=False) for _ in self.layers)
+            self.hidden_norms = nn.ModuleList(nn.RMSNorm(D) for _ in self.layers)
+            self.token_norms = nn.ModuleList(nn.RMSNorm(D) for _ in self.layers)
+            with torch.no_grad():
+                for projection in self.projections:
+                    assert isinstance(projection, nn.Linear)
+                    projection.weight.copy_(torch.eye(D, 2 * D))
+        self.to(device=unembed.device, dtype=unembed.dtype)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [B, S, D], after the model's final norm
+        call: LayerCall,
+        norm: Callable[[Tensor], Tensor],
+        tokens: Tensor,  # [B, S, D], embeddings
+    ) -> list[Tensor]:
+        """Return H tensors [B, S, D]; the first one is `hidden` itself."""
+        z = call.output
+        assert z is not None
+        outputs = [hidden]
+        for h, layer in enumerate(self.layers, start=1):
+            if self.kind == "layer":
+                outputs.append(norm(call.again(layer, z)))
+                continue
+            ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, tokens.shape[1])))
+            joined = torch.cat([self.hidden_norms[h - 1](z), self.token_norms[h - 1](ahead)], -1)
+            z = call.again(layer, self.projections[h - 1](joined))
+            outputs.append(norm(z))
+        return outputs
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the tensors and what they are; see `MTPHeads.save_pretrained`."""
+        from safetensors.torch import save_file
+
+        tensors = self.state_dict() if state_dict is None else state_dict
+        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, Path(folder) / TENSORS_FILE)
+        config = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def decoder_layers(model: Any) -> tuple[nn.ModuleList, nn.Module]:
+    """Give a causal language model's decoder layers and its final norm.
+
+    Raises:
+        ValueError: there is no list of as many modules as the configuration has layers.
+    """
+    count = model.config.num_hidden_layers
+    for parent in model.base_model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                after = dict(parent.named_children())
+                norms = [module for other, module in after.items() if other != name and "Norm" in type(module).__name__]
+                # An embedding's norm stands before the final one. Some OPT models have none.
+                return child, norms[-1] if norms else nn.Identity()
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; take heads='residual'.")
+
+
+@contextmanager
+def watched(layer: nn.Module) -> Iterator[LayerCall]:
+    """Note how a layer is called inside the block; the hooks are gone after it."""
+    call = LayerCall()
+
+    def before(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        call.arguments, call.options = arguments[1:], dict(options)
+
+    def after(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        call.output = _tensor(output)
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+    try:
+        yield call
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    # Some architectures' layers give a tuple that begins with the hidden states.
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,0 +1,48 @@
+"""How a causal language model turns hidden states into logits, where that is more than one matrix product.
+
+logits = softcap( (scale * hidden) W^T + bias )         softcap(x) = c tanh(x / c)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Unembedding(NamedTuple):
+    """The output layer of a causal language model, as the linear path of the loss takes it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Unembedding:
+        """Read it from a Hugging Face model.
+
+        Args:
+            model: has `get_output_embeddings()`; its configuration's final softcap and logit scale are honoured.
+
+        Raises:
+            TypeError: the model has no output embeddings, so it can't predict tokens.
+        """
+        layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        if layer is None:
+            raise TypeError(f"{type(model).__name__} has no output embeddings; expected a causal language model.")
+        config = getattr(model, "config", None)
+        # Cohere multiplies its logits, Granite divides them: both are the same to the hidden states.
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states of which weight, bias and softcap alone make logits."""
+        return hidden if self.scale == 1 else hidden * self.scale
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [..., D]
+        """Logits [..., V]."""
+        logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
