@@ -33,10 +33,8 @@ class Unembedding(NamedTuple):
         if layer is None:
             raise TypeError(f"{type(model).__name__} has no output embeddings; expected a causal language model.")
         config = getattr(model, "config", None)
-        # Cohere multiplies its logits, Granite divides them: both are the same to the hidden states.
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(layer.weight, getattr(layer, "bias", None), scale, softcap)
+        return cls(layer.weight, getattr(layer, "bias", None), _scale(config), softcap)
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Hidden states of which weight, bias and softcap alone make logits."""
@@ -46,3 +44,16 @@ class Unembedding(NamedTuple):
         """Logits [..., V]."""
         logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _scale(config: Any) -> float:
+    """Give what a model multiplies its logits by, which is the same to its hidden states."""
+    if config is None or config.model_type == "mpt":  # has a logit_scale that transformers does not use
+        return 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
+    if divisor is None:
+        return 1.0
+    return float(divisor) if config.model_type == "hyperclovax" else 1 / divisor

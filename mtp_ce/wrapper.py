@@ -111,6 +111,7 @@ class MTPWrapper(PreTrainedModel):
             raise ValueError(f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would learn.")
         super().__init__(causal.config)
         self.model = model
+        self.generation_config = causal.generation_config
         self.horizon, self.kind, self.trunk = horizon, heads, trunk
         if heads in ("layer", "sequential"):
             self.heads: MTPHeads | LayerHeads = LayerHeads(causal, horizon, heads)
@@ -335,14 +336,6 @@ class MTPWrapper(PreTrainedModel):
         wrapper = cls(model, config["horizon"], heads=config["kind"], trunk=trunk)
         wrapper.heads.load_state_dict(load_file(tensors))
         return wrapper
-
-    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """Recompute the model's layers in backward."""
-        self.causal.gradient_checkpointing_enable(*arguments, **options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep the model's activations again."""
-        self.causal.gradient_checkpointing_disable()
 
     def get_input_embeddings(self) -> nn.Module:
         """Give the model's own."""
