@@ -360,21 +360,20 @@ class MTPWrapper(PreTrainedModel):
         return self.causal.resize_token_embeddings(*arguments, **options)
 
 
+@dataclass(frozen=True)
 class _Rows:
     """What the loss is told about the rows of one batch."""
 
-    def __init__(
-        self,
-        labels: Tensor,
-        token_weights: Tensor | None,
-        document_ids: Tensor | None,
-        shift: int,
-        weight_alignment: str,
-        num_items: Tensor | int | None,
-    ) -> None:
-        self.labels, self.token_weights, self.document_ids = labels, token_weights, document_ids
-        self.shift, self.weight_alignment = shift, weight_alignment
-        self.normalizer = num_items.float() if isinstance(num_items, Tensor) else num_items
+    labels: Tensor
+    token_weights: Tensor | None
+    document_ids: Tensor | None
+    shift: int
+    weight_alignment: str
+    num_items: Tensor | int | None
+
+    @property
+    def normalizer(self) -> Tensor | float | None:
+        return self.num_items.float() if isinstance(self.num_items, Tensor) else self.num_items
 
 
 def _causal_model(model: Any) -> Any:

@@ -17,7 +17,7 @@ from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import PackedRows, TokenisedCorpus, tokenise, unigram_cross_entropy
 from mtp_ce.training.report import say
 from mtp_ce.training.schema import Recipe, RecipeError
-from mtp_ce.training.sources import fetch_model, fetch_source, sources_of
+from mtp_ce.training.sources import check_tokenizer, fetch_model, fetch_source, sources_of
 from mtp_ce.training.tokenizer import load_tokenizer, read_tokenizer
 
 
@@ -63,20 +63,20 @@ def read_inputs(recipe: Recipe, console: Console) -> Inputs:
     Raises:
         RecipeError: the corpus, the tokenizer, a trained model or the device is not there or does not fit.
     """
-    device = find_device(recipe)
+    device, V, sources = find_device(recipe), recipe.data.vocab_size, sources_of(recipe)
+    # What may need a network comes first: it fails in seconds, and a tokenizer takes longer.
+    given = {key: fetch_model(key, source, kind, V) for key, (source, kind) in sources.items()}
+    named = recipe.data.tokenizer
+    tokenizer = read_tokenizer(fetch_source("data.tokenizer", named), named, V) if named else None
     corpus = read_corpus(recipe.data)
     say(
         console,
         f"corpus      {len(corpus.train)} files to train on, {len(corpus.held_out)} held out, "
         f"{corpus.characters / 1e6:.1f} million characters",
     )
-    source, V = recipe.data.tokenizer, recipe.data.vocab_size
-    if source:
-        tokenizer = read_tokenizer(fetch_source("data.tokenizer", source), source, V)
-    else:
-        tokenizer = load_tokenizer(texts(corpus.train), V)
-    vocabulary = tokenizer.get_vocab()
-    given = {key: fetch_model(key, named, kind, V, vocabulary) for key, (named, kind) in sources_of(recipe).items()}
+    tokenizer = tokenizer or load_tokenizer(texts(corpus.train), V)
+    for key, folder in given.items():
+        check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
     tokens = tokenise(corpus, tokenizer)
     counts = [sum(len(document) for document in side) for side in (tokens.train, tokens.held_out)]
     say(console, f"tokens      {counts[0]:,} to train on, {counts[1]:,} held out, {len(tokenizer):,} entries")

@@ -70,23 +70,37 @@ def fetch_source(key: str, source: str) -> Path:
         ) from None
 
 
-def fetch_model(key: str, source: str, kind: Kind, vocab_size: int, vocabulary: dict[str, int]) -> Path:
-    """Give the folder of a trained model that reads the run's own tokens.
+def fetch_model(key: str, source: str, kind: Kind, vocab_size: int) -> Path:
+    """Give the folder of a trained model of the right kind and vocabulary size.
 
     Args:
         key: the recipe's key that names it.
         source: a folder, an s3:// address or a hub name.
         kind: what it must be.
         vocab_size: V of the model in training.
+
+    Raises:
+        RecipeError: it is not there, of another kind, or of another size.
+    """
+    folder = fetch_source(key, source)
+    _check_config(key, source, folder, kind, vocab_size)
+    return folder
+
+
+def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, int]) -> None:
+    """Compare a trained model's tokenizer with the run's own.
+
+    Args:
+        key: the recipe's key that names the model.
+        source: how the recipe calls it.
+        folder: where it is.
         vocabulary: entries of the run's tokenizer and their ids.
 
     Raises:
-        RecipeError: it is not there, of another kind, or of another vocabulary.
+        RecipeError: it has none, or another one.
     """
     from transformers import AutoTokenizer
 
-    folder = fetch_source(key, source)
-    _check_config(key, source, folder, kind, vocab_size)
     try:
         theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
     except (OSError, ValueError) as error:
@@ -97,7 +111,6 @@ def fetch_model(key: str, source: str, kind: Kind, vocab_size: int, vocabulary: 
             f"{key} '{source}' was trained with another tokenizer: {shared} of {len(vocabulary)} entries agree; "
             f"give data.tokenizer={source} and its data.vocab_size, or a model of this run's tokenizer"
         )
-    return folder
 
 
 def _is_path(source: str) -> bool:
