@@ -32,13 +32,15 @@ from transformers.utils import ModelOutput, cached_file
 from mtp_ce.heads import CONFIG_FILE, TENSORS_FILE, MTPHeads
 from mtp_ce.layer_heads import LayerHeads, decoder_layers, watched
 from mtp_ce.linear import weighted_mtp_linear_ce
-from mtp_ce.loss import MTPLoss, MTPStats
+from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, weighted_mtp_ce
 from mtp_ce.rows import row_coefficients, row_targets
+from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.speculative import generate_speculatively
 from mtp_ce.unembedding import Unembedding
 
 HeadKind = Literal["none", "teacher_forcing", "residual", "layer", "sequential"]
 TrunkMode = Literal["joint", "detached", "frozen"]
+LossPath = Literal["linear", "logits"]
 
 IGNORE = -100
 
@@ -71,6 +73,7 @@ class MTPWrapper(PreTrainedModel):
             next-token loss h tokens further on. "none": H = 1.
         trunk: "joint": all of the model learns. "detached": the heads learn and the loss does not reach the model.
             "frozen": likewise, and the model's parameters no longer want gradients.
+        loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings.
@@ -97,8 +100,9 @@ class MTPWrapper(PreTrainedModel):
         horizon: int,
         heads: HeadKind = "residual",
         trunk: TrunkMode = "joint",
+        loss: LossPath = "linear",
     ) -> None:
-        for name, value, known in (("heads", heads, HeadKind), ("trunk", trunk, TrunkMode)):
+        for name, value, known in (("heads", heads, HeadKind), ("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
@@ -112,7 +116,7 @@ class MTPWrapper(PreTrainedModel):
         super().__init__(causal.config)
         self.model = model
         self.generation_config = causal.generation_config
-        self.horizon, self.kind, self.trunk = horizon, heads, trunk
+        self.horizon, self.kind, self.trunk, self.loss = horizon, heads, trunk, loss
         if heads in ("layer", "sequential"):
             self.heads: MTPHeads | LayerHeads = LayerHeads(causal, horizon, heads)
         else:
@@ -141,7 +145,7 @@ class MTPWrapper(PreTrainedModel):
         position_ids: Tensor | None = None,  # [B, S]
         labels: Tensor | None = None,  # [B, S]
         shift_labels: Tensor | None = None,  # [B, S]
-        token_weights: Tensor | None = None,  # [B, S] or [B, S, H]
+        token_weights: Tensor | Callable[[NextToken], Tensor] | None = None,  # [B, S] or [B, S, H]
         document_ids: Tensor | None = None,  # [B, S]
         num_items_in_batch: Tensor | int | None = None,
         *,
@@ -160,7 +164,7 @@ class MTPWrapper(PreTrainedModel):
             shift_labels: instead of labels: those that are shifted by one already, as transformers' sequence
                 parallelism makes them.
             token_weights: weights of the tokens that stand there; None means ones. With shift_labels they are shifted
-                as those are.
+                as those are. Or a function that makes them of this forward's own next-token head, which scorers ask.
             document_ids: borders of packed documents; None takes them from position_ids.
             num_items_in_batch: what the sum over positions is divided by; None means the positions with a target.
             weight_alignment: "target": a weight belongs to the token predicted; "position": to where it is predicted.
@@ -189,7 +193,10 @@ class MTPWrapper(PreTrainedModel):
         output = Unembedding.of(self.causal)
         if document_ids is None and position_ids is not None and position_ids.shape == targets.shape:
             document_ids = _documents(position_ids)
-        rows = _Rows(targets, token_weights, document_ids, shift, weight_alignment, num_items_in_batch)
+        weights = token_weights
+        if callable(weights):
+            weights = weights(NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap))
+        rows = _Rows(targets, weights, document_ids, shift, weight_alignment, num_items_in_batch)
         loss, stats = self._loss(hidden, output, rows)
         return MTPOutput(
             loss=loss,
@@ -220,6 +227,11 @@ class MTPWrapper(PreTrainedModel):
         layered: list[Tensor] = self.heads(hidden, call, norm if reaches else _detached(norm), tokens)
         return layered
 
+    def head_logits(self, **inputs: Any) -> list[Tensor]:
+        """Give the logits of every head, H tensors [B, S, V]; one for "teacher_forcing". Arguments as in forward."""
+        output = Unembedding.of(self.causal)
+        return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
+
     def _loss(self, hidden: list[Tensor], output: Unembedding, rows: _Rows) -> MTPLoss:
         weight, bias = output.weight, output.bias
         if self.trunk != "joint":
@@ -227,18 +239,22 @@ class MTPWrapper(PreTrainedModel):
         scaled = [output.scaled(x) for x in hidden]
         if self.kind == "teacher_forcing":
             return self._teacher_forced(scaled[0], weight, bias, output.softcap, rows)
-        return weighted_mtp_linear_ce(
-            scaled,
-            weight,
-            rows.labels,
-            rows.token_weights,
-            bias=bias,
-            softcap=output.softcap,
-            shift=rows.shift,
-            weight_alignment=rows.weight_alignment,
-            document_ids=rows.document_ids,
-            normalizer=rows.normalizer,
-            return_stats=True,
+        rule: CallOptions = {
+            "softcap": output.softcap,
+            "shift": rows.shift,
+            "weight_alignment": rows.weight_alignment,
+            "document_ids": rows.document_ids,
+            "normalizer": rows.normalizer,
+        }
+        if self.loss == "linear":
+            return weighted_mtp_linear_ce(
+                scaled, weight, rows.labels, rows.token_weights, bias=bias, return_stats=True, **rule
+            )
+        logits = [nn.functional.linear(x, weight, bias) for x in scaled]
+        # Nobody else sees these logits, so the gradient may have their place.
+        inplace = any(x.requires_grad for x in logits)
+        return weighted_mtp_ce(
+            logits, rows.labels, rows.token_weights, inplace_backward=inplace, return_stats=True, **rule
         )
 
     def _teacher_forced(

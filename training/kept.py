@@ -20,7 +20,7 @@ from mtp_ce.training.tokenizer import cache_folder
 StageKind = Literal["reference", "critic", "weights", "main"]
 
 # Part of every key: raise it when the code of a stage changes what comes out.
-_FORMAT = "1"
+_FORMAT = "2"
 
 _NOT_RESULTS = {"device", "micro_batch_size", "log_every"}
 

@@ -10,18 +10,18 @@ from torch import Tensor
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.inputs import Inputs
-from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.scoring import Weighing
 from mtp_ce.training.weights_passage import Passage, token_texts
 from mtp_ce.training.weights_plot import draw_weights
 from mtp_ce.training.weights_view import write_page
+from mtp_ce.wrapper import MTPWrapper
 
 PASSAGES = 4
 ROWS_EACH = 3
 
 
 @torch.no_grad()
-def show_weights(inputs: Inputs, weighing: Weighing, model: MultiTokenModel, scorer: str, folder: Path) -> list[Path]:
+def show_weights(inputs: Inputs, weighing: Weighing, model: MTPWrapper, scorer: str, folder: Path) -> list[Path]:
     """Weigh the beginnings of some held-out documents with the trained model, and show them.
 
     Args:
@@ -51,11 +51,11 @@ def _choose(inputs: Inputs) -> list[int]:
     return places[:: max(1, len(places) // PASSAGES)][:PASSAGES]
 
 
-def _passage(inputs: Inputs, weighing: Weighing, model: MultiTokenModel, place: int) -> Passage:
+def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, place: int) -> Passage:
     document = inputs.tokens.held_out[place][: ROWS_EACH * inputs.row_length]
     rows = inputs.rows([document])
     batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
-    current = NextToken.of(model.trunk, batch.input_ids, batch.position_ids)
+    current = NextToken.of(model.causal, batch.input_ids, batch.position_ids)
     parts = weighing.explain(batch, current)
     weights = weighing.weigh(batch, current).weights
     if "score" in parts:

@@ -50,9 +50,9 @@ class DataConfig(_Group):
 class MTPConfig(_Group):
     """The prediction heads."""
 
-    kind: Literal["residual"] = Field(
+    kind: Literal["residual", "layer", "sequential", "teacher_forcing"] = Field(
         default="residual",
-        description="form of an extra head: hidden + SiLU(Linear(hidden)), arXiv:2401.10774",
+        description="form of the extra heads: small blocks, decoder layers, a chain of layers, or no parameters at all",
     )
     horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
     loss: Literal["linear", "logits"] = Field(

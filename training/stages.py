@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_ce.training.checkpoint import save_model
 from mtp_ce.training.corpus import is_documented
@@ -27,7 +27,7 @@ from mtp_ce.training.data import PackedRows
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.interrupt import stop_on_interrupt
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
-from mtp_ce.training.model import MultiTokenModel, build_model
+from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.schema import (
@@ -54,6 +54,7 @@ from mtp_ce.training.scoring import (
 from mtp_ce.training.sums import HeadResult
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
 from mtp_ce.training.trainer import Trainer, validation_metrics
+from mtp_ce.wrapper import MTPWrapper
 
 # What a finished stage says of itself, beside its model.
 STAGE_FILE = "stage.json"
@@ -274,7 +275,9 @@ def fit(
 ) -> tuple[Trainer, list[HeadResult]]:
     """Train one model with prediction heads; save it and the picture of its losses."""
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id).to(inputs.device)
+    model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id)
+    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    nn.Module.to(model, inputs.device)
     say(inputs.console, f"model       {parameters(model)}; on {inputs.device}")
     optimizer = build_optimizer(model, recipe.optimizer)
     with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
@@ -294,7 +297,7 @@ def fit(
         )
         results = trainer.fit()
     run.log(recipe.train.steps, {"val/unigram_entropy": inputs.unigram})
-    save_model(folder / "model", model.trunk, inputs.tokenizer, model.heads)
+    save_model(folder / "model", model, inputs.tokenizer)
     from mtp_ce.training.plot import draw_losses
 
     title = f"{folder.name}: cross entropy of each head"
@@ -303,9 +306,9 @@ def fit(
     return trainer, results
 
 
-def parameters(model: MultiTokenModel) -> str:
+def parameters(model: MTPWrapper) -> str:
     """Count a model's parameters, in words."""
-    trunk = sum(parameter.numel() for parameter in model.trunk.parameters())
+    trunk = sum(parameter.numel() for parameter in model.causal.parameters())
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}"
 

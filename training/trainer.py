@@ -26,10 +26,10 @@ from mtp_ce.rows import row_targets
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
-from mtp_ce.training.model import MultiTokenModel
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import Weigh
 from mtp_ce.training.sums import HeadResult, HeadSums
+from mtp_ce.wrapper import MTPWrapper
 
 # How far the mean of a batch's weights, a sum in fp32, may be from 1.
 MEAN_TOLERANCE = 1e-3
@@ -78,7 +78,7 @@ class Trainer:
     """
 
     recipe: Recipe
-    model: MultiTokenModel
+    model: MTPWrapper
     weigh: Weigh
     optimizer: Optimizer
     schedule: LRScheduler
@@ -137,7 +137,13 @@ class Trainer:
         for on_host in (self.held_out if rows is None else rows).in_order(self.recipe.validation.batch_size):
             self._check_stop()
             batch = on_host.to(self.device)
-            out = self.model(batch.input_ids, batch.position_ids, batch.labels, document_ids=batch.document_ids)
+            out = self.model(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+                document_ids=batch.document_ids,
+                return_stats=True,
+            )
             sums.add(out.stats, batch.labels)
         self.model.train()
         return sums.results()
@@ -164,11 +170,12 @@ class Trainer:
 
             out = self.model(
                 micro.input_ids,
-                micro.position_ids,
-                micro.labels,
-                weigh,
+                position_ids=micro.position_ids,
+                labels=micro.labels,
+                token_weights=weigh,
                 document_ids=micro.document_ids,
-                normalizer=normalizer,
+                num_items_in_batch=normalizer,
+                return_stats=True,
             )
             out.loss.backward()
             loss += out.loss.detach()

@@ -223,6 +223,43 @@ def test_shifted_labels_give_the_loss_of_unshifted_ones(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_both_paths_of_the_loss_are_one_loss(kind):
+    """The logits path writes its gradient over the logits, which changes nothing that anyone sees."""
+    tokens, labels, weights = batch()
+    losses, gradients = [], []
+    for path in ("linear", "logits"):
+        wrapper = wrap(build("gemma2"), kind, loss=path)
+        output = wrapper(tokens, labels=labels, token_weights=weights, return_logits=True)
+        before = output.logits.clone()
+        output.loss.backward()
+        assert torch.equal(output.logits, before)
+        losses.append(output.loss)
+        gradients.append({name: x.grad for name, x in wrapper.named_parameters() if x.grad is not None})
+        with torch.no_grad():
+            torch.testing.assert_close(wrapper(tokens, labels=labels, token_weights=weights).loss, output.loss)
+    torch.testing.assert_close(*losses)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_weights_may_be_made_of_the_forwards_own_next_token_head():
+    tokens, labels, weights = batch()
+    wrapper, seen = wrap(build("gemma2"), "residual"), []
+
+    def weigh(current):
+        seen.append(current.token_ce(labels))
+        return weights
+
+    loss = wrapper(tokens, labels=labels, token_weights=weigh).loss
+    assert torch.equal(loss, wrapper(tokens, labels=labels, token_weights=weights).loss)
+    expected = nn.functional.cross_entropy(
+        wrapper(tokens).logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none"
+    )
+    live = labels[:, 1:] != -100
+    torch.testing.assert_close(seen[0][:, 1:][live], expected[live])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("said", ["document_ids", "position_ids"])
 def test_packed_documents_give_the_loss_of_documents_alone(kind, said):
     """Attention inside a document and no head across its end: rows of one document each have the same losses."""

@@ -47,5 +47,5 @@ def test_a_save_that_breaks_off_leaves_no_model(small, tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_model(tmp_path / "model", build_model(small()).trunk, Broken())
+        save_model(tmp_path / "model", build_model(small()), Broken())
     assert os.listdir(tmp_path) == []

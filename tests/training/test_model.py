@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from mtp_ce import weighted_mtp_ce
+from mtp_ce import MTPWrapper, weighted_mtp_ce
 from mtp_ce.training.data import PackedRows
-from mtp_ce.training.model import MultiTokenModel, build_model
+from mtp_ce.training.model import build_model
 from mtp_ce.training.schema import Recipe
 
 
 @pytest.fixture
-def model(small) -> MultiTokenModel:
+def model(small) -> MTPWrapper:
     torch.manual_seed(0)
     model = build_model(small(["data.vocab_size=300"])).eval()
     with torch.no_grad():
@@ -32,7 +32,7 @@ def packed(*parts: torch.Tensor):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_documents_logits_do_not_depend_on_its_neighbours(model, attention):
     """The same document beside different text, and alone: the same logits from every head."""
-    model.trunk.set_attn_implementation(attention)
+    model.causal.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(1)
     before, other, after = (torch.randint(300, (n,), generator=generator) for n in (9, 9, 5))
     document = torch.randint(300, (12,), generator=generator)
@@ -40,9 +40,9 @@ def test_a_documents_logits_do_not_depend_on_its_neighbours(model, attention):
         beside_one = packed(before, document, after)
         beside_other = packed(other, document, after.flip(0))
         alone = packed(document)
-        first = model.logits(beside_one.input_ids, beside_one.position_ids)
-        second = model.logits(beside_other.input_ids, beside_other.position_ids)
-        third = model.logits(alone.input_ids, alone.position_ids)
+        first = model.head_logits(input_ids=beside_one.input_ids, position_ids=beside_one.position_ids)
+        second = model.head_logits(input_ids=beside_other.input_ids, position_ids=beside_other.position_ids)
+        third = model.head_logits(input_ids=alone.input_ids, position_ids=alone.position_ids)
     for one, two, three in zip(first, second, third, strict=True):
         # Masked keys weigh exactly 0, so what stands there can't change a bit; being alone changes the
         # order of summation and nothing else.
@@ -58,7 +58,7 @@ def test_a_document_of_one_token_is_isolated_too(model):
     rest = torch.arange(10, 20)
     with torch.no_grad():
         first, second = (
-            model.logits(batch.input_ids, batch.position_ids)
+            model.head_logits(input_ids=batch.input_ids, position_ids=batch.position_ids)
             for batch in (packed(one, one, rest), packed(other, one, rest))
         )
     for a, b in zip(first, second, strict=True):
@@ -69,8 +69,8 @@ def test_head_0_is_the_trunks_own_next_token_head(model):
     tokens = torch.arange(40).reshape(2, 20)
     positions = torch.arange(20).expand(2, -1)
     with torch.no_grad():
-        plain = model.trunk(input_ids=tokens, labels=tokens, use_cache=False)
-        heads = model.logits(tokens, positions)
+        plain = model.causal(input_ids=tokens, labels=tokens, use_cache=False)
+        heads = model.head_logits(input_ids=tokens, position_ids=positions)
     assert torch.equal(heads[0], plain.logits)
     assert not torch.equal(heads[1], plain.logits)
     torch.testing.assert_close(weighted_mtp_ce(heads[:1], tokens), plain.loss)
@@ -82,13 +82,13 @@ def test_head_0_is_the_trunks_own_next_token_head(model):
 
 def test_the_trunk_is_a_plain_transformers_model_of_the_recipes_sizes(model, small):
     recipe: Recipe = small(["data.vocab_size=300"])
-    assert type(model.trunk) is LlamaForCausalLM
-    config = model.trunk.config
+    assert type(model.causal) is LlamaForCausalLM
+    config = model.causal.config
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (300, 32, 2)
     assert config.num_key_value_heads == recipe.model.kv_heads
     assert config.max_position_embeddings == recipe.data.sequence_length
     for tied in (False, True):
-        trunk = build_model(small(["data.vocab_size=300", f"model.tie_embeddings={str(tied).lower()}"])).trunk
+        trunk = build_model(small(["data.vocab_size=300", f"model.tie_embeddings={str(tied).lower()}"])).causal
         assert (trunk.get_input_embeddings().weight is trunk.get_output_embeddings().weight) == tied
 
 

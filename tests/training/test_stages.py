@@ -178,7 +178,7 @@ def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run
     batch = rows.batch(rows_of_step(0, recipe.train.batch_size, len(rows), recipe.seed))
     _, statistics = Rho1ExcessScorer(reference).run(
         batch.input_ids, batch.labels, batch.document_ids,
-        position_ids=batch.position_ids, current=NextToken.of(model.trunk, batch.input_ids, batch.position_ids),
+        position_ids=batch.position_ids, current=NextToken.of(model.causal, batch.input_ids, batch.position_ids),
     )  # fmt: skip
     first = lines(weighted_run.folder)[0]
     for name in ("min", "max", "ess"):

@@ -77,7 +77,7 @@ def poisoned(monkeypatch):
     def build_poisoned(*arguments, **options):
         model = build(*arguments, **options)
         with torch.no_grad():
-            model.trunk.model.norm.weight[0] = float("nan")
+            model.causal.model.norm.weight[0] = float("nan")
         return model
 
     monkeypatch.setattr(stages, "build_model", build_poisoned)
