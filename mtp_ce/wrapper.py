@@ -6,7 +6,7 @@
 
 Nothing of the model is replaced or patched: its own forward generates, and its files load without the heads. The loss
 is computed inside forward, from hidden states, because whoever gathers sharded parameters does so around forward; the
-logits of H heads never exist.
+logits of H heads never exist, unless they are asked for.
 
 "teacher_forcing" adds no parameters. Head h's loss at t is the model's own next-token loss h tokens further on, where
 the tokens in between are given. So one next-token pass has all of it, with other weights:
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -233,33 +233,36 @@ class MTPWrapper(PreTrainedModel):
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
     def _loss(self, hidden: list[Tensor], output: Unembedding, rows: _Rows) -> MTPLoss:
-        weight, bias = output.weight, output.bias
         if self.trunk != "joint":
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        scaled = [output.scaled(x) for x in hidden]
+            bias = None if output.bias is None else output.bias.detach()
+            output = output._replace(weight=output.weight.detach(), bias=bias)
         if self.kind == "teacher_forcing":
-            return self._teacher_forced(scaled[0], weight, bias, output.softcap, rows)
-        rule: CallOptions = {
-            "softcap": output.softcap,
-            "shift": rows.shift,
-            "weight_alignment": rows.weight_alignment,
-            "document_ids": rows.document_ids,
-            "normalizer": rows.normalizer,
-        }
+            return self._teacher_forced(hidden, output, rows)
+        return self._fused(
+            hidden, output, rows, rows.token_weights,
+            weight_alignment=rows.weight_alignment, document_ids=rows.document_ids, normalizer=rows.normalizer,
+        )  # fmt: skip
+
+    def _fused(
+        self,
+        hidden: list[Tensor],
+        output: Unembedding,
+        rows: _Rows,
+        token_weights: Tensor | None,
+        **rule: Unpack[CallOptions],
+    ) -> MTPLoss:
+        rule |= {"softcap": output.softcap, "shift": rows.shift}
+        scaled = [output.scaled(x) for x in hidden]
         if self.loss == "linear":
             return weighted_mtp_linear_ce(
-                scaled, weight, rows.labels, rows.token_weights, bias=bias, return_stats=True, **rule
+                scaled, output.weight, rows.labels, token_weights, bias=output.bias, return_stats=True, **rule
             )
-        logits = [nn.functional.linear(x, weight, bias) for x in scaled]
+        logits = [nn.functional.linear(x, output.weight, output.bias) for x in scaled]
         # Nobody else sees these logits, so the gradient may have their place.
         inplace = any(x.requires_grad for x in logits)
-        return weighted_mtp_ce(
-            logits, rows.labels, rows.token_weights, inplace_backward=inplace, return_stats=True, **rule
-        )
+        return weighted_mtp_ce(logits, rows.labels, token_weights, inplace_backward=inplace, return_stats=True, **rule)
 
-    def _teacher_forced(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, rows: _Rows
-    ) -> MTPLoss:
+    def _teacher_forced(self, hidden: list[Tensor], output: Unembedding, rows: _Rows) -> MTPLoss:
         B, S = rows.labels.shape
         place, _, live = row_targets(
             rows.labels, None, rows.document_ids, H=self.horizon, shift=rows.shift, ignore_index=IGNORE
@@ -271,10 +274,7 @@ class MTPWrapper(PreTrainedModel):
         moved = coefficient.new_zeros(B, S)
         for h in range(min(self.horizon, S)):
             moved = moved + nn.functional.pad(coefficient[:, : S - h, h], (h, 0))
-        loss, stats = weighted_mtp_linear_ce(
-            hidden, weight, rows.labels, moved,
-            bias=bias, softcap=softcap, shift=rows.shift, reduction="sum", return_stats=True,
-        )  # fmt: skip
+        loss, stats = self._fused(hidden, output, rows, moved, reduction="sum")
         positions = live.any(-1).sum().clamp(min=1) if rows.normalizer is None else rows.normalizer
         source = (place - rows.shift).clamp(min=0)  # [S, H], the position whose next token is the target
         ce, lse = (torch.where(live, part[:, source, 0], 0.0) for part in (stats.ce, stats.lse))

@@ -2,8 +2,9 @@
 
     V = critic(ids)                     [2P, T]         P intact functions, then the same P corrupted
 
-    ranking      loss = mean_{p,i} -log sigmoid(V[p, i] - V[P + p, i])
-                 over i from the first difference to the end of the shorter one, pairs whose rewards differ
+    ranking      loss = mean_{p,i} -log sigmoid(V[p, i] - V[P + p, i]) + c/n sum_{r,i} V[r, i]^2
+                 the mean over i from the first difference to the end of the shorter one, pairs whose rewards differ,
+                 n such terms; the sum over every token of those pairs
     regression   loss = mean_{r,i} (V[r, i] - reward[r])^2
                  over every token of every function: the least error is V[i] = P(compiles | tokens up to i)
 
@@ -11,7 +12,11 @@ Both are means over the whole batch of an optimizer step, counted before the fir
 add up to the gradient of the batch. Rows are padded on the right: attention is causal, so no token sees
 padding, and values there enter no loss.
 
-Source: the reward model of arXiv:2203.02155, equation 1, at every token from the difference on.
+Ranking alone says nothing about values before the difference, and leaves them wherever training happens to put them;
+what the scorer reads are differences between any two tokens. The small square holds them near 0.
+
+Source: the reward model of arXiv:2203.02155, equation 1, at every token from the difference on; the square is that of
+arXiv:2312.09244, section 2.
 """
 
 from __future__ import annotations
@@ -40,13 +45,19 @@ class Objective:
     tokens: Callable[[PairRows], Tensor]
 
 
+# c of the ranking loss.
+CENTRE = 0.01
+
+
 def ranking_loss(values: Tensor, rows: PairRows) -> Tensor:  # [2P, T]
-    """Sum -log sigmoid(V[p, i] - V[P + p, i]) over the compared tokens, in nats: 0-d."""
+    """Sum -log sigmoid(V[p, i] - V[P + p, i]) over the compared tokens, and c V^2 over all of their pairs: 0-d."""
     compared = rows.compared()
     intact, corrupted = values.chunk(2)
     # The inner where keeps padding's NaN out of the gradient, the outer one its log 2 out of the sum.
     margin = torch.where(compared, intact - corrupted, 0.0)
-    return torch.where(compared, F.softplus(-margin), 0.0).sum()
+    held = rows.real() & rows.differ().repeat(2)[:, None]
+    centre = torch.where(held, values, 0.0).square().sum()
+    return torch.where(compared, F.softplus(-margin), 0.0).sum() + CENTRE * centre
 
 
 def regression_loss(values: Tensor, rows: PairRows) -> Tensor:  # [2P, T]

@@ -14,7 +14,7 @@ from mtp_ce.scorers.critic import CriticDeltaScorer
 from mtp_ce.training import critic as module
 from mtp_ce.training.corpus import Corpus, Document, read_corpus, texts
 from mtp_ce.training.critic import build_critic, train_critic
-from mtp_ce.training.critic_loss import OBJECTIVES, ranking_loss, regression_loss, score_pairs
+from mtp_ce.training.critic_loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
 from mtp_ce.training.functions import Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.schema import Recipe, RecipeError
 from mtp_ce.training.tokenizer import load_tokenizer, train_tokenizer
@@ -83,6 +83,10 @@ def test_ranking_is_bradley_terry_at_every_token_from_the_first_difference(pairs
         for i in range(pair.first, min(len(pair.intact), len(pair.corrupted))):
             expected -= math.log(1 / (1 + math.exp(-(values[p, i] - values[len(pairs) + p, i]))))
             count += 1
+    for side, name in enumerate(("intact", "corrupted")):
+        for p, pair in enumerate(pairs):
+            for i in range(len(getattr(pair, name)) if pair.differs else 0):
+                expected += CENTRE * float(values[side * len(pairs) + p, i]) ** 2
     assert float(ranking_loss(values, rows)) == pytest.approx(expected, rel=1e-12)
     assert int(OBJECTIVES["ranking"].tokens(rows).sum()) == count
 
