@@ -46,7 +46,7 @@ class Objective:
 
 
 # c of the ranking loss.
-CENTRE = 0.01
+CENTRE = 0.001
 
 
 def ranking_loss(values: Tensor, rows: PairRows) -> Tensor:  # [2P, T]
