@@ -113,7 +113,8 @@ def score_pairs(critic: PreTrainedModel, micro_batches: Sequence[PairRows], obje
     sums = PairSums()
     for rows, count in zip(micro_batches, counts, strict=True):
         positions = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device).expand_as(rows.input_ids)
-        values = critic(rows.input_ids, position_ids=positions).logits[:, :, 0].float()
+        values = critic(rows.input_ids, position_ids=positions).logits[:, :, 0]
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         total = objective.total(values, rows)
         if torch.is_grad_enabled():
             (total / normalizer).backward()

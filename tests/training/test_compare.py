@@ -13,6 +13,8 @@ from mtp_ce.training import compare as module
 from mtp_ce.training.compare import compare, comparison_table, differences
 from mtp_ce.training.schema import RecipeError
 
+# A reference of its own: the cache is one for the whole session, and other tests look at how theirs is trained.
+REFERENCE = "reference.train.steps=7"
 ARMS = ["uniform", "rho1_excess", "shuffled", "random_matched"]
 
 
@@ -20,10 +22,15 @@ ARMS = ["uniform", "rho1_excess", "shuffled", "random_matched"]
 def compared(rho1, finished_run, tmp_path_factory):
     """A comparison of six steps on two seeds."""
     output = tmp_path_factory.mktemp("compare") / "out"
-    tracked = ["tracking.kind=mlflow", f"tracking.uri={finished_run.database}", "tracking.experiment=compared"]
+    tracked = [
+        REFERENCE,
+        "tracking.kind=mlflow",
+        f"tracking.uri={finished_run.database}",
+        "tracking.experiment=compared",
+    ]
     with (output.parent / "printed.txt").open("w") as printed, pytest.MonkeyPatch.context() as patch:
         patch.chdir(output.parent)
-        found = compare(rho1(tracked), output, 2, Console(file=printed, width=300))
+        found = compare(rho1([REFERENCE, *tracked]), output, 2, Console(file=printed, width=300))
     return found, output
 
 
@@ -98,7 +105,7 @@ def test_a_comparison_that_was_interrupted_goes_on_where_it_stopped(compared, rh
         return fit(recipe, *rest)
 
     monkeypatch.setattr(module, "fit", count)
-    again = compare(rho1(["train.steps=6"]), tmp_path / "again", 3, Console(quiet=True))
+    again = compare(rho1([REFERENCE]), tmp_path / "again", 3, Console(quiet=True))
     assert trained == [(arm, 2) for arm in ARMS]
     assert {arm: again["results"][arm][:2] for arm in ARMS} == found["results"]
 
