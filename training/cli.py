@@ -45,7 +45,7 @@ examples:
   train-mtp compare rho1 --seeds 3              uniform, the recipe's scorer and its controls, on three seeds
 
 exit codes:
-  0 done   1 a crash   2 a mistake in the call or the recipe, nothing was written
+  0 done   1 a crash   2 a mistake in the call or the recipe, nothing was trained
   3 loss, gradient or token weights out of bounds; the step was not taken   130 Ctrl-C
 """
 
