@@ -232,7 +232,7 @@ def test_the_picture_stays_small_however_long_the_text(tmp_path):
 def test_no_details_no_text_and_no_passages_work(tmp_path):
     for passages in ([passage()], [passage([], [])], []):
         Page(passages, tmp_path)
-        draw(passages, tmp_path)
+        assert draw(passages, tmp_path).size > 0
 
 
 def test_lengths_that_differ_are_an_error_that_names_the_field():
