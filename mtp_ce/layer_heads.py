@@ -42,13 +42,17 @@ class LayerCall:
     options: dict[str, Any] = field(default_factory=dict)
     output: Tensor | None = None  # [B, S, D]
 
-    def again(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call another layer in the same way, on other hidden states."""
-        options = {name: value for name, value in self.options.items() if name != "hidden_states"}
-        # What a layer would remember for generation is the model's business.
-        options |= {name: None for name in ("past_key_values", "layer_past") if name in options}
-        options |= {name: False for name in ("use_cache",) if name in options}
-        return _tensor(layer(hidden, *self.arguments, **options))
+    def again(self, layer: nn.Module, hidden: Tensor, cache: Any = None) -> Tensor:
+        """Call another layer in the same way, on other hidden states, with a cache of its own or with none."""
+
+        def own(value: Any) -> Any:
+            # Architectures differ in the argument's name and place. The model's cache is the model's business.
+            return cache if hasattr(value, "get_seq_length") else value
+
+        options = {name: own(value) for name, value in self.options.items() if name != "hidden_states"}
+        if cache is None and "use_cache" in options:
+            options["use_cache"] = False
+        return _tensor(layer(hidden, *map(own, self.arguments), **options))
 
 
 class LayerHeads(nn.Module):
@@ -102,10 +106,15 @@ class LayerHeads(nn.Module):
                 outputs.append(norm(call.again(layer, z)))
                 continue
             ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, tokens.shape[1])))
-            joined = torch.cat([self.hidden_norms[h - 1](z), self.token_norms[h - 1](ahead)], -1)
-            z = call.again(layer, self.projections[h - 1](joined))
+            z = call.again(layer, self.chained(h, z, ahead))
             outputs.append(norm(z))
         return outputs
+
+    def chained(self, h: int, z: Tensor, ahead: Tensor) -> Tensor:  # [B, S, D], both
+        """Give what layer h of a chain reads: z of the head before, and the embeddings of the tokens h further on."""
+        joined = torch.cat([self.hidden_norms[h - 1](z), self.token_norms[h - 1](ahead)], -1)
+        read: Tensor = self.projections[h - 1](joined)
+        return read
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the tensors and what they are; see `MTPHeads.save_pretrained`."""

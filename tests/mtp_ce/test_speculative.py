@@ -2,127 +2,233 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.speculative import generate_speculatively
+from mtp_ce.drafting import drafter
+from mtp_ce.speculative import Speculation, _Sampling, generate_speculatively
 
 V = 23
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,  # or a model of random weights repeats its last token
+}
+# Windows that every text here is longer than; Gemma's layers have one by turns.
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 96},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "head_dim": 8},
+    "gemma2 with a window in its last layer": {"sliding_window": 6, "head_dim": 8, "num_hidden_layers": 3},
+}
+ARCHITECTURES = ["llama", "gpt_neox", *OWN]
+KINDS: list[Any] = ["residual", "layer", "sequential"]
 
 
-def drafting(architecture: str = "llama", horizon: int = 4, noise: float = 0.02, sharp: float = 4.0) -> MTPWrapper:
+def drafting(
+    architecture: str = "llama",
+    kind: Any = "residual",
+    horizon: int = 4,
+    noise: float = 0.02,
+    sharp: float = 4.0,
+    vocabulary: int = V,
+) -> MTPWrapper:
     """A model with clear preferences, and heads that guess some of them."""
     torch.manual_seed(0)
-    if architecture == "gpt2":
-        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=96))
-    else:
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sizes = {**SMALL, **OWN.get(architecture, {}), "vocab_size": vocabulary}
+        config = AutoConfig.for_model(architecture.partition(" ")[0], **sizes)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
         model.get_output_embeddings().weight.mul_(sharp)
     model.generation_config.eos_token_id = None
-    wrapper = MTPWrapper(model, horizon)
+    wrapper = MTPWrapper(model, horizon, heads=kind)
     with torch.no_grad():
         for parameter in wrapper.heads.parameters():
-            parameter.normal_(std=noise)
+            parameter.add_(torch.randn_like(parameter) * noise)
     return wrapper.eval()
 
 
-def prompts(count: int) -> list[torch.Tensor]:
+def prompts(*lengths: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
     return [torch.randint(V, (1, length), generator=generator) for length in lengths]
 
 
-@pytest.mark.parametrize("horizon", [2, 4])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_greedy_decoding_is_the_models_own_token_for_token(architecture, horizon):
-    wrapper = drafting(architecture, horizon)
-    kept = offered = 0
-    for prompt in prompts(25):
-        expected = wrapper.generate(prompt, max_new_tokens=40, do_sample=False)
-        sequences, found = generate_speculatively(wrapper, prompt, max_new_tokens=40)
+def plain(wrapper: MTPWrapper, prompt: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
+    """What the model's own `generate` gives. Without a mask it would take the prompt's own tokens 0 for padding."""
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt), **options}
+    sequences: torch.Tensor = wrapper.generate(prompt, max_new_tokens=tokens, **options)
+    return sequences
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("architecture", "horizon"), [("llama", 2), *((name, 4) for name in ARCHITECTURES)])
+def test_greedy_decoding_is_the_models_own_token_for_token(architecture, horizon, kind):
+    """The prompts are shorter than a chain of heads, shorter than a sliding window, and longer than both."""
+    wrapper = drafting(architecture, kind, horizon)
+    total = Speculation()
+    for prompt in prompts(1, 2, 5, 12):
+        expected = plain(wrapper, prompt, 30)
+        sequences, found = generate_speculatively(wrapper, prompt, max_new_tokens=30)
         assert torch.equal(sequences, expected)
-        assert torch.equal(wrapper.generate(prompt, max_new_tokens=40, speculative=True), expected)
-        assert found.tokens == 40
+        assert found.tokens == 30
+        assert found.forwards == found.rounds + 1 <= 30
         assert all(one <= other for one, other in zip(found.kept, found.offered, strict=True))
-        assert found.forwards <= 41
-        kept, offered = kept + sum(found.kept), offered + sum(found.offered)
-    assert 0 < kept < offered, "some drafts were kept and some were not, or this shows nothing"
+        total += found
+    assert 0 < sum(total.kept) < sum(total.offered), "some drafts were kept and some were not, or this shows nothing"
 
 
+@pytest.mark.parametrize("kind", ["layer", "sequential"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_heads_draft_with_caches_what_they_say_of_the_whole_text(monkeypatch, architecture, kind):
+    """In float64, of which some layers make float32 inside: what was let through otherwise is a wrong position."""
+    wrapper = drafting(architecture, kind).double()
+    rounds = []
+
+    @contextmanager
+    def noting(*arguments):
+        with drafter(*arguments) as heads:
+            draft_unnoted = heads.draft
+
+            def draft(hidden, last, tokens, width, draw):
+                decided, logits = heads.layers[0].get_seq_length() + last + 2, []
+                drafted = draft_unnoted(hidden, last, tokens, width, lambda x: (logits.append(x), draw(x))[1])
+                rounds.append((decided, drafted[0], torch.cat(logits)))
+                return drafted
+
+            heads.draft = draft
+            yield heads
+
+    monkeypatch.setattr("mtp_ce.speculative.drafter", noting)
+    for prompt in prompts(1, 4, 11):
+        rounds.clear()
+        text = generate_speculatively(wrapper, prompt, max_new_tokens=16).sequences
+        assert len(rounds) >= 3
+        for decided, drafted, logits in rounds:
+            whole = torch.cat([text[:, :decided], drafted[None]], 1)
+            with torch.no_grad():
+                heads = wrapper.head_logits(input_ids=whole)[1 : len(drafted) + 1]
+            # The last position that the model itself has seen; the token after it is decided too.
+            expected = torch.stack([head[0, decided - 2] for head in heads])
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
-def test_it_stops_at_the_number_of_tokens_asked_for(tokens):
-    wrapper = drafting()
-    for prompt in prompts(5):
-        expected = wrapper.generate(prompt, max_new_tokens=tokens, do_sample=False)
+def test_it_stops_at_the_number_of_tokens_asked_for(tokens, kind):
+    wrapper = drafting(kind=kind)
+    for prompt in prompts(1, 3, 6):
+        expected = plain(wrapper, prompt, tokens)
         assert torch.equal(wrapper.generate(prompt, max_new_tokens=tokens, speculative=True), expected)
 
 
+def test_the_last_position_of_a_model_is_used_and_none_after_it():
+    wrapper = drafting("gpt2", "sequential")
+    prompt = prompts(80)[0]
+    assert torch.equal(wrapper.generate(prompt, max_new_tokens=17, speculative=True), plain(wrapper, prompt, 17))
+
+
+def test_it_stops_at_the_end_of_text_as_the_model_does():
+    wrapper, prompt = drafting(), prompts(5)[0]
+    for end in set(plain(wrapper, prompt, 30)[0, 5:].tolist()):
+        expected = plain(wrapper, prompt, 30, eos_token_id=end)
+        for ends in (end, [end, V + 5]):
+            sequences, found = generate_speculatively(wrapper, prompt, max_new_tokens=30, eos_token_id=ends)
+            assert torch.equal(sequences, expected)
+            assert found.tokens == expected.shape[1] - 5
+
+
 def test_it_stops_at_the_end_of_text_also_inside_a_draft():
-    wrapper = drafting()
-    stopped = 0
-    for prompt in prompts(10):
-        free = wrapper.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
-        end = int(free[11])
-        # Without a mask, transformers would take the prompt's own tokens 0 for padding.
-        plain = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
-        expected = wrapper.generate(prompt, max_new_tokens=40, eos_token_id=end, **plain)
-        assert torch.equal(wrapper.generate(prompt, max_new_tokens=40, eos_token_id=end, speculative=True), expected)
-        assert torch.equal(
-            wrapper.generate(prompt, max_new_tokens=40, eos_token_id=[end, V + 5], speculative=True), expected
+    """The same samples, with every token of theirs as the end: the text is cut there, whatever its round gave after."""
+    wrapper, inside = drafting(sharp=1.5), 0
+
+    def text(**options):
+        generator = torch.Generator().manual_seed(1)
+        (tokens,), found = generate_speculatively(
+            wrapper, prompts(1)[0], max_new_tokens=40, do_sample=True, generator=generator, **options
         )
-        stopped += expected.shape[1] < prompt.shape[1] + 40
-    assert stopped == 10
+        assert found.tokens == len(tokens) - 1
+        return tokens[1:].tolist(), found
+
+    free, _ = text()
+    for end in set(free):
+        ended, found = text(eos_token_id=end)
+        assert ended == free[: free.index(end) + 1]
+        inside += found.tokens < 1 + found.rounds + sum(found.kept)
+    assert inside, "some ends stood before the last token of their round"
 
 
-def test_heads_that_always_guess_right_give_their_number_of_tokens_in_every_forward():
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_always_guess_right_give_their_number_of_tokens_in_every_forward(kind):
     """A model that says one token whatever came before: every head that says the same is right."""
-    wrapper = drafting(noise=0.0)
+    wrapper = drafting(kind=kind, noise=0.0)
     with torch.no_grad():
-        for name, parameter in wrapper.model.named_parameters():
+        for name, parameter in wrapper.named_parameters():
             if "norm" not in name:
                 parameter.zero_()
-    _, found = generate_speculatively(wrapper, prompts(1)[0], max_new_tokens=41)
+    _, found = generate_speculatively(wrapper, prompts(5)[0], max_new_tokens=41)
     assert found.acceptance == [1.0, 1.0, 1.0]
-    assert found.forwards == 1 + 10, "the prompt, ten rounds of four; the last token needs no check"
+    assert found.acceptance_length == 4.0
+    assert found.forwards == 1 + 10, "the prompt, which gives a token, and ten rounds of four"
     assert found.tokens_per_forward == pytest.approx(41 / 11)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}])
-def test_sampling_keeps_the_models_distribution(options):
-    """Of the first three tokens after a prompt, against the exact probabilities of all V^3 continuations."""
-    wrapper = drafting(sharp=1.5, noise=0.5)
-    model, prompt, draws = wrapper.causal, torch.tensor([[1, 2, 3]]), 1000
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(V, V, V)
-    kept = offered = 0
+def test_counts_of_several_prompts_add_up():
+    one = Speculation(forwards=5, rounds=4, tokens=9, offered=[4, 3], kept=[3, 1])
+    other = Speculation(forwards=3, rounds=2, tokens=4, offered=[2], kept=[1])
+    both = sum([one, other], Speculation())
+    assert both == Speculation(forwards=8, rounds=6, tokens=13, offered=[6, 3], kept=[4, 1])
+    assert both.acceptance == [4 / 6, 1 / 3]
+    assert both.acceptance_length == 1 + 5 / 6
+    assert (one.rounds, one.kept) == (4, [3, 1]), "the sum is a new one"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("residual", {}),
+        ("residual", {"top_p": 0.8}),
+        ("layer", {"temperature": 0.7}),
+        ("sequential", {"top_k": 5}),
+    ],
+)
+def test_sampling_keeps_the_models_distribution(kind, options):
+    """Of the four tokens after a prompt, in which two drafts are checked at once, against all continuations."""
+    size, draws = 7, 500
+    wrapper = drafting(kind=kind, horizon=3, sharp=1.5, noise=0.3, vocabulary=size)
+    prompt, generator = torch.tensor([[1, 2, 3]]), torch.Generator().manual_seed(0)
+    counts, total = torch.zeros(size, size, size, size), Speculation()
     for _ in range(draws):
         (tokens,), found = generate_speculatively(
-            wrapper, prompt, max_new_tokens=3, do_sample=True, generator=generator, **options
+            wrapper, prompt, max_new_tokens=4, do_sample=True, generator=generator, **options
         )
-        counts[tuple(tokens[-3:].tolist())] += 1
-        kept, offered = kept + sum(found.kept), offered + sum(found.offered)
-    assert 0.02 * offered < kept < 0.98 * offered
+        counts[tuple(tokens[-4:].tolist())] += 1
+        total += found
+    assert all(0.02 < share < 0.98 for share in total.acceptance)
 
-    from mtp_ce.speculative import _sampled
-
-    distribution = _sampled(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
-    with torch.no_grad():
-        first = distribution(model(prompt).logits[0, -1:])[0]
-        ones = torch.cat([prompt.expand(V, -1), torch.arange(V)[:, None]], 1)
-        second = distribution(model(ones).logits[:, -1])
-        twos = torch.cat([ones.repeat_interleave(V, 0), torch.arange(V).repeat(V)[:, None]], 1)
-        third = distribution(model(twos).logits[:, -1]).view(V, V, V)
-    exact = first[:, None, None] * second[:, :, None] * third
+    rule = _Sampling(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"), None)
+    exact, texts = torch.ones(1), prompt
+    for _ in range(4):
+        with torch.no_grad():
+            exact = (exact[:, None] * rule.distribution(wrapper.causal(texts).logits[:, -1])).flatten()
+        texts = torch.cat([texts.repeat_interleave(size, 0), torch.arange(size).repeat(len(texts))[:, None]], 1)
+    exact = exact.view_as(counts)
     assert not counts[exact == 0].any(), "what the options rule out never comes"
-    for dims in ((1, 2), (0, 2), (0, 1)):
+    for dims in ((2, 3), (0, 3), (0, 1)):  # of every two neighbours
         expected, seen = exact.sum(dims) * draws, counts.sum(dims)
         likely = expected > 5
         chi2 = ((seen - expected).square() / expected)[likely].sum()
@@ -135,7 +241,7 @@ def test_the_same_generator_gives_the_same_text():
     wrapper = drafting()
     one, other = (
         wrapper.generate(
-            prompts(1)[0], max_new_tokens=20, do_sample=True, speculative=True,
+            prompts(5)[0], max_new_tokens=20, do_sample=True, speculative=True,
             generator=torch.Generator().manual_seed(5),
         )
         for _ in range(2)
@@ -143,20 +249,44 @@ def test_the_same_generator_gives_the_same_text():
     assert torch.equal(one, other)
 
 
+def test_no_hook_stays_on_the_model_also_after_an_error():
+    wrapper = drafting("gpt2", "sequential")
+    generate_speculatively(wrapper, prompts(5)[0], max_new_tokens=5)
+    with pytest.raises(IndexError):
+        generate_speculatively(wrapper, prompts(90)[0], max_new_tokens=40)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in wrapper.modules())
+
+
+def refused(kind: Any, horizon: int = 3) -> MTPWrapper:
+    return MTPWrapper(drafting().model, horizon, heads=kind)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda w: w.generate(torch.zeros(2, 3, dtype=torch.long), max_new_tokens=3, speculative=True), "one prompt"),
-        (lambda w: w.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3, speculative=True), "one prompt"),
-        (lambda w: w.generate(prompts(1)[0], max_new_tokens=0, speculative=True), "max_new_tokens is 0"),
+        (lambda: drafting().generate(torch.zeros(2, 3).long(), max_new_tokens=3, speculative=True), "one prompt"),
+        (lambda: drafting().generate(torch.zeros(1, 0).long(), max_new_tokens=3, speculative=True), "one prompt"),
+        (lambda: generate_speculatively(drafting(), prompts(1)[0], max_new_tokens=0), "max_new_tokens is 0"),
         (
-            lambda w: MTPWrapper(w.model, 3, heads="teacher_forcing").generate(
-                prompts(1)[0], max_new_tokens=3, speculative=True
-            ),
-            "needs 'residual' heads",
+            lambda: generate_speculatively(refused("teacher_forcing"), prompts(1)[0], max_new_tokens=3),
+            "heads are 'teacher_forcing' with horizon 3; speculative decoding needs heads of one of the kinds "
+            "'residual', 'layer', 'sequential'",
+        ),
+        (lambda: generate_speculatively(refused("none", 1), prompts(1)[0], max_new_tokens=3), "heads are 'none'"),
+        (
+            lambda: generate_speculatively(refused("layer", 1), prompts(1)[0], max_new_tokens=3),
+            "heads are 'layer' with horizon 1",
+        ),
+        (
+            lambda: generate_speculatively(drafting("mamba"), prompts(4)[0], max_new_tokens=3),
+            r"model is MambaForCausalLM, whose cache transformers \S+ can't cut back",
+        ),
+        (
+            lambda: generate_speculatively(drafting("rwkv"), prompts(4)[0], max_new_tokens=3),
+            r"model is RwkvForCausalLM, whose cache transformers \S+ can't cut back",
         ),
     ],
 )
 def test_what_can_not_be_drafted_is_named(call, words):
     with pytest.raises(ValueError, match=words):
-        call(drafting())
+        call()
