@@ -1,0 +1,159 @@
+"""`export-mtp` writes whole folders, and answers a mistake in one line, with exit code 2, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_ce.training.export_cli import main
+
+# Answers each of a list of command lines in one fresh interpreter, and says what has been imported at the end.
+PROGRAM = """
+import contextlib, io, json, sys
+from mtp_ce.training.export_cli import main
+answers = []
+for arguments in json.load(sys.stdin):
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code
+    answers.append([code, said.getvalue(), complained.getvalue()])
+print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
+"""
+
+MISTAKES = {
+    "no checkpoint": (["nowhere", "base", "new"], ["nowhere is not a folder", "MTPWrapper.save_pretrained"]),
+    "a file": (["file.txt", "base", "new"], ["file.txt is not a folder"]),
+    "no heads": (["empty", "base", "new"], ["empty has no mtp_heads.json"]),
+    "damaged": (["damaged", "heads", "new"], ["damaged/mtp_heads.json is damaged"]),
+    "half a checkpoint": (["half", "base", "new"], ["half has mtp_heads.json but no config.json"]),
+    "no tensors": (["layer", "heads", "new"], ["layer has mtp_heads.json but no mtp_heads.safetensors"]),
+    "heads that are no Medusa": (["layer", "medusa", "new"], ["'layer' heads with horizon 3", "needs 'residual'"]),
+    "one head": (["one", "medusa", "new"], ["'residual' heads with horizon 1", "a horizon above 1"]),
+    "no parameters": (["teacher", "heads", "new"], ["'teacher_forcing' heads", "'residual' or 'layer'"]),
+    "existing folder": (["half", "heads", "empty"], ["folder empty exists", "name another"]),
+    "below a file": (["half", "heads", "file.txt/new"], ["file.txt is a file"]),
+    "unknown part": (["half", "medusas", "new"], ["medusas", "choose from", "--help"]),
+    "nothing said": ([], ["required", "--help"]),
+}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """Everything that the mistakes refer to."""
+    (tmp_path / "file.txt").write_text("a file")
+    for name, heads in {
+        "empty": None,
+        "damaged": "{",
+        "half": {"kind": "residual", "hidden_size": 8, "horizon": 3},
+        "layer": {"kind": "layer", "hidden_size": 8, "horizon": 3},
+        "one": {"kind": "residual", "hidden_size": 8, "horizon": 1},
+        "teacher": {"kind": "teacher_forcing", "hidden_size": 8, "horizon": 3},
+    }.items():
+        (tmp_path / name).mkdir()
+        if heads is not None:
+            (tmp_path / name / "mtp_heads.json").write_text(heads if isinstance(heads, str) else json.dumps(heads))
+    (tmp_path / "half" / "mtp_heads.safetensors").touch()
+    return tmp_path
+
+
+def test_a_mistake_costs_one_line_and_no_torch(workplace):
+    """All of them in one interpreter, which would have to be started for each."""
+    before = sorted(workplace.rglob("*"))
+    lines = [arguments for arguments, _ in MISTAKES.values()]
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=workplace,
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    answers, imported = json.loads(run.stdout)
+    assert imported == []
+    for (mistake, (_, expected)), (code, said, complained) in zip(MISTAKES.items(), answers, strict=True):
+        assert (code, said, complained.count("\n")) == (2, "", 1), mistake
+        assert complained.startswith("export-mtp: error: ")
+        for words in expected:
+            assert words in complained, mistake
+    assert sorted(workplace.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: model, heads and tokenizer, tiny and untrained."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from mtp_ce import MTPWrapper
+
+    folder = tmp_path_factory.mktemp("run")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes)), 3).save_pretrained(folder / "model")
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder / "model")
+    return folder
+
+
+def test_a_base_has_the_model_and_its_tokenizer(checkpoint, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main([str(checkpoint), "base", str(tmp_path / "new" / "base")]) == 0
+    assert os.listdir(tmp_path / "new") == ["base"]
+    assert str(tmp_path / "new" / "base") in capsys.readouterr().out
+    assert not any("mtp" in name for name in os.listdir(tmp_path / "new" / "base"))
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(x) for x in (tmp_path / "new" / "base", checkpoint / "model"))
+    assert torch.equal(ours(torch.arange(5)[None]).logits, theirs(torch.arange(5)[None]).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "base")("a b")["input_ids"] == [0, 1]
+
+
+def test_a_model_without_a_tokenizer_is_a_base_too(checkpoint, tmp_path):
+    shutil.copytree(checkpoint / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    assert main([str(tmp_path / "bare"), "base", str(tmp_path / "base")]) == 0
+    assert not any("token" in name for name in os.listdir(tmp_path / "base"))
+
+
+def test_heads_are_the_checkpoints_own_files(checkpoint, tmp_path):
+    """The folder of a run and the one inside it with the model are both a checkpoint."""
+    for i, source in enumerate((checkpoint, checkpoint / "model")):
+        assert main([str(source), "heads", str(tmp_path / str(i))]) == 0
+        assert sorted(os.listdir(tmp_path / str(i))) == ["mtp_heads.json", "mtp_heads.safetensors"]
+        for name in os.listdir(tmp_path / str(i)):
+            assert (tmp_path / str(i) / name).read_bytes() == (checkpoint / "model" / name).read_bytes()
+
+
+def test_a_medusa_folder_comes_with_the_words_for_vllm(checkpoint, tmp_path, capsys):
+    assert main([str(checkpoint), "medusa", str(tmp_path / "medusa")]) == 0
+    assert json.loads((tmp_path / "medusa" / "config.json").read_text())["num_heads"] == 2
+    said = capsys.readouterr().out
+    assert json.loads(said[said.index("{") : said.rindex("}") + 1]) == {
+        "method": "medusa",
+        "model": str(tmp_path / "medusa"),
+        "num_speculative_tokens": 2,
+    }
+
+
+def test_what_only_the_model_can_say_is_one_line_too_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint / "model", tmp_path / "capped")
+    config = json.loads((tmp_path / "capped" / "config.json").read_text())
+    (tmp_path / "capped" / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 5.0}))
+    assert main([str(tmp_path / "capped"), "medusa", str(tmp_path / "medusa")]) == 2
+    complained = capsys.readouterr().err
+    assert complained.startswith("export-mtp: error: wrapper.model's logits have a softcap of 5.0")
+    (tmp_path / "capped" / "config.json").write_text("{}")
+    assert main([str(tmp_path / "capped"), "base", str(tmp_path / "base")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["capped"]
