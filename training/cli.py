@@ -50,7 +50,9 @@ exit codes:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that answers a mistake in one line."""
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line; argparse would print the whole usage before it."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -71,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     # Asked before anything imports one of them, and without importing any.
-    if missing := [name for name in _TRAIN_EXTRA if find_spec(name) is None]:
-        return _complain(_missing(missing), EXIT_USAGE)
+    if missing := missing_packages():
+        return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
     from mtp_ce.training.recipe import load_recipe, to_yaml
     from mtp_ce.training.schema import RecipeError
@@ -89,9 +91,9 @@ def _main(argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
-        if recipe.tracking.kind == "mlflow" and find_spec("mlflow") is None:
-            return _complain(_missing(["mlflow"]) + ", or give tracking.kind=none", EXIT_USAGE)
-        output = _output_folder(recipe, arguments.output)
+        if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
+            return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
+        output = output_folder(recipe.name, arguments.output)
         find_files(recipe.data)
         find_sources(recipe)
         return _run(recipe, output, arguments.dry_run, (arguments.seeds or 3) if comparing else None)
@@ -125,7 +127,7 @@ def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     folder = Path(__file__).resolve().parent / "recipes"
     recipes = "\n".join(f"  {path.stem:<12}{_headline(path)}" for path in sorted(folder.glob("*.yaml")))
-    parser = _Parser(
+    parser = Parser(
         prog="train-mtp",
         usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] [--seeds N]",
         description="Train a language model that predicts several tokens at once, from one recipe.",
@@ -185,10 +187,15 @@ def _sort_out(words: Sequence[str]) -> tuple[str, list[str]]:
     return (recipes[0] if recipes else DEFAULT_RECIPE), overrides
 
 
-def _output_folder(recipe: Recipe, wanted: Path | None) -> Path:
+def output_folder(name: str, wanted: Path | None) -> Path:
+    """Give the folder that a command writes to: the one asked for, or a new one under runs/ that begins with `name`.
+
+    Raises:
+        RecipeError: it is there already, or can't be made.
+    """
     from mtp_ce.training.schema import RecipeError
 
-    output = wanted or Path("runs") / f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    output = wanted or Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     if output.exists() or output.is_symlink():
         raise RecipeError(f"output folder {output} exists and is left alone; name another one with --output")
     for parent in output.parents:
@@ -197,8 +204,10 @@ def _output_folder(recipe: Recipe, wanted: Path | None) -> Path:
     return output
 
 
-def _missing(packages: Sequence[str]) -> str:
-    return f"training needs {', '.join(packages)}: pip install 'mtp_ce[train]'"
+def missing_packages(*names: str) -> str:
+    """Say what has to be installed, or nothing; without names, of what every command of this floor needs."""
+    missing = [name for name in names or _TRAIN_EXTRA if find_spec(name) is None]
+    return f"training needs {', '.join(missing)}: pip install 'mtp_ce[train]'" if missing else ""
 
 
 def _complain(message: str, code: int) -> int:

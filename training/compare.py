@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.corpus import is_documented
+from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import Inputs, read_inputs
 from mtp_ce.training.kept import folder_digest, stage_key
 from mtp_ce.training.pipeline import make_folder
@@ -29,7 +30,6 @@ from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import FrozenModels, build_weighing
 from mtp_ce.training.stages import STAGE_FILE, Stage, check_stages, fit, run_stage, scoring_stages
 from mtp_ce.training.tracking import Tracking
-from mtp_ce.training.trainer import validation_metrics
 
 
 def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None) -> dict[str, Any]:

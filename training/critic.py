@@ -1,6 +1,6 @@
 """Trains the critic of critic_delta: a value at every token that says whether the function will compile.
 
-    V = score(trunk(ids))               [R, T]          a Llama with a value head of width 1
+    V = score(trunk(ids))               [R, T]          a value head of width 1 on a random or trained trunk
 
 It learns from the functions of the training files, intact and corrupted; what corrupting one does is decided by
 Python. The losses are in critic_loss. It is an ordinary transformers model for token classification with one
@@ -15,12 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import LlamaForTokenClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    LlamaForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mtp_ce.training.corpus import Corpus
 from mtp_ce.training.critic_loss import OBJECTIVES, PairSums, score_pairs
@@ -28,7 +36,7 @@ from mtp_ce.training.data import rows_of_step
 from mtp_ce.training.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.model import llama_config
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.schema import DataConfig, Recipe, RecipeError, TrunkConfig
+from mtp_ce.training.schema import PretrainedModelConfig, Recipe, RecipeError
 from mtp_ce.training.trainer import Log, StepRefusedError
 
 # Pairs of each held-out function: a corpus of a few hundred files holds out few functions.
@@ -38,24 +46,38 @@ _HELD_OUT_PAIRS = 4
 _DRAWS = 8
 
 
-def build_critic(sizes: TrunkConfig, data: DataConfig, end_of_text: int) -> PreTrainedModel:
-    """Build a critic with a random trunk and values 0, on the default device, from torch's global seed.
+def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = None) -> PreTrainedModel:
+    """Build a critic with values 0, on the default device; a random trunk comes from torch's global seed.
 
     Args:
-        sizes: of the trunk.
-        data: the vocabulary and the longest row.
+        recipe: sizes come from `recipe.critic.model` or `recipe.model`, the vocabulary and the longest row from
+            `recipe.data`.
         end_of_text: token id that opens and closes a function.
+        pretrained: folder of the trained model that the trunk begins with, where `recipe.model` is one and
+            `recipe.critic` has no sizes of its own.
     """
-    config = llama_config(sizes, data, end_of_text)
+    sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
+    config: Any
+    if isinstance(sizes, PretrainedModelConfig):
+        assert pretrained is not None
+        config = AutoConfig.from_pretrained(pretrained)
+    else:
+        config = llama_config(sizes, recipe.data, end_of_text)
     config.num_labels = 1
     # Without this transformers drops a tenth of the hidden states before the value head.
     config.classifier_dropout = 0.0
     # The scorer reads packed rows, and transformers tells their documents apart only where it makes no cache.
     config.use_cache = False
-    critic = LlamaForTokenClassification(config)
+    critic: PreTrainedModel
+    if isinstance(sizes, PretrainedModelConfig) and pretrained:
+        critic = AutoModelForTokenClassification.from_pretrained(pretrained, config=config, dtype=torch.float32)
+    else:
+        critic = LlamaForTokenClassification(config)
     # Values begin alike everywhere. Random ones differ by far more than the rewards do, and regression would
     # spend its first steps on taking them back.
-    nn.init.zeros_(critic.score.weight)
+    for head in critic.children():
+        if isinstance(head, nn.Linear):
+            nn.init.zeros_(head.weight)
     return critic
 
 
@@ -65,6 +87,7 @@ def train_critic(
     tokenizer: PreTrainedTokenizerFast,
     device: torch.device,
     *,
+    pretrained: Path | None = None,
     log: Log,
     tick: Callable[[], None] = lambda: None,
     stop: Event | None = None,
@@ -76,6 +99,7 @@ def train_critic(
         corpus: where the functions are from.
         tokenizer: a fast one; it has an end-of-text token.
         device: where to train.
+        pretrained: see `build_critic`.
         log: takes metrics by name: critic/loss and critic/accuracy over the steps since the last line, optim/lr
             and optim/grad_norm (before clipping) of the last step.
         tick: called after every step.
@@ -98,7 +122,7 @@ def train_critic(
     clip_norm = math.inf if optimizer_config.clip_norm is None else optimizer_config.clip_norm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        critic = build_critic(config.model or recipe.model, recipe.data, tokenizer.eos_token_id)
+        critic = build_critic(recipe, tokenizer.eos_token_id, pretrained)
     # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
     critic = nn.Module.to(critic, device)
     optimizer = build_optimizer(critic, optimizer_config)

@@ -111,9 +111,17 @@ class PackedRows:
             token_weights=None if self.token_weights is None else self.token_weights[inside] * real,
         )
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Give every row once, from first to last, `batch_size` at a time."""
-        for rows in torch.arange(len(self)).split(batch_size):
+    def in_order(self, batch_size: int, most: int | None = None) -> Iterator[Batch]:
+        """Give every row once, from first to last, `batch_size` at a time.
+
+        Args:
+            batch_size: rows of a batch.
+            most: give so many rows at most, spread evenly over all of them; None means every row.
+        """
+        order = torch.arange(len(self))
+        if most is not None and most < len(self):
+            order = order[:most] * len(self) // most
+        for rows in order.split(batch_size):
             yield self.batch(rows)
 
 

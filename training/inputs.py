@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import PackedRows, TokenisedCorpus, tokenise, unigram_cross_entropy
 from mtp_ce.training.report import say
-from mtp_ce.training.schema import Recipe, RecipeError
-from mtp_ce.training.sources import check_tokenizer, fetch_model, fetch_source, sources_of
+from mtp_ce.training.schema import DataConfig, EvaluationRecipe, PretrainedModelConfig, Recipe, RecipeError
+from mtp_ce.training.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
 from mtp_ce.training.tokenizer import load_tokenizer, read_tokenizer
 
 
@@ -32,8 +32,9 @@ class Inputs:
         tokenizer: how texts become tokens.
         tokens: the texts' tokens, document by document.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
-        given: folders of the models that the recipe names as trained, by the recipe's key.
+        given: folders of the models that are named as trained, by the recipe's key.
         row_length: S.
+        vocab_size: V of the model in training.
     """
 
     console: Console
@@ -44,6 +45,7 @@ class Inputs:
     unigram: float
     given: dict[str, Path]
     row_length: int
+    vocab_size: int
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
         """Pack documents into rows."""
@@ -63,34 +65,88 @@ def read_inputs(recipe: Recipe, console: Console) -> Inputs:
     Raises:
         RecipeError: the corpus, the tokenizer, a trained model or the device is not there or does not fit.
     """
-    device, V, sources = find_device(recipe), recipe.data.vocab_size, sources_of(recipe)
-    # What may need a network comes first: it fails in seconds, and a tokenizer takes longer.
-    given = {key: fetch_model(key, source, kind, V) for key, (source, kind) in sources.items()}
-    named = recipe.data.tokenizer
-    tokenizer = read_tokenizer(fetch_source("data.tokenizer", named), named, V) if named else None
+    device, V, sources = find_device(recipe.train.device, "train.device"), recipe.data.vocab_size, sources_of(recipe)
+    given: dict[str, Path] = {}
+    # What may need a network comes first: it fails in seconds, and a tokenizer takes longer. So does the model in
+    # training, whose vocabulary the others must have.
+    for key, (source, kind) in sources.items():
+        say(console, f"given       {key}: {kind} {source}")
+        given[key] = fetch_source(key, source)
+        theirs = check_config(key, source, given[key], kind, V)
+        if key == "model.source":
+            V = theirs
+            check_heads(source, given[key], recipe.model.mtp)
+    assert V is not None
+    tokenizer = _named_tokenizer(recipe, given, V)
     corpus = read_corpus(recipe.data)
+    _say_files(console, corpus)
+    tokenizer = tokenizer or load_tokenizer(texts(corpus.train), V)
+    for key, folder in given.items():
+        if key != "model.source":
+            check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, given)
+
+
+def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> Inputs:
+    """Read a checkpoint's files, and the text that it is to be measured on.
+
+    Args:
+        recipe: says which text.
+        source: where the checkpoint is; `given["CHECKPOINT"]` is its folder.
+        console: where to speak.
+
+    Raises:
+        RecipeError: the checkpoint, its tokenizer, the corpus or the device is not there or does not fit.
+    """
+    device = find_device(recipe.device, "device")
+    say(console, f"checkpoint  {source}")
+    folder = fetch_source("CHECKPOINT", source)
+    V = check_config("CHECKPOINT", source, folder, "language model", None)
+    tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
+    corpus = read_corpus(recipe.data)
+    _say_files(console, corpus)
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder})
+
+
+def _say_files(console: Console, corpus: Corpus) -> None:
     say(
         console,
         f"corpus      {len(corpus.train)} files to train on, {len(corpus.held_out)} held out, "
         f"{corpus.characters / 1e6:.1f} million characters",
     )
-    tokenizer = tokenizer or load_tokenizer(texts(corpus.train), V)
-    for key, folder in given.items():
-        check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
+
+
+def _inputs(
+    console: Console,
+    device: torch.device,
+    data: DataConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    given: dict[str, Path],
+) -> Inputs:
     tokens = tokenise(corpus, tokenizer)
     counts = [sum(len(document) for document in side) for side in (tokens.train, tokens.held_out)]
     say(console, f"tokens      {counts[0]:,} to train on, {counts[1]:,} held out, {len(tokenizer):,} entries")
-    unigram = unigram_cross_entropy(tokens, V)
-    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, recipe.data.sequence_length)
+    unigram = unigram_cross_entropy(tokens, vocab_size)
+    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, data.sequence_length, vocab_size)
 
 
-def find_device(recipe: Recipe) -> torch.device:
-    """Give the device that the recipe asks for.
+def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the recipe names, or the pretrained model's; None where one is to be trained."""
+    if named := recipe.data.tokenizer:
+        return read_tokenizer(fetch_source("data.tokenizer", named), "data.tokenizer", named, vocab_size)
+    if isinstance(recipe.model, PretrainedModelConfig):
+        return read_tokenizer(given["model.source"], "model.source", recipe.model.source, vocab_size)
+    return None
+
+
+def find_device(wanted: str, key: str) -> torch.device:
+    """Give the device that a recipe asks for under a key: "auto", "cpu" or "cuda".
 
     Raises:
         RecipeError: it asks for a GPU and there is none.
     """
-    wanted = recipe.train.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device is 'cuda', but torch finds no GPU; give train.device=auto or cpu")
+        raise RecipeError(f"{key} is 'cuda', but torch finds no GPU; give {key}=auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,23 +1,46 @@
-"""The model of a run: a transformers Llama with random weights, in the wrapper that gives it prediction heads."""
+"""The model of a run: a Llama with random weights or a trained model, in the wrapper that gives it prediction heads."""
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from pathlib import Path
 
-from mtp_ce.training.schema import DataConfig, Recipe, TrunkConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from mtp_ce.heads import CONFIG_FILE
+from mtp_ce.training.schema import DataConfig, PretrainedModelConfig, Recipe, TrunkConfig
 from mtp_ce.wrapper import MTPWrapper
 
 
-def build_model(recipe: Recipe, end_of_text: int | None = None) -> MTPWrapper:
-    """Build the model with random weights, on the default device (meta included), from torch's global seed.
+def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
+    """Build the model, on the default device (meta included); what is random comes from torch's global seed.
 
     Args:
         recipe: sizes and heads come from `recipe.model`, vocabulary and longest row from `recipe.data`.
         end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+        pretrained: folder of the trained model that a recipe of kind "pretrained" begins with. Heads that are saved
+            beside it are read with it.
     """
     heads = recipe.model.mtp
-    llama = LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
-    return MTPWrapper(llama, heads.horizon, heads=heads.kind, loss=heads.loss)
+    if pretrained and (pretrained / CONFIG_FILE).exists():
+        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
+        wrapper.loss = heads.loss
+        return wrapper
+    trunk = _trunk(recipe, end_of_text, pretrained)
+    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+
+
+def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:
+    if not isinstance(recipe.model, PretrainedModelConfig):
+        return LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
+    assert pretrained is not None
+    trunk: PreTrainedModel
+    if torch.get_default_device().type == "meta":
+        trunk = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained))
+    else:
+        trunk = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    return trunk
 
 
 def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:
@@ -28,6 +51,7 @@ def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None =
         data: the vocabulary and the longest row.
         end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
     """
+    assert data.vocab_size is not None
     return LlamaConfig(
         vocab_size=data.vocab_size,
         hidden_size=sizes.hidden_size,

@@ -10,16 +10,17 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.corpus import find_files
+from mtp_ce.training.evaluation import Evaluation
+from mtp_ce.training.gguf import converted_folder
+from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
 from mtp_ce.training.model import build_model
 from mtp_ce.training.recipe import to_yaml, without_password
-from mtp_ce.training.report import results_table, say, warn
-from mtp_ce.training.schema import Recipe, RecipeError
-from mtp_ce.training.sources import sources_of
+from mtp_ce.training.report import say, say_evaluation, warn
+from mtp_ce.training.schema import PretrainedModelConfig, Recipe, RecipeError
+from mtp_ce.training.sources import local_source, sources_of
 from mtp_ce.training.stages import check_stages, main_stage, parameters, scoring_stages
-from mtp_ce.training.sums import HeadResult
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
-from mtp_ce.training.trainer import validation_metrics
 
 
 def describe(recipe: Recipe, output: Path) -> None:
@@ -30,8 +31,6 @@ def describe(recipe: Recipe, output: Path) -> None:
     """
     out = Console()
     root, paths = find_files(recipe.data)
-    with torch.device("meta"):
-        model = build_model(recipe)
     train, data, scored = recipe.train, recipe.data, recipe.scored_by
     step_tokens = train.batch_size * data.sequence_length
     say(out, f"recipe      {recipe.name}: {recipe.description}")
@@ -43,19 +42,19 @@ def describe(recipe: Recipe, output: Path) -> None:
         if needed and stage and stage.train and not stage.source:
             say(out, f"{name:<11} {stage.train.steps:,} steps of {stage.train.batch_size}, where not there already")
     say(out, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
-    say(out, f"model       {parameters(model)}")
+    say(out, f"model       {_sizes(recipe)}")
     say(
         out,
         f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
         f"tokens: {train.steps * step_tokens:,} in all, for {recipe.model.mtp.horizon} heads",
     )
-    say(out, f"device      {find_device(recipe)}")
+    say(out, f"device      {find_device(train.device, 'train.device')}")
     say(out, f"output      {output}")
     say(out, f"tracking    {_tracking(recipe)}")
     say(out, "dry run: nothing was written")
 
 
-def train(recipe: Recipe, output: Path, out: Console | None = None) -> list[HeadResult]:
+def train(recipe: Recipe, output: Path, out: Console | None = None) -> Evaluation:
     """Run a recipe from the corpus to the saved model.
 
     Args:
@@ -64,7 +63,7 @@ def train(recipe: Recipe, output: Path, out: Console | None = None) -> list[Head
         out: where to say what happens; None means the terminal.
 
     Returns:
-        The validation after the last step, one result per head.
+        The heads on held-out text after the last step.
 
     Raises:
         RecipeError: the corpus, a trained model or the output folder does not fit the recipe.
@@ -82,17 +81,17 @@ def train(recipe: Recipe, output: Path, out: Console | None = None) -> list[Head
     with Tracking(recipe, output, partial(warn, out)) as tracking:
         tracking.artifact(output / "recipe.yaml")
         models = scoring_stages(recipe, inputs, output, tracking)
-        results = main_stage(recipe, inputs, models, output, tracking)
-        tracking.summary(recipe.train.steps, validation_metrics(results))
-    out.print(results_table(results, inputs.unigram))
-    say(out, "unigram entropy: held-out tokens under the frequencies of the training tokens, add-one smoothed")
+        evaluation = main_stage(recipe, inputs, models, output, tracking)
+        tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
+    say_evaluation(out, evaluation)
     weights = ", weights.html, weights.png" if recipe.scored_by else ""
     say(
         out,
-        f"saved       {output}/model (model, tokenizer, heads), losses.png{weights}, {METRICS_FILE}, recipe.yaml",
+        f"saved       {output}/model (model, tokenizer, heads), losses.png, evaluation.json, evaluation.png{weights}, "
+        f"{METRICS_FILE}, recipe.yaml",
     )
     say(out, f"tracking    {_tracking(recipe)}")
-    return results
+    return evaluation
 
 
 def make_folder(output: Path) -> None:
@@ -105,6 +104,18 @@ def make_folder(output: Path) -> None:
         output.mkdir(parents=True)
     except OSError as error:
         raise RecipeError(f"output folder {output} can't be made: {error.strerror}; see --output") from None
+
+
+def _sizes(recipe: Recipe) -> str:
+    folder: Path | None = None
+    if isinstance(recipe.model, PretrainedModelConfig):
+        folder = local_source("model.source", recipe.model.source)
+        if folder and folder.is_file():
+            folder = converted_folder(folder)
+        if folder is None or not folder.exists():
+            return "sized when it has been read; a dry run fetches nothing"
+    with torch.device("meta"):
+        return parameters(build_model(recipe, pretrained=folder))
 
 
 def _tracking(recipe: Recipe) -> str:

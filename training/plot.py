@@ -1,14 +1,17 @@
-"""One picture of a run: the cross entropy of every head over the steps, read from metrics.jsonl."""
+"""Two pictures of a run: the cross entropy of every head over the steps, and what the heads are worth at the end."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+if TYPE_CHECKING:
+    from mtp_ce.training.evaluation import Evaluation
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too; its black is kept for the reference line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -59,6 +62,44 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(left=0)
     axes.legend(handles=handles, title="line: training, point: held-out files (last value)", frameon=False)
+    figure.savefig(picture)
+
+
+def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
+    """Draw the cross entropy of every head, and how far their drafts carry.
+
+    Args:
+        evaluation: what was measured.
+        picture: PNG file to write.
+        title: what stands above it.
+    """
+    heads = evaluation.heads
+    figure = open_figure((8.5, 4.2))
+    left, right = figure.subplots(1, 2)
+    names = [f"head {h}\n+{h + 1}" for h in range(len(heads))]
+    bars = left.bar(names, [head.ce for head in heads], color=[COLOURS[h % len(COLOURS)] for h in range(len(heads))])
+    left.bar_label(bars, fmt="%.2f", padding=2)
+    if evaluation.before:
+        before = [head.ce for head in evaluation.before]
+        left.plot(names, before, "_", color="black", markersize=22, markeredgewidth=1.5, label="before training")
+    left.axhline(evaluation.unigram, color="black", linestyle="--", linewidth=1, label="unigram entropy")
+    left.set_ylabel("cross entropy [nats per token]")
+    left.legend(frameon=False, loc="lower right", facecolor="white", framealpha=0.8)
+    right.set_ylabel("share of drafts")
+    right.set_ylim(0, 1)
+    agrees = [head.agrees for head in heads[1:]]
+    if agrees and None not in agrees:
+        right.plot(names[1:], agrees, "o-", color=COLOURS[0], label="agree with head 0 on held-out text")
+        if evaluation.decoding:
+            right.plot(names[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="kept when decoding")
+        right.legend(frameon=False, title="this head and all before it")
+    else:
+        right.text(0.5, 0.5, "no heads that draft", ha="center", transform=right.transAxes)
+        right.set_xticks([])
+    for axes in (left, right):
+        axes.grid(alpha=0.25, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(picture)
 
 

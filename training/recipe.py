@@ -13,13 +13,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
 
 RECIPES_FOLDER = Path(__file__).resolve().parent / "recipes"
 
@@ -39,31 +41,53 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or a key or value is wrong.
     """
-    path = _find(name_or_path)
-    tree = _parse(path)
+    return _checked(Recipe, _parse(_find(name_or_path)), overrides)
+
+
+def load_evaluation(run: Path | None, overrides: Sequence[str] = ()) -> EvaluationRecipe:
+    """Say what a checkpoint is to be measured on.
+
+    Args:
+        run: the recipe of the run that made it, which knows the text it was not trained on; None means defaults.
+        overrides: as in `load_recipe`.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    tree: dict[str, Any] = {}
+    if run:
+        made = load_recipe(str(run))
+        tree = made.model_dump(include={"data", "validation", "tracking"}) | {"device": made.train.device}
+        # The checkpoint has a tokenizer of its own, and its vocabulary is what it is.
+        tree["data"] |= {"tokenizer": None, "vocab_size": None}
+    return _checked(EvaluationRecipe, tree, overrides)
+
+
+def _checked(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence[str]) -> AnyRecipe:
     for override in overrides:
         _apply(tree, override)
     try:
-        return Recipe.model_validate(tree)
+        return cast(AnyRecipe, schema.model_validate(tree))
     except ValidationError as error:
         # A misspelt group is also a missing one; the unknown key is what explains both.
         first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(_explain(first) + more) from None
+        raise RecipeError(_explain(schema, first) + more) from None
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: BaseModel) -> str:
     """Write every key of a recipe, defaults included, as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
 
 
-def without_password(recipe: Recipe) -> Recipe:
+def without_password(recipe: AnyRecipe) -> AnyRecipe:
     """Give the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
     uri = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", recipe.tracking.uri)
-    return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": uri})})
+    hidden = recipe.tracking.model_copy(update={"uri": uri})
+    return cast(AnyRecipe, recipe.model_copy(update={"tracking": hidden}))
 
 
-def flatten(recipe: Recipe) -> dict[str, Any]:
+def flatten(recipe: BaseModel) -> dict[str, Any]:
     """Give the values of a recipe by dotted key."""
     return dict(_leaves(recipe.model_dump()))
 
@@ -161,8 +185,8 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(group, f"{prefix}{key}.")
 
 
-def _description(dotted: str) -> str:
-    groups: list[type[BaseModel]] = [Recipe]
+def _description(schema: type[BaseModel], dotted: str) -> str:
+    groups = [schema]
     field = None
     for key in dotted.split("."):
         field = next((group.model_fields[key] for group in groups if key in group.model_fields), None)
@@ -172,18 +196,18 @@ def _description(dotted: str) -> str:
     return field.description or "" if field else ""
 
 
-def _dotted(place: Sequence[str | int]) -> tuple[str, str | None]:
+def _dotted(schema: type[BaseModel], place: Sequence[str | int]) -> tuple[str, str | None]:
     """The dotted key that an error speaks of, and the name of the choice it was read as.
 
     pydantic puts that name between the keys: scorer, rho1_excess, eps.
     """
-    groups: list[type[BaseModel]] = [Recipe]
+    groups = [schema]
     keys: list[str] = []
     chosen = None
     for part in map(str, place):
         field = next((group.model_fields[part] for group in groups if part in group.model_fields), None)
         if field is None and len(groups) > 1:
-            named = [g for g in groups if part in get_args(g.model_fields["name"].annotation)]
+            named = [g for g in groups if part in _tags(g)]
             if named:
                 groups, chosen = named, part
                 continue
@@ -192,8 +216,14 @@ def _dotted(place: Sequence[str | int]) -> tuple[str, str | None]:
     return ".".join(keys), chosen
 
 
-def _nearest_key(dotted: str) -> str | None:
-    known = list(dict.fromkeys(_known_keys(Recipe)))
+def _tags(group: type[BaseModel]) -> tuple[Any, ...]:
+    """What the key that chooses among groups, a `name` or a `kind`, may be for this one."""
+    field = group.model_fields.get("kind") or group.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
+
+
+def _nearest_key(schema: type[BaseModel], dotted: str) -> str | None:
+    known = list(dict.fromkeys(_known_keys(schema)))
     leaf = dotted.rpartition(".")[2]
     # A right name in the wrong place comes first, the least nested one: `lr` means optimizer.lr.
     if elsewhere := [key for key in known if key.rpartition(".")[2] == leaf]:
@@ -205,12 +235,12 @@ def _nearest_key(dotted: str) -> str | None:
     return leaves[spelt[0]] if spelt else None
 
 
-def _explain(error: ErrorDetails) -> str:
+def _explain(schema: type[BaseModel], error: ErrorDetails) -> str:
     """Turn one pydantic error into one line: the key, what came, what was expected, the way out."""
-    dotted, chosen = _dotted(error["loc"])
+    dotted, chosen = _dotted(schema, error["loc"])
     if error["type"] == "extra_forbidden":
-        meant = _nearest_key(dotted)
-        if chosen and dotted in _known_keys(Recipe):
+        meant = _nearest_key(schema, dotted)
+        if chosen and dotted in _known_keys(schema):
             return f"key '{dotted}' is not one of {dotted.rpartition('.')[0]} '{chosen}'; --print-config shows its keys"
         hint = f"did you mean '{meant}'?" if meant else "--print-config shows every key"
         return f"unknown key '{dotted}'; {hint}"
@@ -218,17 +248,17 @@ def _explain(error: ErrorDetails) -> str:
         tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         near = difflib.get_close_matches(tag, re.findall(r"'([^']*)'", expected), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"'{dotted}.name' is '{tag}'; it should be one of {expected}{hint}"
+        return f"'{dotted}.{_chooser(error)}' is '{tag}'; it should be one of {expected}{hint}"
     if error["type"] == "union_tag_not_found":
-        dotted = f"{dotted}.name"
+        dotted = f"{dotted}.{_chooser(error)}"
     if error["type"] in ("missing", "union_tag_not_found"):
-        return f"missing key '{dotted}': {_description(dotted)}"
+        return f"missing key '{dotted}': {_description(schema, dotted)}"
     if error["type"] == "value_error":
         return f"{dotted}: {error['ctx']['error']}" if dotted else str(error["ctx"]["error"])
     message = error["msg"].removeprefix("Input ").removeprefix("String ")
     if error["type"] in ("model_type", "model_attributes_type"):
         message = "should be a group of keys"
-    meaning = _description(dotted)
+    meaning = _description(schema, dotted)
     came = error["input"]
     shown = _kind(came) if isinstance(came, dict | list) else _as_yaml(came)
     hint = ""
@@ -237,6 +267,11 @@ def _explain(error: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(came), choices, n=1)
         hint = f"; did you mean '{near[0]}'?" if near and len(choices) > 1 else ""
     return f"'{dotted}' is {shown}; it {message}{hint}{f' ({meaning})' if meaning else ''}"
+
+
+def _chooser(error: ErrorDetails) -> str:
+    """The key that chooses among groups: `name` or `kind`."""
+    return str(error["ctx"]["discriminator"]).strip("'")
 
 
 def _as_yaml(value: Any) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mtp_ce.training.sums import HeadResult
+if TYPE_CHECKING:
+    from mtp_ce.training.evaluation import Evaluation
 
 
 class Display:
@@ -61,6 +62,9 @@ class Display:
             if "critic/val_loss" in metrics:
                 found = f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
             self._line(f"step {step:>5}  validation  {found}")
+            if self._done == 0:
+                # What came before the first step says nothing about how long steps take.
+                self._started = time.monotonic()
             return
         if self._console.is_terminal:
             self._bar.update(self._task, numbers=numbers)
@@ -99,26 +103,48 @@ def warn(console: Console, message: str) -> None:
     console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
-def results_table(results: Sequence[HeadResult], unigram: float) -> Table:
-    """Lay out the validation, one line per head, beside what token frequencies alone would score.
-
-    Args:
-        results: one per head.
-        unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
-    """
-    table = Table(title="validation on held-out files", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("head", "distance", "CE (nats)", "unigram entropy (nats)", "perplexity", "top-1"):
-        table.add_column(column, justify="right")
-    for h, result in enumerate(results):
+def results_table(evaluation: Evaluation) -> Table:
+    """Lay out an evaluation, one line per head, beside what token frequencies alone would score."""
+    title = f"held-out text: {evaluation.heads[0].rows:,} tokens; cross entropies in nats"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    before, decoding = evaluation.before, evaluation.decoding
+    columns = ["head", *(["before"] if before else []), "CE", "unigram", "perplexity", "top-1", "top-5"]
+    for column in (*columns, "agrees", *(["kept"] if decoding else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for h, result in enumerate(evaluation.heads):
         table.add_row(
-            str(h),
-            f"+{h + 1}",
+            f"{h} (+{h + 1})",
+            *([f"{before[h].ce:.3f}"] if before else []),
             f"{result.ce:.3f}",
-            f"{unigram:.3f}",
+            f"{evaluation.unigram:.3f}",
             f"{result.perplexity:,.1f}",
             f"{result.top1:.1%}",
+            f"{result.top5:.1%}",
+            "" if h == 0 or result.agrees is None else f"{result.agrees:.1%}",
+            *(["" if h == 0 else f"{decoding.kept[h - 1]:.1%}"] if decoding else []),
         )
     return table
+
+
+def say_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Show the table, what its columns mean, and what decoding found."""
+    console.print(results_table(evaluation))
+    lines = ["unigram: cross entropy of the held-out tokens under the training tokens' frequencies, add-one smoothed"]
+    if evaluation.tokens_per_forward:
+        lines.append(
+            "agrees: this head and all before it say what head 0 says later, in the held-out text; "
+            f"{evaluation.tokens_per_forward:.2f} tokens per forward, if decoding went like that"
+        )
+    if decoding := evaluation.decoding:
+        found = decoding.speculation
+        lines += [
+            "kept: rounds of decoding in which this head's token and all before it were kept",
+            f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, {found.tokens:,} new tokens: "
+            f"{found.tokens_per_forward:.2f} tokens per forward, {decoding.speedup:.2f} times the speed of plain "
+            f"generate; the same text for {decoding.identical} of {decoding.prompts}",
+        ]
+    for line in lines:
+        say(console, line)
 
 
 def _heads(metrics: Mapping[str, float], side: str) -> str:

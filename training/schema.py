@@ -37,12 +37,14 @@ class DataConfig(_Group):
     tokenizer: str | None = Field(
         default=None,
         min_length=1,
-        description="a folder, an s3:// address or a hub name; null: a byte-level BPE, trained on the corpus",
+        description="a folder, an s3:// address or a hub name; null: the pretrained model's own, or else a byte-level "
+        "BPE, trained on the corpus",
     )
-    vocab_size: int = Field(
-        default=8192,
+    vocab_size: int | None = Field(
+        default=None,
         ge=257,
-        description="V: entries of the tokenizer trained here; for another one at least its own",
+        description="V: entries of the tokenizer trained here; for another one at least its own; null: those of a "
+        "pretrained model",
     )
     sequence_length: int = Field(default=256, ge=2, description="tokens in a packed row, S")
 
@@ -55,15 +57,31 @@ class MTPConfig(_Group):
         description="form of the extra heads: small blocks, decoder layers, a chain of layers, or no parameters at all",
     )
     horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
+    trunk: Literal["joint", "detached", "frozen"] = Field(
+        default="joint",
+        description="joint: all of the model learns; detached: the heads alone, the loss does not reach the model; "
+        "frozen: likewise, and the model's parameters want no gradient",
+    )
     loss: Literal["linear", "logits"] = Field(
         default="linear", description="linear never builds the logits of all heads; logits builds them. The same loss"
     )
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Self:
+        if self.trunk != "joint" and (self.kind == "teacher_forcing" or self.horizon == 1):
+            raise ValueError(
+                f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves nothing that learns; "
+                "take joint, or heads that have parameters"
+            )
+        return self
 
 
 class TrunkConfig(_Group):
     """A Llama from transformers with random weights."""
 
-    kind: Literal["llama"] = Field(default="llama", description="architecture; trained from scratch")
+    kind: Literal["llama"] = Field(
+        default="llama", description="llama: trained from scratch; pretrained: a trained model goes on learning"
+    )
     hidden_size: int = Field(ge=1, description="width of the hidden states, D")
     intermediate_size: int = Field(ge=1, description="width inside the feed-forward layers")
     layers: int = Field(ge=1, description="number of decoder layers")
@@ -84,10 +102,27 @@ class TrunkConfig(_Group):
         return self
 
 
-class ModelConfig(TrunkConfig):
-    """The trunk and its heads."""
+class LlamaModelConfig(TrunkConfig):
+    """A trunk with random weights and its heads."""
 
     mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+
+class PretrainedModelConfig(_Group):
+    """A trained causal language model and its heads."""
+
+    kind: Literal["pretrained"] = Field(
+        description="llama: trained from scratch; pretrained: a trained model goes on learning"
+    )
+    source: str = Field(
+        min_length=1,
+        description="a folder or GGUF file, package:NAME/FILE inside an installed Python package, an s3:// address or "
+        "a hub name; heads that are saved beside it go on learning",
+    )
+    mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+
+ModelConfig = Annotated[LlamaModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
 
 
 class UniformScorerConfig(_Group):
@@ -214,7 +249,10 @@ class _FrozenModelConfig(_Group):
         description="a trained model: a folder, an s3:// address or a hub name; null: it is trained here",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the data")
-    model: TrunkConfig | None = Field(default=None, description="its sizes; null: those of the recipe's `model`")
+    model: TrunkConfig | None = Field(
+        default=None,
+        description="its sizes; null: those of the recipe's `model`, whose pretrained weights it starts from",
+    )
     optimizer: OptimizerConfig | None = Field(default=None, description="null: the recipe's `optimizer`")
     train: StageTrainConfig | None = Field(default=None, description="the loop; needed where source is null")
 
@@ -246,13 +284,28 @@ class CriticConfig(_FrozenModelConfig):
     )
 
 
+class DecodingConfig(_Group):
+    """Greedy decoding from held-out text, by the model alone and with the heads drafting."""
+
+    prompts: int = Field(default=8, ge=0, description="how many, spread over the held-out files; 0: no decoding")
+    prompt_tokens: int = Field(default=64, ge=1, description="tokens of held-out text in a prompt")
+    new_tokens: int = Field(default=64, ge=2, description="tokens to decode from each, at most")
+
+
 class ValidationConfig(_Group):
-    """How the held-out files are scored; always all of them, unweighted, and always after the last step."""
+    """How the held-out files are scored: unweighted, and always after the last step."""
 
     every: int | None = Field(
         default=None, ge=1, description="steps between two validations; null: after the last step only"
     )
+    at_start: bool = Field(default=False, description="whether to validate before the first step, too")
+    rows: int | None = Field(
+        default=None, ge=1, description="how many rows, spread over the held-out files; null: all of them"
+    )
     batch_size: int = Field(default=8, ge=1, description="rows per forward; changes memory, not results")
+    decoding: DecodingConfig = Field(
+        default_factory=DecodingConfig, description="what the heads are worth in speculative decoding, at the end"
+    )
 
 
 class TrackingConfig(_Group):
@@ -261,6 +314,15 @@ class TrackingConfig(_Group):
     kind: Literal["mlflow", "none"] = Field(default="mlflow", description="none works without mlflow installed")
     uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
     experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
+
+
+class EvaluationRecipe(_Group):
+    """What `eval-mtp` measures a checkpoint on; a run's own recipe has these groups, too."""
+
+    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split; the tokens are the model's")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
 
 
 class Recipe(_Group):
@@ -284,6 +346,18 @@ class Recipe(_Group):
     train: TrainConfig = Field(description="the loop")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+
+    @model_validator(mode="after")
+    def _vocabulary_is_settled(self) -> Self:
+        pretrained = isinstance(self.model, PretrainedModelConfig)
+        if pretrained and self.data.vocab_size is not None:
+            raise ValueError(
+                f"data.vocab_size is {self.data.vocab_size}, but a pretrained model has a vocabulary of its own; "
+                "give data.vocab_size=null"
+            )
+        if not pretrained and self.data.vocab_size is None:
+            raise ValueError("data.vocab_size is null, but model.kind llama needs it; give data.vocab_size=8192")
+        return self
 
     @model_validator(mode="after")
     def _groups_agree(self) -> Self:
@@ -349,6 +423,7 @@ class Recipe(_Group):
             raise RecipeError("compare needs a recipe whose scorer is not uniform, such as 'rho1'")
         scorers: dict[str, ScorerConfig] = {"uniform": UniformScorerConfig(), scored.name: scored}
         scorers |= {name: ControlScorerConfig(name=name, of=scored) for name in get_args(ControlName)}
-        validation = self.validation.model_copy(update={"every": None})
+        decoding = self.validation.decoding.model_copy(update={"prompts": 0})
+        validation = self.validation.model_copy(update={"every": None, "decoding": decoding})
         same = {"precompute_weights": False, "validation": validation}
         return {name: self.model_copy(update={**same, "scorer": scorer}) for name, scorer in scorers.items()}

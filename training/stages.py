@@ -24,6 +24,8 @@ from mtp_ce.training.checkpoint import save_model
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.critic import train_critic
 from mtp_ce.training.data import PackedRows
+from mtp_ce.training.evaluation import Evaluation, decode
+from mtp_ce.training.head_scores import HeadResult, validation_metrics
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.interrupt import stop_on_interrupt
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
@@ -31,13 +33,15 @@ from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.schema import (
-    ModelConfig,
+    LlamaModelConfig,
     MTPConfig,
+    PretrainedModelConfig,
     Recipe,
     RecipeError,
     ReferenceConfig,
     Rho1ScorerConfig,
     TrainConfig,
+    TrunkConfig,
     UniformScorerConfig,
 )
 from mtp_ce.training.scoring import (
@@ -51,9 +55,8 @@ from mtp_ce.training.scoring import (
     weigh_rows,
     weight_bounds,
 )
-from mtp_ce.training.sums import HeadResult
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
-from mtp_ce.training.trainer import Trainer, validation_metrics
+from mtp_ce.training.trainer import Trainer
 from mtp_ce.wrapper import MTPWrapper
 
 # What a finished stage says of itself, beside its model.
@@ -76,6 +79,9 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
     scored, given = recipe.scored_by, inputs.given
     if scored is None:
         return FrozenModels()
+    # A model of sizes of its own has the vocabulary of the pretrained model beside it.
+    data = recipe.data.model_copy(update={"vocab_size": inputs.vocab_size})
+    recipe = recipe.model_copy(update={"data": data})
     if isinstance(scored, Rho1ScorerConfig):
         return FrozenModels(
             reference=given.get("reference.source") or _reference(recipe, inputs, output, tracking) / "model",
@@ -84,14 +90,8 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
     return FrozenModels(critic=given.get("critic.source") or _critic(recipe, inputs, output, tracking) / "model")
 
 
-def main_stage(
-    recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking
-) -> list[HeadResult]:
-    """Train the model itself, and where its tokens are weighted, show what the weights look like.
-
-    Returns:
-        The validation after the last step, one result per head.
-    """
+def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
+    """Train the model itself, measure what its heads are worth, and where tokens are weighted, show their weights."""
     weighing = build_weighing(recipe, models, inputs.device)
     rows = inputs.rows(inputs.tokens.train)
     weigh: Weigh = weighing.weigh
@@ -100,13 +100,18 @@ def main_stage(
         rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
     with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main") as run:
         trainer, results = fit(recipe, inputs, rows, weigh, output, run)
+        decoding = decode(trainer.model, inputs, recipe.validation.decoding)
+        evaluation = Evaluation(results, inputs.unigram, trainer.validations.get(0), decoding)
+        run.log(recipe.train.steps, evaluation.metrics())
+        for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
+            run.artifact(path)
         if recipe.scored_by:
             # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
             from mtp_ce.training.passages import show_weights
 
             for path in show_weights(inputs, weighing, trainer.model, recipe.scorer.name, output):
                 run.artifact(path)
-    return results
+    return evaluation
 
 
 def reference_recipe(recipe: Recipe) -> Recipe:
@@ -114,13 +119,14 @@ def reference_recipe(recipe: Recipe) -> Recipe:
     stage = recipe.reference
     assert stage is not None
     assert stage.train is not None
-    sizes = (stage.model or recipe.model).model_dump(exclude={"mtp"})
+    next_token = MTPConfig(horizon=1, loss=recipe.model.mtp.loss)
+    own = LlamaModelConfig(**stage.model.model_dump()) if stage.model else recipe.model
     return recipe.model_copy(
         update={
             "name": "reference",
             "description": f"next-token model of the {stage.documents} files",
             "seed": stage.seed,
-            "model": ModelConfig(**sizes, mtp=MTPConfig(horizon=1, loss=recipe.model.mtp.loss)),
+            "model": own.model_copy(update={"mtp": next_token}),
             "scorer": UniformScorerConfig(),
             "precompute_weights": False,
             "reference": None,
@@ -163,20 +169,27 @@ def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking)
         return validation_metrics(results)
 
     what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
-    key = stage_key("reference", {**settings, "documents": stage.documents}, inputs.digests)
+    digests = [*inputs.digests, *_begun_with(own.model, inputs)]
+    key = stage_key("reference", {**settings, "documents": stage.documents}, digests)
     return run_stage(Stage("reference", "reference", what, key, own, work), inputs, output, tracking)
+
+
+def _begun_with(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
+    """The hash of the trained model that a stage begins with, if it does."""
+    return [folder_digest(inputs.given["model.source"])] if isinstance(model, PretrainedModelConfig) else []
 
 
 def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
     stage = recipe.critic
     assert stage is not None
     assert stage.train is not None
+    sizes = stage.model or recipe.model
     settings = {
         **stage.model_dump(),
         "row_length": inputs.row_length,
         # Python decides the rewards.
         "python": sys.version_info[:2],
-        "model": (stage.model or recipe.model).model_dump(exclude={"mtp"}),
+        "model": sizes.model_dump(exclude={"mtp"}),
         "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
     }
     steps = stage.train.steps
@@ -185,13 +198,14 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
         with Display(inputs.console, steps) as display, stop_on_interrupt() as stop:
             model, results = train_critic(
                 recipe, inputs.corpus, inputs.tokenizer, inputs.device,
+                pretrained=inputs.given.get("model.source"),
                 log=_both(run, display), tick=display.tick, stop=stop,
             )  # fmt: skip
         save_model(folder / "model", model, inputs.tokenizer)
         return results
 
     what = f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps"
-    key = stage_key("critic", settings, inputs.digests)
+    key = stage_key("critic", settings, [*inputs.digests, *_begun_with(sizes, inputs)])
     return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
@@ -275,7 +289,8 @@ def fit(
 ) -> tuple[Trainer, list[HeadResult]]:
     """Train one model with prediction heads; save it and the picture of its losses."""
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe, end_of_text=inputs.tokenizer.eos_token_id)
+    begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
+    model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
     # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device)
     say(inputs.console, f"model       {parameters(model)}; on {inputs.device}")
@@ -296,7 +311,6 @@ def fit(
             weight_bounds=weight_bounds(recipe),
         )
         results = trainer.fit()
-    run.log(recipe.train.steps, {"val/unigram_entropy": inputs.unigram})
     save_model(folder / "model", model, inputs.tokenizer)
     from mtp_ce.training.plot import draw_losses
 

@@ -57,11 +57,12 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def read_tokenizer(folder: Path, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """Read a tokenizer that is there already.
 
     Args:
         folder: where its files are.
+        key: the recipe's key that names it.
         source: how the recipe calls it.
         vocab_size: entries of the model, at least those of the tokenizer.
 
@@ -71,13 +72,14 @@ def read_tokenizer(folder: Path, source: str, vocab_size: int) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"data.tokenizer '{source}' can't be read: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{key} '{source}' has no tokenizer that can be read: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise RecipeError(f"data.tokenizer '{source}' is not a fast tokenizer with an end-of-text token")
+        raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:
         raise RecipeError(
-            f"data.vocab_size is {vocab_size}, but data.tokenizer '{source}' has {len(tokenizer)} entries; "
-            f"give data.vocab_size={len(tokenizer)}"
+            f"{key} '{source}' has a tokenizer of {len(tokenizer)} entries, but the model's vocabulary has "
+            f"{vocab_size} (data.vocab_size)"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from mtp_ce.training.recipe import flatten, without_password
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.schema import EvaluationRecipe, Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,7 +69,7 @@ class Tracking:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Recipe | EvaluationRecipe,
         folder: Path,
         warn: Callable[[str], None],
         whole: Tracking | None = None,
@@ -156,7 +157,7 @@ class MlflowRun:
         started = int(time.time() * 1000)
 
         def create(client: MlflowClient) -> None:
-            tags = {"mlflow.source.name": "train-mtp"}
+            tags = {"mlflow.source.name": Path(sys.argv[0]).name}
             if parent:
                 tags["mlflow.parentRunId"] = parent._id
             run = client.create_run(connection.experiment_id, start_time=started, run_name=name, tags=tags)
@@ -213,7 +214,7 @@ class MlflowConnection:
         warn: takes one line when the server fails for the first time, and one if it never took everything.
     """
 
-    def __init__(self, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe | EvaluationRecipe, warn: Callable[[str], None]) -> None:
         self._config = recipe.tracking
         self._shown_uri = without_password(recipe).tracking.uri
         self._warn = warn

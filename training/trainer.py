@@ -13,7 +13,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -26,9 +26,10 @@ from mtp_ce.rows import row_targets
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
+from mtp_ce.training.head_scores import HeadResult, score_heads, validation_metrics
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import Weigh
-from mtp_ce.training.sums import HeadResult, HeadSums
+from mtp_ce.training.sums import HeadSums
 from mtp_ce.wrapper import MTPWrapper
 
 # How far the mean of a batch's weights, a sum in fp32, may be from 1.
@@ -75,6 +76,7 @@ class Trainer:
         tick: called after every step.
         weight_bounds: smallest and largest weight that a supervised token may have.
         stop: set from outside; the loop ends with KeyboardInterrupt before the next step.
+        validations: what validations found, by the steps done before them.
     """
 
     recipe: Recipe
@@ -89,6 +91,7 @@ class Trainer:
     tick: Callable[[], None] = lambda: None
     weight_bounds: tuple[float, float] = (0.0, math.inf)
     stop: Event = field(default_factory=Event)
+    validations: dict[int, list[HeadResult]] = field(default_factory=dict)
 
     def fit(self) -> list[HeadResult]:
         """Train for `recipe.train.steps` steps.
@@ -101,9 +104,10 @@ class Trainer:
             KeyboardInterrupt: `stop` was set.
         """
         train, validation = self.recipe.train, self.recipe.validation
-        results: list[HeadResult] = []
         window = self._window()
         try:
+            if validation.at_start:
+                self._log_validation(0)
             for step in range(1, train.steps + 1):
                 self._check_stop()
                 self._step(step, window)
@@ -113,40 +117,38 @@ class Trainer:
                     self.log(step, window.metrics())
                     window = self._window()
                 if last or (validation.every and step % validation.every == 0):
-                    results = self.validate()
-                    self.log(step, validation_metrics(results))
+                    self._log_validation(step)
         except (StepRefusedError, KeyboardInterrupt):
             # The steps that were taken since the last line are part of the record too.
             if window.steps:
                 self.log(window.last_step, window.metrics())
             raise
-        return results
+        return self.validations[train.steps]
 
-    @torch.no_grad()
+    def _log_validation(self, step: int) -> None:
+        self.validations[step] = self.validate()
+        self.log(step, validation_metrics(self.validations[step]))
+
     def validate(self, rows: PackedRows | None = None) -> list[HeadResult]:
         """Score rows, each live row with the same weight.
 
         Args:
-            rows: None means all that are held out.
+            rows: None means those that are held out, as many as `recipe.validation.rows` says.
 
         Raises:
             KeyboardInterrupt: `stop` was set.
         """
         self.model.eval()
-        sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
-        for on_host in (self.held_out if rows is None else rows).in_order(self.recipe.validation.batch_size):
-            self._check_stop()
-            batch = on_host.to(self.device)
-            out = self.model(
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                labels=batch.labels,
-                document_ids=batch.document_ids,
-                return_stats=True,
-            )
-            sums.add(out.stats, batch.labels)
+        rows = self.held_out if rows is None else rows
+        validation = self.recipe.validation
+        results = score_heads(self.model, self._batches(rows.in_order(validation.batch_size, validation.rows)))
         self.model.train()
-        return sums.results()
+        return results
+
+    def _batches(self, on_host: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in on_host:
+            self._check_stop()
+            yield batch.to(self.device)
 
     def _step(self, step: int, window: _Window) -> None:
         """Take one optimizer step and count it, or refuse it and count nothing."""
@@ -179,7 +181,7 @@ class Trainer:
             )
             out.loss.backward()
             loss += out.loss.detach()
-            sums.add(out.stats, micro.labels)
+            sums.add(out.stats)
             statistics = scored[0].statistics
             weights = statistics if weights is None else weights.merge(statistics)
         assert weights is not None
@@ -235,17 +237,6 @@ def scored_positions(batch: Batch, horizon: int) -> Tensor:
     return live.any(-1).sum()
 
 
-def validation_metrics(results: list[HeadResult]) -> dict[str, float]:
-    """Name what a validation found."""
-    rows = sum(result.rows for result in results)
-    metrics = {"val/ce_mean": sum(result.ce * result.rows for result in results) / max(rows, 1)}
-    for h, result in enumerate(results):
-        metrics[f"val/ce_head_{h}"] = result.ce
-        metrics[f"val/perplexity_head_{h}"] = result.perplexity
-        metrics[f"val/top1_head_{h}"] = result.top1
-    return metrics
-
-
 @dataclass
 class _Window:
     """The steps since the last line of metrics."""
@@ -294,11 +285,10 @@ class _Window:
         """
         assert self.weights is not None
         positions = int(self.positions)
-        heads = self.sums.results()
         return {
             "train/loss": float(self.loss) / max(positions, 1),
             "train/ce_mean": self.sums.ce_mean(),
-            **{f"train/ce_head_{h}": head.ce for h, head in enumerate(heads)},
+            **{f"train/ce_head_{h}": ce for h, ce in enumerate(self.sums.ce_of_heads())},
             "train/weight_mean": float(self.weights.mean),
             "train/weight_min": float(self.weights.min),
             "train/weight_max": float(self.weights.max),

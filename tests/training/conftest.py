@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_ce.training.evaluation import Evaluation
 from mtp_ce.training.recipe import load_recipe
 from mtp_ce.training.schema import Recipe
-from mtp_ce.training.sums import HeadResult
 
 SMALL = [
     "name=small",
@@ -32,6 +32,7 @@ SMALL = [
     "train.log_every=12",
     "train.device=cpu",
     "validation.every=24",
+    "validation.decoding={prompts: 2, prompt_tokens: 16, new_tokens: 12}",
     "tracking.kind=none",
 ]
 
@@ -83,7 +84,7 @@ class FinishedRun:
     recipe: Recipe
     folder: Path
     database: str
-    results: list[HeadResult]
+    evaluation: Evaluation
     printed: str
 
 
@@ -95,9 +96,9 @@ def run_tracked(recipe: Recipe, where: Path) -> FinishedRun:
 
     with pytest.MonkeyPatch.context() as patch, (where / "printed.txt").open("w") as printed:
         patch.chdir(where)
-        results = pipeline.train(recipe, where / "runs" / "one", Console(file=printed, width=120))
+        evaluation = pipeline.train(recipe, where / "runs" / "one", Console(file=printed, width=120))
     printed_text = (where / "printed.txt").read_text()
-    return FinishedRun(recipe, where / "runs" / "one", recipe.tracking.uri, results, printed_text)
+    return FinishedRun(recipe, where / "runs" / "one", recipe.tracking.uri, evaluation, printed_text)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "no reference": (["tiny", "scorer={name: rho1_excess}"], ["reference and there is none", "reference.source"]),
     "no critic": (["tiny", "scorer={name: critic_delta}"], ["critic and there is none", "critic.source"]),
-    "a reference that is nowhere": (["reference.source=./nowhere"], ["reference.source", "not a folder"]),
+    "a reference that is nowhere": (["reference.source=./nowhere"], ["reference.source", "neither a folder nor"]),
     "a reference that is no model": (["reference.source=./empty"], ["reference.source", "config.json"]),
     "a reference neither trained nor given": (
         ["reference.train=null"],
@@ -81,7 +81,7 @@ MISTAKES = {
         ["precompute_weights=true", "scorer={name: rho1_excess, current: ./empty, scope: batch}"],
         ["depend on what else is in the batch"],
     ),
-    "a tokenizer that is nowhere": (["data.tokenizer=./nowhere"], ["data.tokenizer", "not a folder"]),
+    "a tokenizer that is nowhere": (["data.tokenizer=./nowhere"], ["data.tokenizer", "neither a folder nor"]),
     "seeds of a single run": (["tiny", "--seeds", "3"], ["--seeds belongs to train-mtp compare"]),
     "no seeds": (["compare", "--seeds", "0"], ["'0' is not a number of seeds"]),
     "nothing to compare": (["compare", "tiny"], ["compare needs a recipe whose scorer is not uniform"]),

@@ -63,7 +63,7 @@ def pairs(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> list[Pair]:
 def critic(small) -> PreTrainedModel:
     torch.manual_seed(0)
     recipe = small(CRITIC)
-    critic = build_critic(recipe.model, recipe.data, end_of_text=0)
+    critic = build_critic(recipe, end_of_text=0)
     # It begins with values 0, behind which the trunk has no gradient.
     torch.nn.init.normal_(critic.score.weight)
     return critic

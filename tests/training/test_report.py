@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from io import StringIO
 
-import pytest
 from rich.console import Console
 
-from mtp_ce.training.report import Display, results_table
-from mtp_ce.training.sums import HeadResult
+from mtp_ce.speculative import Speculation
+from mtp_ce.training.decoding import DecodingResult
+from mtp_ce.training.evaluation import Evaluation
+from mtp_ce.training.head_scores import HeadResult
+from mtp_ce.training.report import Display, say_evaluation
 
 METRICS = {
     "train/loss": 4.5,
@@ -50,16 +52,41 @@ def test_on_a_terminal_one_bar_shows_loss_heads_speed_and_time_left():
     assert "validation" in shown
 
 
-def test_the_table_numbers_heads_from_0_and_puts_the_unigram_entropy_beside_them():
+def head(ce: float, agrees: float | None) -> HeadResult:
+    return HeadResult(ce=ce, top1=0.5, top5=0.75, agrees=agrees, rows=1200)
+
+
+def table(evaluation: Evaluation) -> tuple[str, list[list[str]]]:
+    """What is printed on 80 columns: the whole text, and its lines in words."""
     file = StringIO()
-    results = [HeadResult(ce=1.0, top1=0.5, rows=10), HeadResult(ce=2.0, top1=0.25, rows=9)]
-    Console(file=file, width=120).print(results_table(results, unigram=6.5))
-    assert "CE (nats)   unigram entropy (nats)   perplexity   top-1" in file.getvalue()
-    rows = [line.split() for line in file.getvalue().splitlines()]
-    assert ["0", "+1", "1.000", "6.500", "2.7", "50.0%"] in rows
-    assert ["1", "+2", "2.000", "6.500", "7.4", "25.0%"] in rows
+    say_evaluation(Console(file=file, width=80), evaluation)
+    return file.getvalue(), [line.split() for line in file.getvalue().splitlines()]
 
 
-@pytest.mark.parametrize(("ce", "perplexity"), [(0.0, 1.0), (1e4, float("inf"))])
-def test_perplexity_never_overflows(ce, perplexity):
-    assert HeadResult(ce=ce, top1=0.0, rows=1).perplexity == perplexity
+def test_the_table_numbers_heads_from_0_and_puts_the_unigram_entropy_beside_them():
+    text, rows = table(Evaluation([head(1.0, 1.0), head(2.0, 0.25)], unigram=6.5))
+    assert ["head", "CE", "unigram", "perplexity", "top-1", "top-5", "agrees"] in rows
+    assert ["0", "(+1)", "1.000", "6.500", "2.7", "50.0%", "75.0%"] in rows
+    assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%", "25.0%"] in rows
+    assert "held-out text: 1,200 tokens" in text
+    assert "1.25 tokens per forward" in text
+
+
+def test_the_table_of_a_trained_model_shows_where_it_began_and_what_decoding_kept():
+    found = Speculation(forwards=60, rounds=58, tokens=80, offered=[50, 20], kept=[20, 2])
+    decoding = DecodingResult(
+        prompts=2, prompt_tokens=16, identical=2, speculation=found, plain_seconds=3.0, speculative_seconds=2.0
+    )
+    before = [head(1.0, 1.0), head(9.0, 0.0), head(9.5, 0.0)]
+    heads = [head(1.0, 1.0), head(2.0, 0.5), head(3.0, 0.25)]
+    text, rows = table(Evaluation(heads, 6.5, before, decoding))
+    assert ["1", "(+2)", "9.000", "2.000", "6.500", "7.4", "50.0%", "75.0%", "50.0%", "40.0%"] in rows
+    assert ["2", "(+3)", "9.500", "3.000", "6.500", "20.1", "50.0%", "75.0%", "25.0%", "4.0%"] in rows
+    assert "80 new tokens: 1.33 tokens per forward, 1.50 times the speed" in text
+    assert "the same text for 2 of 2" in text
+
+
+def test_heads_that_can_not_draft_have_no_agreement():
+    text, rows = table(Evaluation([head(1.0, 1.0), head(2.0, None)], unigram=6.5))
+    assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%"] in rows
+    assert "tokens per forward" not in text

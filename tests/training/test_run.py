@@ -24,9 +24,11 @@ TRAIN_METRICS = {
     "train/weight_clipped_ratio",
     *("train/valid_token_ratio", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/peak_memory_mb"),
 }
-VAL_METRICS = {"val/ce_mean", "val/unigram_entropy"} | {
-    f"val/{name}_head_{h}" for name in ("ce", "perplexity", "top1") for h in range(3)
-}
+VAL_METRICS = {"val/ce_mean", "val/unigram_entropy", "val/tokens_per_forward", "val/agrees_head_1", "val/agrees_head_2"}
+VAL_METRICS |= {f"val/{name}_head_{h}" for name in ("ce", "perplexity", "top1", "top5") for h in range(3)}
+DECODING_METRICS = {"decoding/tokens_per_forward", "decoding/acceptance_length", "decoding/identical_ratio"}
+DECODING_METRICS |= {"perf/decoding_speedup"}
+DECODING_METRICS |= {f"decoding/{name}_head_{h}" for name in ("kept", "acceptance") for h in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,7 @@ def held_out(finished_run):
 def test_the_folder_holds_what_the_run_made_and_nothing_half_done(finished_run):
     names = {path.relative_to(finished_run.folder).as_posix() for path in finished_run.folder.rglob("*")}
     assert {"recipe.yaml", "metrics.jsonl", "losses.png", "model", "model/model.safetensors"} <= names
+    assert {"evaluation.json", "evaluation.png"} <= names
     assert {"model/mtp_heads.safetensors", "model/mtp_heads.json", "model/tokenizer.json"} <= names
     assert not [name for name in names if name.startswith(".")]
 
@@ -76,7 +79,7 @@ def test_it_learns(metrics):
 
 def test_metrics_have_their_names_in_mlflow(mlflow_run):
     _, run = mlflow_run
-    assert set(run.data.metrics) == TRAIN_METRICS | VAL_METRICS
+    assert set(run.data.metrics) == TRAIN_METRICS | VAL_METRICS | DECODING_METRICS
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/weight_mean"] == 1.0
     assert run.data.metrics["train/weight_ess"] == 1.0
@@ -96,7 +99,7 @@ def test_the_run_above_the_stage_shows_how_it_ended(mlflow_parent, mlflow_run, f
     _, run = mlflow_parent
     assert run.info.run_name == finished_run.folder.name
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["val/ce_head_1"] == finished_run.results[1].ce
+    assert run.data.metrics["val/ce_head_1"] == finished_run.evaluation.heads[1].ce
     assert mlflow_run[1].info.run_name == "main"
 
 
@@ -108,7 +111,8 @@ def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_agai
     for each in (stage, run):
         assert each.data.params["model.mtp.horizon"] == "3"
         assert each.data.params["optimizer.lr"] == "0.01"
-    assert [artifact.path for artifact in client.list_artifacts(stage.info.run_id)] == ["losses.png"]
+    artifacts = {artifact.path for artifact in client.list_artifacts(stage.info.run_id)}
+    assert artifacts == {"evaluation.json", "evaluation.png", "losses.png"}
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["recipe.yaml"]
     copy = client.download_artifacts(run.info.run_id, "recipe.yaml", str(tmp_path))
     assert load_recipe(copy) == finished_run.recipe
@@ -175,7 +179,7 @@ def test_the_validation_is_that_of_the_saved_model_over_all_held_out_rows(finish
     batch = rows.batch(torch.arange(len(rows)))
     with torch.no_grad():
         logits = model.head_logits(input_ids=batch.input_ids, position_ids=batch.position_ids)
-    for h, result in enumerate(finished_run.results):
+    for h, result in enumerate(finished_run.evaluation.heads):
         d = h + 1
         live = (batch.labels[:, d:] != -100) & (batch.document_ids[:, d:] == batch.document_ids[:, :-d])
         targets = batch.labels[:, d:][live]
@@ -194,9 +198,9 @@ def test_what_is_printed_without_a_terminal_is_plain_lines_and_ends_with_the_tab
     assert len(steps) == 6
     assert all("loss" in line and "CE" in line and "left" in line for line in steps)
     unigram = unigram_cross_entropy(held_out[2], 512)
-    for h, result in enumerate(finished_run.results):
-        (row,) = [line.split() for line in printed.splitlines() if line.split()[:2] == [str(h), f"+{h + 1}"]]
-        assert row[2:] == [
+    for h, result in enumerate(finished_run.evaluation.heads):
+        (row,) = [line.split() for line in printed.splitlines() if line.split()[:2] == [str(h), f"(+{h + 1})"]]
+        assert row[2:6] == [
             f"{result.ce:.3f}",
             f"{unigram:.3f}",
             f"{result.perplexity:,.1f}",

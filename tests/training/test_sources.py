@@ -105,7 +105,7 @@ def test_a_hub_name_that_can_not_be_had_is_one_line(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RecipeError, match=r"reference\.source is 'nobody/nothing', which is no folder here") as raised:
+    with pytest.raises(RecipeError, match=r"reference\.source is 'nobody/nothing', which is not here") as raised:
         fetch_source("reference.source", "nobody/nothing")
     assert "\n" not in str(raised.value)
 
@@ -179,5 +179,7 @@ def test_a_run_can_take_the_tokenizer_of_a_trained_model(reference, rho1, corpus
     recipe = rho1([f"data.tokenizer={reference}", f"reference.source={reference}", "data.vocab_size=512"])
     inputs = read_inputs(recipe, QUIET)
     assert inputs.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(reference).get_vocab()
-    with pytest.raises(RecipeError, match=r"data\.vocab_size is 500, but data\.tokenizer .* has 512 entries"):
+    with pytest.raises(
+        RecipeError, match=r"data\.tokenizer .* has a tokenizer of 512 entries, but the model's vocabulary has 500"
+    ):
         read_inputs(rho1([f"data.tokenizer={reference}", "data.vocab_size=500"]), QUIET)

@@ -65,7 +65,7 @@ def test_mlflow_has_one_run_with_a_child_for_each_stage(weighted_run):
     assert children["reference"].data.metrics["val/ce_head_0"] > 0
     assert len(children["reference"].data.tags["stage.key"]) == 32
     artifacts = {artifact.path for artifact in client.list_artifacts(children["main"].info.run_id)}
-    assert artifacts == {"losses.png", "weights.html", "weights.png"}
+    assert artifacts == {"evaluation.json", "evaluation.png", "losses.png", "weights.html", "weights.png"}
 
 
 def test_a_second_run_reuses_the_reference_and_says_so(weighted_run, rho1, tmp_path):
