@@ -28,10 +28,16 @@ class Unembedding(NamedTuple):
 
         Raises:
             TypeError: the model has no output embeddings, so it can't predict tokens.
+            ValueError: PEFT has put an adapter on them.
         """
         layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
         if layer is None:
             raise TypeError(f"{type(model).__name__} has no output embeddings; expected a causal language model.")
+        if hasattr(layer, "base_layer"):
+            raise ValueError(
+                f"{type(model).__name__} has an adapter on its output embeddings, which the loss does not read; leave "
+                "them out of target_modules, or train them whole with modules_to_save."
+            )
         config = getattr(model, "config", None)
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(layer.weight, getattr(layer, "bias", None), _scale(config), softcap)

@@ -117,10 +117,10 @@ class MTPWrapper(PreTrainedModel):
         self.model = model
         self.generation_config = causal.generation_config
         self.horizon, self.kind, self.trunk, self.loss = horizon, heads, trunk, loss
+        unembed = Unembedding.of(causal).weight
         if heads in ("layer", "sequential"):
             self.heads: MTPHeads | LayerHeads = LayerHeads(causal, horizon, heads)
         else:
-            unembed = Unembedding.of(causal).weight
             self.heads = MTPHeads(unembed.shape[1], horizon if heads == "residual" else 1)
             self.heads.to(device=unembed.device, dtype=unembed.dtype)
         if trunk == "frozen":
@@ -331,7 +331,7 @@ class MTPWrapper(PreTrainedModel):
 
         Raises:
             FileNotFoundError: there are no heads beside the model.
-            ValueError: the heads are of another hidden size than the model.
+            ValueError: the heads are not of this model: of another hidden size, kind or number.
         """
         found, tensors = (
             cached_file(source, name, _raise_exceptions_for_missing_entries=False)
@@ -350,7 +350,15 @@ class MTPWrapper(PreTrainedModel):
                 "one wrapper."
             )
         wrapper = cls(model, config["horizon"], heads=config["kind"], trunk=trunk)
-        wrapper.heads.load_state_dict(load_file(tensors))
+        saved, wanted = load_file(tensors), wrapper.heads.state_dict()
+        wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]
+        if wrong := wrong or sorted(saved.keys() - wanted.keys()):
+            shapes = (list(part[wrong[0]].shape) if wrong[0] in part else "not there" for part in (saved, wanted))
+            raise ValueError(
+                f"{source} has heads that do not fit its model: {wrong[0]} is {next(shapes)} in {TENSORS_FILE}; "
+                f"expected {next(shapes)} for {config['horizon']} heads of the kind {config['kind']!r}."
+            )
+        wrapper.heads.load_state_dict(saved)
         return wrapper
 
     def get_input_embeddings(self) -> nn.Module:

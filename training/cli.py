@@ -84,8 +84,10 @@ def _main(argv: Sequence[str] | None) -> int:
         comparing = arguments.what[:1] == ["compare"]
         if arguments.seeds and not comparing:
             raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
-        name, overrides = _sort_out(arguments.what[1:] if comparing else arguments.what)
-        recipe = load_recipe(name, overrides)
+        recipes, overrides = sort_out(arguments.what[1:] if comparing else arguments.what)
+        if len(recipes) > 1:
+            raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
+        recipe = load_recipe(recipes[0] if recipes else DEFAULT_RECIPE, overrides)
         if comparing:
             recipe.arms()
         if arguments.print_config:
@@ -177,14 +179,10 @@ def _headline(recipe: Path) -> str:
         return file.readline().lstrip("# ").rstrip()
 
 
-def _sort_out(words: Sequence[str]) -> tuple[str, list[str]]:
-    from mtp_ce.training.schema import RecipeError
-
+def sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell names from overrides of the form a.b=c."""
     overrides = [word for word in words if _OVERRIDE.match(word)]
-    recipes = [word for word in words if not _OVERRIDE.match(word)]
-    if len(recipes) > 1:
-        raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
-    return (recipes[0] if recipes else DEFAULT_RECIPE), overrides
+    return [word for word in words if not _OVERRIDE.match(word)], overrides
 
 
 def output_folder(name: str, wanted: Path | None) -> Path:

@@ -7,6 +7,7 @@ the same machine. The texts must be the same.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,20 +53,24 @@ class DecodingResult:
 
 
 def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list[Tensor]:
-    """Give the middle `tokens` tokens of documents that are long enough, spread over all of them.
+    """Give passages from inside documents that are long enough, spread over all of them.
 
     Args:
         documents: 1-d token ids.
-        count: how many prompts at most.
+        count: how many prompts, fewer where the documents have no more places.
         tokens: of each.
 
     Returns:
         Prompts [1, tokens].
     """
     long = [document for document in documents if len(document) >= tokens]
-    chosen = torch.linspace(0, len(long) - 1, min(count, len(long))).round().long().tolist()
-    starts = [(long[i], (len(long[i]) - tokens) // 2) for i in chosen]
-    return [document[start : start + tokens].long()[None] for document, start in starts]
+    prompts = []
+    for place, several in Counter(i * len(long) // count for i in range(count if long else 0)).items():
+        document = long[place]
+        # One stands in the middle, two at the thirds.
+        for start in sorted({(len(document) - tokens) * (j + 1) // (several + 1) for j in range(several)}):
+            prompts.append(document[start : start + tokens].long()[None])
+    return prompts
 
 
 def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: int) -> DecodingResult:

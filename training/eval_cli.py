@@ -11,7 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages, output_folder
+from mtp_ce.training.cli import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Parser,
+    missing_packages,
+    output_folder,
+    sort_out,
+)
 
 _EPILOG = """\
 a checkpoint is a run's folder, the model's folder in it, another folder or GGUF file, package:NAME/FILE, an s3://
@@ -49,8 +57,11 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.sources import find_checkpoint
 
     try:
-        source, beside = find_checkpoint(arguments.checkpoint)
-        recipe = load_evaluation(beside, arguments.overrides)
+        checkpoints, overrides = sort_out(arguments.what)
+        if len(checkpoints) != 1:
+            raise RecipeError(f"expected one checkpoint and overrides a.b=c, got {len(checkpoints)} checkpoints")
+        source, beside = find_checkpoint(checkpoints[0])
+        recipe = load_evaluation(beside, overrides)
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
@@ -76,9 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="where the model is")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="overrides of data, validation, tracking and device, as YAML"
+        "what",
+        nargs="*",
+        metavar="CHECKPOINT | a.b=c",
+        help="where the model is, and overrides of data, validation, tracking and device, read as YAML",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print what would be measured on, with every default, as YAML"

@@ -22,7 +22,8 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
             beside it are read with it.
     """
     heads = recipe.model.mtp
-    if pretrained and (pretrained / CONFIG_FILE).exists():
+    # A model of one head, such as a reference, needs none of those that are saved.
+    if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
         assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
         wrapper.loss = heads.loss

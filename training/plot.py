@@ -78,13 +78,12 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
     left, right = figure.subplots(1, 2)
     names = [f"head {h}\n+{h + 1}" for h in range(len(heads))]
     bars = left.bar(names, [head.ce for head in heads], color=[COLOURS[h % len(COLOURS)] for h in range(len(heads))])
-    left.bar_label(bars, fmt="%.2f", padding=2)
+    left.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontweight="bold")
     if evaluation.before:
         before = [head.ce for head in evaluation.before]
         left.plot(names, before, "_", color="black", markersize=22, markeredgewidth=1.5, label="before training")
     left.axhline(evaluation.unigram, color="black", linestyle="--", linewidth=1, label="unigram entropy")
     left.set_ylabel("cross entropy [nats per token]")
-    left.legend(frameon=False, loc="lower right", facecolor="white", framealpha=0.8)
     right.set_ylabel("share of drafts")
     right.set_ylim(0, 1)
     agrees = [head.agrees for head in heads[1:]]
@@ -92,13 +91,15 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
         right.plot(names[1:], agrees, "o-", color=COLOURS[0], label="agree with head 0 on held-out text")
         if evaluation.decoding:
             right.plot(names[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="kept when decoding")
-        right.legend(frameon=False, title="this head and all before it")
+        right.margins(x=0.15)
     else:
         right.text(0.5, 0.5, "no heads that draft", ha="center", transform=right.transAxes)
         right.set_xticks([])
     for axes in (left, right):
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(picture)
 

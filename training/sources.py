@@ -1,6 +1,6 @@
 """Models and tokenizers that are there already, and how a recipe names them.
 
-    folder, or file.gguf                on this machine
+    folder, or file.gguf                on this machine; a run's folder stands for the model in it
     package:NAME/FILE                   inside an installed Python package
     s3://bucket/prefix
     owner/model, owner/model/file.gguf  on the Hugging Face hub
@@ -117,7 +117,7 @@ def local_source(key: str, source: str) -> Path | None:
             f"{key} is '{source}', which is neither a folder nor a {GGUF} file; give one, an s3:// address or a hub "
             "name"
         )
-    return path
+    return _model_in(path)
 
 
 def find_checkpoint(source: str) -> tuple[str, Path | None]:
@@ -129,13 +129,17 @@ def find_checkpoint(source: str) -> tuple[str, Path | None]:
     Raises:
         RecipeError: it is not there.
     """
-    here = local_source("CHECKPOINT", source)
-    if here is None or here.is_file():
+    model = local_source("CHECKPOINT", source)
+    if model is None or model.is_file():
         return source, None
-    model = here / "model" if (here / "model" / "config.json").is_file() else here
     check_config("CHECKPOINT", source, model, "language model", None)
     made = model.parent / "recipe.yaml"
     return str(model), made if model.name == "model" and made.is_file() else None
+
+
+def _model_in(folder: Path) -> Path:
+    """The model's folder in a run's, or the folder itself."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: int | None) -> int:

@@ -361,6 +361,12 @@ def test_an_h_of_more_than_one_without_heads_is_one_head_and_says_so():
         assert MTPWrapper(build(), 4, heads="none").horizon == 1
 
 
+def adapted_output() -> MTPWrapper:
+    from peft import LoraConfig, get_peft_model
+
+    return MTPWrapper(get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), 2)
+
+
 MISTAKES = {
     "no heads": (lambda: MTPWrapper(build(), 0), ValueError, "horizon is 0; expected at least 1"),
     "half a head": (lambda: MTPWrapper(build(), 1.5), ValueError, r"horizon is 1\.5"),
@@ -392,6 +398,7 @@ MISTAKES = {
         ValueError,
         r"config\.output_router_logits is True",
     ),
+    "an adapter on the output layer": (adapted_output, ValueError, "an adapter on its output embeddings"),
     "both labels": (
         lambda: MTPWrapper(build(), 2)(batch()[0], labels=batch()[1], shift_labels=batch()[1]),
         ValueError,
@@ -414,7 +421,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path):
     MTPHeads(24, 3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="heads of hidden size 24 and a model of 16"):
         MTPWrapper.from_pretrained(tmp_path)
+    MTPHeads(16, 3).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "mtp_heads.json").read_text())
-    (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "hidden_size": 16, "horizon": 5}))
-    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+    (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "horizon": 5}))
+    with pytest.raises(ValueError, match=r"blocks\.2\.weight is not there in mtp_heads\.safetensors; .* for 5 heads"):
+        MTPWrapper.from_pretrained(tmp_path)
+    (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "horizon": 2}))
+    with pytest.raises(ValueError, match=r"blocks\.1\.bias is \[16\] in mtp_heads.* expected not there for 2"):
         MTPWrapper.from_pretrained(tmp_path)

@@ -110,6 +110,56 @@ def test_a_hub_name_that_can_not_be_had_is_one_line(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+PRETRAINED = ["data.vocab_size=null", "scorer={name: uniform}"]
+
+
+def pretrained(rho1, source: str, *overrides: str):
+    """The small recipe, beginning with a trained model; the reference, where there is one, begins with it too."""
+    return rho1([f"model={{kind: pretrained, source: '{source}', mtp: {{horizon: 3}}}}", *PRETRAINED, *overrides])
+
+
+def test_a_model_inside_an_installed_package_is_found(reference, monkeypatch, tmp_path):
+    package = tmp_path / "some_models"
+    shutil.copytree(reference, package / "one")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fetch_source("model.source", "package:some_models/one") == package / "one"
+    with pytest.raises(RecipeError, match=r"model\.source .* which is neither a folder nor a \.gguf file"):
+        fetch_source("model.source", "package:some_models/two")
+    with pytest.raises(RecipeError, match=r"there is no package other_models; install it .* --no-deps other-models"):
+        fetch_source("model.source", "package:other_models/one")
+
+
+def test_a_file_that_only_calls_itself_gguf_is_one_line(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    with pytest.raises(RecipeError, match=r"model\.source .*model\.gguf' can't be read") as raised:
+        fetch_source("model.source", str(tmp_path / "model.gguf"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("horizon", 4), ("kind", "layer")])
+def test_heads_other_than_those_the_recipe_names_are_refused_before_torch(weighted_run, rho1, key, value):
+    with pytest.raises(RecipeError, match=f"model.mtp.{key} is {value}, but model.source .* has heads of {key} "):
+        find_sources(pretrained(rho1, weighted_run.folder, f"model.mtp.{key}={value}"))
+
+
+def test_a_trained_model_goes_on_learning_weighted_by_a_reference_that_began_as_it(weighted_run, rho1, tmp_path):
+    recipe = pretrained(rho1, weighted_run.folder, "scorer={name: rho1_excess}", "validation.at_start=true")
+    evaluation = pipeline.train(recipe, tmp_path / "run", QUIET)
+    assert evaluation.before == weighted_run.evaluation.heads, "model and heads begin where that run ended"
+    assert evaluation.heads != evaluation.before
+    said = json.loads((tmp_path / "run" / "reference" / "stage.json").read_text())
+    assert said["results"]["val/ce_head_0"] < evaluation.before[0].ce + 0.05, "it has learnt further, not anew"
+
+
+def test_a_critic_can_begin_as_the_trained_model(weighted_run, rho1, tmp_path):
+    critic = ["critic.train.steps=2", "critic.train.batch_size=2", "critic.optimizer.lr=1e-3"]
+    critic += ["scorer={name: critic_delta}", "optimizer.warmup_steps=0", "data.sequence_length=256"]
+    pipeline.train(pretrained(rho1, weighted_run.folder, *critic), tmp_path / "run", QUIET)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/weight_ess"] < 0.99
+
+
 def test_a_vocabulary_of_another_size_is_refused_from_its_config(reference, rho1, tmp_path):
     other = changed(reference, tmp_path / "other", vocab_size=600)
     with pytest.raises(RecipeError, match=r"reference\.source .* has a vocabulary of 600 entries .* one of 512"):

@@ -1,0 +1,152 @@
+"""`eval-mtp`: a checkpoint is measured as at the end of its training, and a mistake costs one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mtp_ce.training.evaluate import evaluate
+from mtp_ce.training.recipe import load_evaluation
+from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.sources import find_checkpoint
+
+QUIET = Console(quiet=True)
+SMALL = ["tracking.kind=none", "validation.decoding={prompts: 2, prompt_tokens: 16, new_tokens: 12}"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished_run, tmp_path_factory):
+    """The finished run, measured again from its files alone, with MLflow."""
+    source, made = find_checkpoint(str(finished_run.folder))
+    recipe = load_evaluation(made, ["tracking.experiment=evaluation"])
+    folder = tmp_path_factory.mktemp("evaluated") / "eval"
+    return evaluate(source, recipe, folder, QUIET), folder
+
+
+def test_a_checkpoint_measures_as_at_the_end_of_its_training(finished_run, evaluated):
+    """Bit for bit: the same weights read from files, the same held-out text, the same code."""
+    evaluation, _ = evaluated
+    assert evaluation.heads == finished_run.evaluation.heads
+    assert evaluation.unigram == finished_run.evaluation.unigram
+    assert evaluation.decoding.speculation == finished_run.evaluation.decoding.speculation
+    assert evaluation.decoding.identical == evaluation.decoding.prompts == 2
+    assert 0 < evaluation.heads[2].agrees <= evaluation.heads[1].agrees < 1
+
+
+def test_what_is_written_says_what_was_measured(evaluated, finished_run):
+    evaluation, folder = evaluated
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert [head["ce"] for head in found["heads"]] == [head.ce for head in evaluation.heads]
+    assert [head["top5"] for head in found["heads"]] == [head.top5 for head in evaluation.heads]
+    assert found["tokens_per_forward"] == pytest.approx(sum(head.agrees for head in evaluation.heads))
+    assert found["before"] is None
+    assert found["decoding"]["prompts"] == 2
+    assert found["decoding"]["tokens_per_forward"] == evaluation.decoding.speculation.tokens_per_forward
+    assert len(found["decoding"]["acceptance"]) == len(found["decoding"]["kept"]) == 2
+    written = json.loads((finished_run.folder / "evaluation.json").read_text())
+    assert written["heads"] == found["heads"]
+    with Image.open(folder / "evaluation.png") as picture:
+        assert picture.width > 1000
+        assert len(set(picture.convert("RGB").resize((400, 200)).get_flattened_data())) > 20
+
+
+def test_mlflow_has_the_measurement(evaluated, finished_run):
+    from mlflow import MlflowClient
+
+    evaluation, _ = evaluated
+    client = MlflowClient(tracking_uri=finished_run.database)
+    (run,) = client.search_runs([client.get_experiment_by_name("evaluation").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/ce_head_2"] == evaluation.heads[2].ce
+    assert run.data.metrics["decoding/tokens_per_forward"] == evaluation.decoding.speculation.tokens_per_forward
+    assert run.data.tags["checkpoint"].endswith("/model")
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"evaluation.json", "evaluation.png"}
+
+
+def test_a_model_without_heads_is_one_head_that_does_not_draft(finished_run, corpus_folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(finished_run.folder / "model", bare, ignore=shutil.ignore_patterns("mtp_*"))
+    source, made = find_checkpoint(str(bare))
+    assert made is None, "there is no run around it"
+    data = [f"data.corpus={corpus_folder}", "data.holdout_fraction=0.2", "data.sequence_length=64"]
+    evaluation = evaluate(source, load_evaluation(made, [*SMALL, *data]), tmp_path / "eval", QUIET)
+    assert evaluation.heads == finished_run.evaluation.heads[:1]
+    assert evaluation.decoding is None
+    assert evaluation.tokens_per_forward is None
+
+
+def test_heads_of_another_model_are_refused_in_one_line(finished_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished_run.folder / "model", other)
+    heads = json.loads((other / "mtp_heads.json").read_text())
+    (other / "mtp_heads.json").write_text(json.dumps({**heads, "horizon": 5}))
+    recipe = load_evaluation(finished_run.folder / "recipe.yaml", SMALL)
+    with pytest.raises(RecipeError, match=r"can't be loaded: .* not there in mtp_heads\.safetensors") as raised:
+        evaluate(str(other), recipe, tmp_path / "eval", QUIET)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "eval").exists()
+
+
+MISTAKES = {
+    "no checkpoint": ([], ["expected one checkpoint", "got 0"]),
+    "two": (["run", "other"], ["expected one checkpoint", "got 2"]),
+    "nowhere": (["./nowhere"], ["CHECKPOINT is './nowhere', which is neither a folder nor a .gguf file"]),
+    "no model": (["empty"], ["CHECKPOINT 'empty' has no readable config.json"]),
+    "no causal model": (["critic"], ["is a LlamaForTokenClassification; expected a causal language model"]),
+    "unknown key": (["run", "validation.row=3"], ["unknown key 'validation.row'; did you mean 'validation.rows'?"]),
+    "a key of training": (["run", "train.steps=3"], ["unknown key 'train'"]),
+    "wrong value": (["run", "validation.decoding.new_tokens=1"], ["'validation.decoding.new_tokens' is 1"]),
+    "existing folder": (["run", "--output", "empty"], ["output folder empty exists"]),
+    "no corpus": (["run", "data.corpus=./texts"], ["data.corpus", "./texts"]),
+    "unknown flag": (["run", "--out"], ["unrecognized arguments: --out", "--help"]),
+}
+
+PROGRAM = """
+import contextlib, io, json, sys
+from mtp_ce.training.eval_cli import main
+answers = []
+for arguments in json.load(sys.stdin):
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code
+    answers.append([code, said.getvalue(), complained.getvalue()])
+print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
+"""
+
+
+def test_a_mistake_costs_one_line_and_no_torch(tmp_path: Path):
+    """All of them in one interpreter, which would have to be started for each."""
+    for name, architecture in {"run": "LlamaForCausalLM", "critic": "LlamaForTokenClassification"}.items():
+        (tmp_path / name).mkdir()
+        config = {"architectures": [architecture], "vocab_size": 300}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        input=json.dumps([arguments for arguments, _ in MISTAKES.values()]),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    answers, imported = json.loads(run.stdout)
+    assert imported == []
+    for (mistake, (_, expected)), (code, said, complained) in zip(MISTAKES.items(), answers, strict=True):
+        assert (code, said, complained.count("\n")) == (2, "", 1), mistake
+        assert complained.startswith("eval-mtp: error: ")
+        for words in expected:
+            assert words in complained, mistake
+    assert sorted(tmp_path.rglob("*")) == before
