@@ -277,6 +277,24 @@ def test_packed_documents_give_the_loss_of_documents_alone(kind, said):
     torch.testing.assert_close(packed, alone)
 
 
+@pytest.mark.parametrize("loss", ["linear", "logits"])
+def test_teacher_forcing_takes_the_memory_of_one_head(loss, watch, device):
+    """Forward and backward, of a vocabulary that outweighs all else: the logits of a second head would show."""
+    sizes = {**SMALL, "vocab_size": 4000}
+    tokens = torch.randint(4000, (1, 64), generator=torch.Generator().manual_seed(0)).to(device)
+    peaks = []
+    for horizon in (1, 4):
+        wrapper = MTPWrapper(LlamaForCausalLM(LlamaConfig(**sizes)), horizon, heads="teacher_forcing", loss=loss)
+        nn.Module.to(wrapper, device)
+
+        def step(wrapper: MTPWrapper = wrapper) -> None:
+            wrapper(tokens, labels=tokens).loss.backward()
+
+        step()  # makes the gradients of the parameters, and warms up
+        peaks.append(watch(step).peak)
+    assert peaks[1] < peaks[0] + 0.1 * tokens.numel() * 4000 * 4
+
+
 @pytest.mark.parametrize("kind", ["residual", "layer", "sequential"])
 @pytest.mark.parametrize("trunk", ["detached", "frozen"])
 def test_the_trunk_feels_nothing_of_heads_that_are_detached(kind, trunk):

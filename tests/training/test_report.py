@@ -82,7 +82,7 @@ def test_the_table_of_a_trained_model_shows_where_it_began_and_what_decoding_kep
     text, rows = table(Evaluation(heads, 6.5, before, decoding))
     assert ["1", "(+2)", "9.000", "2.000", "6.500", "7.4", "50.0%", "75.0%", "50.0%", "40.0%"] in rows
     assert ["2", "(+3)", "9.500", "3.000", "6.500", "20.1", "50.0%", "75.0%", "25.0%", "4.0%"] in rows
-    assert "80 new tokens: 1.33 tokens per forward, 1.50 times the speed" in text
+    assert "80 new tokens: 1.33 tokens per forward (acceptance length 1.38), 1.50 times the speed" in text
     assert "the same text for 2 of 2" in text
 
 
