@@ -141,7 +141,8 @@ def say_evaluation(console: Console, evaluation: Evaluation) -> None:
             "kept: rounds of decoding in which this head's token and all before it were kept",
             f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, {found.tokens:,} new tokens: "
             f"{found.tokens_per_forward:.2f} tokens per forward (acceptance length {found.acceptance_length:.2f}), "
-            f"{decoding.speedup:.2f} times the speed of plain generate; the same text for {decoding.identical} of {decoding.prompts}",
+            f"{decoding.speedup:.2f} times the speed of plain generate; the same text for {decoding.identical} of "
+            f"{decoding.prompts}",
         ]
     for line in lines:
         say(console, line)
