@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
+WORKERS = os.cpu_count() or 1
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that all take every core wait for each other. Programs that a test starts read the environment.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 if not HAS_GPU:
     # Read by @triton.jit, hence before anything imports a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -51,6 +56,15 @@ def _mend_interpreter() -> None:
 
 if not HAS_GPU:
     _mend_interpreter()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes every core where pytest-xdist is installed; tests chosen by path stay in one process."""
+    option = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and not HAS_GPU and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
+        option.numprocesses, option.dist = (0, "no") if option.usepdb else (WORKERS, "loadfile")
 
 
 def pytest_configure(config: pytest.Config) -> None:
