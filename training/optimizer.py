@@ -18,7 +18,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     shrink towards zero by decay alone.
 
     Args:
-        model: a transformers model, or a module that holds some; they say which parameters are embeddings.
+        model: a transformers model, or a module that holds some; they say which parameters are embeddings. Those of
+            a wrapper's extra heads have a learning rate of their own.
         config: rates and decays.
     """
     embeddings = {
@@ -28,13 +29,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
         for embedding in (part.get_input_embeddings(), part.get_output_embeddings())
         if embedding is not None
     }
-    decayed: list[Parameter] = []
-    plain: list[Parameter] = []
-    for parameter in model.parameters():  # tied parameters come once
+    groups: dict[tuple[bool, bool], list[Parameter]] = {}
+    for name, parameter in model.named_parameters():  # tied parameters come once
         matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        (decayed if matrix else plain).append(parameter)
+        groups.setdefault((name.startswith("heads."), matrix), []).append(parameter)
+    # The trunk comes first: its learning rate is the one that is logged.
     return AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [
+            {
+                "params": parameters,
+                "lr": config.heads_lr if config.heads_lr and head else config.lr,
+                "weight_decay": config.weight_decay if matrix else 0.0,
+            }
+            for (head, matrix), parameters in sorted(groups.items(), key=lambda group: group[0])
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -193,9 +193,12 @@ ScorerConfig = Annotated[
 
 
 class OptimizerConfig(_Group):
-    """AdamW with a linear warm-up and a cosine decay."""
+    """AdamW with a linear warm-up and a cosine decay, of both learning rates alike."""
 
     lr: float = Field(gt=0, description="peak learning rate")
+    heads_lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate of the extra heads, which begin untrained; null: lr"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
     final_lr_ratio: float = Field(
         default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"

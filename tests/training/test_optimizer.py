@@ -36,3 +36,18 @@ def test_the_learning_rate_rises_to_its_peak_and_ends_at_its_final_share(small):
     assert all(later < earlier for earlier, later in pairwise(rates[4:]))
     assert rates[14] == pytest.approx(0.55e-2), "half way down"
     assert rates[24] == pytest.approx(0.1e-2)
+
+
+def test_extra_heads_can_learn_at_a_rate_of_their_own(small):
+    recipe = small(["optimizer.lr=1e-4", "optimizer.heads_lr=2e-3", "optimizer.final_lr_ratio=0.5"])
+    model = build_model(recipe)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    schedule = build_schedule(optimizer, recipe.optimizer, steps=10)
+    assert schedule.get_last_lr()[0] < 1e-4
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(1e-3 if name.startswith("heads.") else 0.5e-4), name
+    assert schedule.get_last_lr()[0] == pytest.approx(0.5e-4), "what is logged is the trunk's"
