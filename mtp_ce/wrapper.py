@@ -189,7 +189,7 @@ class MTPWrapper(PreTrainedModel):
         targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
         if targets is None:
             return self.model(**inputs)
-        hidden = self.head_hidden_states(**inputs)
+        hidden = self._hidden_states(**inputs)
         output = Unembedding.of(self.causal)
         if document_ids is None and position_ids is not None and position_ids.shape == targets.shape:
             document_ids = _documents(position_ids)
@@ -210,6 +210,10 @@ class MTPWrapper(PreTrainedModel):
         Args:
             **inputs: what the model's forward takes.
         """
+        return self._hidden_states(**inputs)
+
+    # Apart from the public method, around which sharded parameters are gathered: forward has gathered them already.
+    def _hidden_states(self, **inputs: Any) -> list[Tensor]:
         inputs.setdefault("use_cache", False)
         causal, reaches = self.causal, self.trunk == "joint"
         learns = torch.is_grad_enabled() and reaches

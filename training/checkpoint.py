@@ -13,23 +13,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mtp_ce.training.atomic import whole_folder
 
 
 class Saves(Protocol):
     """A model, a tokenizer, heads: what writes its own files into a folder."""
 
-    def save_pretrained(self, save_directory: Any) -> Any:
+    def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """Write the files."""
         ...
 
 
-def save_model(folder: Path, *parts: Saves) -> None:
+def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the parts of a model; `folder` appears when all of it is there.
+
+    Args:
+        folder: where.
+        parts: the model, and what goes with it.
+        state_dict: the model's tensors, where they were gathered from elsewhere; None takes its own.
 
     Raises:
         FileExistsError: `folder` is there already.
     """
     with whole_folder(folder) as aside:
-        for part in parts:
+        model, *others = parts
+        model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))
+        for part in others:
             part.save_pretrained(aside)

@@ -7,6 +7,7 @@ imports at its top, before torch, transformers or mlflow are loaded: one line on
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -90,6 +91,8 @@ def _main(argv: Sequence[str] | None) -> int:
         recipe = load_recipe(recipes[0] if recipes else DEFAULT_RECIPE, overrides)
         if comparing:
             recipe.arms()
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise RecipeError("compare runs in one process; start it without torchrun")
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
@@ -107,6 +110,7 @@ def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
     # Only here do torch and transformers load; everything above has been answered by then.
     from mtp_ce.training.compare import compare
     from mtp_ce.training.pipeline import describe, train
+    from mtp_ce.training.ranks import LeaderFailedError
     from mtp_ce.training.trainer import StepRefusedError
 
     if dry_run:
@@ -119,6 +123,8 @@ def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
             train(recipe, output)
     except StepRefusedError as error:
         return _complain(str(error), EXIT_REFUSED)
+    except LeaderFailedError:
+        return EXIT_USAGE
     except KeyboardInterrupt:
         metrics = sorted(output.rglob("metrics.jsonl"))
         kept = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
@@ -193,6 +199,9 @@ def output_folder(name: str, wanted: Path | None) -> Path:
     """
     from mtp_ce.training.schema import RecipeError
 
+    # Of several ranks the first one decides, and may have made the folder already.
+    if not _leads():
+        return wanted or Path("runs") / name
     output = wanted or Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     if output.exists() or output.is_symlink():
         raise RecipeError(f"output folder {output} exists and is left alone; name another one with --output")
@@ -208,7 +217,14 @@ def missing_packages(*names: str) -> str:
     return f"training needs {', '.join(missing)}: pip install 'mtp_ce[train]'" if missing else ""
 
 
+def _leads() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _complain(message: str, code: int) -> int:
+    if not _leads():
+        return code
     print(f"train-mtp: {'error: ' if code != EXIT_INTERRUPTED else ''}{message}", file=sys.stderr)
     return code
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
@@ -50,7 +50,15 @@ class Batch:
     def split(self, rows: int) -> Iterator[Batch]:
         """Give micro-batches of at most `rows` rows, as views."""
         for start in range(0, len(self.input_ids), rows):
-            yield self._each(itemgetter(slice(start, start + rows)))
+            yield self.part(slice(start, start + rows))
+
+    def part(self, rows: slice) -> Batch:
+        """Give some of the rows, as views."""
+        return self._each(itemgetter(rows))
+
+    def unlabelled(self) -> Batch:
+        """Give the same rows with nothing to predict."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(

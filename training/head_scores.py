@@ -11,7 +11,7 @@ tokens of a forward. Here the text in between is given; what decoding finds on t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,23 +54,25 @@ class HeadResult:
 
 
 @torch.no_grad()
-def score_heads(model: MTPWrapper, batches: Iterable[Batch]) -> list[HeadResult]:
+def score_heads(
+    model: MTPWrapper, batches: Iterable[Batch], add: Callable[[Tensor], None] = lambda sums: None
+) -> list[HeadResult]:
     """Score every head on batches, each live row with the same weight.
 
     Args:
         model: in eval mode.
         batches: on the model's device.
+        add: adds up a tensor over all that score a part of the batches, in place.
 
     Returns:
         One result per head; of no rows, zeros.
     """
     H = model.horizon
-    output = Unembedding.of(model.causal)
-    device = output.weight.device
-    sums = torch.zeros(5, H, dtype=torch.float64, device=device)  # ce, top1, top5, agrees, rows
+    sums = torch.zeros(5, H, dtype=torch.float64, device=model.device)  # ce, top1, top5, agrees, rows
     for batch in batches:
         hidden = model.head_hidden_states(input_ids=batch.input_ids, position_ids=batch.position_ids)
         _, label, live = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
+        output = Unembedding.of(model.causal)  # of a sharded model, whole only after a forward
         read = [_read(output, x, label[..., h], live[..., h]) for h, x in enumerate(hidden)]
         if len(read) < H:  # "teacher_forcing" has one head, whose rows further on are the other heads'
             read = [read[0].further(h) for h in range(H)]
@@ -80,6 +82,7 @@ def score_heads(model: MTPWrapper, batches: Iterable[Batch]) -> list[HeadResult]
             agrees = agrees & alive & (rows.said == read[0].further(h).said)
             parts = (rows.ce, rows.top1, rows.top5, agrees, torch.ones_like(rows.ce))
             sums[:, h] += torch.stack([torch.where(alive, part.double(), 0.0).sum() for part in parts])
+    add(sums)
     drafts = model.kind != "teacher_forcing"
     results = []
     for h, (*totals, rows) in enumerate(sums.T.tolist()):

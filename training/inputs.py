@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import PackedRows, TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.ranks import ALONE, Ranks
 from mtp_ce.training.report import say
 from mtp_ce.training.schema import DataConfig, EvaluationRecipe, PretrainedModelConfig, Recipe, RecipeError
 from mtp_ce.training.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
@@ -35,6 +36,7 @@ class Inputs:
         given: folders of the models that are named as trained, by the recipe's key.
         row_length: S.
         vocab_size: V of the model in training.
+        ranks: who takes part.
     """
 
     console: Console
@@ -46,6 +48,7 @@ class Inputs:
     given: dict[str, Path]
     row_length: int
     vocab_size: int
+    ranks: Ranks
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
         """Pack documents into rows."""
@@ -59,7 +62,7 @@ class Inputs:
         return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest()]
 
 
-def read_inputs(recipe: Recipe, console: Console) -> Inputs:
+def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Inputs:
     """Read everything, and look whether it fits, before a run writes anything.
 
     Raises:
@@ -84,7 +87,7 @@ def read_inputs(recipe: Recipe, console: Console) -> Inputs:
     for key, folder in given.items():
         if key != "model.source":
             check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
-    return _inputs(console, device, recipe.data, corpus, tokenizer, V, given)
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, given, ranks)
 
 
 def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> Inputs:
@@ -105,7 +108,7 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
     tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
     corpus = read_corpus(recipe.data)
     _say_files(console, corpus)
-    return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder})
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
 
 
 def _say_files(console: Console, corpus: Corpus) -> None:
@@ -124,12 +127,13 @@ def _inputs(
     tokenizer: PreTrainedTokenizerFast,
     vocab_size: int,
     given: dict[str, Path],
+    ranks: Ranks,
 ) -> Inputs:
     tokens = tokenise(corpus, tokenizer)
     counts = [sum(len(document) for document in side) for side in (tokens.train, tokens.held_out)]
     say(console, f"tokens      {counts[0]:,} to train on, {counts[1]:,} held out, {len(tokenizer):,} entries")
     unigram = unigram_cross_entropy(tokens, vocab_size)
-    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, data.sequence_length, vocab_size)
+    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, data.sequence_length, vocab_size, ranks)
 
 
 def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:

@@ -15,6 +15,7 @@ from mtp_ce.training.gguf import converted_folder
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
 from mtp_ce.training.model import build_model
+from mtp_ce.training.ranks import Ranks, join_ranks
 from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import say, say_evaluation, warn
 from mtp_ce.training.schema import PretrainedModelConfig, Recipe, RecipeError
@@ -72,13 +73,22 @@ def train(recipe: Recipe, output: Path, out: Console | None = None) -> Evaluatio
     """
     # transformers would draw bars of its own for files that take milliseconds.
     transformers_logging.disable_progress_bar()
-    out = out or Console()
-    inputs = read_inputs(recipe, out)
-    check_stages(recipe, inputs)
-    make_folder(output)
+    with join_ranks(find_device(recipe.train.device, "train.device")) as ranks:
+        return _train(recipe, ranks.share(output), out or Console(quiet=not ranks.leads), ranks)
+
+
+def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks) -> Evaluation:
+    ranks.lead(lambda: _check_batches(recipe, ranks))
+    inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
+
+    def begin() -> None:
+        check_stages(recipe, inputs)
+        make_folder(output)
+        (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+
+    ranks.lead(begin)
     say(out, f"output      {output}")
-    (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
-    with Tracking(recipe, output, partial(warn, out)) as tracking:
+    with Tracking(recipe, output, partial(warn, out), records=ranks.leads) as tracking:
         tracking.artifact(output / "recipe.yaml")
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
@@ -92,6 +102,12 @@ def train(recipe: Recipe, output: Path, out: Console | None = None) -> Evaluatio
     )
     say(out, f"tracking    {_tracking(recipe)}")
     return evaluation
+
+
+def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
+    ranks.check_batch(recipe.train.batch_size, recipe.train.micro_batch_size)
+    if recipe.reference and recipe.reference.train:
+        ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
 
 
 def make_folder(output: Path) -> None:

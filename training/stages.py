@@ -98,20 +98,32 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
     if recipe.precompute_weights:
         made = _weights(recipe, inputs, weighing, models, output, tracking)
         rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
-    with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main") as run:
+    ranks = inputs.ranks
+    with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run:
         trainer, results = fit(recipe, inputs, rows, weigh, output, run)
-        decoding = decode(trainer.model, inputs, recipe.validation.decoding)
-        evaluation = Evaluation(results, inputs.unigram, trainer.validations.get(0), decoding)
-        run.log(recipe.train.steps, evaluation.metrics())
-        for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
-            run.artifact(path)
-        if recipe.scored_by:
-            # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
-            from mtp_ce.training.passages import show_weights
 
-            for path in show_weights(inputs, weighing, trainer.model, recipe.scorer.name, output):
+        def report() -> Evaluation:
+            # Of a sharded model this rank has a part only; the files have all of it.
+            model = trainer.model
+            if ranks.size > 1:
+                model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
+                nn.Module.to(model, inputs.device)
+            decoding = decode(model, inputs, recipe.validation.decoding)
+            evaluation = Evaluation(results, inputs.unigram, trainer.validations.get(0), decoding)
+            run.log(recipe.train.steps, evaluation.metrics())
+            for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
                 run.artifact(path)
-    return evaluation
+            if recipe.scored_by:
+                # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+                from mtp_ce.training.passages import show_weights
+
+                for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+                    run.artifact(path)
+            return evaluation
+
+        evaluation = ranks.share(ranks.lead(report))
+        assert evaluation is not None
+        return evaluation
 
 
 def reference_recipe(recipe: Recipe) -> Recipe:
@@ -171,7 +183,7 @@ def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking)
     what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
     digests = [*inputs.digests, *_begun_with(own.model, inputs)]
     key = stage_key("reference", {**settings, "documents": stage.documents}, digests)
-    return run_stage(Stage("reference", "reference", what, key, own, work), inputs, output, tracking)
+    return run_stage(Stage("reference", "reference", what, key, own, work, together=True), inputs, output, tracking)
 
 
 def _begun_with(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
@@ -243,6 +255,7 @@ class Stage:
     """One thing to do, once.
 
     Attributes:
+        together: whether all ranks do it; else one does.
         kind: what it is, to the cache.
         name: its folder in the run's, and its run in MLflow.
         what: one line for people.
@@ -257,31 +270,39 @@ class Stage:
     key: str
     recipe: Recipe
     work: Callable[[Path, Tracking], dict[str, float]]
+    together: bool = False
 
 
 def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
     """Run a stage and keep it, or find that it was kept; give the kept folder."""
-    folder, console = output / stage.name, inputs.console
-    folder.mkdir()
-    with Tracking(stage.recipe, folder, partial(warn, console), tracking) as run:
-        kept = kept_stage(stage.kind, stage.key)
-        if kept:
-            said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
-            say(console, f"{stage.name:<11} reused, unchanged since {said['finished']}: {_shown(said['results'])}")
-        else:
+    folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
+    ranks.lead(folder.mkdir)
+    with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
+        kept = ranks.share(kept_stage(stage.kind, stage.key))
+        verb = "reused, unchanged since"
+        if kept is None:
             say(console, f"{stage.name:<11} {stage.what}")
-            results = stage.work(folder, run)
-            finished = datetime.now(UTC).isoformat(timespec="seconds")
-            said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
-            (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
-            kept = keep_stage(stage.kind, stage.key, folder)
-            say(console, f"{stage.name:<11} done: {_shown(results)}")
+            results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
+            kept = ranks.share(ranks.lead(lambda: _keep(stage, folder, results or {})))
+            verb = "done"
+        assert kept is not None
+        said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
+        since = f" {said['finished']}" if verb != "done" else ""
+        say(console, f"{stage.name:<11} {verb}{since}: {_shown(said['results'])}")
         say(console, f"            {kept}")
-        (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
+        if ranks.leads:
+            (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
         run.summary(0, said["results"])
         run.tags({"stage.key": stage.key, "stage.finished": said["finished"]})
         run.artifact(folder / STAGE_FILE)
     return kept
+
+
+def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
+    (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    return keep_stage(stage.kind, stage.key, folder)
 
 
 def fit(
@@ -293,7 +314,10 @@ def fit(
     model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
     # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device)
-    say(inputs.console, f"model       {parameters(model)}; on {inputs.device}")
+    ranks = inputs.ranks
+    where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
+    say(inputs.console, f"model       {parameters(model)}; on {where}")
+    ranks.shard(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
         trainer = Trainer(
@@ -309,14 +333,20 @@ def fit(
             tick=display.tick,
             stop=stop,
             weight_bounds=weight_bounds(recipe),
+            ranks=ranks,
         )
         results = trainer.fit()
-    save_model(folder / "model", model, inputs.tokenizer)
-    from mtp_ce.training.plot import draw_losses
+    tensors = ranks.whole(model)
 
-    title = f"{folder.name}: cross entropy of each head"
-    draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
-    run.artifact(folder / "losses.png")
+    def save() -> None:
+        save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+        from mtp_ce.training.plot import draw_losses
+
+        title = f"{folder.name}: cross entropy of each head"
+        draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
+        run.artifact(folder / "losses.png")
+
+    ranks.lead(save)
     return trainer, results
 
 

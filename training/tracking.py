@@ -65,6 +65,7 @@ class Tracking:
         warn: takes a line about a server that does not answer.
         whole: the tracking of the run that this is a stage of; None for the run itself.
         name: what MLflow calls it; None takes the folder's name.
+        records: whether anything is written or sent; of several ranks one does.
     """
 
     def __init__(
@@ -74,13 +75,17 @@ class Tracking:
         warn: Callable[[str], None],
         whole: Tracking | None = None,
         name: str | None = None,
+        records: bool = True,
     ) -> None:
         self._path = folder / METRICS_FILE
+        self._records = records
         self._file: TextIO | None = None
         name = name or folder.name
         self._run = None
         # Who opens the connection closes it.
         self._connection = None
+        if not records:
+            return
         if whole is None and recipe.tracking.kind == "mlflow":
             self._connection = MlflowConnection(recipe, warn)
             self._run = MlflowRun(self._connection, name)
@@ -91,6 +96,8 @@ class Tracking:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics by name after `step` optimizer steps; what is not finite is null in the file."""
+        if not self._records:
+            return
         if self._file is None:
             self._file = self._path.open("x", encoding="utf-8", buffering=1)
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -14,11 +14,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from itertools import islice
 from threading import Event
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,6 +30,7 @@ from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
 from mtp_ce.training.head_scores import HeadResult, score_heads, validation_metrics
+from mtp_ce.training.ranks import Ranks, local
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import Weigh
 from mtp_ce.training.sums import HeadSums
@@ -75,7 +79,8 @@ class Trainer:
         log: takes metrics by name.
         tick: called after every step.
         weight_bounds: smallest and largest weight that a supervised token may have.
-        stop: set from outside; the loop ends with KeyboardInterrupt before the next step.
+        stop: set from outside, on any rank; the loop ends with KeyboardInterrupt before the next step is taken.
+        ranks: who else runs this loop; the model is sharded over them.
         validations: what validations found, by the steps done before them.
     """
 
@@ -91,6 +96,7 @@ class Trainer:
     tick: Callable[[], None] = lambda: None
     weight_bounds: tuple[float, float] = (0.0, math.inf)
     stop: Event = field(default_factory=Event)
+    ranks: Ranks = field(default_factory=Ranks)
     validations: dict[int, list[HeadResult]] = field(default_factory=dict)
 
     def fit(self) -> list[HeadResult]:
@@ -141,22 +147,26 @@ class Trainer:
         self.model.eval()
         rows = self.held_out if rows is None else rows
         validation = self.recipe.validation
-        results = score_heads(self.model, self._batches(rows.in_order(validation.batch_size, validation.rows)))
+        batches = self._batches(rows.in_order(validation.batch_size, validation.rows))
+        results = score_heads(self.model, batches, self.ranks.add)
         self.model.train()
         return results
 
     def _batches(self, on_host: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in on_host:
+        """Deal batches out to the ranks, as many to each; where they don't go round, some get one without labels."""
+        while together := list(islice(on_host, self.ranks.size)):
             self._check_stop()
-            yield batch.to(self.device)
+            mine = together[self.ranks.rank] if self.ranks.rank < len(together) else together[0].unlabelled()
+            yield mine.to(self.device)
 
     def _step(self, step: int, window: _Window) -> None:
         """Take one optimizer step and count it, or refuse it and count nothing."""
         train = self.recipe.train
         started = time.perf_counter()
         rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
-        batch = self.rows.batch(rows).to(self.device)
-        positions = scored_positions(batch, self.recipe.model.mtp.horizon)
+        whole = self.rows.batch(rows)
+        positions = scored_positions(whole, self.recipe.model.mtp.horizon).to(self.device)
+        batch = whole.part(self.ranks.slice(train.batch_size)).to(self.device)
         normalizer = positions.clamp(min=1).to(torch.float32)
 
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
@@ -176,7 +186,8 @@ class Trainer:
                 labels=micro.labels,
                 token_weights=weigh,
                 document_ids=micro.document_ids,
-                num_items_in_batch=normalizer,
+                # Gradients are averaged over the ranks.
+                num_items_in_batch=normalizer / self.ranks.size,
                 return_stats=True,
             )
             out.loss.backward()
@@ -187,7 +198,8 @@ class Trainer:
         assert weights is not None
 
         limit = self.recipe.optimizer.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit))
+        loss, weights = self._together(loss, weights)
         self._gate(step, loss, norm, weights)
         self.optimizer.step()
 
@@ -195,7 +207,7 @@ class Trainer:
             step=step,
             loss=loss * normalizer,
             positions=positions,
-            tokens=batch.labels.numel(),
+            tokens=whole.labels.numel(),
             sums=sums,
             weights=weights,
             grad_norm=norm,
@@ -203,6 +215,17 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
         self.schedule.step()
+
+    def _together(self, loss: Tensor, weights: WeightStatistics) -> tuple[Tensor, WeightStatistics]:
+        """The loss and the weights of all ranks; where one of them was stopped, all are."""
+        if self.ranks.size == 1:
+            return loss, weights
+        mine = [loss, *(getattr(weights, field.name) for field in fields(weights)), torch.tensor(self.stop.is_set())]
+        losses, *parts, stops = self.ranks.gather(torch.stack([x.double().to(self.device) for x in mine])).unbind(1)
+        if stops.any():
+            raise KeyboardInterrupt
+        ranks = [WeightStatistics(*values) for values in zip(*parts, strict=True)]
+        return losses.mean().to(loss.dtype), reduce(WeightStatistics.merge, ranks)
 
     def _gate(self, step: int, loss: Tensor, norm: Tensor, weights: WeightStatistics) -> None:
         """Refuse the step where a number is out of its bounds; the one place where a step awaits the device."""
@@ -224,10 +247,11 @@ class Trainer:
                 raise StepRefusedError(step, quantity, value, f"{least:g} to {most:g}")
 
     def _window(self) -> _Window:
-        return _Window(HeadSums.zeros(self.recipe.model.mtp.horizon, self.device))
+        return _Window(HeadSums.zeros(self.recipe.model.mtp.horizon, self.device), self.ranks)
 
     def _check_stop(self) -> None:
-        if self.stop.is_set():
+        # One rank alone can't leave the others; they agree in `_together`.
+        if self.stop.is_set() and self.ranks.size == 1:
             raise KeyboardInterrupt
 
 
@@ -242,6 +266,7 @@ class _Window:
     """The steps since the last line of metrics."""
 
     sums: HeadSums
+    ranks: Ranks
     steps: int = 0
     last_step: int = 0
     tokens: int = 0
@@ -285,6 +310,7 @@ class _Window:
         """
         assert self.weights is not None
         positions = int(self.positions)
+        self.ranks.add(self.sums.ce, self.sums.rows)
         return {
             "train/loss": float(self.loss) / max(positions, 1),
             "train/ce_mean": self.sums.ce_mean(),

@@ -1,0 +1,164 @@
+"""The same recipe on one process and on two: the same numbers, and one end for all.
+
+torchrun starts two processes on gloo, which call the command line one recipe after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mtp_ce.training import pipeline
+from mtp_ce.training.ranks import Ranks
+from mtp_ce.training.schema import RecipeError
+
+# Both ranks run every command line in turn; then each writes what main returned.
+DRIVER = """
+import json, os, signal, sys
+import torch
+from mtp_ce.scorers.uniform import UniformScorer
+from mtp_ce.scorers.weights import TokenWeights
+from mtp_ce.training import stages
+from mtp_ce.training.cli import main
+
+RANK = int(os.environ["RANK"])
+
+def poison_rank_1():
+    usual, calls = UniformScorer.run, []
+    def run(self, *args, **options):
+        calls.append(1)
+        found = usual(self, *args, **options)
+        if RANK == 1 and len(calls) == 3:
+            return TokenWeights(found.weights * torch.nan, found.statistics)
+        return found
+    UniformScorer.run = run
+
+def stop_rank_1():
+    class Impatient(stages.Trainer):
+        def _step(self, step, window):
+            if RANK == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            super()._step(step, window)
+    stages.Trainer = Impatient
+
+# One group for all of them: to leave one and join another needs another process.
+torch.distributed.init_process_group("gloo")
+codes = []
+for arguments in json.load(open(sys.argv[1])):
+    if arguments[0] in globals():
+        globals()[arguments.pop(0)]()
+    codes.append(main(arguments))
+json.dump(codes, open(f"{sys.argv[1]}.{RANK}", "w"))
+"""
+
+COMMON = ["train.steps=5", "train.log_every=1", "validation.every=2", "validation.batch_size=3", "name=ranks"]
+COMMON += ["validation.decoding.prompts=0", "data.sequence_length=48"]
+RHO1 = ["scorer={name: rho1_excess}", "reference={train: {steps: 3, batch_size: 4}}"]
+SHARDED = {
+    "uniform, whole batches": [],
+    "uniform, rows one by one": ["train.micro_batch_size=1"],
+    "rho1": RHO1,
+    "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
+    "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
+    "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
+}
+ENDS = {"nan": ("poison_rank_1", 3), "interrupt": ("stop_rank_1", 130)}
+
+
+def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str]:
+    return [str(recipe_file), *overrides, "--output", str(output)]
+
+
+@pytest.fixture(scope="module")
+def launched(small, tmp_path_factory):
+    """Everything that two ranks do in this file, from one start: folder, exit codes of both by name, what was said."""
+    from mtp_ce.training.recipe import to_yaml
+
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
+    (folder / "driver.py").write_text(DRIVER)
+    calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
+    calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
+    # Last, because what they change in the program stays.
+    for name, (change, _) in ENDS.items():
+        calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, [])]
+    (folder / "calls").write_text(json.dumps(list(calls.values())))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    with subprocess.Popen(
+        [*torchrun, str(folder / "driver.py"), str(folder / "calls")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as run:  # fmt: skip
+        try:
+            said, _ = run.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # then torchrun ends its workers; killed, it would leave them
+            said, _ = run.communicate()
+    assert run.returncode == 0, said[-3000:]
+    codes = [json.loads((folder / f"calls.{rank}").read_text()) for rank in (0, 1)]
+    return folder, dict(zip(calls, zip(*codes, strict=True), strict=True)), said
+
+
+def lines(folder: Path) -> list[dict]:
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and "perf" not in k} for line in metrics]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_ranks_train_as_one_does(name, launched, small, tmp_path, monkeypatch):
+    """Loss, gradient norm, weights and validation of every step, and the saved parameters."""
+    folder, codes, _ = launched
+    assert codes[name] == (0, 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pipeline.train(small([*COMMON, *SHARDED[name]]), tmp_path / "alone", Console(quiet=True))
+    alone, together = lines(tmp_path / "alone"), lines(folder / name)
+    assert len(alone) == len(together) > 8
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+    assert len({line["train/loss"] for line in alone if "train/loss" in line}) == 5, "every step is another one"
+    for file in ("model.safetensors", "mtp_heads.safetensors"):
+        ours, theirs = (load_file(place / "model" / file) for place in (tmp_path / "alone", folder / name))
+        assert ours.keys() == theirs.keys()
+        for tensor, whole in ours.items():
+            torch.testing.assert_close(whole, theirs[tensor], rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_step(launched):
+    folder, codes, said = launched
+    assert codes["nan"] == (3, 3)
+    assert [line["step"] for line in lines(folder / "nan") if "train/loss" in line] == [1, 2]
+    assert not (folder / "nan" / "model").exists()
+    assert said.count("train/loss is nan at step 3") == 1, "one rank speaks for all"
+
+
+def test_ctrl_c_on_one_rank_stops_all_before_the_same_step(launched):
+    folder, codes, said = launched
+    assert codes["interrupt"] == (130, 130)
+    assert [line["step"] for line in lines(folder / "interrupt") if "train/loss" in line] == [1, 2]
+    assert said.count("interrupted; metrics so far are in") == 1
+
+
+def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):
+    folder, codes, said = launched
+    assert codes["uneven"] == (2, 2)
+    assert said.count("train.batch_size 7 can't be dealt out to 2 ranks") == 1
+    assert not (folder / "uneven").exists()
+
+
+def test_micro_batches_must_divide_what_a_rank_gets():
+    Ranks(size=2).check_batch(8, 4)
+    with pytest.raises(RecipeError, match="micro_batch_size 8 does not divide the 4 rows that each of 2 ranks gets"):
+        Ranks(size=2).check_batch(8, 8)
+
+
+def test_ranks_take_equal_slices_that_are_the_batch():
+    parts = [range(8)[Ranks(rank=rank, size=4).slice(8)] for rank in range(4)]
+    assert [list(part) for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]

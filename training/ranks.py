@@ -1,0 +1,182 @@
+"""The processes of a run, one to a device, that torchrun or `accelerate launch` started; or one that is alone.
+
+    batch of a step       the same rows for any number of ranks; rank r takes the r-th of as many equal slices
+    gradients             averaged by FSDP, so each rank divides its loss by N / ranks, N counted over the whole batch
+    loss, weights, stop   one small gather a step, so that all ranks take a step or none does
+
+Every rank runs every forward and backward: parameters are gathered for them by all ranks together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from mtp_ce.layer_heads import LayerHeads, decoder_layers
+from mtp_ce.training.schema import RecipeError
+from mtp_ce.wrapper import MTPWrapper
+
+T = TypeVar("T")
+
+
+class LeaderFailedError(RuntimeError):
+    """Rank 0 has said what is wrong; the others end without a word."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who takes part.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many there are.
+        mesh: over what parameters are sharded; None for one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone speaks, tracks and writes."""
+        return self.rank == 0
+
+    def check_batch(self, batch_size: int, micro_batch_size: int | None) -> None:
+        """Look whether a batch can be dealt out.
+
+        Raises:
+            RecipeError: ranks would get different numbers of rows, or of micro-batches.
+        """
+        if batch_size % self.size:
+            raise RecipeError(f"train.batch_size {batch_size} can't be dealt out to {self.size} ranks; give a multiple")
+        if micro_batch_size and batch_size // self.size % micro_batch_size:
+            raise RecipeError(
+                f"train.micro_batch_size {micro_batch_size} does not divide the {batch_size // self.size} rows that "
+                f"each of {self.size} ranks gets of train.batch_size {batch_size}"
+            )
+
+    def slice(self, count: int) -> slice:
+        """This rank's part of `count` rows, which the number of ranks divides."""
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, values: Tensor) -> Tensor:  # [k]
+        """Give what every rank gave, [ranks, k]."""
+        if self.mesh is None:
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    def add(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        if self.mesh is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share(self, value: T) -> T:
+        """Give every rank what rank 0 gave, which can be pickled."""
+        if self.mesh is None:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        shared: T = box[0]
+        return shared
+
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Have rank 0 do something while the others wait; None for those.
+
+        Raises:
+            LeaderFailedError: on the other ranks, where it failed.
+        """
+        result, failure = None, None
+        if self.leads:
+            try:
+                result = work()
+            except BaseException as error:
+                failure = error
+        failed = self.share(failure is not None)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise LeaderFailedError
+        return result
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """Have rank 0 do what fills a cache, and then every other rank the same."""
+        result = self.lead(work)
+        if not self.leads:
+            result = work()
+        self.share(None)
+        assert result is not None
+        return result
+
+    def shard(self, model: MTPWrapper) -> None:
+        """Shard a model's parameters over the ranks, which hold the same ones; nothing for one rank.
+
+        Decoder layers are groups of their own. Embeddings, final norm, unembedding and small heads are one: the loss
+        needs most of them at once, and tied ones are one tensor.
+        """
+        if self.mesh is None:
+            return
+        layers, _ = decoder_layers(model.causal)
+        heads = model.heads.layers if isinstance(model.heads, LayerHeads) else ()
+        for layer in (*layers, *heads):
+            fully_shard(layer, mesh=self.mesh)
+        fully_shard(model, mesh=self.mesh)
+        register_fsdp_forward_method(model, "head_hidden_states")
+
+    def whole(self, model: MTPWrapper) -> dict[str, Tensor] | None:
+        """Gather a sharded model's tensors on rank 0; empty on the others, None for one rank, which has them."""
+        if self.mesh is None:
+            return None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        tensors: dict[str, Any] = get_model_state_dict(model, options=options)
+        # Tied parameters are one, and were gathered under each of their names.
+        once, every = (dict(model.named_parameters(remove_duplicate=unique)) for unique in (True, False))
+        return {name: tensor for name, tensor in tensors.items() if name in once or name not in every}
+
+
+ALONE = Ranks()
+
+
+def local(value: Tensor) -> Tensor:
+    """A value that all ranks hold in part, such as the norm of a sharded gradient, as a whole."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def join_ranks(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that were started together, as the environment says; without it, be alone.
+
+    A process group that is there already is used and left as it is.
+
+    Args:
+        device: "cpu" or "cuda"; each rank takes the GPU of its local number.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
+    finally:
+        if ours:
+            dist.destroy_process_group()
