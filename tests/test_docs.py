@@ -31,6 +31,25 @@ def test_every_link_leads_to_a_file(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
+def test_the_tables_of_smollm2_are_those_of_its_results_file():
+    """One row per head for each trunk mode: cross entropies, top-1, top-5, agrees, kept."""
+    page = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- smollm2:begin -->\n")[2].partition("<!-- smollm2:end -->")[0]
+    rows = [line.strip("|").split("|") for line in shown.splitlines() if line.startswith("|")][2:]
+    found = json.loads((ROOT / "docs" / "smollm2.json").read_text(encoding="utf-8"))
+    expected = []
+    for mode, run in found.items():
+        for h, (before, head) in enumerate(zip(run["before"], run["heads"], strict=True)):
+            kept = "" if h == 0 else f"{run['decoding']['kept'][h - 1]:.1%}"
+            agrees = "" if h == 0 else f"{head['agrees']:.1%}"
+            numbers = [f"{before['ce']:.2f}", f"{head['ce']:.2f}", f"{head['top1']:.1%}", f"{head['top5']:.1%}"]
+            expected.append([mode, str(h), *numbers, agrees, kept])
+    assert [[cell.strip() for cell in row] for row in rows] == expected
+    for run in found.values():
+        assert f"{run['decoding']['tokens_per_forward']:.2f} tokens per forward" in shown
+        assert run["decoding"]["identical"] == run["decoding"]["prompts"]
+
+
 def commands() -> list[str]:
     """Every `train-mtp` line of the documentation."""
     lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
