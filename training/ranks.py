@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,9 @@ from mtp_ce.training.schema import RecipeError
 from mtp_ce.wrapper import MTPWrapper
 
 T = TypeVar("T")
+
+# What one rank does alone, such as training a critic, the others await in a collective.
+LONGEST_WAIT = timedelta(hours=12)
 
 
 class LeaderFailedError(RuntimeError):
@@ -174,7 +178,7 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
     finally:

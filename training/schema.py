@@ -327,6 +327,15 @@ class EvaluationRecipe(_Group):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
 
+    @model_validator(mode="after")
+    def _tokens_are_the_models(self) -> Self:
+        for name in ("tokenizer", "vocab_size"):
+            if (value := getattr(self.data, name)) is not None:
+                raise ValueError(
+                    f"data.{name} is {value}, but a checkpoint has a tokenizer and a vocabulary of its own"
+                )
+        return self
+
 
 class Recipe(_Group):
     """Everything that decides a run: its stages (reference, critic, the model itself) and what they share."""

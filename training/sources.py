@@ -189,9 +189,11 @@ def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:
         RecipeError: they are of another number or kind.
     """
     try:
-        saved = json.loads((folder / HEADS_FILE).read_text(encoding="utf-8"))
+        saved: dict[str, Any] = json.loads((folder / HEADS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
+    except (OSError, ValueError):
+        raise RecipeError(f"model.source '{source}' has a {HEADS_FILE} that can't be read") from None
     for name, ours in (("horizon", wanted.horizon), ("kind", wanted.kind)):
         if saved.get(name) != ours:
             raise RecipeError(

@@ -279,16 +279,15 @@ def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) ->
     ranks.lead(folder.mkdir)
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
         kept = ranks.share(kept_stage(stage.kind, stage.key))
-        verb = "reused, unchanged since"
+        reused = kept is not None
         if kept is None:
             say(console, f"{stage.name:<11} {stage.what}")
             results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
             kept = ranks.share(ranks.lead(lambda: _keep(stage, folder, results or {})))
-            verb = "done"
         assert kept is not None
         said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
-        since = f" {said['finished']}" if verb != "done" else ""
-        say(console, f"{stage.name:<11} {verb}{since}: {_shown(said['results'])}")
+        how = f"reused, unchanged since {said['finished']}" if reused else "done"
+        say(console, f"{stage.name:<11} {how}: {_shown(said['results'])}")
         say(console, f"            {kept}")
         if ranks.leads:
             (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")

@@ -12,10 +12,11 @@ from moto import mock_aws
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
 
-from mtp_ce.training import pipeline
+from mtp_ce import heads
+from mtp_ce.training import export_cli, pipeline
 from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.schema import RecipeError
-from mtp_ce.training.sources import fetch_source, find_sources
+from mtp_ce.training.sources import HEADS_FILE, fetch_source, find_sources
 
 QUIET = Console(quiet=True)
 
@@ -130,11 +131,39 @@ def test_a_model_inside_an_installed_package_is_found(reference, monkeypatch, tm
         fetch_source("model.source", "package:other_models/one")
 
 
+def test_a_hub_name_is_a_repository_or_a_gguf_file_in_one(reference, monkeypatch, tmp_path):
+    """The hub itself is not asked here; what it would be asked is."""
+    import huggingface_hub
+
+    (tmp_path / "small.gguf").write_bytes(b"not a model")
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(reference))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / names[1])
+    )
+    assert fetch_source("model.source", "somebody/model") == reference
+    with pytest.raises(RecipeError, match=r"small\.gguf' can't be read"):
+        fetch_source("model.source", "somebody/model-GGUF/small.gguf")
+    assert asked == ["somebody/model", ("somebody/model-GGUF", "small.gguf")]
+
+
 def test_a_file_that_only_calls_itself_gguf_is_one_line(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"not a model")
     with pytest.raises(RecipeError, match=r"model\.source .*model\.gguf' can't be read") as raised:
         fetch_source("model.source", str(tmp_path / "model.gguf"))
     assert "\n" not in str(raised.value)
+
+
+def test_the_names_of_files_that_are_looked_for_without_torch_are_those_that_are_written():
+    assert HEADS_FILE == export_cli._CONFIG == heads.CONFIG_FILE
+    assert export_cli._TENSORS == heads.TENSORS_FILE
+
+
+def test_saved_heads_that_can_not_be_read_are_one_line(weighted_run, rho1, tmp_path):
+    shutil.copytree(weighted_run.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "mtp_heads.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"has a mtp_heads\.json that can't be read"):
+        find_sources(pretrained(rho1, tmp_path / "model"))
 
 
 @pytest.mark.parametrize(("key", "value"), [("horizon", 4), ("kind", "layer")])
