@@ -132,9 +132,9 @@ def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(finished_ru
     trained = {}
     save = stages.save_model
 
-    def remember(folder, model, tokenizer):
+    def remember(folder, model, tokenizer, **options):
         trained["model"] = model
-        save(folder, model, tokenizer)
+        save(folder, model, tokenizer, **options)
 
     monkeypatch.setattr(stages, "save_model", remember)
     recipe = finished_run.recipe.model_copy(
