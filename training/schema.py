@@ -311,6 +311,15 @@ class ValidationConfig(_Group):
     )
 
 
+class CheckpointConfig(_Group):
+    """The state of the loop on disk, from which a run goes on (--resume) as if it had never stopped."""
+
+    every: int | None = Field(
+        default=200, ge=1, description="steps between two checkpoints; null: only when the run is stopped"
+    )
+    keep: int = Field(default=2, ge=1, description="how many to keep, the newest; older ones are removed")
+
+
 class TrackingConfig(_Group):
     """Where metrics go besides metrics.jsonl in the output folder."""
 
@@ -357,6 +366,9 @@ class Recipe(_Group):
     optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
     train: TrainConfig = Field(description="the loop")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="what a stopped run goes on from"
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
 
     @model_validator(mode="after")

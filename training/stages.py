@@ -10,28 +10,33 @@ A finished stage is kept in the cache by a hash of its settings and inputs, and 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.training.checkpoint import save_model
+from mtp_ce.training.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.checkpoint import Checkpoint, Checkpoints
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.critic import train_critic
 from mtp_ce.training.data import PackedRows
 from mtp_ce.training.evaluation import Evaluation, decode
 from mtp_ce.training.head_scores import HeadResult, validation_metrics
 from mtp_ce.training.inputs import Inputs
-from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
 from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.report import Display, say, warn
+from mtp_ce.training.run_folder import decided_by
+from mtp_ce.training.saved_model import save_model
 from mtp_ce.training.schema import (
     LlamaModelConfig,
     MTPConfig,
@@ -207,7 +212,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     steps = stage.train.steps
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        with Display(inputs.console, steps) as display, stop_on_interrupt() as stop:
+        with Display(inputs.console, steps) as display, stop_on_signal() as stop:
             model, results = train_critic(
                 recipe, inputs.corpus, inputs.tokenizer, inputs.device,
                 pretrained=inputs.given.get("model.source"),
@@ -231,12 +236,11 @@ def _weights(
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
         parts = []
-        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_interrupt() as stop:
+        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
             for part in weigh_rows(weighing, rows, batch_size, inputs.device):
                 parts.append(part)
                 display.tick()
-                if stop.is_set():
-                    raise KeyboardInterrupt
+                stop.check()
         weights = torch.cat(parts)[: len(rows.tokens)]
         paths = [document.path for document in inputs.corpus.train]
         save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
@@ -276,7 +280,7 @@ class Stage:
 def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
     """Run a stage and keep it, or find that it was kept; give the kept folder."""
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
-    ranks.lead(folder.mkdir)
+    ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
         kept = ranks.share(kept_stage(stage.kind, stage.key))
         reused = kept is not None
@@ -301,13 +305,17 @@ def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
     (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return keep_stage(stage.kind, stage.key, folder)
 
 
 def fit(
     recipe: Recipe, inputs: Inputs, rows: PackedRows, weigh: Weigh, folder: Path, run: Tracking
 ) -> tuple[Trainer, list[HeadResult]]:
-    """Train one model with prediction heads; save it and the picture of its losses."""
+    """Train one model with prediction heads; save it and the picture of its losses.
+
+    Where the folder has checkpoints of this training, it goes on from the newest.
+    """
     torch.manual_seed(recipe.seed)
     begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
     model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
@@ -318,13 +326,22 @@ def fit(
     say(inputs.console, f"model       {parameters(model)}; on {where}")
     ranks.shard(model)
     optimizer = build_optimizer(model, recipe.optimizer)
-    with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
+    schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        decided=decided_by(recipe) | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
+        keep=recipe.checkpoint.keep,
+        ranks=ranks,
+        warn=partial(warn, inputs.console),
+    )
+    found = checkpoints.newest()
+    with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
         trainer = Trainer(
             recipe=recipe,
             model=model,
             weigh=weigh,
             optimizer=optimizer,
-            schedule=build_schedule(optimizer, recipe.optimizer, recipe.train.steps),
+            schedule=schedule,
             rows=rows,
             held_out=inputs.rows(inputs.tokens.held_out),
             device=inputs.device,
@@ -333,11 +350,18 @@ def fit(
             stop=stop,
             weight_bounds=weight_bounds(recipe),
             ranks=ranks,
+            keep=lambda trainer: checkpoints.save(trainer.done, model, optimizer, lambda: _notes(trainer, run)),
         )
+        if found:
+            checkpoints.load(found, model, optimizer)
+            _continue(trainer, found, run)
+            say(inputs.console, f"resumed     after step {found.step:,}, from {found.folder}")
         results = trainer.fit()
     tensors = ranks.whole(model)
 
     def save() -> None:
+        # A resumed run may have come this far before.
+        shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
         from mtp_ce.training.plot import draw_losses
 
@@ -347,6 +371,23 @@ def fit(
 
     ranks.lead(save)
     return trainer, results
+
+
+def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
+    return {"schedule": trainer.schedule.state_dict(), "metrics_bytes": run.size, "validations": validations}
+
+
+def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:
+    """Have a loop whose model and optimizer were loaded go on where the checkpoint was written."""
+    trainer.done = found.step
+    trainer.schedule.load_state_dict(found.notes["schedule"])
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    validations = found.notes["validations"]
+    trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
+    run.rewind(found.notes["metrics_bytes"])
 
 
 def parameters(model: MTPWrapper) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtp_ce.training import cli, stages
-from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.recipe import to_yaml
 
 
@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
 def test_the_first_ctrl_c_asks_and_the_second_insists():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with stop_on_interrupt() as stop:
+        with stop_on_signal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.is_set()
             with pytest.raises(KeyboardInterrupt):
@@ -131,7 +131,7 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stop_on_interrupt() as stop:
+        with stop_on_signal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.is_set()
     finally:
