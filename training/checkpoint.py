@@ -101,7 +101,7 @@ class Checkpoints:
         try:
             self.ranks.lead(lambda: _empty(aside))
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(dict(_tensors(model, optimizer)), storage_writer=writer, no_dist=self.ranks.size == 1)
+            dcp.save(dict(_tensors(model, optimizer)), storage_writer=writer, no_dist=not self.ranks.sharded)
             self.ranks.lead(lambda: self._finish(step, aside, final, notes()))
         except (OSError, CheckpointException, LeaderFailedError) as error:
             cause = _cause(error)
@@ -148,7 +148,7 @@ class Checkpoints:
                 one = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 tensors[full] = one if key == "step" else torch.zeros_like(parameter)
                 optimizer.state[parameters[name]][key] = tensors[full]
-        dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=not self.ranks.sharded)
 
     def _newest(self) -> Checkpoint | None:
         found = sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)

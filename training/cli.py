@@ -7,6 +7,7 @@ imports at its top, before torch, transformers or mlflow are loaded: one line on
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mtp_ce.training.schema import Recipe
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_REFUSED = 3
 EXIT_INTERRUPTED = 130
@@ -146,16 +148,23 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
         return _complain(str(error), EXIT_REFUSED)
     except LeaderFailedError:
         return EXIT_USAGE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(f"{error.strerror}: {error.filename or output}{_left(output, seeds)}", EXIT_CRASH)
     except KeyboardInterrupt as error:
-        metrics = sorted(output.rglob("metrics.jsonl"))
-        kept = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
-        if not seeds and any(output.rglob("state.json")):
-            kept += f"; train-mtp --resume {output} goes on"
-        terminated = isinstance(error, StoppedError) and error.signal == signal.SIGTERM
-        if terminated:
-            return _complain(f"terminated{kept}", EXIT_TERMINATED)
-        return _complain(f"interrupted{kept}", EXIT_INTERRUPTED)
+        if isinstance(error, StoppedError) and error.signal == signal.SIGTERM:
+            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED)
+        return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED)
     return EXIT_DONE
+
+
+def _left(output: Path, seeds: int | None) -> str:
+    """What there is of a run that did not come to its end."""
+    metrics = sorted(output.rglob("metrics.jsonl"))
+    said = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
+    resumable = not seeds and any(output.rglob("state.json"))
+    return f"{said}; train-mtp --resume {output} goes on" if resumable else said
 
 
 def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
@@ -286,7 +295,8 @@ def _leads() -> bool:
 def _complain(message: str, code: int) -> int:
     if not _leads():
         return code
-    print(f"train-mtp: {'error: ' if code != EXIT_INTERRUPTED else ''}{message}", file=sys.stderr)
+    asked_for = code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+    print(f"train-mtp: {'' if asked_for else 'error: '}{message}", file=sys.stderr)
     return code
 
 

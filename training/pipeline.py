@@ -75,7 +75,7 @@ def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: b
     """
     # transformers would draw bars of its own for files that take milliseconds.
     transformers_logging.disable_progress_bar()
-    with join_ranks(find_device(recipe.train.device, "train.device")) as ranks:
+    with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
         output, resume = ranks.share((output, resume))
         return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, resume)
 

@@ -10,9 +10,12 @@ loads an ordinary causal language model from it.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mtp_ce.training.atomic import whole_folder
@@ -36,9 +39,16 @@ def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None
 
     Raises:
         FileExistsError: `folder` is there already.
+        OSError: it can't be written, such as to a full disk.
     """
     with whole_folder(folder) as aside:
         model, *others = parts
-        model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))
-        for part in others:
-            part.save_pretrained(aside)
+        try:
+            model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))
+            for part in others:
+                part.save_pretrained(aside)
+        except SafetensorError as error:
+            # safetensors says in words what the system said in numbers.
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+            raise

@@ -241,6 +241,16 @@ class TrainConfig(StageTrainConfig):
     """The loop of the last stage, and the device of all."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of forward and backward; parameters, sums of gradients and the optimizer stay fp32",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="whether layers compute their activations again in the backward. Changes memory only"
+    )
+    cpu_offload: bool = Field(
+        default=False, description="whether parameters and the optimizer stay in main memory. Changes memory only"
+    )
 
 
 class _FrozenModelConfig(_Group):

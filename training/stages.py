@@ -32,7 +32,7 @@ from mtp_ce.training.head_scores import HeadResult, validation_metrics
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
-from mtp_ce.training.model import build_model
+from mtp_ce.training.model import build_model, checkpoint_activations
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.run_folder import decided_by
@@ -45,14 +45,12 @@ from mtp_ce.training.schema import (
     RecipeError,
     ReferenceConfig,
     Rho1ScorerConfig,
-    TrainConfig,
     TrunkConfig,
     UniformScorerConfig,
 )
 from mtp_ce.training.scoring import (
     FrozenModels,
     Weigh,
-    Weighing,
     build_weighing,
     load_weights,
     save_weights,
@@ -97,12 +95,13 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
 
 def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
     """Train the model itself, measure what its heads are worth, and where tokens are weighted, show their weights."""
-    weighing = build_weighing(recipe, models, inputs.device)
     rows = inputs.rows(inputs.tokens.train)
-    weigh: Weigh = weighing.weigh
+    weigh: Weigh
     if recipe.precompute_weights:
-        made = _weights(recipe, inputs, weighing, models, output, tracking)
+        made = _weights(recipe, inputs, models, output, tracking)
         rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
+    else:
+        weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
     ranks = inputs.ranks
     with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run:
         trainer, results = fit(recipe, inputs, rows, weigh, output, run)
@@ -110,7 +109,7 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         def report() -> Evaluation:
             # Of a sharded model this rank has a part only; the files have all of it.
             model = trainer.model
-            if ranks.size > 1:
+            if ranks.sharded:
                 model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
                 nn.Module.to(model, inputs.device)
             decoding = decode(model, inputs, recipe.validation.decoding)
@@ -122,6 +121,8 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                 # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
                 from mtp_ce.training.passages import show_weights
 
+                # One rank alone can't ask a model that is sharded over all of them.
+                weighing = build_weighing(recipe, models, inputs.device)
                 for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                     run.artifact(path)
             return evaluation
@@ -149,7 +150,7 @@ def reference_recipe(recipe: Recipe) -> Recipe:
             "reference": None,
             "critic": None,
             "optimizer": stage.optimizer or recipe.optimizer,
-            "train": TrainConfig(**stage.train.model_dump(), device=recipe.train.device),
+            "train": recipe.train.model_copy(update=stage.train.model_dump()),
             "validation": recipe.validation.model_copy(update={"every": None}),
         }
     )
@@ -226,9 +227,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
-def _weights(
-    recipe: Recipe, inputs: Inputs, weighing: Weighing, models: FrozenModels, output: Path, tracking: Tracking
-) -> Path:
+def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
     settings = {"scorer": recipe.scorer.model_dump(), "row_length": inputs.row_length, "seed": recipe.seed}
     digests = [*inputs.digests, *map(folder_digest, models.folders())]
     rows = inputs.rows(inputs.tokens.train)
@@ -236,6 +235,7 @@ def _weights(
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
         parts = []
+        weighing = build_weighing(recipe, models, inputs.device)
         with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
             for part in weigh_rows(weighing, rows, batch_size, inputs.device):
                 parts.append(part)
@@ -324,7 +324,9 @@ def fit(
     ranks = inputs.ranks
     where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
     say(inputs.console, f"model       {parameters(model)}; on {where}")
-    ranks.shard(model)
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(model)
+    ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
     checkpoints = Checkpoints(

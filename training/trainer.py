@@ -215,7 +215,7 @@ class Trainer:
         assert weights is not None
 
         limit = self.recipe.optimizer.clip_norm
-        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit))
+        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
         loss, weights = self._together(loss, weights)
         self._gate(step, loss, norm, weights)
         self.optimizer.step()
