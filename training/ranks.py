@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -217,10 +218,19 @@ def join_ranks(device: torch.device, train: TrainConfig) -> Iterator[Ranks]:
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=LONGEST_WAIT, **alone)
+        rank, store = _meeting_place(size)
+        dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _meeting_place(size: int) -> tuple[int, dist.Store]:
+    """This process's rank, and where processes find each other."""
+    if size == 1:
+        return 0, dist.HashStore()
+    store, rank, _ = next(rendezvous("env://"))
+    # Workers that torchrun starts again would else find the addresses of those that died.
+    return rank, dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

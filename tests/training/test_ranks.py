@@ -20,7 +20,7 @@ from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.ranks import Ranks
 from mtp_ce.training.schema import Recipe, RecipeError
 
-# Both ranks run every command line in turn; then each writes what main returned.
+# Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
 DRIVER = """
 import json, os, signal, sys
 import torch
@@ -41,13 +41,18 @@ def poison_rank_1():
         return found
     UniformScorer.run = run
 
-def stop_rank_1():
-    class Impatient(stages.Trainer):
+USUAL = stages.Trainer
+
+def stop_rank_1(number=signal.SIGINT):
+    class Impatient(USUAL):
         def _step(self, step, window):
             if RANK == 1 and step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             super()._step(step, window)
     stages.Trainer = Impatient
+
+def terminate_rank_1():
+    stop_rank_1(signal.SIGTERM)
 
 # One group for all of them: to leave one and join another needs another process.
 torch.distributed.init_process_group("gloo")
@@ -71,7 +76,7 @@ SHARDED = {
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
-ENDS = {"nan": ("poison_rank_1", 3), "interrupt": ("stop_rank_1", 130)}
+ENDS = {"interrupt": ("stop_rank_1", 130), "terminate": ("terminate_rank_1", 143), "nan": ("poison_rank_1", 3)}
 
 
 def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str]:
@@ -188,12 +193,14 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_step(launc
     assert said.count("train/loss is nan at step 3") == 1, "one rank speaks for all"
 
 
-def test_ctrl_c_on_one_rank_stops_all_before_the_same_step(launched):
+@pytest.mark.parametrize(("name", "word"), [("interrupt", "interrupted"), ("terminate", "terminated")])
+def test_a_signal_to_one_rank_stops_all_before_the_same_step_with_a_checkpoint(name, word, launched):
     folder, codes, said = launched
-    assert codes["interrupt"] == (130, 130)
-    assert [line["step"] for line in lines(folder / "interrupt") if "train/loss" in line] == [1, 2]
-    assert said.count("interrupted; metrics so far are in") == 1
-    (kept,) = (folder / "interrupt" / "checkpoints").iterdir()
+    code = ENDS[name][1]
+    assert codes[name] == (code, code)
+    assert [line["step"] for line in lines(folder / name) if "train/loss" in line] == [1, 2]
+    assert said.count(f"train-mtp: {word}; metrics so far are in") == 1
+    (kept,) = (folder / name / "checkpoints").iterdir()
     assert sorted(path.name for path in kept.iterdir()) == [
         "shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors", "state.json",
     ]  # fmt: skip
