@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
-import requests
 import torch
 from rich.console import Console
 from rich.filesize import decimal, pick_unit_and_suffix
@@ -66,9 +68,14 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     train, data = recipe.train, recipe.data
     ranks.check_batch(train.batch_size, train.micro_batch_size)
     device = find_device(train.device, "train.device")
+    # What may end the run comes first, so that a mistake is one line and not the last of many.
+    corpus, addresses = _corpus(recipe), _addresses(recipe)
     say(out, f"recipe      {recipe.name}: {recipe.description}")
-    say(out, f"corpus      {_corpus(recipe)}")
-    _say_sources(out, recipe)
+    say(out, f"corpus      {corpus}")
+    for key, (source, kind) in sources_of(recipe).items():
+        say(out, f"given       {key}: {kind} {source}")
+    for key, address in addresses.items():
+        say(out, f"reachable   {key}: {address}")
     for line in _stages(recipe):
         say(out, line)
     say(out, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
@@ -93,16 +100,16 @@ def _corpus(recipe: Recipe) -> str:
     return f"{len(paths)} files in {root}, {recipe.data.holdout_fraction:.1%} held out"
 
 
-def _say_sources(out: Console, recipe: Recipe) -> None:
-    for key, (source, kind) in sources_of(recipe).items():
-        say(out, f"given       {key}: {kind} {source}")
-    for key, value in flatten(recipe).items():
-        if isinstance(value, str) and value.startswith("s3://"):
-            # boto3 takes a second to load, and most recipes name nothing in S3.
-            from mtp_ce.training.storage import check_address
+def _addresses(recipe: Recipe) -> dict[str, str]:
+    """The addresses in S3 that a recipe names, all of which answer."""
+    found = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
+    if found:
+        # boto3 takes a second to load, and most recipes name nothing in S3.
+        from mtp_ce.training.storage import check_address  # type: ignore[attr-defined]
 
-            check_address(key, value)
-            say(out, f"reachable   {key}: {value}")
+        for key, address in found.items():
+            check_address(key, address)
+    return found
 
 
 def _stages(recipe: Recipe) -> list[str]:
@@ -131,7 +138,9 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
     scoring, unknown = _scoring_models(recipe, config)
-    count = {name: sum(x.numel() for x in part.parameters()) for name, part in (("t", model.causal), ("h", model.heads))}
+    count = {
+        name: sum(x.numel() for x in part.parameters()) for name, part in (("t", model.causal), ("h", model.heads))
+    }
     total = count["t"] + count["h"]
     learning = total if heads.trunk == "joint" else count["h"]
     still = "" if learning == total else f"; {learning:,} of them learn"
@@ -226,11 +235,15 @@ def _unreachable(uri: str) -> str | None:
     """Say why MLflow can't be written to; None where it can, or where only MLflow itself could tell."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
+        # A password belongs into a header, and this question needs none.
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
         try:
-            answer = requests.get(f"{uri.rstrip('/')}/health", timeout=MLFLOW_TIMEOUT_S)
-        except requests.RequestException as error:
-            return f"{type(error).__name__} within {MLFLOW_TIMEOUT_S:g} s"
-        return f"it answers {answer.status_code} {answer.reason}" if answer.status_code >= 500 else None
+            urlopen(address, timeout=MLFLOW_TIMEOUT_S).close()
+        except HTTPError as error:
+            return f"it answers {error.code} {error.reason}" if error.code >= 500 else None
+        except (OSError, HTTPException) as error:
+            return str(getattr(error, "reason", error))
+        return None
     if parts.scheme == "sqlite" and parts.path not in ("", "/"):
         # sqlite:///relative, sqlite:////absolute
         file = Path(parts.path.removeprefix("/"))
