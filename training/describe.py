@@ -39,6 +39,7 @@ from mtp_ce.training.schema import (
 )
 from mtp_ce.training.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.sources import local_source, sources_of
+from mtp_ce.training.stages import parameters
 from mtp_ce.training.tracking import METRICS_FILE
 from mtp_ce.wrapper import MTPWrapper
 
@@ -138,24 +139,14 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
     scoring, unknown = _scoring_models(recipe, config)
-    count = {
-        name: sum(x.numel() for x in part.parameters()) for name, part in (("t", model.causal), ("h", model.heads))
-    }
-    total = count["t"] + count["h"]
-    learning = total if heads.trunk == "joint" else count["h"]
-    still = "" if learning == total else f"; {learning:,} of them learn"
-    say(out, f"model       {total:,} parameters: trunk {count['t']:,}, extra heads {count['h']:,}{still}")
+    still = "" if heads.trunk == "joint" else "; the heads alone learn"
+    say(out, f"model       {parameters(model)}{still}")
     for key in unknown:
         say(out, f"            {key} is not counted below: a dry run fetches nothing")
 
-    products = step_products(model, S)
-    asked = sum(forward_products(part, S) for part in scoring.values())
-    if isinstance(recipe.scored_by, Rho1ScorerConfig) and not recipe.scored_by.current and scoring:
-        # The loss of the model in training is computed once more, from hidden states that are there.
-        asked += 2 * config.get_text_config().vocab_size * config.get_text_config().hidden_size
     if recipe.precompute_weights:
-        asked, scoring = 0, {}
-    products = replace(products, scoring=asked)
+        scoring = {}
+    products = replace(step_products(model, S), scoring=_scoring_products(recipe, config, scoring))
     tokens = train.steps * train.batch_size * S
     parts = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
     say(out, f"compute     {_flops(products.total)} per token: {', '.join(parts)}")
@@ -173,6 +164,16 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
     )
     if device.type == "cuda":
         say(out, f"fits        {_fits(memory.total)}")
+
+
+def _scoring_products(recipe: Recipe, trunk: PreTrainedConfig, scoring: dict[str, PreTrainedModel]) -> int:
+    """FLOPs of one token's weight."""
+    asked = sum(forward_products(model, recipe.data.sequence_length) for model in scoring.values())
+    if scoring and isinstance(recipe.scored_by, Rho1ScorerConfig) and not recipe.scored_by.current:
+        # The next-token loss of the model in training, from hidden states that are there.
+        sizes = trunk.get_text_config()
+        asked += 2 * sizes.vocab_size * sizes.hidden_size
+    return asked
 
 
 def _fits(needed: int) -> str:
