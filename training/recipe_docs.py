@@ -76,7 +76,9 @@ def _groups(schema: type[BaseModel]) -> Iterator[str]:
             for part in inside:
                 chosen = f" ({_choice(part)})" if len(inside) > 1 else ""
                 nullable = _NULLABLE if NoneType in _parts(field.annotation) else ""
-                waiting.append((f"{prefix}{key}.", f"`{prefix}{key}`{chosen}{nullable}", part))
+                found = (f"{prefix}{key}.", f"`{prefix}{key}`{chosen}{nullable}", part)
+                if found not in waiting:
+                    waiting.append(found)
         yield "\n".join([*lines, ""])
 
 
