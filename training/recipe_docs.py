@@ -52,14 +52,13 @@ _RANGES = {Ge: "≥ {}", Gt: "> {}", Le: "≤ {}", Lt: "< {}"}
 def page() -> str:
     """The whole page."""
     shipped = ", ".join(f"`{name}`" for name in shipped_recipes())
-    parts = [_HEAD.format(shipped=shipped), *_groups(Recipe)]
-    groups = ", ".join(
-        f"`{name}`" for name, field in EvaluationRecipe.model_fields.items() if _models(field.annotation)
-    )
-    return "\n".join([*parts, _EVALUATION.format(groups=groups)])
+    parts = [_HEAD.format(shipped=shipped), *groups(Recipe)]
+    fields = EvaluationRecipe.model_fields.items()
+    measured = ", ".join(f"`{name}`" for name, field in fields if _models(field.annotation))
+    return "\n".join([*parts, _EVALUATION.format(groups=measured)])
 
 
-def _groups(schema: type[BaseModel]) -> Iterator[str]:
+def groups(schema: type[BaseModel]) -> Iterator[str]:
     """A table for each group, those at the top first; the keys of one that comes again are not repeated."""
     waiting: list[tuple[str, str, type[BaseModel]]] = [("", "At the top", schema)]
     seen: dict[type[BaseModel], str] = {}
@@ -118,9 +117,10 @@ def _default(field: FieldInfo) -> str:
 def _range(field: FieldInfo) -> str:
     said = [_RANGES[type(rule)].format(_number(rule)) for rule in field.metadata if type(rule) in _RANGES]
     for rule in field.metadata:
-        if isinstance(rule, MinLen | MaxLen):
-            length = rule.min_length if isinstance(rule, MinLen) else rule.max_length
-            said.append("not empty" if isinstance(rule, MinLen) and length == 1 else f"length {length}")
+        if isinstance(rule, MinLen):
+            said.append("not empty" if rule.min_length == 1 else f"length ≥ {rule.min_length}")
+        elif isinstance(rule, MaxLen):
+            said.append(f"length ≤ {rule.max_length}")
         elif pattern := getattr(rule, "pattern", None):
             said.append(f"`{pattern}`")
     return _cell(", ".join(said))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,3 +116,52 @@ def weighted_run(rho1, finished_run: FinishedRun, tmp_path_factory: pytest.TempP
     """A recipe with a reference stage, run once, in an experiment of its own (making a database takes seconds)."""
     tracked = ["tracking.kind=mlflow", f"tracking.uri={finished_run.database}", "tracking.experiment=weighted"]
     return run_tracked(rho1(tracked), tmp_path_factory.mktemp("weighted"))
+
+
+# Answers each of a list of command lines in one fresh interpreter, and says what has been imported at the end.
+ANSWERING = """
+import contextlib, importlib, io, json, sys
+main = importlib.import_module(sys.argv[1]).main
+answers = []
+for arguments in json.load(sys.stdin):
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code
+    answers.append([code, said.getvalue(), complained.getvalue()])
+print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
+"""
+
+
+@pytest.fixture
+def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], None]:
+    """Check that mistakes cost one line each, exit code 2, no import of torch and no change of the folder.
+
+    Takes the command, what arguments it gets and what words its answer has by mistake, and the folder it is run in. All
+    of them go through one interpreter, which would have to be started for each.
+    """
+
+    def check(command: str, mistakes: dict[str, tuple[list[str], list[str]]], folder: Path) -> None:
+        before = sorted(folder.rglob("*"))
+        module = f"mtp_ce.training.{command.removesuffix('-mtp')}_cli"
+        run = subprocess.run(
+            [sys.executable, "-c", ANSWERING, module],
+            cwd=folder,
+            input=json.dumps([arguments for arguments, _ in mistakes.values()]),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert run.returncode == 0, run.stderr
+        answers, imported = json.loads(run.stdout)
+        assert imported == []
+        for (mistake, (_, expected)), (code, said, complained) in zip(mistakes.items(), answers, strict=True):
+            assert (code, said, complained.count("\n")) == (2, "", 1), mistake
+            assert complained.startswith(f"{command}: error: ")
+            for words in expected:
+                assert words in complained, mistake
+        assert sorted(folder.rglob("*")) == before
+
+    return check
