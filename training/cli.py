@@ -7,8 +7,10 @@ imports at its top, before torch, transformers or mlflow are loaded: one line on
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from mtp_ce.training.schema import Recipe
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_REFUSED = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 DEFAULT_RECIPE = "rho1"
 
@@ -43,11 +47,14 @@ examples:
   train-mtp --print-config                      show every key, its value after overrides
   train-mtp tiny train.steps=50 optimizer.lr=1e-3 --dry-run
   train-mtp my.yaml tracking.kind=none --output runs/first
+  train-mtp --resume runs/first                 go on with a run that was stopped, with its own recipe
+  train-mtp tiny --output runs/a --resume auto  begin it, or go on with it if it is there: for jobs that are restarted
   train-mtp compare rho1 --seeds 3              uniform, the recipe's scorer and its controls, on three seeds
 
 exit codes:
   0 done   1 a crash   2 a mistake in the call or the recipe, nothing was trained
-  3 loss, gradient or token weights out of bounds; the step was not taken   130 Ctrl-C
+  3 loss, gradient or token weights out of bounds; the step was not taken
+  130 Ctrl-C   143 SIGTERM: a checkpoint was written first, --resume goes on from it
 """
 
 
@@ -78,6 +85,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
     from mtp_ce.training.recipe import load_recipe, to_yaml
+    from mtp_ce.training.run_folder import RECIPE_FILE, check_same, finished
     from mtp_ce.training.schema import RecipeError
     from mtp_ce.training.sources import find_sources
 
@@ -85,10 +93,16 @@ def _main(argv: Sequence[str] | None) -> int:
         comparing = arguments.what[:1] == ["compare"]
         if arguments.seeds and not comparing:
             raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
+        if arguments.resume and comparing:
+            raise RecipeError("--resume belongs to a run; train-mtp compare goes on by itself where it stopped")
         recipes, overrides = sort_out(arguments.what[1:] if comparing else arguments.what)
         if len(recipes) > 1:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
-        recipe = load_recipe(recipes[0] if recipes else DEFAULT_RECIPE, overrides)
+        begun = run_to_resume(arguments.resume, arguments.output)
+        if begun and arguments.resume != "auto" and recipes:
+            raise RecipeError(f"--resume {begun} takes the run's own recipe; leave out '{recipes[0]}'")
+        own = str(begun / RECIPE_FILE) if begun and not recipes else DEFAULT_RECIPE
+        recipe = load_recipe(recipes[0] if recipes else own, overrides)
         if comparing:
             recipe.arms()
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -98,15 +112,22 @@ def _main(argv: Sequence[str] | None) -> int:
             return EXIT_DONE
         if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
             return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
-        output = output_folder(recipe.name, arguments.output)
+        if begun:
+            check_same(begun, recipe)
+            if when := finished(begun):
+                if _leads():
+                    print(f"run {begun} finished {when}; its model is in {begun}/model")
+                return EXIT_DONE
+        output = begun or output_folder(recipe.name, arguments.output)
         find_files(recipe.data)
         find_sources(recipe)
-        return _run(recipe, output, arguments.dry_run, (arguments.seeds or 3) if comparing else None)
+        seeds = (arguments.seeds or 3) if comparing else None
+        return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=begun is not None)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
 
 
-def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
+def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resume: bool) -> int:
     # Only here do torch and transformers load; everything above has been answered by then.
     if dry_run:
         from mtp_ce.training.describe import describe
@@ -114,24 +135,67 @@ def _run(recipe: Recipe, output: Path, dry_run: bool, seeds: int | None) -> int:
         describe(recipe, output)
         return EXIT_DONE
     from mtp_ce.training.compare import compare
+    from mtp_ce.training.interrupt import StoppedError, terminate_in_order
     from mtp_ce.training.pipeline import train
     from mtp_ce.training.ranks import LeaderFailedError
     from mtp_ce.training.trainer import StepRefusedError
 
     try:
-        if seeds:
-            compare(recipe, output, seeds)
-        else:
-            train(recipe, output)
+        with terminate_in_order():
+            if seeds:
+                compare(recipe, output, seeds)
+            else:
+                train(recipe, output, resume=resume)
     except StepRefusedError as error:
         return _complain(str(error), EXIT_REFUSED)
     except LeaderFailedError:
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        metrics = sorted(output.rglob("metrics.jsonl"))
-        kept = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
-        return _complain(f"interrupted{kept}", EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(f"{error.strerror}: {error.filename or output}{_left(output, seeds)}", EXIT_CRASH)
+    except KeyboardInterrupt as error:
+        if isinstance(error, StoppedError) and error.signal == signal.SIGTERM:
+            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED)
+        return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED)
     return EXIT_DONE
+
+
+def _left(output: Path, seeds: int | None) -> str:
+    """What there is of a run that did not come to its end."""
+    metrics = sorted(output.rglob("metrics.jsonl"))
+    said = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
+    resumable = not seeds and any(output.rglob("state.json"))
+    return f"{said}; train-mtp --resume {output} goes on" if resumable else said
+
+
+def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
+    """Give the folder of the run to go on with; None for a new one.
+
+    Workers that torchrun has started again go on with what they began.
+
+    Args:
+        wanted: what --resume says: "auto", a run's folder, or nothing.
+        output: what --output says.
+
+    Raises:
+        RecipeError: there is no such run, or "auto" does not say which.
+    """
+    from mtp_ce.training.run_folder import RECIPE_FILE, RUN_FILE, is_run, restarted_run
+    from mtp_ce.training.schema import RecipeError
+
+    if wanted is None:
+        return output if output and restarted_run(output.parent) == output else restarted_run(Path("runs"))
+    if wanted == "auto":
+        if output is None:
+            raise RecipeError("--resume auto needs --output DIR: the run to go on with, or to begin")
+        return output if is_run(output) else None
+    folder = Path(wanted)
+    if output is not None:
+        raise RecipeError(f"--resume {folder} goes on in that folder; leave out --output {output}")
+    if not is_run(folder):
+        raise RecipeError(f"--resume {folder} is not the folder of a run: it has no {RECIPE_FILE} and {RUN_FILE}")
+    return folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     recipes = "\n".join(f"  {path.stem:<12}{_headline(path)}" for path in sorted(folder.glob("*.yaml")))
     parser = Parser(
         prog="train-mtp",
-        usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] [--seeds N]",
+        usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] "
+        "[--resume auto|DIR] [--seeds N]",
         description="Train a language model that predicts several tokens at once, from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="folder for metrics, plot and model; must not exist (default: runs/<recipe>-<UTC time>)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|DIR",
+        help="go on with the run in DIR as if it had never stopped; auto: with the one in --output, or begin it there",
     )
     parser.add_argument(
         "--seeds", type=_seeds, metavar="N", help="how many seeds compare trains every scorer on (default: 3)"
@@ -227,7 +297,8 @@ def _leads() -> bool:
 def _complain(message: str, code: int) -> int:
     if not _leads():
         return code
-    print(f"train-mtp: {'error: ' if code != EXIT_INTERRUPTED else ''}{message}", file=sys.stderr)
+    asked_for = code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
+    print(f"train-mtp: {'' if asked_for else 'error: '}{message}", file=sys.stderr)
     return code
 
 

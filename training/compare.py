@@ -23,9 +23,8 @@ from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import Inputs, read_inputs
 from mtp_ce.training.kept import folder_digest, stage_key
-from mtp_ce.training.pipeline import make_folder
-from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import say, warn
+from mtp_ce.training.run_folder import RECIPE_FILE, make_folder
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import FrozenModels, build_weighing
 from mtp_ce.training.stages import STAGE_FILE, Stage, check_stages, fit, run_stage, scoring_stages
@@ -54,9 +53,8 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
     arms, out = recipe.arms(), out or Console()
     inputs = read_inputs(recipe, out)
     check_stages(recipe, inputs)
-    make_folder(output)
+    make_folder(output, recipe)
     say(out, f"output      {output}")
-    (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "scorers": {name: arm.scorer.model_dump() for name, arm in arms.items()},
@@ -67,7 +65,7 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
         "results": {name: [] for name in arms},
     }
     with Tracking(recipe, output, partial(warn, out)) as tracking:
-        tracking.artifact(output / "recipe.yaml")
+        tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
         for seed in found["seeds"]:
             for name, arm in arms.items():

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from mtp_ce.training.corpus import Corpus
 from mtp_ce.training.critic_loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data import rows_of_step
 from mtp_ce.training.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.interrupt import Stop, StoppedError
 from mtp_ce.training.model import llama_config
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.schema import PretrainedModelConfig, Recipe, RecipeError
@@ -90,7 +90,7 @@ def train_critic(
     pretrained: Path | None = None,
     log: Log,
     tick: Callable[[], None] = lambda: None,
-    stop: Event | None = None,
+    stop: Stop | None = None,
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """Train a critic on the functions of the corpus, and validate it on those of the held-out files.
 
@@ -103,7 +103,7 @@ def train_critic(
         log: takes metrics by name: critic/loss and critic/accuracy over the steps since the last line, optim/lr
             and optim/grad_norm (before clipping) of the last step.
         tick: called after every step.
-        stop: set from outside; the loop ends with KeyboardInterrupt before the next step.
+        stop: set from outside; the loop ends with StoppedError before the next step.
 
     Returns:
         The critic in eval mode, and what the validation found: critic/val_loss and critic/val_accuracy.
@@ -111,8 +111,9 @@ def train_critic(
     Raises:
         RecipeError: the corpus has too few functions.
         StepRefusedError: loss or gradient was not finite; the step was not taken.
-        KeyboardInterrupt: `stop` was set.
+        StoppedError: `stop` was set.
     """
+    stop = stop or Stop()
     config = recipe.critic
     assert config is not None
     assert config.train is not None
@@ -134,15 +135,11 @@ def train_critic(
         parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         return [PairRows.of(part, tokenizer.eos_token_id, device) for part in parts]
 
-    def check_stop() -> None:
-        if stop is not None and stop.is_set():
-            raise KeyboardInterrupt
-
     critic.train()
     window = _Window()
     try:
         for step in range(1, train.steps + 1):
-            check_stop()
+            stop.check()
             chosen = rows_of_step(step - 1, train.batch_size, len(functions), config.seed).tolist()
             pairs = [_broken_pair(functions[i], config.corruption, tokenizer, generator) for i in chosen]
             # Functions of like length share a micro-batch, which needs less padding.
@@ -158,7 +155,7 @@ def train_critic(
             if step in (1, train.steps) or step % train.log_every == 0:
                 log(step, window.metrics())
                 window = _Window()
-    except (StepRefusedError, KeyboardInterrupt):
+    except (StepRefusedError, StoppedError):
         # The steps that were taken since the last line are part of the record too.
         if window.step:
             log(window.step, window.metrics())
@@ -168,7 +165,7 @@ def train_critic(
     sums = PairSums()
     with torch.no_grad():
         for rows in micro_batches(held_out):
-            check_stop()
+            stop.check()
             sums += score_pairs(critic, [rows], objective)
     results = sums.metrics("critic/val_")
     log(train.steps, results)

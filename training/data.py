@@ -136,9 +136,13 @@ class PackedRows:
 @lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
     """Shuffle row numbers: a function of its arguments alone, the same on every machine and rank."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     return torch.randperm(rows, generator=generator)
+
+
+def seed_of(*parts: object) -> int:
+    """Give a seed of 64 bits, another one for every other combination of parts."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
 def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> Tensor:

@@ -15,9 +15,8 @@ from mtp_ce.heads import CONFIG_FILE
 from mtp_ce.training.evaluation import Evaluation, decode
 from mtp_ce.training.head_scores import score_heads, validation_metrics
 from mtp_ce.training.inputs import read_held_out
-from mtp_ce.training.pipeline import make_folder
-from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import say, say_evaluation, warn
+from mtp_ce.training.run_folder import make_folder
 from mtp_ce.training.schema import EvaluationRecipe, RecipeError
 from mtp_ce.training.tracking import Tracking
 from mtp_ce.wrapper import MTPWrapper
@@ -42,8 +41,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
     # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device).eval()
     say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
-    make_folder(output)
-    (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+    make_folder(output, recipe)
     with Tracking(recipe, output, partial(warn, out)) as tracking:
         tracking.tags({"checkpoint": source})
         rows = inputs.rows(inputs.tokens.held_out)

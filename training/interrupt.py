@@ -1,35 +1,95 @@
-"""Ctrl-C as a question that the loop asks between two steps."""
+"""Ctrl-C and SIGTERM as a question that the loop asks between two steps.
+
+outside a loop    the exception is raised at once, as Python does for Ctrl-C by itself
+inside a loop     the first signal is noted, and the loop ends after the step; a second one ends it at once
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Event
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
+
+
+class StoppedError(KeyboardInterrupt):
+    """The run was asked to end. Like Ctrl-C, it passes by every `except Exception`.
+
+    Attributes:
+        signal: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+class Stop:
+    """Whether a loop was asked to end, and how."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def set(self, number: int = signal.SIGINT) -> None:
+        """Ask for it."""
+        self.signal = number
+
+    def is_set(self) -> bool:
+        """Whether anyone asked."""
+        return self.signal != 0
+
+    def check(self) -> None:
+        """Raise StoppedError where anyone asked."""
+        if self.signal:
+            raise StoppedError(self.signal)
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Event]:
-    """Give an event that the first Ctrl-C sets; a second one interrupts at once, as usual.
+def terminate_in_order() -> Iterator[None]:
+    """Have SIGTERM raise StoppedError, so that what has begun is ended as after Ctrl-C.
+
+    Schedulers send it when they want a machine back, and torchrun to the ranks that are left when one has died.
+    """
+    with _handled(signal.SIGTERM, signal.SIG_DFL, _raise_stopped):
+        yield
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Give a flag that the first Ctrl-C or SIGTERM sets; a second one of the same kind acts at once.
 
     An exception thrown into the middle of a step could land inside a C++ callback, where it is printed and
     forgotten, or between an optimizer's two writes.
     """
-    stop = Event()
-    usual = signal.getsignal(signal.SIGINT)
+    stop = Stop()
+    at_once: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _raise_stopped}
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, usual)
+        stop.set(number)
+        signal.signal(number, at_once[number])
 
-    # Only the main thread may set a handler, and a process started to ignore Ctrl-C goes on ignoring it.
-    if threading.current_thread() is not threading.main_thread() or usual is not signal.default_int_handler:
+    with ExitStack() as handlers:
+        for number, handler in at_once.items():
+            handlers.enter_context(_handled(number, handler, request))
         yield stop
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise StoppedError(number)
+
+
+@contextmanager
+def _handled(number: int, usual: Handler, handler: Handler) -> Iterator[None]:
+    # Only the main thread may set a handler; one that is not the usual one, such as to ignore Ctrl-C, stays.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is not usual:
+        yield
         return
-    signal.signal(signal.SIGINT, request)
+    signal.signal(number, handler)
     try:
-        yield stop
+        yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(number, usual)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_ce.training.atomic import whole_folder
+from mtp_ce.training.recipe import results_only
 from mtp_ce.training.tokenizer import cache_folder
 
 StageKind = Literal["reference", "critic", "weights", "main"]
 
 # Part of every key: raise it when the code of a stage changes what comes out.
 _FORMAT = "2"
-
-_NOT_RESULTS = {"device", "micro_batch_size", "log_every"}
 
 
 def stage_key(kind: StageKind, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
@@ -33,7 +32,7 @@ def stage_key(kind: StageKind, settings: Mapping[str, Any], inputs: Sequence[str
         settings: its part of the recipe, as plain values.
         inputs: hashes of what it reads.
     """
-    said = json.dumps([_FORMAT, kind, _results_only(settings), list(inputs)], sort_keys=True)
+    said = json.dumps([_FORMAT, kind, results_only(settings), list(inputs)], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
@@ -65,11 +64,3 @@ def folder_digest(folder: Path) -> str:
 
 def _folder(kind: StageKind, key: str) -> Path:
     return cache_folder() / "stages" / kind / key
-
-
-def _results_only(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _results_only(value) if isinstance(value, Mapping) else value
-        for name, value in settings.items()
-        if name not in _NOT_RESULTS
-    }

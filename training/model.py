@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads import CONFIG_FILE
-from mtp_ce.training.schema import DataConfig, PretrainedModelConfig, Recipe, TrunkConfig
+from mtp_ce.training.schema import DataConfig, PretrainedModelConfig, Recipe, RecipeError, TrunkConfig
 from mtp_ce.wrapper import MTPWrapper
 
 
@@ -38,6 +41,21 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
     assert pretrained is not None
     trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     return trunk
+
+
+def checkpoint_activations(model: MTPWrapper) -> None:
+    """Have every decoder layer, of the trunk and of the heads, compute its activations again in the backward.
+
+    Raises:
+        RecipeError: the architecture's layers can't.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(model.causal).__name__
+        raise RecipeError(f"train.activation_checkpointing is true, but the layers of {name} can't; give false")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:

@@ -12,20 +12,22 @@ from mtp_ce.training.evaluation import Evaluation
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
 from mtp_ce.training.ranks import Ranks, join_ranks
-from mtp_ce.training.recipe import to_yaml, without_password
+from mtp_ce.training.recipe import without_password
 from mtp_ce.training.report import say, say_evaluation, warn
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same, finish
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
 
 
-def train(recipe: Recipe, output: Path, out: Console | None = None) -> Evaluation:
+def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: bool = False) -> Evaluation:
     """Run a recipe from the corpus to the saved model.
 
     Args:
         recipe: what to do.
-        output: folder to make; it must not exist.
+        output: folder to make; it must not exist, unless `resume` is set.
         out: where to say what happens; None means the terminal.
+        resume: whether to go on with the unfinished run of the same recipe that `output` has.
 
     Returns:
         The heads on held-out text after the last step.
@@ -33,30 +35,34 @@ def train(recipe: Recipe, output: Path, out: Console | None = None) -> Evaluatio
     Raises:
         RecipeError: the corpus, a trained model or the output folder does not fit the recipe.
         StepRefusedError: loss, gradient or weights were out of bounds; the step was not taken.
-        KeyboardInterrupt: Ctrl-C; the metrics so far are kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint and the metrics so far are kept.
     """
     # transformers would draw bars of its own for files that take milliseconds.
     transformers_logging.disable_progress_bar()
-    with join_ranks(find_device(recipe.train.device, "train.device")) as ranks:
-        return _train(recipe, ranks.share(output), out or Console(quiet=not ranks.leads), ranks)
+    with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
+        output, resume = ranks.share((output, resume))
+        return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, resume)
 
 
-def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks) -> Evaluation:
+def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: bool) -> Evaluation:
     ranks.lead(lambda: _check_batches(recipe, ranks))
     inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
 
     def begin() -> None:
         check_stages(recipe, inputs)
-        make_folder(output)
-        (output / "recipe.yaml").write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+        if resume:
+            check_same(output, recipe)
+        else:
+            begin_run(output, recipe)
 
     ranks.lead(begin)
     say(out, f"output      {output}")
     with Tracking(recipe, output, partial(warn, out), records=ranks.leads) as tracking:
-        tracking.artifact(output / "recipe.yaml")
+        tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
         tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
+    ranks.lead(lambda: finish(output))
     say_evaluation(out, evaluation)
     weights = ", weights.html, weights.png" if recipe.scored_by else ""
     say(
@@ -74,16 +80,6 @@ def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
 
 
-def make_folder(output: Path) -> None:
-    """Make a run's folder.
-
-    Raises:
-        RecipeError: it is there already, or can't be made.
-    """
-    try:
-        output.mkdir(parents=True)
-    except OSError as error:
-        raise RecipeError(f"output folder {output} can't be made: {error.strerror}; see --output") from None
 
 
 def _tracking(recipe: Recipe) -> str:

@@ -21,11 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from mtp_ce.layer_heads import LayerHeads, decoder_layers
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.schema import RecipeError, TrainConfig
 from mtp_ce.wrapper import MTPWrapper
 
 T = TypeVar("T")
@@ -51,6 +58,11 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether models are sharded, over one rank or several."""
+        return self.mesh is not None
 
     @property
     def leads(self) -> bool:
@@ -127,20 +139,41 @@ class Ranks:
         assert result is not None
         return result
 
-    def shard(self, model: MTPWrapper) -> None:
-        """Shard a model's parameters over the ranks, which hold the same ones; nothing for one rank.
+    def shard(self, model: MTPWrapper, train: TrainConfig) -> None:
+        """Shard a model's parameters over the ranks, which hold the same ones.
 
         Decoder layers are groups of their own. Embeddings, final norm, unembedding and small heads are one: the loss
         needs most of them at once, and tied ones are one tensor.
+
+        Args:
+            model: on the device; without a mesh it stays as it is.
+            train: precision of forward and backward, and where parameters are in between.
         """
         if self.mesh is None:
             return
         layers, _ = decoder_layers(model.causal)
         heads = model.heads.layers if isinstance(model.heads, LayerHeads) else ()
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policies: dict[str, Any] = {
+            "mp_policy": half if train.precision == "bf16" else MixedPrecisionPolicy(),
+            # Memory is pinned for copies to a GPU.
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
+            if train.cpu_offload
+            else OffloadPolicy(),
+        }
         for layer in (*layers, *heads):
-            fully_shard(layer, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+            fully_shard(layer, mesh=self.mesh, **policies)
+        fully_shard(model, mesh=self.mesh, **policies)
         register_fsdp_forward_method(model, "head_hidden_states")
+
+    def shard_frozen(self, model: PreTrainedModel) -> None:
+        """Shard a model that only scores; its output layer, which every micro-batch needs as a whole, stays whole."""
+        if self.mesh is None:
+            return
+        layers, _ = decoder_layers(model)
+        for layer in layers:
+            fully_shard(layer, mesh=self.mesh)
+        fully_shard(model.base_model, mesh=self.mesh)
 
     def whole(self, model: MTPWrapper) -> dict[str, Tensor] | None:
         """Gather a sharded model's tensors on rank 0; empty on the others, None for one rank, which has them."""
@@ -162,23 +195,26 @@ def local(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def join_ranks(device: torch.device) -> Iterator[Ranks]:
+def join_ranks(device: torch.device, train: TrainConfig) -> Iterator[Ranks]:
     """Join the processes that were started together, as the environment says; without it, be alone.
 
     A process group that is there already is used and left as it is.
 
     Args:
         device: "cpu" or "cuda"; each rank takes the GPU of its local number.
+        train: where it asks for what FSDP does, one process is a group of its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 and train.precision == "fp32" and not train.cpu_offload:
         yield ALONE
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=LONGEST_WAIT, **alone)
     try:
         yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -22,6 +22,8 @@ from pydantic_core import ErrorDetails
 from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
+
+_NOT_RESULTS = {"device", "micro_batch_size", "log_every", "activation_checkpointing", "cpu_offload"}
 
 RECIPES_FOLDER = Path(__file__).resolve().parent / "recipes"
 
@@ -89,15 +91,25 @@ def without_password(recipe: AnyRecipe) -> AnyRecipe:
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:
     """Give the values of a recipe by dotted key."""
-    return dict(_leaves(recipe.model_dump()))
+    return dict(leaves(recipe.model_dump()))
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the values of nested groups by dotted key."""
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def results_only(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of nested settings what changes only where, how fast and in how much memory something is computed."""
+    return {
+        name: results_only(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in _NOT_RESULTS
+    }
 
 
 def _find(name_or_path: str) -> Path:

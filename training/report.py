@@ -26,12 +26,14 @@ class Display:
     Args:
         console: where to write.
         steps: how many steps the run has.
+        done: how many of them an earlier process has done.
     """
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self._console = console
         self._steps = steps
-        self._done = 0
+        self._before = done
+        self._done = done
         self._started = time.monotonic()
         self._bar = Progress(
             BarColumn(bar_width=None),
@@ -43,7 +45,7 @@ class Display:
             disable=not console.is_terminal,
             expand=True,
         )
-        self._task = self._bar.add_task("", total=steps, numbers="")
+        self._task = self._bar.add_task("", total=steps, completed=done, numbers="")
 
     def tick(self) -> None:
         """Count one step."""
@@ -62,7 +64,7 @@ class Display:
             if "critic/val_loss" in metrics:
                 found = f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
             self._line(f"step {step:>5}  validation  {found}")
-            if self._done == 0:
+            if self._done == self._before:
                 # What came before the first step says nothing about how long steps take.
                 self._started = time.monotonic()
             return
@@ -70,7 +72,7 @@ class Display:
             self._bar.update(self._task, numbers=numbers)
             return
         elapsed = time.monotonic() - self._started
-        left = elapsed / max(self._done, 1) * (self._steps - self._done)
+        left = elapsed / max(self._done - self._before, 1) * (self._steps - self._done)
         self._line(f"step {step:>5}/{self._steps}  {numbers}  {_clock(left)} left")
 
     def warn(self, message: str) -> None:

@@ -241,6 +241,16 @@ class TrainConfig(StageTrainConfig):
     """The loop of the last stage, and the device of all."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of forward and backward; parameters, sums of gradients and the optimizer stay fp32",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="whether layers compute their activations again in the backward. Changes memory only"
+    )
+    cpu_offload: bool = Field(
+        default=False, description="whether parameters and the optimizer stay in main memory. Changes memory only"
+    )
 
 
 class _FrozenModelConfig(_Group):
@@ -311,6 +321,15 @@ class ValidationConfig(_Group):
     )
 
 
+class CheckpointConfig(_Group):
+    """The state of the loop on disk, from which a run goes on (--resume) as if it had never stopped."""
+
+    every: int | None = Field(
+        default=200, ge=1, description="steps between two checkpoints; null: only when the run is stopped"
+    )
+    keep: int = Field(default=2, ge=1, description="how many to keep, the newest; older ones are removed")
+
+
 class TrackingConfig(_Group):
     """Where metrics go besides metrics.jsonl in the output folder."""
 
@@ -357,6 +376,9 @@ class Recipe(_Group):
     optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
     train: TrainConfig = Field(description="the loop")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="what a stopped run goes on from"
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
 
     @model_validator(mode="after")

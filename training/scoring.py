@@ -20,6 +20,7 @@ from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows
+from mtp_ce.training.ranks import ALONE, Ranks
 from mtp_ce.training.schema import (
     ControlName,
     ControlScorerConfig,
@@ -92,13 +93,14 @@ class Weighing:
         return NextToken.of(self.frozen, batch.input_ids, batch.position_ids) if self.frozen else current
 
 
-def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device) -> Weighing:
-    """Make the recipe's scorer and load its models."""
+def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device, ranks: Ranks = ALONE) -> Weighing:
+    """Make the recipe's scorer and load its models, sharded over the ranks that ask them together."""
 
     def load(kind: Any, folder: Path | None) -> PreTrainedModel:
         assert folder is not None
         model: Any = kind.from_pretrained(folder, dtype=torch.float32)
         frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        ranks.shard_frozen(frozen)
         return frozen
 
     def build(config: ScorerConfig) -> Scorer:

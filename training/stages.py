@@ -10,28 +10,33 @@ A finished stage is kept in the cache by a hash of its settings and inputs, and 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.training.checkpoint import save_model
+from mtp_ce.training.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.checkpoint import Checkpoint, Checkpoints
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.critic import train_critic
 from mtp_ce.training.data import PackedRows
 from mtp_ce.training.evaluation import Evaluation, decode
 from mtp_ce.training.head_scores import HeadResult, validation_metrics
 from mtp_ce.training.inputs import Inputs
-from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
-from mtp_ce.training.model import build_model
+from mtp_ce.training.model import build_model, checkpoint_activations
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.report import Display, say, warn
+from mtp_ce.training.run_folder import decided_by
+from mtp_ce.training.saved_model import save_model
 from mtp_ce.training.schema import (
     LlamaModelConfig,
     MTPConfig,
@@ -40,14 +45,12 @@ from mtp_ce.training.schema import (
     RecipeError,
     ReferenceConfig,
     Rho1ScorerConfig,
-    TrainConfig,
     TrunkConfig,
     UniformScorerConfig,
 )
 from mtp_ce.training.scoring import (
     FrozenModels,
     Weigh,
-    Weighing,
     build_weighing,
     load_weights,
     save_weights,
@@ -92,12 +95,13 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
 
 def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
     """Train the model itself, measure what its heads are worth, and where tokens are weighted, show their weights."""
-    weighing = build_weighing(recipe, models, inputs.device)
     rows = inputs.rows(inputs.tokens.train)
-    weigh: Weigh = weighing.weigh
+    weigh: Weigh
     if recipe.precompute_weights:
-        made = _weights(recipe, inputs, weighing, models, output, tracking)
+        made = _weights(recipe, inputs, models, output, tracking)
         rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
+    else:
+        weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
     ranks = inputs.ranks
     with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run:
         trainer, results = fit(recipe, inputs, rows, weigh, output, run)
@@ -105,7 +109,7 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         def report() -> Evaluation:
             # Of a sharded model this rank has a part only; the files have all of it.
             model = trainer.model
-            if ranks.size > 1:
+            if ranks.sharded:
                 model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
                 nn.Module.to(model, inputs.device)
             decoding = decode(model, inputs, recipe.validation.decoding)
@@ -117,6 +121,8 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                 # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
                 from mtp_ce.training.passages import show_weights
 
+                # One rank alone can't ask a model that is sharded over all of them.
+                weighing = build_weighing(recipe, models, inputs.device)
                 for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                     run.artifact(path)
             return evaluation
@@ -144,7 +150,7 @@ def reference_recipe(recipe: Recipe) -> Recipe:
             "reference": None,
             "critic": None,
             "optimizer": stage.optimizer or recipe.optimizer,
-            "train": TrainConfig(**stage.train.model_dump(), device=recipe.train.device),
+            "train": recipe.train.model_copy(update=stage.train.model_dump()),
             "validation": recipe.validation.model_copy(update={"every": None}),
         }
     )
@@ -207,7 +213,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     steps = stage.train.steps
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        with Display(inputs.console, steps) as display, stop_on_interrupt() as stop:
+        with Display(inputs.console, steps) as display, stop_on_signal() as stop:
             model, results = train_critic(
                 recipe, inputs.corpus, inputs.tokenizer, inputs.device,
                 pretrained=inputs.given.get("model.source"),
@@ -221,9 +227,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
-def _weights(
-    recipe: Recipe, inputs: Inputs, weighing: Weighing, models: FrozenModels, output: Path, tracking: Tracking
-) -> Path:
+def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
     settings = {"scorer": recipe.scorer.model_dump(), "row_length": inputs.row_length, "seed": recipe.seed}
     digests = [*inputs.digests, *map(folder_digest, models.folders())]
     rows = inputs.rows(inputs.tokens.train)
@@ -231,12 +235,12 @@ def _weights(
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
         parts = []
-        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_interrupt() as stop:
+        weighing = build_weighing(recipe, models, inputs.device)
+        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
             for part in weigh_rows(weighing, rows, batch_size, inputs.device):
                 parts.append(part)
                 display.tick()
-                if stop.is_set():
-                    raise KeyboardInterrupt
+                stop.check()
         weights = torch.cat(parts)[: len(rows.tokens)]
         paths = [document.path for document in inputs.corpus.train]
         save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
@@ -276,7 +280,7 @@ class Stage:
 def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
     """Run a stage and keep it, or find that it was kept; give the kept folder."""
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
-    ranks.lead(folder.mkdir)
+    ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
         kept = ranks.share(kept_stage(stage.kind, stage.key))
         reused = kept is not None
@@ -301,13 +305,17 @@ def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
     (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return keep_stage(stage.kind, stage.key, folder)
 
 
 def fit(
     recipe: Recipe, inputs: Inputs, rows: PackedRows, weigh: Weigh, folder: Path, run: Tracking
 ) -> tuple[Trainer, list[HeadResult]]:
-    """Train one model with prediction heads; save it and the picture of its losses."""
+    """Train one model with prediction heads; save it and the picture of its losses.
+
+    Where the folder has checkpoints of this training, it goes on from the newest.
+    """
     torch.manual_seed(recipe.seed)
     begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
     model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
@@ -316,15 +324,26 @@ def fit(
     ranks = inputs.ranks
     where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
     say(inputs.console, f"model       {parameters(model)}; on {where}")
-    ranks.shard(model)
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(model)
+    ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
-    with Display(inputs.console, recipe.train.steps) as display, stop_on_interrupt() as stop:
+    schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        decided=decided_by(recipe) | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
+        keep=recipe.checkpoint.keep,
+        ranks=ranks,
+        warn=partial(warn, inputs.console),
+    )
+    found = checkpoints.newest()
+    with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
         trainer = Trainer(
             recipe=recipe,
             model=model,
             weigh=weigh,
             optimizer=optimizer,
-            schedule=build_schedule(optimizer, recipe.optimizer, recipe.train.steps),
+            schedule=schedule,
             rows=rows,
             held_out=inputs.rows(inputs.tokens.held_out),
             device=inputs.device,
@@ -333,11 +352,18 @@ def fit(
             stop=stop,
             weight_bounds=weight_bounds(recipe),
             ranks=ranks,
+            keep=lambda trainer: checkpoints.save(trainer.done, model, optimizer, lambda: _notes(trainer, run)),
         )
+        if found:
+            checkpoints.load(found, model, optimizer)
+            _continue(trainer, found, run)
+            say(inputs.console, f"resumed     after step {found.step:,}, from {found.folder}")
         results = trainer.fit()
     tensors = ranks.whole(model)
 
     def save() -> None:
+        # A resumed run may have come this far before.
+        shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
         from mtp_ce.training.plot import draw_losses
 
@@ -347,6 +373,23 @@ def fit(
 
     ranks.lead(save)
     return trainer, results
+
+
+def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
+    return {"schedule": trainer.schedule.state_dict(), "metrics_bytes": run.size, "validations": validations}
+
+
+def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:
+    """Have a loop whose model and optimizer were loaded go on where the checkpoint was written."""
+    trainer.done = found.step
+    trainer.schedule.load_state_dict(found.notes["schedule"])
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    validations = found.notes["validations"]
+    trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
+    run.rewind(found.notes["metrics_bytes"])
 
 
 def parameters(model: MTPWrapper) -> str:

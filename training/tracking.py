@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRICS_FILE = "metrics.jsonl"
+# Which runs of MLflow belong to a folder, so that a resumed run goes on in them.
+MLFLOW_FILE = "mlflow.json"
 
 # A server that does not answer is asked again after the first pause, then after twice that, and so on.
 FIRST_PAUSE_S = 5.0
@@ -79,7 +81,9 @@ class Tracking:
     ) -> None:
         self._path = folder / METRICS_FILE
         self._records = records
+        self._warn = warn
         self._file: TextIO | None = None
+        self._kept_bytes = 0
         name = name or folder.name
         self._run = None
         # Who opens the connection closes it.
@@ -87,7 +91,7 @@ class Tracking:
         if not records:
             return
         if whole is None and recipe.tracking.kind == "mlflow":
-            self._connection = MlflowConnection(recipe, warn)
+            self._connection = MlflowConnection(recipe, warn, folder / MLFLOW_FILE)
             self._run = MlflowRun(self._connection, name)
         elif whole is not None and whole._run is not None:
             self._run = MlflowRun(whole._run.connection, name, whole._run)
@@ -98,12 +102,29 @@ class Tracking:
         """Record metrics by name after `step` optimizer steps; what is not finite is null in the file."""
         if not self._records:
             return
-        if self._file is None:
-            self._file = self._path.open("x", encoding="utf-8", buffering=1)
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        try:
+            self._write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        except OSError as error:  # a full disk must not end the training
+            self._warn(f"metrics of step {step} can't be written to {self._path} ({error.strerror}); training goes on")
         if self._run:
             self._run.log(step, metrics)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the metrics file."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Go on after the first `size` bytes of a file from before; without this, the first metrics begin it."""
+        assert self._file is None
+        self._kept_bytes = size
+
+    def _write(self, line: str) -> None:
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file.truncate(self._kept_bytes)
+        self._file.write(line)
 
     def summary(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show metrics in the MLflow run that another file has already."""
@@ -135,7 +156,8 @@ class Tracking:
         if error is None:
             self._run.end("FINISHED", {})
         elif isinstance(error, KeyboardInterrupt):
-            self._run.end("KILLED", {"stop.reason": "interrupted"})
+            reason = getattr(error, "signal", None)
+            self._run.end("KILLED", {"stop.reason": reason.name if reason else "interrupted"})
         else:
             # trainer.StepRefusedError knows where it happened; other exceptions have their message alone.
             where = {
@@ -161,24 +183,33 @@ class MlflowRun:
     def __init__(self, connection: MlflowConnection, name: str, parent: MlflowRun | None = None) -> None:
         self.connection = connection
         self._id = ""
+        self._resumed = False
+        self.key: str = f"{parent.key}/{name}" if parent else name
         started = int(time.time() * 1000)
 
         def create(client: MlflowClient) -> None:
+            if known := connection.known_run(client, self.key):
+                self._id, self._resumed = known, True
+                client.update_run(known, status="RUNNING")
+                return
             tags = {"mlflow.source.name": Path(sys.argv[0]).name}
             if parent:
                 tags["mlflow.parentRunId"] = parent._id
             run = client.create_run(connection.experiment_id, start_time=started, run_name=name, tags=tags)
             self._id = run.info.run_id
+            connection.remember(self.key, self._id)
 
         # Calls are sent in their order, so the id is there before any other call needs it.
         connection.send(create)
 
     def parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Send what decides the run."""
+        """Send what decides the run; a run that is gone on with has it, and MLflow refuses other values."""
 
         def call(client: MlflowClient) -> None:
             from mlflow.entities import Param
 
+            if self._resumed:
+                return
             client.log_batch(self._id, params=[Param(name, str(value)) for name, value in parameters.items()])
 
         self.connection.send(call)
@@ -219,10 +250,12 @@ class MlflowConnection:
     Args:
         recipe: names server and experiment.
         warn: takes one line when the server fails for the first time, and one if it never took everything.
+        memory: the file that knows which runs were made for the same folder before.
     """
 
-    def __init__(self, recipe: Recipe | EvaluationRecipe, warn: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe | EvaluationRecipe, warn: Callable[[str], None], memory: Path) -> None:
         self._config = recipe.tracking
+        self._memory = memory
         self._shown_uri = without_password(recipe).tracking.uri
         self._warn = warn
         self._warned = False
@@ -237,6 +270,33 @@ class MlflowConnection:
     def send(self, call: _Call) -> None:
         """Put something into the queue."""
         self._calls.put(call)
+
+    def known_run(self, client: MlflowClient, key: str) -> str | None:
+        """Give the id of a run that was made for this folder before, and is still there."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        known = self._remembered().get(key)
+        try:
+            return client.get_run(known).info.run_id if known else None
+        except MlflowException as error:
+            # The server that has it may be another one, or someone has removed it.
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return None
+
+    def remember(self, key: str, run_id: str) -> None:
+        """Note the id of a run that was made."""
+        aside = self._memory.with_name(f".{self._memory.name}")
+        aside.write_text(json.dumps({**self._remembered(), key: run_id}, indent=2), encoding="utf-8")
+        aside.replace(self._memory)
+
+    def _remembered(self) -> dict[str, str]:
+        try:
+            known: dict[str, str] = json.loads(self._memory.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return known
 
     def close(self) -> None:
         """Wait for the thread to send what is left, at most `CLOSE_S` seconds."""

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from itertools import islice
-from threading import Event
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from mtp_ce.rows import row_targets
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
-from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step
+from mtp_ce.training.data import IGNORE, Batch, PackedRows, rows_of_step, seed_of
 from mtp_ce.training.head_scores import HeadResult, score_heads, validation_metrics
+from mtp_ce.training.interrupt import Stop, StoppedError
 from mtp_ce.training.ranks import Ranks, local
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import Weigh
@@ -79,8 +79,10 @@ class Trainer:
         log: takes metrics by name.
         tick: called after every step.
         weight_bounds: smallest and largest weight that a supervised token may have.
-        stop: set from outside, on any rank; the loop ends with KeyboardInterrupt before the next step is taken.
+        stop: set from outside, on any rank; the loop ends with StoppedError before the next step is taken.
         ranks: who else runs this loop; the model is sharded over them.
+        keep: writes a checkpoint of this loop as it is; called every `checkpoint.every` steps, and where it is stopped.
+        done: steps done, by an earlier process, too.
         validations: what validations found, by the steps done before them.
     """
 
@@ -95,45 +97,58 @@ class Trainer:
     log: Log
     tick: Callable[[], None] = lambda: None
     weight_bounds: tuple[float, float] = (0.0, math.inf)
-    stop: Event = field(default_factory=Event)
+    stop: Stop = field(default_factory=Stop)
     ranks: Ranks = field(default_factory=Ranks)
+    keep: Callable[[Trainer], object] = lambda trainer: None
+    done: int = 0
     validations: dict[int, list[HeadResult]] = field(default_factory=dict)
 
     def fit(self) -> list[HeadResult]:
-        """Train for `recipe.train.steps` steps.
+        """Train until `recipe.train.steps` steps are done.
 
         Returns:
             The validation after the last step, one result per head.
 
         Raises:
             StepRefusedError: before the step that would have used the value.
-            KeyboardInterrupt: `stop` was set.
+            StoppedError: `stop` was set.
         """
-        train, validation = self.recipe.train, self.recipe.validation
+        train, every = self.recipe.train, self.recipe.checkpoint.every
         window = self._window()
+        kept = self.done
         try:
-            if validation.at_start:
-                self._log_validation(0)
-            for step in range(1, train.steps + 1):
-                self._check_stop()
-                self._step(step, window)
+            self._validate_where_due()
+            while self.done < train.steps:
+                self._stop_alone()
+                self._step(self.done + 1, window)
+                self.done += 1
                 self.tick()
-                last = step == train.steps
-                if last or step == 1 or step % train.log_every == 0:
-                    self.log(step, window.metrics())
+                last = self.done == train.steps
+                keeping = every is not None and self.done % every == 0 and not last
+                # A checkpoint begins a new line of metrics, so that it need not hold half of one.
+                if last or keeping or self.done == 1 or self.done % train.log_every == 0:
+                    self.log(self.done, window.metrics())
                     window = self._window()
-                if last or (validation.every and step % validation.every == 0):
-                    self._log_validation(step)
-        except (StepRefusedError, KeyboardInterrupt):
+                self._validate_where_due()
+                if keeping:
+                    self.keep(self)
+                    kept = self.done
+        except (StepRefusedError, StoppedError) as error:
             # The steps that were taken since the last line are part of the record too.
             if window.steps:
                 self.log(window.last_step, window.metrics())
+            if isinstance(error, StoppedError) and self.done > kept:
+                self.keep(self)
             raise
         return self.validations[train.steps]
 
-    def _log_validation(self, step: int) -> None:
-        self.validations[step] = self.validate()
-        self.log(step, validation_metrics(self.validations[step]))
+    def _validate_where_due(self) -> None:
+        validation, done = self.recipe.validation, self.done
+        periodic = validation.every and done and done % validation.every == 0
+        due = done == self.recipe.train.steps or periodic or (validation.at_start and done == 0)
+        if due and done not in self.validations:
+            self.validations[done] = self.validate()
+            self.log(done, validation_metrics(self.validations[done]))
 
     def validate(self, rows: PackedRows | None = None) -> list[HeadResult]:
         """Score rows, each live row with the same weight.
@@ -142,7 +157,7 @@ class Trainer:
             rows: None means those that are held out, as many as `recipe.validation.rows` says.
 
         Raises:
-            KeyboardInterrupt: `stop` was set.
+            StoppedError: `stop` was set.
         """
         self.model.eval()
         rows = self.held_out if rows is None else rows
@@ -155,7 +170,7 @@ class Trainer:
     def _batches(self, on_host: Iterator[Batch]) -> Iterator[Batch]:
         """Deal batches out to the ranks, as many to each; where they don't go round, some get one without labels."""
         while together := list(islice(on_host, self.ranks.size)):
-            self._check_stop()
+            self._stop_alone()
             mine = together[self.ranks.rank] if self.ranks.rank < len(together) else together[0].unlabelled()
             yield mine.to(self.device)
 
@@ -163,6 +178,8 @@ class Trainer:
         """Take one optimizer step and count it, or refuse it and count nothing."""
         train = self.recipe.train
         started = time.perf_counter()
+        # Whatever draws random numbers, such as dropout, draws the same ones after a resume.
+        torch.manual_seed(seed_of("step", self.recipe.seed, step, self.ranks.rank))
         rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
         whole = self.rows.batch(rows)
         positions = scored_positions(whole, self.recipe.model.mtp.horizon).to(self.device)
@@ -198,7 +215,7 @@ class Trainer:
         assert weights is not None
 
         limit = self.recipe.optimizer.clip_norm
-        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit))
+        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
         loss, weights = self._together(loss, weights)
         self._gate(step, loss, norm, weights)
         self.optimizer.step()
@@ -217,13 +234,13 @@ class Trainer:
         self.schedule.step()
 
     def _together(self, loss: Tensor, weights: WeightStatistics) -> tuple[Tensor, WeightStatistics]:
-        """The loss and the weights of all ranks; where one of them was stopped, all are."""
+        """The loss and the weights of all ranks; where one of them was stopped, all are, by the same signal."""
         if self.ranks.size == 1:
             return loss, weights
-        mine = [loss, *(getattr(weights, field.name) for field in fields(weights)), torch.tensor(self.stop.is_set())]
+        mine = [loss, *(getattr(weights, field.name) for field in fields(weights)), torch.tensor(self.stop.signal)]
         losses, *parts, stops = self.ranks.gather(torch.stack([x.double().to(self.device) for x in mine])).unbind(1)
         if stops.any():
-            raise KeyboardInterrupt
+            raise StoppedError(int(stops.max()))
         ranks = [WeightStatistics(*values) for values in zip(*parts, strict=True)]
         return losses.mean().to(loss.dtype), reduce(WeightStatistics.merge, ranks)
 
@@ -249,10 +266,10 @@ class Trainer:
     def _window(self) -> _Window:
         return _Window(HeadSums.zeros(self.recipe.model.mtp.horizon, self.device), self.ranks)
 
-    def _check_stop(self) -> None:
-        # One rank alone can't leave the others; they agree in `_together`.
-        if self.stop.is_set() and self.ranks.size == 1:
-            raise KeyboardInterrupt
+    def _stop_alone(self) -> None:
+        # Of several ranks none can leave the others; they agree in `_together`.
+        if self.ranks.size == 1:
+            self.stop.check()
 
 
 def scored_positions(batch: Batch, horizon: int) -> Tensor:

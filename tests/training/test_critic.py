@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from threading import Event
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from mtp_ce.training.corpus import Corpus, Document, read_corpus, texts
 from mtp_ce.training.critic import build_critic, train_critic
 from mtp_ce.training.critic_loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
 from mtp_ce.training.functions import Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.schema import Recipe, RecipeError
 from mtp_ce.training.tokenizer import load_tokenizer, train_tokenizer
 from mtp_ce.training.trainer import StepRefusedError
@@ -216,7 +216,7 @@ def test_what_is_not_finite_never_reaches_the_optimizer(recipe, corpus, tokenize
 
 
 def test_a_stop_ends_before_the_next_step_and_logs_what_was_done(recipe, corpus, tokenizer):
-    stop, lines = Event(), []
+    stop, lines = Stop(), []
     few = recipe("critic.train.steps=9", "critic.train.log_every=5")
     with pytest.raises(KeyboardInterrupt):
         train_critic(

@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from mtp_ce.training import cli, stages
-from mtp_ce.training.interrupt import stop_on_interrupt
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.recipe import to_yaml
 
 
-def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finished_run, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
+    number, code, word, small, finished_run, tmp_path
+):
     """A real signal to a real process, while it trains."""
     recipe = small(
         [
@@ -25,7 +30,7 @@ def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finish
             "validation.every=null",
             "tracking.kind=mlflow",
             f"tracking.uri={finished_run.database}",
-            "tracking.experiment=interrupted",
+            f"tracking.experiment={word}",
         ]
     )
     (tmp_path / "long.yaml").write_text(to_yaml(recipe))
@@ -49,12 +54,14 @@ def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finish
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert error.splitlines() == ["train-mtp: interrupted; metrics so far are in out/metrics.jsonl"]
+    assert process.returncode == code
+    assert error.splitlines() == [
+        f"train-mtp: {word}; metrics so far are in out/metrics.jsonl; train-mtp --resume out goes on"
+    ]
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 3
@@ -62,11 +69,14 @@ def test_ctrl_c_ends_the_run_killed_with_130_and_keeps_the_metrics(small, finish
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=finished_run.database)
-    experiment = client.get_experiment_by_name("interrupted")
+    experiment = client.get_experiment_by_name(word)
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the run and its stage"
+    assert {run.data.tags["stop.reason"] for run in runs} == {number.name}
     (run,) = [run for run in runs if run.info.run_name == "main"]
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(steps)
+    (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert newest.name == f"step-{steps[-1]:08d}"
 
 
 @pytest.fixture
@@ -118,7 +128,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
 def test_the_first_ctrl_c_asks_and_the_second_insists():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with stop_on_interrupt() as stop:
+        with stop_on_signal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.is_set()
             with pytest.raises(KeyboardInterrupt):
@@ -131,7 +141,7 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stop_on_interrupt() as stop:
+        with stop_on_signal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.is_set()
     finally:

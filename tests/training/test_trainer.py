@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from threading import Event
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from mtp_ce.linear import CPU_CHUNK_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.data import PackedRows, rows_of_step
+from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.model import build_model
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.recipe import load_recipe
@@ -225,7 +225,7 @@ def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):
 
 
 def test_a_stop_ends_the_loop_between_two_steps_and_keeps_its_metrics(small):
-    log, stop = Log(), Event()
+    log, stop = Log(), Stop()
     trainer = make_trainer(small([*FEW, "train.steps=50", "train.log_every=100"]), log, stop=stop)
     ticks = []
 

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.checkpoint import save_model
 from mtp_ce.training.model import build_model
+from mtp_ce.training.saved_model import save_model
 
 
 def test_a_folder_appears_only_when_its_block_has_ended(tmp_path):

@@ -1,0 +1,267 @@
+"""A run that was stopped goes on as if it had never been: the same parameters to the last bit, the same record."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mtp_ce.training import checkpoint, pipeline, stages
+from mtp_ce.training.interrupt import StoppedError
+from mtp_ce.training.recipe import to_yaml
+from mtp_ce.training.schema import RecipeError
+
+PROGRAM = "import sys; from mtp_ce.training.cli import main; sys.exit(main())"
+
+SHORT = ["train.steps=12", "train.log_every=1", "validation.every=5", "validation.decoding.prompts=0"]
+SHORT += ["checkpoint.every=3", "validation.at_start=true", "validation.rows=8"]
+
+
+def quiet(recipe, output, **options):
+    return pipeline.train(recipe, output, Console(quiet=True), **options)
+
+
+def parameters(output: Path) -> dict[str, bytes]:
+    """Every parameter of a run's model, bit by bit."""
+    files = [load_file(output / "model" / f"{name}.safetensors") for name in ("model", "mtp_heads")]
+    return {name: tensor.numpy().tobytes() for tensors in files for name, tensor in tensors.items()}
+
+
+def record(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and "perf" not in k} for line in lines]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Have the loop be stopped by SIGTERM while it does a certain step; 0 lets it go on."""
+    at = {"step": 0}
+
+    class Stopping(stages.Trainer):
+        def _step(self, step, window):
+            if step == at["step"]:
+                self.stop.set(signal.SIGTERM)
+            super()._step(step, window)
+
+    monkeypatch.setattr(stages, "Trainer", Stopping)
+    return at
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["model.mtp.kind=sequential", "model.tie_embeddings=true", "train.micro_batch_size=4"],
+        ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
+    ],
+    ids=["residual", "chain, tied", "detached"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(options, small, stop_at, tmp_path):
+    recipe = small([*SHORT, *options])
+    quiet(recipe, tmp_path / "undisturbed")
+    for step in (2, 5, 8):
+        stop_at["step"] = step
+        with pytest.raises(StoppedError):
+            quiet(recipe, tmp_path / "stopped", resume=step > 2)
+    stop_at["step"] = 0
+    quiet(recipe, tmp_path / "stopped", resume=True)
+    assert parameters(tmp_path / "stopped") == parameters(tmp_path / "undisturbed")
+    assert record(tmp_path / "stopped") == record(tmp_path / "undisturbed")
+    ours, theirs = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("stopped", "undisturbed"))
+    assert ours == theirs
+    assert ours["before"], "what was found before the first step has come through"
+
+
+def test_the_reference_of_a_stopped_run_goes_on_too(rho1, stop_at, tmp_path, monkeypatch):
+    recipe = rho1(["checkpoint.every=2", "reference.train.log_every=1", "validation.decoding.prompts=0"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    quiet(recipe, tmp_path / "undisturbed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    for step in (5, 4):  # of the reference, which goes on after it, and then of the model itself
+        stop_at["step"] = step
+        with pytest.raises(StoppedError):
+            quiet(recipe, tmp_path / "stopped", resume=step == 4)
+    stop_at["step"] = 0
+    quiet(recipe, tmp_path / "stopped", resume=True)
+    assert parameters(tmp_path / "stopped") == parameters(tmp_path / "undisturbed")
+    for stage in (".", "reference"):
+        assert record(tmp_path / "stopped" / stage) == record(tmp_path / "undisturbed" / stage)
+
+
+@pytest.fixture
+def stopped(small, stop_at, tmp_path):
+    """A run that was stopped in step 8, with checkpoints of steps 6 and 8."""
+    recipe = small(SHORT)
+    stop_at["step"] = 8
+    with pytest.raises(StoppedError):
+        quiet(recipe, tmp_path / "run")
+    stop_at["step"] = 0
+    return recipe, tmp_path / "run"
+
+
+def test_only_the_newest_checkpoints_are_kept_and_hold_no_pickle(stopped):
+    _, run = stopped
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    kinds = {path.suffix for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+
+def spoil(folder: Path, how: str) -> None:
+    (tensors,) = folder.glob("*.safetensors")
+    match how:
+        case "a flipped bit":
+            content = bytearray(tensors.read_bytes())
+            content[-5] ^= 1
+            tensors.write_bytes(content)
+        case "cut short":
+            tensors.write_bytes(tensors.read_bytes()[:-100])
+        case "a missing file":
+            tensors.unlink()
+        case "no state":
+            (folder / checkpoint.STATE_FILE).unlink()
+        case "half a state":
+            state = folder / checkpoint.STATE_FILE
+            state.write_text(state.read_text()[:200])
+        case "another run":
+            state = folder / checkpoint.STATE_FILE
+            state.write_text(state.read_text().replace('"optimizer.lr": 0.01', '"optimizer.lr": 0.5'))
+
+
+SPOILT = {
+    "a flipped bit": "is spoilt",
+    "cut short": "is spoilt",
+    "a missing file": "is missing",
+    "no state": "has no state.json that can be read",
+    "half a state": "has no state.json that can be read",
+    "another run": "is of another run: optimizer.lr 0.5 instead of 0.01",
+}
+
+
+@pytest.mark.parametrize(("how", "said"), SPOILT.items())
+def test_a_checkpoint_that_can_not_be_trusted_is_named_and_the_one_before_is_used(how, said, stopped, capsys):
+    recipe, run = stopped
+    spoil(run / "checkpoints" / "step-00000008", how)
+    pipeline.train(recipe, run, Console(width=1000), resume=True)
+    out = capsys.readouterr().out
+    assert f"checkpoint {run}/checkpoints/step-00000008 " in out
+    assert said in out
+    assert f"resumed     after step 6, from {run}/checkpoints/step-00000006" in out
+
+
+def test_a_run_without_a_checkpoint_that_can_be_used_is_not_begun_again_in_silence(stopped):
+    recipe, run = stopped
+    for folder in (run / "checkpoints").iterdir():
+        spoil(folder, "a flipped bit")
+    with pytest.raises(RecipeError, match=r"step-00000008 is spoilt.*no other checkpoint in .*checkpoints can be used"):
+        quiet(recipe, run, resume=True)
+
+
+def test_what_is_left_of_a_write_that_was_killed_is_no_checkpoint(stopped, small):
+    recipe, run = stopped
+    newest = run / "checkpoints" / "step-00000008"
+    newest.rename(newest.with_name(".step-00000008"))
+    (newest.with_name(".step-00000008") / checkpoint.STATE_FILE).unlink()
+    quiet(recipe, run, resume=True)
+    assert [line["step"] for line in record(run) if "train/loss" in line] == list(range(1, 13))
+
+
+def test_a_full_disk_costs_checkpoints_and_a_model_that_can_be_saved_later(small, tmp_path):
+    """A real file system of 760 kB, which holds the record and one checkpoint; then it grows, and the run goes on."""
+    recipe = small(SHORT)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    (tmp_path / "disk").mkdir()
+    train = f"{sys.executable} -c '{PROGRAM}'"
+    script = f"""
+        mount -t tmpfs -o size=760k tmpfs disk && {train} recipe.yaml --output disk/run; echo code $?
+        mount -o remount,size=9m disk && {train} --resume disk/run; echo code $?
+        cp -r disk/run copy
+    """
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    first, second, _ = done.stdout.split("code ")
+    assert "the checkpoint of step 6 could not be written (No space left on device)" in first
+    assert first.splitlines()[-1].startswith("train-mtp: error: No space left on device"), first
+    assert "train-mtp --resume disk/run goes on" in first
+    assert second.startswith("1\n"), first
+    assert "resumed     after step 3, from disk/run/checkpoints/step-00000003" in second
+    assert done.stdout.endswith("code 0\n")
+    quiet(recipe, tmp_path / "undisturbed")
+    assert parameters(tmp_path / "copy") == parameters(tmp_path / "undisturbed")
+    assert record(tmp_path / "copy") == record(tmp_path / "undisturbed")
+
+
+class Command:
+    """The command line in a process of its own, to be killed while it trains.
+
+    Attributes:
+        arguments: what comes after Python.
+        where: the working directory, in which the run is the folder `out`.
+    """
+
+    def __init__(self, where: Path, *arguments: str) -> None:
+        self.where = where
+        self.arguments = [sys.executable, *arguments]
+
+    def lines(self) -> int:
+        """How many lines of metrics the run has."""
+        metrics = self.where / "out" / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def run(self, kill_at: int | None = None) -> str:
+        """Run to the end, or kill it when there are so many lines of metrics; give what it said."""
+        # The order of sums, and with it the last bit, depends on the number of threads.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        with (self.where / "said").open("w") as said:
+            run = subprocess.Popen(
+                self.arguments, cwd=self.where, env=environment, stdout=said, stderr=subprocess.STDOUT
+            )
+            try:
+                deadline = time.monotonic() + 300
+                while run.poll() is None and (kill_at is None or self.lines() < kill_at):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+            finally:
+                run.kill()
+                run.wait()
+        text = (self.where / "said").read_text()
+        assert run.returncode == (0 if kill_at is None else -signal.SIGKILL), text
+        return text
+
+
+def kill_and_compare(small, folder: Path, kills: int) -> None:
+    """Kill a run again and again at random steps, and compare it with one that nobody touched."""
+    draw = random.Random(kills)
+    # Every process gets a few steps further than the one before, whose steps since its last checkpoint are lost.
+    reached = list(accumulate(draw.randint(3, 9) for _ in range(kills)))
+    steps = [f"train.steps={reached[-1] + 10}", "train.log_every=1", "checkpoint.every=3", "validation.every=null"]
+    recipe = small(steps)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    quiet(recipe, folder / "undisturbed")
+    command = Command(folder, "-c", PROGRAM, "recipe.yaml", "--output", "out", "--resume", "auto")
+    for lines in reached:
+        command.run(kill_at=lines)
+    assert "resumed     after step" in command.run()
+    assert parameters(folder / "out") == parameters(folder / "undisturbed")
+    assert record(folder / "out") == record(folder / "undisturbed")
+
+
+def test_a_run_that_is_killed_twice_ends_with_the_same_bits(small, tmp_path):
+    kill_and_compare(small, tmp_path, kills=2)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(small, tmp_path):
+    kill_and_compare(small, tmp_path, kills=20)

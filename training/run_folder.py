@@ -1,0 +1,108 @@
+"""A run's folder from the outside: whether it can be gone on with, and by which recipe. Nothing here needs torch.
+
+recipe.yaml    what the run does
+run.json       which launch of torchrun made it, and when it finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtp_ce.training.recipe import leaves, load_recipe, results_only, to_yaml, without_password
+from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
+
+RECIPE_FILE = "recipe.yaml"
+RUN_FILE = "run.json"
+
+# What is in a recipe and may differ when its run is gone on with: names, and what is looked at but not learnt from.
+_NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
+# Where something lies is no matter; what lies there is hashed with the inputs of a checkpoint.
+_PLACES = {"data.corpus", "data.tokenizer", "model.source"}
+
+
+def decided_by(recipe: Recipe) -> dict[str, Any]:
+    """Give what decides the parameters that come out, by dotted key."""
+    settings = results_only(recipe.model_dump(exclude=_NOT_DECIDED))
+    return {key: value for key, value in leaves(settings) if key not in _PLACES}
+
+
+def make_folder(output: Path, recipe: Recipe | EvaluationRecipe) -> None:
+    """Make a folder for what a recipe is to give, and write the recipe into it.
+
+    Raises:
+        RecipeError: it is there already, or can't be made.
+    """
+    try:
+        output.mkdir(parents=True)
+        (output / RECIPE_FILE).write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"output folder {output} can't be made: {error.strerror}; see --output") from None
+
+
+def begin_run(output: Path, recipe: Recipe) -> None:
+    """Make the folder of a run, which can be gone on with from then on.
+
+    Raises:
+        RecipeError: as `make_folder`.
+    """
+    make_folder(output, recipe)
+    _write(output, {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "finished": None})
+
+
+def check_same(output: Path, recipe: Recipe) -> None:
+    """Compare a recipe with that of the run that it is to go on with.
+
+    Raises:
+        RecipeError: something that decides the result differs.
+    """
+    theirs, ours = decided_by(load_recipe(str(output / RECIPE_FILE))), decided_by(recipe)
+    if other := sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)):
+        key = other[0]
+        more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        raise RecipeError(
+            f"{key} is {ours.get(key)}, the run in {output} has {theirs.get(key)}{more}; a run goes on as it began. "
+            f"To train its model differently, begin a new run with model.kind=pretrained model.source={output}"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / RECIPE_FILE).is_file() and (folder / RUN_FILE).is_file()
+
+
+def finished(folder: Path) -> str | None:
+    """When a run finished, or None."""
+    when: str | None = _read(folder).get("finished")
+    return when
+
+
+def finish(folder: Path) -> None:
+    """Note that a run has finished."""
+    _write(folder, {**_read(folder), "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def restarted_run(runs: Path) -> Path | None:
+    """Find the run that this launch of torchrun began before it restarted its workers; None where it did not."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    mine = [path.parent for path in runs.glob(f"*/{RUN_FILE}") if _read(path.parent).get("launch") == launch]
+    return max(mine, key=lambda folder: (folder / RECIPE_FILE).stat().st_mtime, default=None)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"run {folder} has no {RUN_FILE} that can be read ({error})") from None
+    return said
+
+
+def _write(folder: Path, said: dict[str, Any]) -> None:
+    aside = folder / f".{RUN_FILE}"
+    aside.write_text(json.dumps(said, indent=2), encoding="utf-8")
+    aside.replace(folder / RUN_FILE)
