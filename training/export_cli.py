@@ -11,6 +11,7 @@ import json
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser
+from mtp_ce.training.s3 import is_s3
+from mtp_ce.training.schema import RecipeError
 
 if TYPE_CHECKING:
     from mtp_ce.wrapper import MTPWrapper
@@ -38,6 +41,7 @@ parts:
 examples:
   export-mtp runs/first base served/model
   export-mtp runs/first medusa served/medusa
+  export-mtp runs/first base s3://bucket/models/first
   vllm serve served/model --speculative-config \\
     '{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}'
 
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         print(_export(arguments.checkpoint, arguments.part, arguments.folder))
-    except ExportError as error:
+    except (ExportError, RecipeError) as error:
         print(f"export-mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
@@ -78,19 +82,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        type=Path,
         metavar="CHECKPOINT",
-        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote",
+        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote, here or at an s3:// address",
     )
     parser.add_argument("part", choices=("base", "heads", "medusa"), help="what to write")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write it; must not exist")
+    parser.add_argument("folder", metavar="DIR", help="where to write it, or an s3:// address; must not exist")
     return parser
 
 
-def _export(checkpoint: Path, part: str, folder: Path) -> str:
-    source = _model_folder(checkpoint)
+def _export(checkpoint: str, part: str, folder: str) -> str:
+    source = _model_folder(_fetch(checkpoint))
     heads = _read_heads(source, part)
-    _check_new(folder)
+    if is_s3(folder):
+        from mtp_ce.training.storage import check_free, upload_folder
+
+        check_free("DIR", folder)
+        with tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
+            _write_whole(source, part, Path(here) / "export")
+            upload_folder("DIR", Path(here) / "export", folder)
+    else:
+        _check_new(Path(folder))
+        _write_whole(source, part, Path(folder))
+    if part != "medusa":
+        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {checkpoint}"
+    speculation = {"method": "medusa", "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
+    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
+
+
+def _fetch(checkpoint: str) -> Path:
+    if not is_s3(checkpoint):
+        return Path(checkpoint)
+    from mtp_ce.training.storage import fetch_folder
+
+    return fetch_folder("CHECKPOINT", checkpoint)
+
+
+def _write_whole(source: Path, part: str, folder: Path) -> None:
     wrapper = None if part == "heads" else _load(source)
     try:
         with whole_folder(folder) as aside:
@@ -101,10 +128,6 @@ def _export(checkpoint: Path, part: str, folder: Path) -> str:
                 _write(wrapper, part, source, aside)
     except (FileExistsError, ValueError) as error:
         raise ExportError(str(error)) from None
-    if part != "medusa":
-        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {source}"
-    speculation = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads["horizon"] - 1}
-    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
 
 
 def _model_folder(checkpoint: Path) -> Path:
