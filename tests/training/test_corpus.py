@@ -26,7 +26,8 @@ def many(count: int) -> dict[str, str | bytes]:
 
 
 def test_the_stdlib_corpus_is_source_and_nothing_else():
-    root, paths = find_files(DataConfig())
+    source = find_files(DataConfig())
+    root, paths = source.root, source.paths
     size = sum((root / path).stat().st_size for path in paths)
     assert 5e6 < size < 20e6
     assert "json/decoder.py" in paths

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from mtp_ce.training import data as module
+from mtp_ce.training import tokens
 from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.data import PackedRows, TokenisedCorpus, rows_of_step, tokenise, unigram_cross_entropy
+from mtp_ce.training.data import PackedRows, rows_of_step
 from mtp_ce.training.tokenizer import load_tokenizer
+from mtp_ce.training.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy
 
 PAD = 99
 
@@ -97,7 +99,7 @@ def test_tokens_are_made_once_and_keep_their_side(small, monkeypatch, tmp_path):
     corpus = read_corpus(small().data)
     tokenizer = load_tokenizer(texts(corpus.train), 512)
     first = tokenise(corpus, tokenizer)
-    monkeypatch.setattr(module, "_encode", None)
+    monkeypatch.setattr(tokens, "_encode", None)
     again = tokenise(corpus, tokenizer)
     for side, originals in (("train", corpus.train), ("held_out", corpus.held_out)):
         for ids, same, original in zip(getattr(first, side), getattr(again, side), originals, strict=True):
@@ -108,8 +110,9 @@ def test_tokens_are_made_once_and_keep_their_side(small, monkeypatch, tmp_path):
 
 def test_unigram_cross_entropy_is_the_hand_computed_one():
     """Counts of training tokens a, b: 3 and 1 (first tokens don't count), add one, V = 3; held out: a, c."""
-    tokens = TokenisedCorpus(
-        train=[torch.tensor([2, 0, 0, 1]), torch.tensor([2, 0])], held_out=[torch.tensor([2, 0, 2])]
+    found = TokenisedCorpus(
+        train=DocumentTokens.of([torch.tensor([2, 0, 0, 1]), torch.tensor([2, 0])]),
+        held_out=DocumentTokens.of([torch.tensor([2, 0, 2])]),
     )
     expected = -(math.log(4 / 7) + math.log(1 / 7)) / 2
-    assert unigram_cross_entropy(tokens, 3) == pytest.approx(expected, rel=1e-12)
+    assert unigram_cross_entropy(found, 3) == pytest.approx(expected, rel=1e-12)
