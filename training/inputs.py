@@ -145,19 +145,8 @@ def _inputs(
         longer = tokens.train.longer_than(data.sequence_length)
         say(console, f"rows        {longer:,} of {len(tokens.train):,} documents cut at {data.sequence_length} tokens")
     unigram = unigram_cross_entropy(tokens, vocab_size)
-    return Inputs(
-        console,
-        device,
-        corpus,
-        tokenizer,
-        tokens,
-        unigram,
-        given,
-        data.sequence_length,
-        vocab_size,
-        ranks,
-        data.packing,
-    )
+    S = data.sequence_length
+    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, S, vocab_size, ranks, data.packing)
 
 
 def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:

@@ -31,12 +31,12 @@ def describe(recipe: Recipe, output: Path) -> None:
         RecipeError: the corpus is not there.
     """
     out = Console()
-    source = find_files(recipe.data)
+    corpus = find_files(recipe.data)
     train, data, scored = recipe.train, recipe.data, recipe.scored_by
     step_tokens = train.batch_size * data.sequence_length
     say(out, f"recipe      {recipe.name}: {recipe.description}")
     held_out = data.validation_corpus or f"{data.holdout_fraction:.1%}"
-    say(out, f"corpus      {source}, {held_out} held out")
+    say(out, f"corpus      {corpus}, {held_out} held out")
     for key, (source, kind) in sources_of(recipe).items():
         say(out, f"given       {key}: {kind} {source}")
     for name, stage in (("reference", recipe.reference), ("critic", recipe.critic)):

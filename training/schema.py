@@ -26,8 +26,8 @@ class DataConfig(_Group):
     corpus: str = Field(
         default="stdlib",
         min_length=1,
-        description="'stdlib' (the Python standard library's own source), a folder of files, a .jsonl, .parquet or .txt "
-        "file, a glob of those, an s3:// address of any, or a data set's hub name",
+        description="'stdlib' (the Python standard library's own source), a folder of files, a .jsonl, .parquet or "
+        ".txt file, a glob of those, an s3:// address of any, or a data set's hub name",
     )
     subset: str | None = Field(default=None, min_length=1, description="which part of a hub data set, by its name")
     split: str = Field(default="train", min_length=1, description="which split of a hub data set")
@@ -390,6 +390,7 @@ def _with_steps(name: str, train: Any, length: Any) -> Any:
     budget, rows, steps = train.get("max_tokens"), train.get("batch_size"), train.get("steps")
     if not all(type(number) is int and number > 0 for number in (budget, rows, length)):
         return train
+    assert budget is not None
     # Both stand in a recipe that was printed: they agree.
     needed = -(-budget // (rows * length))
     if steps not in (None, needed):
