@@ -99,6 +99,27 @@ def test_a_split_with_an_empty_side_is_refused(tmp_path):
         find_files(DataConfig(corpus=str(tmp_path)))
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Its tokens and its text would part."""
+    corpus = read_corpus(write(tmp_path, many(30)))
+    path = tmp_path / corpus.train[0].path
+    path.write_text("other")
+    with pytest.raises(RecipeError, match=f"{path} changed while it was being read"):
+        _ = corpus.train[0]
+    path.unlink()
+    with pytest.raises(RecipeError, match=f"{path} can't be read any more"):
+        _ = corpus.train[0]
+
+
+def test_a_copy_of_a_validation_file_does_not_train(tmp_path):
+    write(tmp_path / "train", many(10))
+    write(tmp_path / "held", {"a.py": "print(3)\n", "b.py": "another\n"})
+    corpus = read_corpus(DataConfig(corpus=str(tmp_path / "train"), validation_corpus=str(tmp_path / "held")))
+    assert len(corpus.train) == 9
+    assert list(texts(corpus.held_out)) == ["print(3)\n", "another\n"]
+    assert corpus.skipped == 1
+
+
 DOCSTRING = '"""What it is for."""\n'
 
 
