@@ -137,7 +137,9 @@ class Source:
         """Say in words what was found."""
         if not self.paths:
             return f"{self.address}, which a dry run does not fetch"
-        return f"{len(self.paths)} files in {self.root}{', a document a row' if self.kind == 'rows' else ''}"
+        if len(self.paths) == 1 and self.kind == "rows":
+            return f"rows of {self.root / self.paths[0]}"
+        return f"{'rows of ' if self.kind == 'rows' else ''}{len(self.paths)} files in {self.root}"
 
 
 def is_held_out(path: str, fraction: float) -> bool:

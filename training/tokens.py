@@ -156,18 +156,21 @@ def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, f
         for part in _parts(documents):
             prompted = part[0].prompt is not None
             texts = encode([document.text for document in part], add_special_tokens=not prompted)
-            # By itself, as a prompt is tokenised when a model is asked to continue it.
-            before = encode([document.prompt or "" for document in part], add_special_tokens=False)
-            ids = [[border, *prompt.ids, *text.ids, border] for prompt, text in zip(before, texts, strict=True)]
-            masked = [1 + len(prompt.ids) for prompt in before]
+            before: list[list[int]] = [[]] * len(part)
+            if prompted:
+                # By itself, as a prompt is tokenised when a model is asked to continue it.
+                encoded = encode([document.prompt for document in part], add_special_tokens=False)
+                before = [prompt.ids for prompt in encoded]
+            whole = [[border, *prompt, *text.ids, border] for prompt, text in zip(before, texts, strict=True)]
+            ids = [np.array(document, dtype=np.int32) for document in whole]
+            masked = [1 + len(prompt) for prompt in before]
             ends = end + np.cumsum([len(document) for document in ids], dtype=np.int64)
             end = int(ends[-1])
-            tokens.write(np.concatenate([np.array(document, dtype=np.int32) for document in ids]).tobytes())
+            tokens.write(np.concatenate(ids).tobytes())
             starts.write(ends.tobytes())
             if prompted:
                 prompts.write(np.array(masked, dtype=np.int64).tobytes())
-            learnt = [document[count:] for document, count in zip(ids, masked, strict=True)]
-            seen = np.bincount(np.concatenate([np.array(document, dtype=np.int64) for document in learnt]))
+            seen = np.bincount(np.concatenate([document[count:] for document, count in zip(ids, masked, strict=True)]))
             # A tokenizer may have numbers beyond the number of its entries.
             counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
             counts[: len(seen)] += seen

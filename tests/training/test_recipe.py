@@ -70,7 +70,9 @@ def test_a_token_budget_becomes_steps(tmp_path):
     assert recipe.train.steps == 41
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
     assert load_recipe(str(tmp_path / "copy.yaml")) == recipe, "what is printed is the same run"
-    short = load_recipe(str(tmp_path / "copy.yaml"), ["train.steps=null", "train.batch_size=8", "optimizer.warmup_steps=1"])
+    short = load_recipe(
+        str(tmp_path / "copy.yaml"), ["train.steps=null", "train.batch_size=8", "optimizer.warmup_steps=1"]
+    )
     assert short.train.steps == 21
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import boto3
@@ -15,6 +16,7 @@ from moto import mock_aws
 from mtp_ce.training import row_corpus
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import IGNORE, PackedRows, PaddedRows
+from mtp_ce.training.recipe import load_recipe
 from mtp_ce.training.schema import DataConfig, RecipeError
 from mtp_ce.training.tokenizer import train_tokenizer
 from mtp_ce.training.tokens import tokenise
@@ -234,26 +236,32 @@ def test_what_is_learnt_is_part_of_what_tokens_are_kept_by(asked):
     assert plain.counts.sum() == plain.token_count - len(plain)
 
 
-def test_a_folder_in_s3_is_fetched(monkeypatch):
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3 of this process alone, with the texts below an address."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     with mock_aws():
         client = boto3.client("s3")
-        client.create_bucket(Bucket="texts")
+        client.create_bucket(Bucket="my-bucket")
         for name, part in (("a", TEXTS[:100]), ("deep/b", TEXTS[100:])):
             body = "\n".join(json.dumps({"text": text}) for text in part)
-            client.put_object(Bucket="texts", Key=f"some/{name}.jsonl", Body=body.encode())
-        assert sorted(both(read("s3://texts/some", suffix=".jsonl"))) == sorted(TEXTS)
-        with pytest.raises(RecipeError, match=r"data\.corpus 's3://texts/nothing' has no objects"):
-            read("s3://texts/nothing")
+            client.put_object(Bucket="my-bucket", Key=f"texts/{name}.jsonl", Body=body.encode())
+        yield client
 
 
-def hub_cache(folder: Path, owner: str, name: str, split: str, rows: list[dict]) -> None:
+def test_a_folder_in_s3_is_fetched(bucket):
+    assert sorted(both(read("s3://my-bucket/texts", suffix=".jsonl"))) == sorted(TEXTS)
+    with pytest.raises(RecipeError, match=r"data\.corpus 's3://my-bucket/nothing' has no objects"):
+        read("s3://my-bucket/nothing")
+
+
+def hub_cache(folder: Path, owner: str, name: str, split: str, rows: list[dict], subset: str = "default") -> None:
     """What `datasets` keeps of a data set of the hub that was loaded once."""
     import datasets
 
-    inside = folder / f"{owner}___{name}" / "default" / "0.0.0" / ("0" * 40)
+    inside = folder / f"{owner}___{name}" / subset / "0.0.0" / ("0" * 40)
     inside.mkdir(parents=True)
     table = datasets.Dataset.from_list(rows)
     with datasets.arrow_writer.ArrowWriter(path=str(inside / f"{name}-{split}.arrow"), features=table.features) as file:
@@ -261,7 +269,7 @@ def hub_cache(folder: Path, owner: str, name: str, split: str, rows: list[dict])
             file.write(row)
         file.finalize()
     splits = datasets.SplitDict({split: datasets.SplitInfo(split, num_examples=len(rows), dataset_name=name)})
-    about = {"builder_name": "json", "dataset_name": name, "config_name": "default", "version": "0.0.0"}
+    about = {"builder_name": "json", "dataset_name": name, "config_name": subset, "version": "0.0.0"}
     datasets.DatasetInfo(features=table.features, splits=splits, **about).write_to_directory(str(inside))
 
 
@@ -306,3 +314,26 @@ def test_the_hub_is_asked_for_subset_and_split(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(both(read("someone/texts", subset="en", split="train[:50%]"))) == 250
     assert asked == [(("someone/texts", "en"), {"split": "train[:50%]"})]
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+COMMANDS = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("train-mtp ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_page_on_data_reads_a_corpus(command, offline, bucket, tmp_path, monkeypatch):
+    """Files, hub and bucket as the page has them."""
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "my" / "rows.jsonl", [{"body": text} for text in TEXTS])
+    write_json(tmp_path / "my" / "pairs.jsonl", [{"question": "which? ", "answer": text} for text in TEXTS])
+    for name in ("a", "b", "held_out"):
+        write_parquet(tmp_path / "my" / f"{name}.parquet", [{"text": f"{name} {text}"} for text in TEXTS])
+    (tmp_path / "my" / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "my" / "texts" / f"{i}.txt").write_text(text)
+    wikitext = [{"text": text} for text in TEXTS]
+    hub_cache(tmp_path / "hub", "Salesforce", "wikitext", "train", wikitext, "wikitext-2-raw-v1")
+    recipe = load_recipe("tiny", shlex.split(command)[2:])
+    corpus = read_corpus(recipe.data)
+    assert len(corpus.train) + len(corpus.held_out) >= 250
+    assert (corpus.train[0].prompt is None) == ("prompt_field" not in command)
