@@ -25,7 +25,7 @@ from transformers import (
 from mtp_ce.training.corpus import find_files
 from mtp_ce.training.gguf import converted_folder
 from mtp_ce.training.inputs import find_device
-from mtp_ce.training.model import llama_config
+from mtp_ce.training.model import checkpoint_activations, llama_config
 from mtp_ce.training.ranks import Ranks
 from mtp_ce.training.recipe import flatten, without_password
 from mtp_ce.training.report import say
@@ -94,11 +94,12 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
 
 
 def _corpus(recipe: Recipe) -> str:
-    root, paths = find_files(recipe.data)
-    for path in paths:
-        if not os.access(root / path, os.R_OK):
-            raise RecipeError(f"data.corpus has {root / path}, which can't be read; see its permissions")
-    return f"{len(paths)} files in {root}, {recipe.data.holdout_fraction:.1%} held out"
+    data = recipe.data
+    source = find_files(data)
+    for path in source.paths:
+        if not os.access(source.root / path, os.R_OK):
+            raise RecipeError(f"{source.key} has {source.root / path}, which can't be read; see its permissions")
+    return f"{source}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
 
 
 def _addresses(recipe: Recipe) -> dict[str, str]:
@@ -106,7 +107,7 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
     found = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
     if found:
         # boto3 takes a second to load, and most recipes name nothing in S3.
-        from mtp_ce.training.storage import check_address  # type: ignore[attr-defined]
+        from mtp_ce.training.storage import check_address
 
         for key, address in found.items():
             check_address(key, address)
@@ -153,7 +154,12 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
     say(out, f"            {_flops(products.total * tokens)} in all, of the last stage")
 
     rows = train.micro_batch_size or train.batch_size // ranks.size
-    memory, loss = step_memory(model, scoring.values(), rows, S, device, ranks.size)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
+    memory, loss = step_memory(
+        model, scoring.values(), rows, S, device, ranks.size, dtype=dtype, offload=train.cpu_offload
+    )
     parts = (f"{name} {decimal(value)}" for name, value in vars(memory).items() if value)
     whose = f"a rank of {ranks.size}" if ranks.size > 1 else "one process"
     say(out, f"memory      {decimal(memory.total)} for {whose}, {rows} x {S} tokens at a time: {', '.join(parts)}")

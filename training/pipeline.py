@@ -80,8 +80,6 @@ def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
 
 
-
-
 def _tracking(recipe: Recipe) -> str:
     if recipe.tracking.kind == "none":
         return f"none; metrics go to {METRICS_FILE}"

@@ -11,8 +11,8 @@ made (4 H V D), and nor is that of the input of residual heads (4 P). What is co
 rows without a target count, and so do all experts of a mixture.
 
 Bytes of a rank: weights, gradients and AdamW's two means of what learns, each divided by the ranks; the groups that are
-gathered while they compute; models that only score, whole on every rank; what autograd keeps of one micro-batch,
-which a forward on tensors without memory shows; and the loss.
+gathered while they compute; models that only score, sharded but for their output layer; what autograd keeps of one
+micro-batch, which a forward on tensors without memory shows; and the loss.
 """
 
 from __future__ import annotations
@@ -79,7 +79,18 @@ class LossBytes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in a training step; their sum is reached, or nearly, where micro-batches follow each other."""
+    """Bytes of one rank in a training step; their sum is reached, or nearly, where micro-batches follow each other.
+
+    Attributes:
+        weights: this rank's part of the parameters.
+        gradients: likewise.
+        optimizer: AdamW's two means of what learns, likewise.
+        gathered: groups that are whole while they compute, in the precision in which they do.
+        scoring: models that a scorer asks.
+        activations: what autograd keeps of a micro-batch.
+        loss: what the loss of a micro-batch holds.
+        offloaded: weights, gradients and optimizer that wait in main memory; no part of the total.
+    """
 
     weights: int
     gradients: int
@@ -88,11 +99,12 @@ class Memory:
     scoring: int
     activations: int
     loss: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """All of them that are on the device."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
 
 
 def step_products(model: MTPWrapper, row_length: int) -> Products:
@@ -147,7 +159,15 @@ def multiplying(module: nn.Module) -> int:
 
 
 def step_memory(
-    model: MTPWrapper, scoring: Iterable[nn.Module], rows: int, row_length: int, device: torch.device, ranks: int
+    model: MTPWrapper,
+    scoring: Iterable[PreTrainedModel],
+    rows: int,
+    row_length: int,
+    device: torch.device,
+    ranks: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> tuple[Memory, LossBytes]:
     """Say what one rank holds.
 
@@ -158,20 +178,37 @@ def step_memory(
         row_length: S.
         device: where it would compute.
         ranks: over how many the model is sharded.
+        dtype: of forward and backward.
+        offload: whether the rank's part of the model waits in main memory.
     """
     sizes = compute_module_sizes(model)
     learning: nn.Module = model if model.trunk == "joint" else model.heads
     gradients = _bytes(x for x in learning.parameters() if x.requires_grad)
-    loss = loss_bytes(model, rows, row_length, device)
+    own = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
+    own = {name: -(-size // ranks) for name, size in own.items()}
+    loss = loss_bytes(model, rows, row_length, device, dtype)
+    # One rank is a group of its own where parameters are cast or moved before they compute.
+    grouped = ranks > 1 or offload or dtype != torch.float32
     return Memory(
-        weights=-(-sizes[""] // ranks),
-        gradients=-(-gradients // ranks),
-        optimizer=-(-2 * gradients // ranks),
-        gathered=_gathered(model, sizes[""]) if ranks > 1 else 0,
-        scoring=sum(compute_module_sizes(part)[""] for part in scoring),
-        activations=kept_for_backward(model, rows, row_length, device),
+        **(dict.fromkeys(own, 0) | {"offloaded": sum(own.values())} if offload else own),
+        gathered=_gathered(model, sizes[""]) * dtype.itemsize // 4 if grouped else 0,
+        scoring=sum(_scoring_bytes(part, ranks) for part in scoring),
+        activations=kept_for_backward(model, rows, row_length, device, dtype),
         loss=loss.linear if model.loss == "linear" else loss.logits,
     ), loss
+
+
+def _scoring_bytes(model: PreTrainedModel, ranks: int) -> int:
+    """A model that only scores is sharded, too, but for its output layer; two layers of it are whole at a time."""
+    whole = compute_module_sizes(model)[""]
+    if ranks == 1:
+        return int(whole)
+    layers = sum(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
+    return (
+        -(-layers // ranks)
+        + 2 * max(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
+        + (whole - layers)
+    )
 
 
 def _gathered(model: MTPWrapper, whole: int) -> int:
@@ -183,30 +220,35 @@ def _gathered(model: MTPWrapper, whole: int) -> int:
     sizes = [compute_module_sizes(layer)[""] for layer in layers]
     root, largest = whole - sum(sizes), max(sizes)
     learns = model.trunk == "joint"
-    return root + 2 * largest + (root + largest if learns else 0)
+    return int(root + 2 * largest + (root + largest if learns else 0))
 
 
-def loss_bytes(model: MTPWrapper, rows: int, row_length: int, device: torch.device) -> LossBytes:
+def loss_bytes(
+    model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> LossBytes:
     """Say what the loss of a micro-batch of `rows` rows of `row_length` tokens holds, on each of the paths."""
-    weight = Unembedding.of(model.causal).weight
-    (V, D), item = weight.shape, weight.element_size()
+    (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
     horizon = 1 if model.kind == "teacher_forcing" else model.horizon
     N = rows * row_length * horizon
     d_hidden = N * D * item
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
+    # A CPU makes the product of half types into fp32 sums from a copy.
+    wide = 4 if device.type == "cpu" and item < 4 else 0
     slab = rows_at_once(N, rows_of_chunk(None, V * item, device), device)
     # A CPU gathers the rows that are live.
     gathered = N * D * item if device.type == "cpu" else 0
     whole = N * V * item
     return LossBytes(
-        linear=min(slab, N) * V * item + gathered + d_hidden + d_unembed,
+        linear=min(slab, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
         logits=whole + d_hidden + d_unembed,
         eager=N * V * 4 + 2 * rows * row_length * V * 4,
         slab_rows=min(slab, N),
     )
 
 
-def kept_for_backward(model: MTPWrapper, rows: int, row_length: int, device: torch.device) -> int:
+def kept_for_backward(
+    model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> int:
     """Measure the bytes that autograd keeps of one micro-batch, parameters aside: a forward without any memory.
 
     Args:
@@ -214,12 +256,15 @@ def kept_for_backward(model: MTPWrapper, rows: int, row_length: int, device: tor
         rows: of the micro-batch.
         row_length: S.
         device: what the tensors pretend to be on; operators differ in what they keep.
+        dtype: of forward and backward, to which parameters are cast.
     """
     # What the loss keeps is said by `loss_bytes`; the linear path keeps nothing that autograd sees.
     chosen, model.loss = model.loss, "linear"
     with FakeTensorMode():
         own = {
-            name: torch.empty(x.shape, dtype=x.dtype, device=device).requires_grad_(x.requires_grad)
+            name: torch.empty(
+                x.shape, dtype=dtype if isinstance(x, nn.Parameter) else x.dtype, device=device
+            ).requires_grad_(x.requires_grad)
             for name, x in chain(model.named_parameters(), model.named_buffers())
         }
         tokens = torch.zeros(rows, row_length, dtype=torch.int64, device=device)

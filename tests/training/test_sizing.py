@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce, weighted_mtp_linear_ce
 from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.training.model import checkpoint_activations
 from mtp_ce.training.sizing import (
     forward_products,
     kept_for_backward,
@@ -106,6 +107,37 @@ def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name):
     assert kept_for_backward(on_meta(**MODELS[name]), B, S, CPU) == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["residual", "layer"])
+def test_half_precision_and_checkpointed_layers_keep_what_a_real_step_keeps(name):
+    real, meta = MTPWrapper(llama(), **MODELS[name]), on_meta(**MODELS[name])
+    whole = kept_for_backward(meta, B, S, CPU)
+    for model in (real, meta):
+        checkpoint_activations(model)
+    real.to(torch.bfloat16)
+    # Buffers keep their precision where parameters are cast for a forward.
+    real.model.model.rotary_emb.float()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        real(**batch(), return_stats=True)
+    expected = storage_bytes(kept, [*real.parameters(), *real.buffers()])
+    found = kept_for_backward(meta, B, S, CPU, torch.bfloat16)
+    assert found == pytest.approx(expected, rel=0.02)
+    assert found < whole / 4
+
+
+def test_what_is_offloaded_leaves_the_device():
+    stays, _ = step_memory(on_meta(horizon=4), [], B, S, CPU, 2)
+    moved, _ = step_memory(on_meta(horizon=4), [], B, S, CPU, 2, offload=True)
+    assert moved.weights == moved.gradients == moved.optimizer == 0
+    assert moved.offloaded == stays.weights + stays.gradients + stays.optimizer
+    assert moved.total == stays.total - moved.offloaded
+
+
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most bytes that tensors held in a call, above those before; the profiler sees inside of operators, too."""
     # What others left would be freed meanwhile, and count as if the call had given it back.
@@ -130,14 +162,15 @@ def looped(hidden: list[torch.Tensor], unembed: torch.Tensor, labels: torch.Tens
     return torch.stack(losses).mean()
 
 
-def test_the_bytes_of_the_loss_are_those_that_it_holds():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_the_loss_are_those_that_it_holds(dtype):
     """A vocabulary at which logits are most of what there is, in several slabs."""
     V, H, rows, length = 16384, 3, 2, 512
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(**{**llama().config.to_dict(), "vocab_size": V})), H)
-    expected = loss_bytes(model, rows, length, CPU)
+    expected = loss_bytes(model, rows, length, CPU, dtype)
     assert expected.slab_rows < rows * length * H
-    hidden = [torch.randn(rows, length, D, requires_grad=True) for _ in range(H)]
-    unembed = torch.randn(V, D, requires_grad=True)
+    hidden = [torch.randn(rows, length, D, dtype=dtype, requires_grad=True) for _ in range(H)]
+    unembed = torch.randn(V, D, dtype=dtype, requires_grad=True)
     labels = torch.randint(V, (rows, length))
     learn = [*hidden, unembed]
     linear = peak_bytes(lambda: torch.autograd.grad(weighted_mtp_linear_ce(hidden, unembed, labels), learn))
@@ -176,8 +209,10 @@ def test_ranks_share_weights_gradients_and_optimizer_but_not_activations():
     assert alone.gathered == 0 < shared.gathered
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(shared, name) == pytest.approx(getattr(alone, name) / 4, abs=1)
-    for name in ("activations", "loss", "scoring"):
+    for name in ("activations", "loss"):
         assert getattr(shared, name) == getattr(alone, name)
+    # The output layer stays whole, and so do the layer that computes and the next one.
+    assert scoring[0].lm_head.weight.nbytes < shared.scoring < alone.scoring
     assert alone.scoring == sum(x.numel() * 4 for x in scoring[0].parameters()) + 4 * 2 * 8
 
 
