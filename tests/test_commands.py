@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
 import sysconfig
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mtp_ce.training import cli, eval_cli, export_cli
@@ -26,8 +30,24 @@ SMALL = [
 ]  # fmt: skip
 BRIEF = ["validation.rows=2", "validation.decoding={prompts: 1, prompt_tokens: 4, new_tokens: 4}", "tracking.kind=none"]
 
+
+def parquet(rows: list[dict[str, str]]) -> bytes:
+    """A table of rows as a file's bytes."""
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
 # What commands read that stand in the folder where they are run, by name.
-FILES = {"my.yaml": (ROOT / "training" / "recipes" / "tiny.yaml").read_text(encoding="utf-8")}
+ROWS = [{"text": f"text {i}", "body": "a body", "question": "which? ", "answer": f"the {i}-th"} for i in range(200)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+FILES = {
+    "my.yaml": (ROOT / "training" / "recipes" / "tiny.yaml").read_bytes(),
+    "my/rows.jsonl": LINES,
+    "my/pairs.jsonl": LINES,
+    **{f"my/{name}.parquet": parquet(ROWS) for name in ("a", "held_out")},
+    **{f"my/texts/{i}.txt": row["text"].encode() for i, row in enumerate(ROWS)},
+}
 
 # Commands that something else runs: how they begin, the file that runs them, what it has to say.
 ELSEWHERE = {
@@ -118,9 +138,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: None) -> Path:
     """A folder with nothing but what the pages name."""
-    for name, text in FILES.items():
+    for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -12,21 +12,23 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser
-from mtp_ce.training.s3 import is_s3
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
 
 if TYPE_CHECKING:
     from mtp_ce.wrapper import MTPWrapper
 
 # As mtp_ce/heads.py has them, which imports torch.
 _CONFIG, _TENSORS = "mtp_heads.json", "mtp_heads.safetensors"
+# As training/s3.py has it, which imports pydantic.
+_S3 = "s3://"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 # Kinds of heads that there is something to write of.
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         print(_export(arguments.checkpoint, arguments.part, arguments.folder))
-    except (ExportError, RecipeError) as error:
+    except ExportError as error:
         print(f"export-mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
@@ -93,13 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 def _export(checkpoint: str, part: str, folder: str) -> str:
     source = _model_folder(_fetch(checkpoint))
     heads = _read_heads(source, part)
-    if is_s3(folder):
-        from mtp_ce.training.storage import check_free, upload_folder
-
-        check_free("DIR", folder)
-        with tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
+    if folder.startswith(_S3):
+        with _storage() as storage, tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
+            storage.check_free("DIR", folder)
             _write_whole(source, part, Path(here) / "export")
-            upload_folder("DIR", Path(here) / "export", folder)
+            storage.upload_folder("DIR", Path(here) / "export", folder)
     else:
         _check_new(Path(folder))
         _write_whole(source, part, Path(folder))
@@ -110,11 +110,24 @@ def _export(checkpoint: str, part: str, folder: str) -> str:
 
 
 def _fetch(checkpoint: str) -> Path:
-    if not is_s3(checkpoint):
+    if not checkpoint.startswith(_S3):
         return Path(checkpoint)
-    from mtp_ce.training.storage import fetch_folder
+    with _storage() as storage:
+        return Path(storage.fetch_folder("CHECKPOINT", checkpoint))
 
-    return fetch_folder("CHECKPOINT", checkpoint)
+
+@contextmanager
+def _storage() -> Iterator[ModuleType]:
+    """What reads and writes S3; whoever exports from folder to folder needs none of its packages."""
+    if missing := missing_packages("boto3", "pydantic"):
+        raise ExportError(missing)
+    from mtp_ce.training import storage
+    from mtp_ce.training.schema import RecipeError
+
+    try:
+        yield storage
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
 
 
 def _write_whole(source: Path, part: str, folder: Path) -> None:

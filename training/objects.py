@@ -16,8 +16,9 @@ import os
 import threading
 import zlib
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mtp_ce.training.cache import cache_folder
 from mtp_ce.training.s3 import Address, ChangedError, StorageError, error_code
@@ -95,7 +96,7 @@ def fetch_object(client: Any, bucket: str, item: Stored, stop: threading.Event) 
     return whole
 
 
-def _load(client: Any, bucket: str, item: Stored, file: IO[bytes], stop: threading.Event) -> bool:
+def _load(client: Any, bucket: str, item: Stored, file: BufferedRandom, stop: threading.Event) -> bool:
     """Append to a file what it lacks; says whether the body came in more than one piece."""
     from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
     from botocore.exceptions import ConnectionError as NoConnectionError
@@ -133,7 +134,7 @@ def _load(client: Any, bucket: str, item: Stored, file: IO[bytes], stop: threadi
     return resumed
 
 
-def _verify(client: Any, bucket: str, item: Stored, file: IO[bytes], resumed: bool) -> None:
+def _verify(client: Any, bucket: str, item: Stored, file: BufferedRandom, resumed: bool) -> None:
     if (size := file.seek(0, os.SEEK_END)) != item.size:
         raise StorageError(f"'{item.key}' came with {size:,} bytes and should have {item.size:,}")
     file.seek(0)
@@ -150,7 +151,7 @@ def _verify(client: Any, bucket: str, item: Stored, file: IO[bytes], resumed: bo
                 raise StorageError(f"'{item.key}' does not fit its {algorithm} checksum; try again")
 
 
-def _checksum(file: IO[bytes], algorithm: str) -> str:
+def _checksum(file: BufferedRandom, algorithm: str) -> str:
     file.seek(0)
     if algorithm != "CRC32":
         return base64.b64encode(hashlib.file_digest(file, algorithm.lower()).digest()).decode()

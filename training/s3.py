@@ -34,6 +34,7 @@ _MEANINGS = {
     "NoSuchKey": "there is no such object",
     "InvalidAccessKeyId": "the endpoint does not know this access key; look at AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key; look at AWS_SECRET_ACCESS_KEY",
+    "InvalidBucketName": "this is no name that a bucket can have",
     "AccessDenied": "these credentials may not do that",
     "ExpiredToken": "the credentials have expired; fetch new ones",
 }
@@ -133,7 +134,9 @@ def connected(key: str, address: str, verb: str) -> Iterator[Any]:
 
 def error_code(error: BaseException) -> str:
     """Give the code of S3's answer, or of the one that led to this error; nothing where there was no answer."""
-    response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
+    # The transfer manager raises an error of its own, in whose context S3's is.
+    told = error.__context__ if type(error).__module__ == "boto3.exceptions" else error
+    response = getattr(told, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 

@@ -17,6 +17,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -50,13 +51,7 @@ def fetch_folder(key: str, address: str) -> Path:
     """
     place = parse_address(key, address)
     with connected(key, address, "read") as client:
-        for last in (*[False] * (_READINGS - 1), True):
-            try:
-                return _fetch(client, place, _contents(client, place))
-            except ChangedError:
-                if last:
-                    raise
-    raise AssertionError
+        return _unchanged(lambda: _fetch(client, place, _contents(client, place)))
 
 
 def fetch_file(key: str, address: str) -> Path:
@@ -72,7 +67,7 @@ def fetch_file(key: str, address: str) -> Path:
     place = parse_address(key, address)
     name = PurePosixPath(place.key).name
     with connected(key, address, "read") as client:
-        return _fetch(client, place, {name: look_up(client, place)}) / name
+        return _unchanged(lambda: _fetch(client, place, {name: look_up(client, place)})) / name
 
 
 def check_address(key: str, address: str) -> None:
@@ -196,6 +191,14 @@ def delete_folder(key: str, address: str) -> None:
         first, last = f"{place.key}/{MANIFEST}", f"{place.key}/{UNFINISHED}"
         for one in [first, *sorted({*keys} - {first, last}), last]:
             client.delete_object(Bucket=place.bucket, Key=one)
+
+
+def _unchanged(read: Callable[[], Path]) -> Path:
+    """Read, and once more from the beginning where something changed meanwhile."""
+    for _ in range(_READINGS - 1):
+        with suppress(ChangedError):
+            return read()
+    return read()
 
 
 def _page(client: Any, place: Address, most: int) -> list[dict[str, Any]]:
