@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from moto import mock_aws
+from rich.console import Console
 
-from mtp_ce.training import row_corpus
+from mtp_ce.training import pipeline, row_corpus
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import IGNORE, PackedRows, PaddedRows
 from mtp_ce.training.recipe import load_recipe
@@ -337,3 +338,22 @@ def test_every_command_of_the_page_on_data_reads_a_corpus(command, offline, buck
     corpus = read_corpus(recipe.data)
     assert len(corpus.train) + len(corpus.held_out) >= 250
     assert (corpus.train[0].prompt is None) == ("prompt_field" not in command)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_a_run_learns_from_prompts_and_completions(small, tmp_path, packing):
+    """From the file to the saved model; a position is scored where some head has a target that is learnt."""
+    rows = [
+        {"p": f"question number {i}: ", "c": f"the answer is {i * i}, or {'maybe ' * (i % 30)}not"} for i in range(300)
+    ]
+    path = write_json(tmp_path / "pairs.jsonl", rows)
+    data = [f"data.corpus={path}", "data.prompt_field=p", "data.completion_field=c", "data.vocab_size=300"]
+    budget = ["train.steps=null", "train.max_tokens=2000", "train.log_every=1", "validation.every=null"]
+    recipe = small([*data, *budget, f"data.packing={packing}"])
+    pipeline.train(recipe, tmp_path / "out", Console(quiet=True))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert len(steps) == 4, "64 tokens in a row, 8 rows in a step"
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+    assert all(0.3 < line["train/valid_token_ratio"] < 0.95 for line in steps)
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
