@@ -68,6 +68,8 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     out = out or Console()
     train, data = recipe.train, recipe.data
     ranks.check_batch(train.batch_size, train.micro_batch_size)
+    if recipe.reference and recipe.reference.train:
+        ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
     device = find_device(train.device, "train.device")
     # What may end the run comes first, so that a mistake is one line and not the last of many.
     corpus, addresses = _corpus(recipe), _addresses(recipe)

@@ -124,6 +124,10 @@ def test_ranks_share_the_model_and_one_of_them_speaks(dry, monkeypatch):
     assert "2 ranks" in first["device"]
     with pytest.raises(RecipeError, match=r"train\.batch_size 3 can't be dealt out to 2 ranks"):
         dry(load_recipe("tiny", ["train.batch_size=3"]))
+    with pytest.raises(RecipeError, match="batch_size 7 can't be dealt out"):
+        dry(load_recipe("rho1", ["reference.train.batch_size=7"]))
+    for weighted in ("rho1", "critic"):
+        assert "scoring" in dry(load_recipe(weighted))["memory"]
     monkeypatch.setenv("RANK", "1")
     assert dry(load_recipe("tiny")) == {}
 
