@@ -51,8 +51,8 @@ def test_the_tables_of_smollm2_are_those_of_its_results_file():
 
 
 def commands() -> list[str]:
-    """Every `train-mtp` line of the documentation."""
-    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    """Every `train-mtp` line of the documentation, but those that need S3, which test_storage_settings.py runs."""
+    lines = [line for page in PAGES if page.name != "s3.md" for line in page.read_text(encoding="utf-8").splitlines()]
     found = [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(pip install uv && uv run )?train-mtp", line)]
     return [command.removeprefix("pip install uv && uv run ") for command in found]
 
