@@ -32,8 +32,8 @@ _CONNECTIONS = 32
 _MEANINGS = {
     "NoSuchBucket": "there is no such bucket",
     "NoSuchKey": "there is no such object",
-    "InvalidAccessKeyId": "the endpoint does not know this access key; look at AWS_ACCESS_KEY_ID and the endpoint",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key; look at AWS_SECRET_ACCESS_KEY",
+    "InvalidAccessKeyId": "the endpoint does not know this access key",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
     "InvalidBucketName": "this is no name that a bucket can have",
     "AccessDenied": "these credentials may not do that",
     "ExpiredToken": "the credentials have expired; fetch new ones",

@@ -13,7 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,7 @@ class Proxy:
         asked: the head of every request, as it came.
         cuts: bytes after which the answer to the next requests for objects ends; None lets one through.
         between: called after each cut.
+        breaks: bodies that are sent in parts whose connection ends with their first bytes.
         damage: answers with bodies in which the last byte of what comes first is changed.
     """
 
@@ -142,6 +143,9 @@ class Proxy:
         self.cuts: list[int | None] = []
         self.between: Callable[[], object] = lambda: None
         self.damage = 0
+        self.breaks = 0
+        self._open = threading.Event()
+        self._open.set()
         self.served = 0
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -187,11 +191,26 @@ class Proxy:
                     self.asked.append(data.partition(b"\r\n\r\n")[0].decode("latin-1"))
                     body = re.match(rb"GET /\w+/[^? ]+ ", data)
                     limit[0] = self.cuts.pop(0) if body and self.cuts else None
+                if self.breaks and re.match(rb"PUT /[^ ]+\?[^ ]*partNumber", data):
+                    self.breaks -= 1
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                self._open.wait()
                 server.sendall(data)
         except OSError:
             pass
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing goes through in the block, and everything after it."""
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
     def close(self) -> None:
+        """Take no new connections."""
         self._door.close()
 
 

@@ -170,8 +170,14 @@ def test_what_is_not_there_is_one_line(s3, address, words):
 
 
 SETTINGS = {
-    "another secret key": ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, r"AWS_SECRET_ACCESS_KEY \(SignatureDoesNotMatch"),
-    "an unknown access key": ({"AWS_ACCESS_KEY_ID": "unknown-key"}, r"AWS_ACCESS_KEY_ID .*\(InvalidAccessKeyId\)"),
+    "another secret key": (
+        {"AWS_SECRET_ACCESS_KEY": "wrong-secret"},
+        r"the secret key does not belong to the access key \(SignatureDoesNotMatch\)",
+    ),
+    "an unknown access key": (
+        {"AWS_ACCESS_KEY_ID": "unknown-key"},
+        r"does not know this access key \(InvalidAccessKeyId\)",
+    ),
     "no credentials": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no whole credentials; set AWS_ACC"),
     "half of them": ({"AWS_SECRET_ACCESS_KEY": None}, "no whole credentials; set AWS_ACC"),
     "no such profile": ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\) could not be found"),
