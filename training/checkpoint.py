@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from mtp_ce.training.ranks import LeaderFailedError, Ranks
+from mtp_ce.training.ranks import LeaderFailedError, Ranks, without_ties
 from mtp_ce.training.schema import RecipeError
 
 FOLDER = "checkpoints"
@@ -101,7 +101,7 @@ class Checkpoints:
         try:
             self.ranks.lead(lambda: _empty(aside))
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(dict(_tensors(model, optimizer)), storage_writer=writer, no_dist=not self.ranks.sharded)
+            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
             self.ranks.lead(lambda: self._finish(step, aside, final, notes()))
         except (OSError, CheckpointException, LeaderFailedError) as error:
             cause = _cause(error)
@@ -133,7 +133,7 @@ class Checkpoints:
         """
         reader = HuggingFaceStorageReader(str(found.folder))
         stored = reader.read_metadata().state_dict_metadata
-        ours = dict(_parameters(model))
+        ours = _saved(model)
         theirs = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
         if ours.keys() != theirs:
             other = sorted(ours.keys() ^ theirs)[0]
@@ -220,22 +220,17 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(folder, step, notes)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in _parameters(model):
-        yield f"model.{name}", tensor
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in _saved(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"optimizer.{name}.{key}", value
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and what else a model saves; tied ones once."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-    for name, tensor in model.state_dict().items():
-        if name not in every:
-            yield name, tensor
+def _saved(model: nn.Module) -> dict[str, Tensor]:
+    # After a validation FSDP still holds some parameters gathered; state_dict has it give them up.
+    return without_ties(model, model.state_dict())
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:

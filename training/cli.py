@@ -99,8 +99,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if len(recipes) > 1:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
         begun = run_to_resume(arguments.resume, arguments.output)
-        if begun and arguments.resume != "auto" and recipes:
-            raise RecipeError(f"--resume {begun} takes the run's own recipe; leave out '{recipes[0]}'")
+        if recipes and arguments.resume not in (None, "auto"):
+            raise RecipeError(f"--resume {arguments.resume} takes the run's own recipe; leave out '{recipes[0]}'")
         own = str(begun / RECIPE_FILE) if begun and not recipes else DEFAULT_RECIPE
         recipe = load_recipe(recipes[0] if recipes else own, overrides)
         if comparing:

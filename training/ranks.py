@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -181,12 +181,16 @@ class Ranks:
             return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors: dict[str, Any] = get_model_state_dict(model, options=options)
-        # Tied parameters are one, and were gathered under each of their names.
-        once, every = (dict(model.named_parameters(remove_duplicate=unique)) for unique in (True, False))
-        return {name: tensor for name, tensor in tensors.items() if name in once or name not in every}
+        return without_ties(model, tensors)
 
 
 ALONE = Ranks()
+
+
+def without_ties(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out of a model's tensors all names but one of a parameter that has several."""
+    once, every = (dict(model.named_parameters(remove_duplicate=unique)) for unique in (True, False))
+    return {name: tensor for name, tensor in tensors.items() if name in once or name not in every}
 
 
 def local(value: Tensor) -> Tensor:

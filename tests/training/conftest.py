@@ -362,3 +362,34 @@ def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], N
         assert sorted(folder.rglob("*")) == before
 
     return check
+
+
+@pytest.fixture(scope="session")
+def same_training():
+    """Compare two runs: loss, gradient norm, weights and validation of every step, and the saved parameters."""
+    import torch
+    from safetensors.torch import load_file
+
+    def record(folder: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "time" and "perf" not in k} for line in lines]
+
+    def compare(one: Path, other: Path, steps: int) -> None:
+        ours, theirs = record(one), record(other)
+        assert len(ours) == len(theirs)
+        for mine, yours in zip(ours, theirs, strict=True):
+            # Shares of rows jump where two logits are as good as equal.
+            shares = {name for name in mine if "/top" in name or "/agrees" in name}
+            assert {name: mine.pop(name) for name in shares} == pytest.approx(
+                {name: yours.pop(name) for name in shares}, abs=1e-3
+            )
+            assert mine == pytest.approx(yours, rel=1e-5, abs=1e-7)
+        losses = {line["train/loss"] for line in ours if "train/loss" in line}
+        assert len(losses) == steps, "every step is another one"
+        for file in ("model.safetensors", "mtp_heads.safetensors"):
+            tensors, others = (load_file(folder / "model" / file) for folder in (one, other))
+            assert tensors.keys() == others.keys()
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-5)
+
+    return compare

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
-from mtp_ce.training import pipeline
+from mtp_ce.training import pipeline, stages
+from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.ranks import Ranks
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.schema import Recipe, RecipeError
 
 # Both ranks run every command line in turn; then each writes what main returned.
 DRIVER = """
@@ -69,12 +69,28 @@ SHARDED = {
     "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
     "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
+    "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
 ENDS = {"nan": ("poison_rank_1", 3), "interrupt": ("stop_rank_1", 130)}
 
 
 def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str]:
     return [str(recipe_file), *overrides, "--output", str(output)]
+
+
+def begin_alone(recipe: Recipe, folder: Path) -> None:
+    """Have this process stop in its third step."""
+
+    class Impatient(stages.Trainer):
+        def _step(self, step, window):
+            if step == 3:
+                raise StoppedError
+            super()._step(step, window)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "Trainer", Impatient)
+        with pytest.raises(StoppedError):
+            pipeline.train(recipe, folder, Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +102,9 @@ def launched(small, tmp_path_factory):
     (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
     (folder / "driver.py").write_text(DRIVER)
     calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
+    calls["bf16"] = arguments(folder / "recipe.yaml", folder / "bf16", ["train.precision=bf16"])
+    begin_alone(small(COMMON), folder / "begun alone")
+    calls["begun alone"] = ["--resume", str(folder / "begun alone")]
     calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
     # Last, because what they change in the program stays.
     for name, (change, _) in ENDS.items():
@@ -108,27 +127,57 @@ def launched(small, tmp_path_factory):
 
 
 def lines(folder: Path) -> list[dict]:
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time" and "perf" not in k} for line in metrics]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def alone(small, tmp_path, monkeypatch):
+    """Train in this process, with the overrides given; gives the folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(overrides: list[str], folder: Path | None = None) -> Path:
+        folder = folder or tmp_path / "alone"
+        pipeline.train(small([*COMMON, *overrides]), folder, Console(quiet=True), resume=folder.exists())
+        return folder
+
+    return run
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_two_ranks_train_as_one_does(name, launched, small, tmp_path, monkeypatch):
-    """Loss, gradient norm, weights and validation of every step, and the saved parameters."""
+def test_two_ranks_train_as_one_does(name, launched, alone, same_training):
     folder, codes, _ = launched
     assert codes[name] == (0, 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pipeline.train(small([*COMMON, *SHARDED[name]]), tmp_path / "alone", Console(quiet=True))
-    alone, together = lines(tmp_path / "alone"), lines(folder / name)
-    assert len(alone) == len(together) > 8
-    for one, other in zip(alone, together, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
-    assert len({line["train/loss"] for line in alone if "train/loss" in line}) == 5, "every step is another one"
-    for file in ("model.safetensors", "mtp_heads.safetensors"):
-        ours, theirs = (load_file(place / "model" / file) for place in (tmp_path / "alone", folder / name))
-        assert ours.keys() == theirs.keys()
-        for tensor, whole in ours.items():
-            torch.testing.assert_close(whole, theirs[tensor], rtol=1e-4, atol=1e-5)
+    own = [option for option in SHARDED[name] if "micro_batch" not in option]
+    same_training(alone(own), folder / name, steps=5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_micro_batches_of_one_process_train_as_its_whole_batch_does(rows, alone, same_training, tmp_path):
+    small_steps = alone([*RHO1, f"train.micro_batch_size={rows}"], tmp_path / "rows")
+    same_training(alone(RHO1), small_steps, steps=5)
+
+
+def test_bf16_on_two_ranks_learns_as_fp32_does(launched, alone):
+    folder, codes, _ = launched
+    assert codes["bf16"] == (0, 0)
+    ours, theirs = (
+        [line["train/loss"] for line in lines(run) if "train/loss" in line] for run in (alone([]), folder / "bf16")
+    )
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert ours != pytest.approx(theirs, rel=1e-6), "it is another precision"
+
+
+def test_one_process_goes_on_with_what_two_ranks_began(launched, alone, same_training, tmp_path):
+    folder, _, _ = launched
+    shutil.copytree(folder / "interrupt", tmp_path / "went on")
+    same_training(alone([]), alone([], tmp_path / "went on"), steps=5)
+
+
+def test_two_ranks_go_on_with_what_one_process_began(launched, alone, same_training):
+    folder, codes, said = launched
+    assert codes["begun alone"] == (0, 0)
+    assert "resumed     after step 2, from" in said
+    same_training(alone([]), folder / "begun alone", steps=5)
 
 
 def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_step(launched):
@@ -144,6 +193,10 @@ def test_ctrl_c_on_one_rank_stops_all_before_the_same_step(launched):
     assert codes["interrupt"] == (130, 130)
     assert [line["step"] for line in lines(folder / "interrupt") if "train/loss" in line] == [1, 2]
     assert said.count("interrupted; metrics so far are in") == 1
+    (kept,) = (folder / "interrupt" / "checkpoints").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors", "state.json",
+    ]  # fmt: skip
 
 
 def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):

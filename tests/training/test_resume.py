@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mtp_ce.training import checkpoint, pipeline, stages
+from mtp_ce.training import checkpoint, cli, pipeline, stages
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.recipe import to_yaml
 from mtp_ce.training.schema import RecipeError
@@ -167,6 +168,40 @@ def test_a_run_without_a_checkpoint_that_can_be_used_is_not_begun_again_in_silen
         quiet(recipe, run, resume=True)
 
 
+RESUMED = {
+    "another recipe": (
+        ["--resume", "auto", "--output", "run", "recipe.yaml", "optimizer.lr=0.5"],
+        "optimizer.lr is 0.5",
+    ),
+    "a recipe's name": (["--resume", "run", "tiny"], "takes the run's own recipe; leave out 'tiny'"),
+    "no run": (["--resume", "elsewhere"], "elsewhere is not the folder of a run"),
+    "auto without a folder": (["--resume", "auto"], "--resume auto needs --output DIR"),
+    "two folders": (["--resume", "run", "--output", "other"], "leave out --output other"),
+    "a comparison": (["compare", "--resume", "run"], "--resume belongs to a run"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), RESUMED.values(), ids=RESUMED)
+def test_a_wrong_resume_is_one_line_and_changes_nothing(arguments, said, stopped, capsys, monkeypatch):
+    recipe, run = stopped
+    monkeypatch.chdir(run.parent)
+    (run.parent / "recipe.yaml").write_text(to_yaml(recipe))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_run_goes_on_from_its_folder_alone_and_only_once(stopped, capsys, monkeypatch):
+    _, run = stopped
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["--resume", "run", "train.micro_batch_size=4"]) == 0
+    assert "resumed     after step 8, from run/checkpoints/step-00000008" in capsys.readouterr().out
+    assert cli.main(["--resume", "run"]) == 0
+    assert capsys.readouterr().out.startswith("run run finished 20")
+
+
 def test_what_is_left_of_a_write_that_was_killed_is_no_checkpoint(stopped, small):
     recipe, run = stopped
     newest = run / "checkpoints" / "step-00000008"
@@ -201,6 +236,26 @@ def test_a_full_disk_costs_checkpoints_and_a_model_that_can_be_saved_later(small
     quiet(recipe, tmp_path / "undisturbed")
     assert parameters(tmp_path / "copy") == parameters(tmp_path / "undisturbed")
     assert record(tmp_path / "copy") == record(tmp_path / "undisturbed")
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(small, stop_at, finished_run, tmp_path):
+    tracked = ["tracking.kind=mlflow", f"tracking.uri={finished_run.database}", "tracking.experiment=resumed"]
+    recipe = small([*SHORT, *tracked])
+    stop_at["step"] = 8
+    with pytest.raises(StoppedError):
+        quiet(recipe, tmp_path / "run")
+    client = MlflowClient(tracking_uri=finished_run.database)
+    experiment = client.get_experiment_by_name("resumed").experiment_id
+    stopped = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
+    assert list(stopped.values()) == ["KILLED", "KILLED"]
+    stop_at["step"] = 0
+    quiet(recipe, tmp_path / "run", resume=True)
+    finished = {run.info.run_id: run.info for run in client.search_runs([experiment])}
+    assert finished.keys() == stopped.keys()
+    assert {info.status for info in finished.values()} == {"FINISHED"}
+    (main,) = [run_id for run_id, info in finished.items() if info.run_name == "main"]
+    losses = client.get_metric_history(main, "train/loss")
+    assert [loss.step for loss in losses] == list(range(1, 13))
 
 
 class Command:
