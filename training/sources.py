@@ -169,6 +169,7 @@ def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: in
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise RecipeError(f"{key} '{source}' has no readable config.json; expected a model of transformers") from None
+    check_tensors(key, source, folder)
     architecture = " ".join(config.get("architectures") or ["model without a named architecture"])
     if kind == "critic" and not (
         architecture.endswith("ForTokenClassification") and len(config.get("id2label", {0: "", 1: ""})) == 1
@@ -187,6 +188,24 @@ def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: in
             "both must read the same tokens"
         )
     return theirs
+
+
+def check_tensors(key: str, source: str, folder: Path) -> None:
+    """Read the head of each file of tensors, which says how long the file is.
+
+    Raises:
+        RecipeError: one is cut off, or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(
+                f"{key} '{source}' has a {file.name} that is damaged or not whole ({error}); fetch or upload it again"
+            ) from None
 
 
 def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:

@@ -115,7 +115,12 @@ def check_free(key: str, address: str) -> None:
 
 
 def upload_folder(
-    key: str, folder: Path, address: str, overwrite: bool = False, stop: threading.Event | None = None
+    key: str,
+    folder: Path,
+    address: str,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+    parallel: bool = True,
 ) -> None:
     """Write every file of a folder below an address, and at last the manifest that makes it whole.
 
@@ -125,6 +130,7 @@ def upload_folder(
         address: s3://bucket/prefix.
         overwrite: replaces a folder that is there; it counts as not there from the first byte on.
         stop: ends the upload early; what is there then has no manifest.
+        parallel: sends the parts of a file at once, in threads that a process waits for at its end.
 
     Raises:
         RecipeError: the folder is empty or vanishes, another one is there, or S3 refuses or does not answer.
@@ -133,6 +139,9 @@ def upload_folder(
 
     place = parse_address(key, address)
     with connected(key, address, "written") as client:
+        # Only where it is known that boto3 is there.
+        from boto3.s3.transfer import TransferConfig
+
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = [name for name in names if name not in (MANIFEST, UNFINISHED)]
         if not names:
@@ -146,7 +155,11 @@ def upload_folder(
         for name in names:
             files[name] = _describe(folder / name)
             client.upload_file(
-                str(folder / name), place.bucket, f"{place.key}/{name}", Callback=_stopping(stop or threading.Event())
+                str(folder / name),
+                place.bucket,
+                f"{place.key}/{name}",
+                Config=TransferConfig(use_threads=parallel),
+                Callback=_stopping(stop or threading.Event()),
             )
         manifest = json.dumps({"files": files}, indent=1).encode()
         try:

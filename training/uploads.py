@@ -70,7 +70,8 @@ class Uploads:
     def _upload(self, folder: Path, name: str) -> None:
         address = f"{self._address}/{name}"
         try:
-            upload_folder(self._key, folder, address, overwrite=True, stop=self._stop)
+            # In this thread alone, a daemon: a server that has fallen silent does not hold up the end of the run.
+            upload_folder(self._key, folder, address, overwrite=True, stop=self._stop, parallel=False)
         except RecipeError:
             if folder.is_dir():
                 raise

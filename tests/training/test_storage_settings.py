@@ -108,13 +108,13 @@ def test_a_recipe_in_s3_is_read_and_its_mistakes_are_named_without_torch(s3, pre
     s3.put_object(Bucket="models", Key=f"{prefix}/bad.yaml", Body=b"train:\n  steps: 1\n  steps: 2\n")
     program = (
         "import sys; from mtp_ce.training.cli import main\n"
-        "codes = [main([f's3://models/{sys.argv[1]}/{name}.yaml', 'train.steps=7', '--print-config'])"
+        "codes = [main([f's3://models/{sys.argv[1]}/{name}.yaml', 'train.steps=777', '--print-config'])"
         " for name in ('good', 'bad', 'none')]\n"
         "print(codes, [name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", program, prefix], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "steps: 7" in run.stdout, run.stderr
+    assert "steps: 777" in run.stdout, run.stderr
     assert run.stdout.endswith("[0, 2, 2] []\n")
     bad, none = run.stderr.splitlines()
     assert bad.startswith(f"train-mtp: error: recipe s3://models/{prefix}/bad.yaml, line 3: key 'steps' is given twice")
@@ -174,3 +174,15 @@ def test_every_command_of_the_page_does_what_it_says(s3, workplace, monkeypatch,
     assert eval_cli.main(["s3://models/nothing", "--output", "new"]) == 2
     assert "CHECKPOINT 's3://models/nothing' can't be read" in capsys.readouterr().err
     assert not os.path.exists("new")
+
+
+def test_a_model_whose_tensors_were_cut_off_is_one_line(s3, workplace, capsys):
+    """Nobody's manifest says how long the object was."""
+    cut = Path("first/model.safetensors").read_bytes()[:-1]
+    s3.put_object(Bucket="models", Key="first/model.safetensors", Body=cut)
+    for program, words in ((eval_cli.main, []), (cli.main, ["s3://models/recipes/first.yaml"])):
+        address = [] if words else ["s3://models/first", "data.corpus=my/texts", "data.holdout_fraction=0.2"]
+        assert program([*words, *address, "tracking.kind=none", "--output", "new"]) == 2
+        said = capsys.readouterr().err
+        assert "'s3://models/first' has a model.safetensors that is damaged or not whole" in said
+    assert not Path("new").exists()
