@@ -39,6 +39,8 @@ class Uploads:
         self._folders: SimpleQueue[tuple[Path, str] | None] = SimpleQueue()
         # Names in the order of sending; the first is being uploaded.
         self._waiting: list[str] = []
+        # Half of them may be there, of which a server has no end by itself.
+        self._failed: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
@@ -63,6 +65,7 @@ class Uploads:
             try:
                 self._upload(folder, name)
             except Exception as error:  # whatever it is, training goes on
+                self._failed.add(name)
                 if not self._stop.is_set():
                     self._warn(f"{_one_line(error)}; training goes on")
             self._waiting.remove(name)
@@ -76,9 +79,11 @@ class Uploads:
             if folder.is_dir():
                 raise
             raise RecipeError(f"{self._key} {address}: {folder} was deleted before it was uploaded") from None
+        self._failed.discard(name)
         alike = [other for other in complete_folders(self._key, self._address) if _kind(other) == _kind(name)]
-        for old in alike[: -self._keep]:
+        for old in [*alike[: -self._keep], *sorted(self._failed)]:
             delete_folder(self._key, f"{self._address}/{old}")
+            self._failed.discard(old)
 
 
 def _kind(name: str) -> str:

@@ -144,6 +144,7 @@ class Proxy:
         self.between: Callable[[], object] = lambda: None
         self.damage = 0
         self.breaks = 0
+        self._held = b""
         self._open = threading.Event()
         self._open.set()
         self.served = 0
@@ -195,14 +196,16 @@ class Proxy:
                     self.breaks -= 1
                     client.shutdown(socket.SHUT_RDWR)
                     return
-                self._open.wait()
+                if self._held in data:
+                    self._open.wait()
                 server.sendall(data)
         except OSError:
             pass
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nothing goes through in the block, and everything after it."""
+    def held(self, words: bytes = b"") -> Iterator[None]:
+        """No request with these words goes through in the block, and everything after it."""
+        self._held = words
         self._open.clear()
         try:
             yield

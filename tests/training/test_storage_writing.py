@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -203,6 +205,20 @@ def test_a_folder_that_is_gone_is_one_line_and_the_next_one_gets_there(s3, prefi
     assert complete_folders("DIR", f"s3://models/{prefix}") == ["step-2"]
 
 
+def test_half_of_a_folder_is_removed_when_another_one_gets_there(s3, proxy, folder, prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    said: list[str] = []
+    proxy.breaks = 1
+    uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
+    uploads.send(folder, "step-1")
+    uploads.send(small(tmp_path, 2), "step-2")
+    uploads.close(30)
+    (line,) = said
+    assert f"s3://models/{prefix}/step-1' can't be written" in line
+    assert "PUT step-1/deep/notes.txt" in writes(proxy)
+    assert {name.partition("/")[0] for name in names(s3, prefix)} == {"step-2"}
+
+
 def test_a_server_that_is_away_is_one_line_for_each_folder_and_costs_the_training_nothing(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -235,6 +251,20 @@ def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, pref
     uploads._thread.join(10)
     assert not uploads._thread.is_alive()
     assert "step-2/weights.bin" not in names(s3, prefix)
+
+
+def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the_end(s3, proxy, prefix, tmp_path):
+    small(tmp_path, 1)
+    program = (
+        "import sys; from pathlib import Path; from mtp_ce.training.uploads import Uploads\n"
+        "uploads = Uploads(sys.argv[1], print, keep=1); uploads.send(Path(sys.argv[2]), 'step-1'); uploads.close(1.5)"
+    )
+    with proxy.held(b"weights.bin"):
+        words = [sys.executable, "-c", program, f"s3://models/{prefix}", str(tmp_path / "step-1")]
+        run = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"checkpoint upload s3://models/{prefix} has no step-1 after 1.5 s; given up\n"
+    assert f"PUT step-1/{UNFINISHED}" in [line.replace(f"{prefix}/", "") for line in writes(proxy)]
 
 
 def test_the_manifest_says_what_others_need_to_check_it(s3, folder, prefix):
