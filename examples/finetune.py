@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         )  # fmt: skip
     wrapper = MTPWrapper(model, options.horizon, heads=options.heads, trunk=options.trunk)
 
-    ids = list(chain.from_iterable(tokenizer(texts(corpus.train[:40]))["input_ids"]))
+    ids = list(chain.from_iterable(tokenizer(list(texts(corpus.train[:40])))["input_ids"]))
     rows = [ids[i : i + options.length] for i in range(0, len(ids) - options.length, options.length)]
     dataset = Dataset.from_dict({"input_ids": rows, "labels": rows})
 

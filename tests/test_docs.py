@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
-from mtp_ce.training.cli import _main
+from mtp_ce.training import recipe_docs
 from mtp_ce.training.compare import comparison_table
 from mtp_ce.training.schema import Recipe
 
@@ -50,20 +53,50 @@ def test_the_tables_of_smollm2_are_those_of_its_results_file():
         assert run["decoding"]["identical"] == run["decoding"]["prompts"]
 
 
-def commands() -> list[str]:
-    """Every `train-mtp` line of the documentation."""
-    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
-    found = [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(pip install uv && uv run )?train-mtp", line)]
-    return [command.removeprefix("pip install uv && uv run ") for command in found]
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=str)
+def test_python_of_a_page_gives_what_it_shows(page):
+    assert doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS).failed == 0
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_documentation_is_a_valid_recipe(command, capsys):
-    import shlex
+def test_the_page_of_recipes_is_that_of_the_schema():
+    """`python -m mtp_ce.training.recipe_docs > docs/recipes.md` makes it."""
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == recipe_docs.page()
 
-    words = shlex.split(command)[1:]
-    assert _main([*words, "--print-config"]) == 0
-    assert "sequence_length" in capsys.readouterr().out
+
+def test_the_page_of_recipes_has_every_key_with_its_type_default_range_and_meaning():
+    """Also of keys that no recipe has yet: lists, mappings, groups that may be null, choices of groups."""
+
+    class A(BaseModel):
+        """One way."""
+
+        kind: Literal["a"] = "a"
+
+    class B(BaseModel):
+        """Another."""
+
+        kind: Literal["b"]
+        names: list[str] = Field(default_factory=list, max_length=3, description="some | names")
+        sizes: dict[str, int] = Field(default={"x": 1}, description="sizes by name")
+
+    class Top(BaseModel):
+        """Everything."""
+
+        either: Annotated[A | B, Field(discriminator="kind")] | None = Field(default=None, description="one of two")
+        share: float | None = Field(default=0.5, gt=0, le=1, description="a share")
+        again: A = Field(default_factory=A, description="once more")
+
+    said = "\n".join(recipe_docs.groups(Top))
+    for line in (
+        "| `either` | group or null | `null` |  | one of two |",
+        "| `share` | number or null | `0.5` | > 0, ≤ 1 | a share |",
+        "| `again` | group | its defaults |  | once more |",
+        "## `either` (`kind: b`), may be null",
+        "| `either.kind` | `b` | must be given |  |  |",
+        "| `either.names` | list of text | `[]` | length ≤ 3 | some \\| names |",
+        '| `either.sizes` | dict of text, integer | `{"x": 1}` |  | sizes by name |',
+        "## `again`\n\nOne way.\n\nIts keys are those of `either` (`kind: a`).",
+    ):
+        assert line in said
 
 
 def test_the_page_of_weights_names_every_scorer():

@@ -129,15 +129,17 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resume: bool) -> int:
     # Only here do torch and transformers load; everything above has been answered by then.
+    if dry_run:
+        from mtp_ce.training.describe import describe
+
+        describe(recipe, output)
+        return EXIT_DONE
     from mtp_ce.training.compare import compare
     from mtp_ce.training.interrupt import StoppedError, terminate_in_order
-    from mtp_ce.training.pipeline import describe, train
+    from mtp_ce.training.pipeline import train
     from mtp_ce.training.ranks import LeaderFailedError
     from mtp_ce.training.trainer import StepRefusedError
 
-    if dry_run:
-        describe(recipe, output)
-        return EXIT_DONE
     try:
         with terminate_in_order():
             if seeds:

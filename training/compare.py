@@ -81,8 +81,8 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
 def _run(
     name: str, recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking
 ) -> dict[str, float]:
-    documents = zip(inputs.corpus.held_out, inputs.tokens.held_out, strict=True)
-    documented = [tokens for document, tokens in documents if is_documented(document)]
+    held_out = inputs.corpus.held_out
+    documented = inputs.tokens.held_out.choose([i for i, text in enumerate(held_out) if is_documented(text)])
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
         weighing = build_weighing(recipe, models, inputs.device)

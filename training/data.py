@@ -1,13 +1,16 @@
-"""From documents to batches: tokenise once, lay the documents end to end, cut rows, order them.
+"""From tokens to batches: lay the documents end to end and cut rows, or give each a row, and order the rows.
 
-    documents   |bos a a a a a eos|bos b b eos|bos c c c c c c c eos|        a document is one file
-    rows        |bos a a a a a eos bos|b b eos bos c c c c|c c c eos pad ... |          S tokens each
-    document_ids 0 0 0 0 0 0 0 1       1 1 1 2 2 2 2 2     2 2 2 2   3
-    position_ids 0 1 2 3 4 5 6 0       0 1 2 0 1 2 3 4     0 1 2 3   0 ...
+    documents   |eos a a a a a eos|eos b b eos|eos c c c c c c c eos|
+    packed      |eos a a a a a eos eos|b b eos eos c c c c|c c c eos pad ... |         S tokens each
+    document_ids 0   0 0 0 0 0 0   1   1 1 1   2   2 2 2 2 2 2 2 2   3
+    position_ids 0   1 2 3 4 5 6   0   0 1 2   0   1 2 3 4 0 1 2 3   0 ...
+
+    padded      |eos a a a a a eos pad|eos b b eos pad pad pad pad|eos c c c c c c c|   what is longer is cut
 
 Position ids begin again at every document and at every row, which is how transformers finds the borders
 that attention must not cross; document ids are how the loss finds them. No attention mask is made: an
-all-ones mask would switch that detection off. Padding is a document of its own, with label -100.
+all-ones mask would switch that detection off. Padding is a document of its own, with label -100, and so
+have the tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -18,27 +21,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 
-import datasets
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.corpus import Corpus
-from mtp_ce.training.tokenizer import cache_folder
+from mtp_ce.training.tokens import DocumentTokens
 
 IGNORE = -100
-
-# Part of the cache key: raise it when `_encode` changes what comes out.
-_FORMAT = "1"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents: four int64 tensors [B, S], and weights where they were made before training."""
+    """Rows of documents: four int64 tensors [B, S], and weights where they were made before training."""
 
     input_ids: Tensor
-    labels: Tensor  # input_ids, unshifted, with -100 at padding
+    labels: Tensor  # input_ids, unshifted, with -100 at prompts and padding
     document_ids: Tensor
     position_ids: Tensor
     token_weights: Tensor | None = None  # [B, S] fp32, of the token that stands there
@@ -78,6 +74,10 @@ class PackedRows:
         row_length: S. Nothing is dropped: the last row is padded.
         pad_id: what fills the last row.
         token_weights: fp32 weights of each document's tokens, 1-d, or None.
+
+    Attributes:
+        tokens: [N] int32, all of them in order where all documents of a corpus were given.
+        lengths: [n] int64, tokens of each document.
     """
 
     def __init__(
@@ -89,15 +89,22 @@ class PackedRows:
     ) -> None:
         self.row_length = row_length
         self.pad_id = pad_id
-        self.tokens = torch.cat([document.to(torch.int32) for document in documents])
+        self.documents = DocumentTokens.of(documents)
         self.token_weights = None if token_weights is None else torch.cat([*token_weights])
-        self.lengths = torch.tensor([len(document) for document in documents])
-        # One start more than there are documents: the padding's, so that it needs no case of its own.
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
+
+    @property
+    def tokens(self) -> Tensor:
+        """Where the tokens of the documents are; a mapped file for those of a corpus."""
+        return self.documents.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each document, [n] int64."""
+        return self.documents.starts.diff()
 
     def __len__(self) -> int:
         """Give the number of rows."""
-        return -(-len(self.tokens) // self.row_length)
+        return -(-self.documents.token_count // self.row_length)
 
     def batch(self, rows: Tensor) -> Batch:
         """Collect rows by number.
@@ -105,17 +112,36 @@ class PackedRows:
         Args:
             rows: [B] int64, each in [0, len(self)).
         """
+        starts, count = self.documents.starts, self.documents.token_count
         row_start = rows[:, None] * self.row_length  # [B, 1]
-        place = row_start + torch.arange(self.row_length)  # [B, S], in self.tokens
-        real = place < len(self.tokens)
-        inside = place.clamp(max=len(self.tokens) - 1)
-        tokens = self.tokens[inside].to(torch.int64)
-        document_ids = torch.searchsorted(self._starts, place, right=True) - 1
+        place = row_start + torch.arange(self.row_length)  # [B, S]
+        document_ids = torch.searchsorted(starts, place, right=True) - 1
+        position_ids = place - torch.maximum(starts[document_ids], row_start)
+        return self._read(place, place < count, document_ids, position_ids)
+
+    def _read(self, place: Tensor, real: Tensor, document_ids: Tensor, position_ids: Tensor) -> Batch:
+        """Look up the tokens at some places.
+
+        Args:
+            place: [B, S], as if the documents lay end to end.
+            real: [B, S], where a token stands; False is padding, whatever the place.
+            document_ids: [B, S].
+            position_ids: [B, S].
+        """
+        documents = self.documents
+        inside = torch.where(real, place, 0)
+        # Of what is no padding; the padding's own document has no entry in the arrays of documents.
+        document = torch.where(real, document_ids, 0)
+        tokens = documents.tokens[inside if documents.moved is None else inside + documents.moved[document]]
+        tokens = tokens.to(torch.int64)
+        learnt = real
+        if documents.prompts is not None:
+            learnt = real & (inside - documents.starts[document] >= documents.prompts[document])
         return Batch(
             input_ids=torch.where(real, tokens, self.pad_id),
-            labels=torch.where(real, tokens, IGNORE),
+            labels=torch.where(learnt, tokens, IGNORE),
             document_ids=document_ids,
-            position_ids=place - torch.maximum(self._starts[document_ids], row_start),
+            position_ids=position_ids,
             token_weights=None if self.token_weights is None else self.token_weights[inside] * real,
         )
 
@@ -126,11 +152,31 @@ class PackedRows:
             batch_size: rows of a batch.
             most: give so many rows at most, spread evenly over all of them; None means every row.
         """
-        order = torch.arange(len(self))
-        if most is not None and most < len(self):
-            order = order[:most] * len(self) // most
-        for rows in order.split(batch_size):
-            yield self.batch(rows)
+        count = len(self) if most is None else min(most, len(self))
+        for start in range(0, count, batch_size):
+            rows = torch.arange(start, min(start + batch_size, count))
+            yield self.batch(rows * len(self) // count)
+
+
+class PaddedRows(PackedRows):
+    """Tokenised documents, one in each row of `row_length` tokens: what is longer is cut, what is shorter padded."""
+
+    def __len__(self) -> int:
+        """Give the number of rows, which is that of the documents."""
+        return len(self.documents)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Collect rows by number.
+
+        Args:
+            rows: [B] int64, each in [0, len(self)).
+        """
+        start = self.documents.starts[rows][:, None]  # [B, 1]
+        length = self.documents.starts[rows + 1][:, None] - start
+        offset = torch.arange(self.row_length).expand(len(rows), -1)  # [B, S]
+        real = offset < length
+        document_ids = torch.where(real, rows[:, None], len(self.documents))
+        return self._read(start + offset, real, document_ids, torch.where(real, offset, offset - length))
 
 
 @lru_cache(maxsize=2)
@@ -160,70 +206,3 @@ def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> Tensor:
     return torch.cat(
         [epoch_order(rows, seed, epoch)[place[epochs == epoch] % rows] for epoch in epochs.unique().tolist()]
     )
-
-
-@dataclass(frozen=True)
-class TokenisedCorpus:
-    """Token ids of every document, int64 1-d tensors that begin and end with the end-of-text token."""
-
-    train: list[Tensor]
-    held_out: list[Tensor]
-
-
-def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> TokenisedCorpus:
-    """Read the token ids of a corpus from the cache, or make them and put them there.
-
-    The cache is a `datasets` table with one row per document, kept by a hash of the texts, the split and
-    the tokenizer.
-    """
-    datasets.disable_progress_bars()
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    key = hashlib.sha256(f"{_FORMAT}\0{corpus.digest}\0{vocabulary}".encode()).hexdigest()[:32]
-    folder = cache_folder() / "tokens" / key
-    if not folder.exists():
-        table = _encode(corpus, tokenizer)
-        try:
-            with whole_folder(folder) as aside:
-                table.save_to_disk(str(aside))
-        except FileExistsError:
-            pass  # another process made the same table meanwhile
-    table = datasets.load_from_disk(str(folder)).with_format("torch")
-    sides: dict[bool, list[Tensor]] = {False: [], True: []}
-    for held_out, ids in zip(table["held_out"], table["ids"], strict=True):
-        sides[bool(held_out)].append(ids)
-    return TokenisedCorpus(train=sides[False], held_out=sides[True])
-
-
-def _encode(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> datasets.Dataset:
-    documents = [*corpus.train, *corpus.held_out]
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast([document.text for document in documents])
-    border = tokenizer.eos_token_id
-    return datasets.Dataset.from_dict(
-        {
-            "path": [document.path for document in documents],
-            "held_out": [False] * len(corpus.train) + [True] * len(corpus.held_out),
-            "ids": [[border, *encoding.ids, border] for encoding in encoded],
-        }
-    )
-
-
-def unigram_cross_entropy(tokens: TokenisedCorpus, vocab_size: int) -> float:
-    """Measure how well token frequencies alone predict the held-out text.
-
-        - mean_{i held out} log((n[token_i] + 1) / (sum n + V))         n: counts in the training documents
-
-    It is what a model scores that has learnt how often each token comes and nothing about context; add-one
-    smoothing gives tokens that training never showed a place. The first token of a document counts on
-    neither side, because no model is asked to predict it.
-
-    Returns:
-        Nats per token.
-    """
-    counts = _counts(tokens.train, vocab_size).to(torch.float64)
-    log_share = ((counts + 1) / (counts.sum() + vocab_size)).log()
-    seen = _counts(tokens.held_out, vocab_size)
-    return float(-(seen * log_share).sum() / seen.sum())
-
-
-def _counts(documents: Sequence[Tensor], vocab_size: int) -> Tensor:
-    return torch.bincount(torch.cat([document[1:] for document in documents]), minlength=vocab_size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce.speculative import Speculation, generate_speculatively
+from mtp_ce.training.tokens import DocumentTokens
 from mtp_ce.wrapper import MTPWrapper
 
 
@@ -63,10 +64,11 @@ def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list
     Returns:
         Prompts [1, tokens].
     """
-    long = [document for document in documents if len(document) >= tokens]
+    documents = DocumentTokens.of(documents)
+    long = (documents.starts.diff() >= tokens).nonzero()[:, 0].tolist()
     prompts = []
     for place, several in Counter(i * len(long) // count for i in range(count if long else 0)).items():
-        document = long[place]
+        document = documents[long[place]]
         # One stands in the middle, two at the thirds.
         for start in sorted({(len(document) - tokens) * (j + 1) // (several + 1) for j in range(several)}):
             prompts.append(document[start : start + tokens].long()[None])

@@ -11,19 +11,24 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser
+from mtp_ce.training.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
 
 if TYPE_CHECKING:
     from mtp_ce.wrapper import MTPWrapper
 
 # As mtp_ce/heads.py has them, which imports torch.
 _CONFIG, _TENSORS = "mtp_heads.json", "mtp_heads.safetensors"
+# As training/s3.py has it, which imports pydantic.
+_S3 = "s3://"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 # Kinds of heads that there is something to write of.
@@ -38,6 +43,7 @@ parts:
 examples:
   export-mtp runs/first base served/model
   export-mtp runs/first medusa served/medusa
+  export-mtp runs/first base s3://bucket/models/first
   vllm serve served/model --speculative-config \\
     '{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}'
 
@@ -78,19 +84,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        type=Path,
         metavar="CHECKPOINT",
-        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote",
+        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote, here or at an s3:// address",
     )
     parser.add_argument("part", choices=("base", "heads", "medusa"), help="what to write")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write it; must not exist")
+    parser.add_argument("folder", metavar="DIR", help="where to write it, or an s3:// address; must not exist")
     return parser
 
 
-def _export(checkpoint: Path, part: str, folder: Path) -> str:
-    source = _model_folder(checkpoint)
+def _export(checkpoint: str, part: str, folder: str) -> str:
+    source = _model_folder(_fetch(checkpoint))
     heads = _read_heads(source, part)
-    _check_new(folder)
+    if folder.startswith(_S3):
+        with _storage() as storage, tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
+            storage.check_free("DIR", folder)
+            _write_whole(source, part, Path(here) / "export")
+            storage.upload_folder("DIR", Path(here) / "export", folder)
+    else:
+        _check_new(Path(folder))
+        _write_whole(source, part, Path(folder))
+    if part != "medusa":
+        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {checkpoint}"
+    speculation = {"method": "medusa", "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
+    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
+
+
+def _fetch(checkpoint: str) -> Path:
+    if not checkpoint.startswith(_S3):
+        return Path(checkpoint)
+    with _storage() as storage:
+        return Path(storage.fetch_folder("CHECKPOINT", checkpoint))
+
+
+@contextmanager
+def _storage() -> Iterator[ModuleType]:
+    """What reads and writes S3; whoever exports from folder to folder needs none of its packages."""
+    if missing := missing_packages("boto3", "pydantic"):
+        raise ExportError(missing)
+    from mtp_ce.training import storage
+    from mtp_ce.training.schema import RecipeError
+
+    try:
+        yield storage
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
+
+
+def _write_whole(source: Path, part: str, folder: Path) -> None:
     wrapper = None if part == "heads" else _load(source)
     try:
         with whole_folder(folder) as aside:
@@ -101,10 +141,6 @@ def _export(checkpoint: Path, part: str, folder: Path) -> str:
                 _write(wrapper, part, source, aside)
     except (FileExistsError, ValueError) as error:
         raise ExportError(str(error)) from None
-    if part != "medusa":
-        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {source}"
-    speculation = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads["horizon"] - 1}
-    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
 
 
 def _model_folder(checkpoint: Path) -> Path:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,12 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
-from mtp_ce.training.data import PackedRows, TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.data import PackedRows, PaddedRows
 from mtp_ce.training.ranks import ALONE, Ranks
 from mtp_ce.training.report import say
 from mtp_ce.training.schema import DataConfig, EvaluationRecipe, PretrainedModelConfig, Recipe, RecipeError
 from mtp_ce.training.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
 from mtp_ce.training.tokenizer import load_tokenizer, read_tokenizer
+from mtp_ce.training.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy
+
+# Characters of training text that a tokenizer is trained on, about: what it counts is held in memory. The stride that
+# gives them is a whole number, so a corpus of less than this is read as a whole.
+TOKENIZER_CHARACTERS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Inputs:
         row_length: S.
         vocab_size: V of the model in training.
         ranks: who takes part.
+        packing: how documents become rows.
     """
 
     console: Console
@@ -49,17 +55,19 @@ class Inputs:
     row_length: int
     vocab_size: int
     ranks: Ranks
+    packing: Literal["packed", "padded"] = "packed"
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
-        """Pack documents into rows."""
+        """Lay documents into rows."""
         pad: Any = self.tokenizer.pad_token_id
-        return PackedRows(documents, self.row_length, pad, token_weights)
+        kind = PackedRows if self.packing == "packed" else PaddedRows
+        return kind(documents, self.row_length, pad, token_weights)
 
     @property
     def digests(self) -> list[str]:
-        """Hashes of the texts, their split, and the tokenizer."""
+        """What decides the rows but their length: hashes of the texts with their split and of the tokenizer."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()
-        return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest()]
+        return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest(), self.packing]
 
 
 def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Inputs:
@@ -82,8 +90,9 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
     assert V is not None
     tokenizer = _named_tokenizer(recipe, given, V)
     corpus = read_corpus(recipe.data)
-    _say_files(console, corpus)
-    tokenizer = tokenizer or load_tokenizer(texts(corpus.train), V)
+    _say_corpus(console, corpus)
+    stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
+    tokenizer = tokenizer or load_tokenizer(texts(corpus.train[::stride]), V)
     for key, folder in given.items():
         if key != "model.source":
             check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
@@ -107,15 +116,15 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
     V = check_config("CHECKPOINT", source, folder, "language model", None)
     tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
     corpus = read_corpus(recipe.data)
-    _say_files(console, corpus)
+    _say_corpus(console, corpus)
     return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
 
 
-def _say_files(console: Console, corpus: Corpus) -> None:
+def _say_corpus(console: Console, corpus: Corpus) -> None:
     say(
         console,
-        f"corpus      {len(corpus.train)} files to train on, {len(corpus.held_out)} held out, "
-        f"{corpus.characters / 1e6:.1f} million characters",
+        f"corpus      {len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out, "
+        f"{corpus.skipped:,} skipped, {corpus.characters / 1e6:.1f} million characters",
     )
 
 
@@ -130,10 +139,14 @@ def _inputs(
     ranks: Ranks,
 ) -> Inputs:
     tokens = tokenise(corpus, tokenizer)
-    counts = [sum(len(document) for document in side) for side in (tokens.train, tokens.held_out)]
-    say(console, f"tokens      {counts[0]:,} to train on, {counts[1]:,} held out, {len(tokenizer):,} entries")
+    train, held_out = tokens.train.token_count, tokens.held_out.token_count
+    say(console, f"tokens      {train:,} to train on, {held_out:,} held out, {len(tokenizer):,} entries")
+    if data.packing == "padded":
+        longer = tokens.train.longer_than(data.sequence_length)
+        say(console, f"rows        {longer:,} of {len(tokens.train):,} documents cut at {data.sequence_length} tokens")
     unigram = unigram_cross_entropy(tokens, vocab_size)
-    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, data.sequence_length, vocab_size, ranks)
+    S = data.sequence_length
+    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, S, vocab_size, ranks, data.packing)
 
 
 def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads import CONFIG_FILE
@@ -16,7 +16,7 @@ from mtp_ce.wrapper import MTPWrapper
 
 
 def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
-    """Build the model, on the default device (meta included); what is random comes from torch's global seed.
+    """Build the model, on the default device; what is random comes from torch's global seed.
 
     Args:
         recipe: sizes and heads come from `recipe.model`, vocabulary and longest row from `recipe.data`.
@@ -39,11 +39,7 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
     if not isinstance(recipe.model, PretrainedModelConfig):
         return LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
     assert pretrained is not None
-    trunk: PreTrainedModel
-    if torch.get_default_device().type == "meta":
-        trunk = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pretrained))
-    else:
-        trunk = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
     return trunk
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.training.corpus import is_documented
+from mtp_ce.training.data import PackedRows
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.scoring import Weighing
 from mtp_ce.training.weights_passage import Passage, token_texts
@@ -53,7 +55,9 @@ def _choose(inputs: Inputs) -> list[int]:
 
 def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, place: int) -> Passage:
     document = inputs.tokens.held_out[place][: ROWS_EACH * inputs.row_length]
-    rows = inputs.rows([document])
+    # Packed, whatever the run's rows are: padded ones would end after the first.
+    pad: Any = inputs.tokenizer.pad_token_id
+    rows = PackedRows([document], inputs.row_length, pad)
     batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
     current = NextToken.of(model.causal, batch.input_ids, batch.position_ids)
     parts = weighing.explain(batch, current)

@@ -5,55 +5,19 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mtp_ce.training.corpus import find_files
 from mtp_ce.training.evaluation import Evaluation
-from mtp_ce.training.gguf import converted_folder
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
-from mtp_ce.training.model import build_model
 from mtp_ce.training.ranks import Ranks, join_ranks
 from mtp_ce.training.recipe import without_password
 from mtp_ce.training.report import say, say_evaluation, warn
 from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same, finish
-from mtp_ce.training.schema import PretrainedModelConfig, Recipe
-from mtp_ce.training.sources import local_source, sources_of
-from mtp_ce.training.stages import check_stages, main_stage, parameters, scoring_stages
+from mtp_ce.training.schema import Recipe
+from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
-
-
-def describe(recipe: Recipe, output: Path) -> None:
-    """Print what `train` would do, without memory for the model and without writing anything.
-
-    Raises:
-        RecipeError: the corpus is not there.
-    """
-    out = Console()
-    root, paths = find_files(recipe.data)
-    train, data, scored = recipe.train, recipe.data, recipe.scored_by
-    step_tokens = train.batch_size * data.sequence_length
-    say(out, f"recipe      {recipe.name}: {recipe.description}")
-    say(out, f"corpus      {len(paths)} files in {root}, {data.holdout_fraction:.1%} held out")
-    for key, (source, kind) in sources_of(recipe).items():
-        say(out, f"given       {key}: {kind} {source}")
-    for name, stage in (("reference", recipe.reference), ("critic", recipe.critic)):
-        needed = scored and scored.name == {"reference": "rho1_excess", "critic": "critic_delta"}[name]
-        if needed and stage and stage.train and not stage.source:
-            say(out, f"{name:<11} {stage.train.steps:,} steps of {stage.train.batch_size}, where not there already")
-    say(out, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
-    say(out, f"model       {_sizes(recipe)}")
-    say(
-        out,
-        f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
-        f"tokens: {train.steps * step_tokens:,} in all, for {recipe.model.mtp.horizon} heads",
-    )
-    say(out, f"device      {find_device(train.device, 'train.device')}")
-    say(out, f"output      {output}")
-    say(out, f"tracking    {_tracking(recipe)}")
-    say(out, "dry run: nothing was written")
 
 
 def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: bool = False) -> Evaluation:
@@ -114,18 +78,6 @@ def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
     ranks.check_batch(recipe.train.batch_size, recipe.train.micro_batch_size)
     if recipe.reference and recipe.reference.train:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
-
-
-def _sizes(recipe: Recipe) -> str:
-    folder: Path | None = None
-    if isinstance(recipe.model, PretrainedModelConfig):
-        folder = local_source("model.source", recipe.model.source)
-        if folder and folder.is_file():
-            folder = converted_folder(folder)
-        if folder is None or not folder.exists():
-            return "sized when it has been read; a dry run fetches nothing"
-    with torch.device("meta"):
-        return parameters(build_model(recipe, pretrained=folder))
 
 
 def _tracking(recipe: Recipe) -> str:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mtp_ce.training.s3 import is_s3
 from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
@@ -37,13 +38,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides, check the result.
 
     Args:
-        name_or_path: a shipped recipe's name, or the path of a YAML file.
+        name_or_path: a shipped recipe's name, the path of a YAML file, or its s3:// address.
         overrides: `a.b=c`; c is read as YAML, and a later one wins over an earlier one.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a key or value is wrong.
     """
-    return _checked(Recipe, _parse(_find(name_or_path)), overrides)
+    return _checked(Recipe, _parse(_find(name_or_path), name_or_path), overrides)
 
 
 def load_evaluation(run: Path | None, overrides: Sequence[str] = ()) -> EvaluationRecipe:
@@ -116,6 +117,10 @@ def _find(name_or_path: str) -> Path:
     shipped = shipped_recipes()
     if name_or_path in shipped:
         return shipped[name_or_path]
+    if is_s3(name_or_path):
+        from mtp_ce.training.storage import fetch_file
+
+        return fetch_file("recipe", name_or_path)
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -157,14 +162,14 @@ def _read_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path, shown: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} can't be read: {error}") from None
-    tree = _read_yaml(text, f"recipe {path}")
+        raise RecipeError(f"recipe {shown} can't be read: {error}") from None
+    tree = _read_yaml(text, f"recipe {shown}")
     if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {path} holds {_kind(tree)}; expected groups of keys, see --print-config")
+        raise RecipeError(f"recipe {shown} holds {_kind(tree)}; expected groups of keys, see --print-config")
     return tree
 
 

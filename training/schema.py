@@ -25,14 +25,37 @@ class DataConfig(_Group):
 
     corpus: str = Field(
         default="stdlib",
-        description="'stdlib' (the Python standard library's own source) or a folder of text files",
+        min_length=1,
+        description="'stdlib' (the Python standard library's own source), a folder of files, a .jsonl, .parquet or "
+        ".txt file, a glob of those, an s3:// address of any, or a data set's hub name",
     )
-    suffix: str = Field(default=".py", min_length=1, description="which files of the corpus are documents, by suffix")
+    subset: str | None = Field(default=None, min_length=1, description="which part of a hub data set, by its name")
+    split: str = Field(default="train", min_length=1, description="which split of a hub data set")
+    suffix: str = Field(
+        default=".py",
+        min_length=1,
+        description="which files of a folder are read, by suffix: each a document, those of .jsonl and .parquet each "
+        "a table of them",
+    )
+    text_field: str = Field(default="text", min_length=1, description="field of a row that holds the document")
+    prompt_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="field of a row that holds what is read but not learnt; null: no prompts",
+    )
+    completion_field: str | None = Field(
+        default=None, min_length=1, description="field of a row that holds what is learnt after the prompt"
+    )
     holdout_fraction: float = Field(
         default=0.04,
         gt=0,
         lt=1,
-        description="share of the files held out for validation, chosen by a hash of the path",
+        description="share held out for validation, chosen by a hash: of a file's path, or of a row's content",
+    )
+    validation_corpus: str | None = Field(
+        default=None,
+        min_length=1,
+        description="what validation reads, named as corpus is, which is then all trained on; null: holdout_fraction",
     )
     tokenizer: str | None = Field(
         default=None,
@@ -46,7 +69,18 @@ class DataConfig(_Group):
         description="V: entries of the tokenizer trained here; for another one at least its own; null: those of a "
         "pretrained model",
     )
-    sequence_length: int = Field(default=256, ge=2, description="tokens in a packed row, S")
+    sequence_length: int = Field(default=256, ge=2, description="tokens in a row, S")
+    packing: Literal["packed", "padded"] = Field(
+        default="packed",
+        description="packed: documents end to end, cut into rows; padded: a row each, cut at its end or padded",
+    )
+
+    @model_validator(mode="after")
+    def _prompts_have_completions(self) -> Self:
+        if (self.prompt_field is None) != (self.completion_field is None):
+            here, missing = ("prompt", "completion") if self.prompt_field else ("completion", "prompt")
+            raise ValueError(f"{here}_field is given without {missing}_field; data of prompts needs both")
+        return self
 
 
 class MTPConfig(_Group):
@@ -221,7 +255,13 @@ class OptimizerConfig(_Group):
 class StageTrainConfig(_Group):
     """The loop of a stage."""
 
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int = Field(ge=1, description="optimizer steps; null where max_tokens says how many")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of all steps, batch_size rows of sequence_length each, padding counted; the last step may "
+        "go beyond. Stands in place of steps",
+    )
     batch_size: int = Field(ge=1, description="rows per optimizer step; of a critic, pairs of functions")
     micro_batch_size: int | None = Field(
         default=None,
@@ -287,6 +327,12 @@ class ReferenceConfig(_FrozenModelConfig):
 
 class CriticConfig(_FrozenModelConfig):
     """The critic of critic_delta: says at every token whether the function will compile."""
+
+    @model_validator(mode="after")
+    def _counts_steps(self) -> Self:
+        if self.train and self.train.max_tokens is not None:
+            raise ValueError("train.max_tokens is given, but a critic learns from pairs of functions; give train.steps")
+        return self
 
     objective: Literal["ranking", "regression"] = Field(
         default="ranking",
@@ -356,6 +402,24 @@ class EvaluationRecipe(_Group):
         return self
 
 
+def _with_steps(name: str, train: Any, length: Any) -> Any:
+    """Give a loop whose max_tokens has become steps; of what is not a valid one pydantic will speak."""
+    if not isinstance(train, dict):
+        return train
+    budget, rows, steps = train.get("max_tokens"), train.get("batch_size"), train.get("steps")
+    if not all(type(number) is int and number > 0 for number in (budget, rows, length)):
+        return train
+    assert budget is not None
+    # Both stand in a recipe that was printed: they agree.
+    needed = -(-budget // (rows * length))
+    if steps not in (None, needed):
+        raise ValueError(
+            f"{name}.max_tokens {budget} is {needed} steps of {rows} x {length} tokens, and {name}.steps is {steps}; "
+            f"give one of them, and {name}.steps=null or {name}.max_tokens=null"
+        )
+    return train | {"steps": needed}
+
+
 class Recipe(_Group):
     """Everything that decides a run: its stages (reference, critic, the model itself) and what they share."""
 
@@ -380,6 +444,20 @@ class Recipe(_Group):
         default_factory=CheckpointConfig, description="what a stopped run goes on from"
     )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_become_steps(cls, tree: Any) -> Any:
+        """Fill in the steps of a token budget, so that everything else reads steps."""
+        if not isinstance(tree, dict):
+            return tree
+        data, reference = tree.get("data", {}), tree.get("reference")
+        default = DataConfig.model_fields["sequence_length"].default
+        length = data.get("sequence_length", default) if isinstance(data, dict) else None
+        tree = tree | {"train": _with_steps("train", tree.get("train"), length)}
+        if isinstance(reference, dict) and "train" in reference:
+            tree["reference"] = reference | {"train": _with_steps("reference.train", reference["train"], length)}
+        return tree
 
     @model_validator(mode="after")
     def _vocabulary_is_settled(self) -> Self:
@@ -432,6 +510,10 @@ class Recipe(_Group):
             raise ValueError(
                 "precompute_weights is true, but these weights depend on what else is in the batch; take scope "
                 "'sequence' and another scorer than random_matched"
+            )
+        if self.precompute_weights and self.data.packing == "padded":
+            raise ValueError(
+                "precompute_weights is true, but rows of data.packing padded don't hold every token; take packed"
             )
         if self.precompute_weights and isinstance(scored, Rho1ScorerConfig) and scored.current is None:
             raise ValueError(

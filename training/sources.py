@@ -2,7 +2,7 @@
 
     folder, or file.gguf                on this machine; a run's folder stands for the model in it
     package:NAME/FILE                   inside an installed Python package
-    s3://bucket/prefix
+    s3://bucket/prefix, or s3://bucket/path/file.gguf
     owner/model, owner/model/file.gguf  on the Hugging Face hub
 
 A reference or a critic must read the same tokens as the model in training. A vocabulary of the same size is not
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from mtp_ce.training.s3 import is_s3
 from mtp_ce.training.schema import (
     ControlScorerConfig,
     MTPConfig,
@@ -76,11 +77,12 @@ def fetch_source(key: str, source: str) -> Path:
     Raises:
         RecipeError: it is not there, or can't be reached or read.
     """
-    if source.startswith("s3://"):
-        from mtp_ce.training.storage import fetch_folder
+    if is_s3(source):
+        from mtp_ce.training.storage import fetch_file, fetch_folder
 
-        return fetch_folder(key, source)
-    path = local_source(key, source) or _from_hub(key, source)
+        path = fetch_file(key, source) if source.endswith(GGUF) else _model_in(fetch_folder(key, source))
+    else:
+        path = local_source(key, source) or _from_hub(key, source)
     if path.is_dir():
         return path
     from mtp_ce.training.gguf import convert_gguf
@@ -96,7 +98,7 @@ def local_source(key: str, source: str) -> Path | None:
     Raises:
         RecipeError: it is a path or in a package, and not there.
     """
-    if source.startswith("s3://"):
+    if is_s3(source):
         return None
     if source.startswith(PACKAGE):
         name, _, inside = source.removeprefix(PACKAGE).partition("/")
@@ -129,6 +131,11 @@ def find_checkpoint(source: str) -> tuple[str, Path | None]:
     Raises:
         RecipeError: it is not there.
     """
+    if is_s3(source):
+        from mtp_ce.training.storage import check_address
+
+        check_address("CHECKPOINT", source)
+        return source, None
     model = local_source("CHECKPOINT", source)
     if model is None or model.is_file():
         return source, None
@@ -162,6 +169,7 @@ def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: in
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise RecipeError(f"{key} '{source}' has no readable config.json; expected a model of transformers") from None
+    check_tensors(key, source, folder)
     architecture = " ".join(config.get("architectures") or ["model without a named architecture"])
     if kind == "critic" and not (
         architecture.endswith("ForTokenClassification") and len(config.get("id2label", {0: "", 1: ""})) == 1
@@ -180,6 +188,24 @@ def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: in
             "both must read the same tokens"
         )
     return theirs
+
+
+def check_tensors(key: str, source: str, folder: Path) -> None:
+    """Read the head of each file of tensors, which says how long the file is.
+
+    Raises:
+        RecipeError: one is cut off, or something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(
+                f"{key} '{source}' has a {file.name} that is damaged or not whole ({error}); fetch or upload it again"
+            ) from None
 
 
 def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mtp_ce.training.checkpoint import FOLDER as CHECKPOINTS
 from mtp_ce.training.checkpoint import Checkpoint, Checkpoints
@@ -58,6 +58,7 @@ from mtp_ce.training.scoring import (
     weigh_rows,
     weight_bounds,
 )
+from mtp_ce.training.tokens import DocumentTokens
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
 from mtp_ce.training.trainer import Trainer
 from mtp_ce.wrapper import MTPWrapper
@@ -156,17 +157,15 @@ def reference_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def documents_of(stage: ReferenceConfig, inputs: Inputs) -> list[Tensor]:
+def documents_of(stage: ReferenceConfig, inputs: Inputs) -> DocumentTokens:
     """Give the tokens of the documents that a reference is trained on.
 
     Raises:
         RecipeError: there are none.
     """
-    documents = [
-        tokens
-        for document, tokens in zip(inputs.corpus.train, inputs.tokens.train, strict=True)
-        if stage.documents == "all" or is_documented(document)
-    ]
+    if stage.documents == "all":
+        return inputs.tokens.train
+    documents = inputs.tokens.train.choose([i for i, text in enumerate(inputs.corpus.train) if is_documented(text)])
     if not documents:
         raise RecipeError(
             "reference.documents is 'documented', but no training file is a public module with a docstring; "
@@ -241,7 +240,7 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
                 parts.append(part)
                 display.tick()
                 stop.check()
-        weights = torch.cat(parts)[: len(rows.tokens)]
+        weights = torch.cat(parts)[: inputs.tokens.train.token_count]
         paths = [document.path for document in inputs.corpus.train]
         save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
         return {
@@ -249,7 +248,7 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
             "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
         }
 
-    what = f"{len(rows.tokens):,} tokens weighed by {recipe.scorer.name}"
+    what = f"{inputs.tokens.train.token_count:,} tokens weighed by {recipe.scorer.name}"
     key = stage_key("weights", settings, digests)
     return run_stage(Stage("weights", "weights", what, key, recipe, work), inputs, output, tracking)
 

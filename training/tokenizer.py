@@ -7,7 +7,6 @@ It is an ordinary transformers tokenizer. The one special token `<|endoftext|>` 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,17 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtp_ce.training.atomic import whole_folder
+from mtp_ce.training.cache import cache_folder
 from mtp_ce.training.schema import RecipeError
 
 END_OF_TEXT = "<|endoftext|>"
 
 # Part of every cache key: raise it when the code below changes what comes out.
 _FORMAT = "1"
-
-
-def cache_folder() -> Path:
-    """Give the folder of everything that can be made again: $XDG_CACHE_HOME/mtp_ce or ~/.cache/mtp_ce."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtp_ce"
 
 
 def tokenizer_key(texts: Sequence[str], vocab_size: int) -> str:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +52,200 @@ def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+# A person's own settings would lead the tests to another server.
+_AWS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_CONFIG_FILE")
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory):
+    """A client of a server that speaks S3 and checks signatures, with the empty buckets `models` and `texts`."""
+    import boto3
+
+    folder = tmp_path_factory.mktemp("gateway")
+    program, database = Path(sys.executable).with_name("juicefs"), f"sqlite3://{folder}/meta.db"
+    store = ["--storage", "file", "--bucket", f"{folder}/store/", "--trash-days", "0"]
+    subprocess.run([program, "format", database, "test", *store], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = free.getsockname()
+    place = "{}:{}".format(*where)
+    quiet = ["--no-banner", "--no-usage-report", "--no-bgjob", "--log", f"{folder}/log", "--metrics", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        [
+            program,
+            "gateway",
+            database,
+            place,
+            "--multi-buckets",
+            "--keep-etag",
+            *quiet,
+            "--cache-dir",
+            folder / "cache",
+        ],
+        env={**os.environ, "MINIO_ROOT_USER": "testkey", "MINIO_ROOT_PASSWORD": "testsecret123"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(500):
+            with socket.socket() as asking:
+                if asking.connect_ex(where) == 0:
+                    break
+            time.sleep(0.02)
+        keys = {"aws_access_key_id": "testkey", "aws_secret_access_key": "testsecret123"}
+        client = boto3.client("s3", endpoint_url=f"http://{place}", region_name="us-east-1", **keys)
+        for bucket in ("models", "texts"):
+            client.create_bucket(Bucket=bucket)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def s3(gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The client of the gateway, which is where S3 is for everything in the test; with an empty cache."""
+    for name in _AWS:
+        monkeypatch.delenv(name, raising=False)
+    settings = {
+        "AWS_ENDPOINT_URL_S3": gateway.meta.endpoint_url,
+        "AWS_ACCESS_KEY_ID": "testkey",
+        "AWS_SECRET_ACCESS_KEY": "testsecret123",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return gateway
+
+
+class Proxy:
+    """Stands before a server, writes down what is asked, and cuts off answers.
+
+    Attributes:
+        asked: the head of every request, as it came.
+        cuts: bytes after which the answer to the next requests for objects ends; None lets one through.
+        between: called after each cut.
+        breaks: bodies that are sent in parts whose connection ends with their first bytes.
+        damage: answers with bodies in which the last byte of what comes first is changed.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("http://").partition(":")
+        self._server = (host, int(port))
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._door.getsockname()[1]}"
+        self.asked: list[str] = []
+        self.cuts: list[int | None] = []
+        self.between: Callable[[], object] = lambda: None
+        self.damage = 0
+        self.breaks = 0
+        self._held = b""
+        self._open = threading.Event()
+        self._open.set()
+        self.served = 0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def gets(self, key: str = "") -> list[str]:
+        """Heads of the requests for the bodies of objects."""
+        return [head for head in self.asked if re.match(rf"GET /\w+/[^? ]*{re.escape(key)} ", head)]
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                client, _ = self._door.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._server) as server:
+            limit: list[int | None] = [None]
+            asking = threading.Thread(target=self._ask, args=(client, server, limit), daemon=True)
+            asking.start()
+            try:
+                while data := server.recv(1 << 16):
+                    if limit[0] is not None:
+                        data, limit[0] = data[: limit[0]], limit[0] - len(data)
+                    if self.damage and len(data) == 1 << 16:
+                        self.damage -= 1
+                        data = data[:-1] + bytes([data[-1] ^ 1])
+                    client.sendall(data)
+                    self.served += len(data)
+                    if limit[0] is not None and limit[0] <= 0:
+                        self.between()
+                        break
+            except OSError:
+                pass
+            for end in (client, server):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _ask(self, client: socket.socket, server: socket.socket, limit: list[int | None]) -> None:
+        try:
+            while data := client.recv(1 << 16):
+                if re.match(rb"[A-Z]+ /", data):
+                    self.asked.append(data.partition(b"\r\n\r\n")[0].decode("latin-1"))
+                    body = re.match(rb"GET /\w+/[^? ]+ ", data)
+                    limit[0] = self.cuts.pop(0) if body and self.cuts else None
+                if self.breaks and re.match(rb"PUT /[^ ]+\?[^ ]*partNumber", data):
+                    self.breaks -= 1
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                if self._held in data:
+                    self._open.wait()
+                server.sendall(data)
+        except OSError:
+            pass
+
+    @contextmanager
+    def held(self, words: bytes = b"") -> Iterator[None]:
+        """No request with these words goes through in the block, and everything after it."""
+        self._held = words
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    def close(self) -> None:
+        """Take no new connections."""
+        self._door.close()
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The way to the server for everything in the test but the fixture `s3`, which asks directly."""
+    made = Proxy(s3.meta.endpoint_url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.endpoint)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """Where a test's objects are."""
+    return re.sub(r"\W+", "-", request.node.name)
+
+
+@pytest.fixture
+def conditions(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Another server, which knows checksums and conditional writes, with the empty bucket `models`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    made = Proxy("http://{}:{}".format(*server.get_host_and_port()).replace("0.0.0.0", "127.0.0.1"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", made.endpoint)
+    boto3.session.Session().client("s3").create_bucket(Bucket="models")
+    yield made
+    made.close()
+    server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +316,55 @@ def weighted_run(rho1, finished_run: FinishedRun, tmp_path_factory: pytest.TempP
     """A recipe with a reference stage, run once, in an experiment of its own (making a database takes seconds)."""
     tracked = ["tracking.kind=mlflow", f"tracking.uri={finished_run.database}", "tracking.experiment=weighted"]
     return run_tracked(rho1(tracked), tmp_path_factory.mktemp("weighted"))
+
+
+# Answers each of a list of command lines in one fresh interpreter, and says what has been imported at the end.
+ANSWERING = """
+import contextlib, importlib, io, json, sys
+main = importlib.import_module(sys.argv[1]).main
+answers = []
+for arguments in json.load(sys.stdin):
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code
+    answers.append([code, said.getvalue(), complained.getvalue()])
+print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
+"""
+
+
+@pytest.fixture
+def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], None]:
+    """Check that mistakes cost one line each, exit code 2, no import of torch and no change of the folder.
+
+    Takes the command, what arguments it gets and what words its answer has by mistake, and the folder it is run in. All
+    of them go through one interpreter, which would have to be started for each.
+    """
+
+    def check(command: str, mistakes: dict[str, tuple[list[str], list[str]]], folder: Path) -> None:
+        before = sorted(folder.rglob("*"))
+        module = f"mtp_ce.training.{command.removesuffix('-mtp')}_cli"
+        run = subprocess.run(
+            [sys.executable, "-c", ANSWERING, module],
+            cwd=folder,
+            input=json.dumps([arguments for arguments, _ in mistakes.values()]),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert run.returncode == 0, run.stderr
+        answers, imported = json.loads(run.stdout)
+        assert imported == []
+        for (mistake, (_, expected)), (code, said, complained) in zip(mistakes.items(), answers, strict=True):
+            assert (code, said, complained.count("\n")) == (2, "", 1), mistake
+            assert complained.startswith(f"{command}: error: ")
+            for words in expected:
+                assert words in complained, mistake
+        assert sorted(folder.rglob("*")) == before
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ def many(count: int) -> dict[str, str | bytes]:
 
 
 def test_the_stdlib_corpus_is_source_and_nothing_else():
-    root, paths = find_files(DataConfig())
+    source = find_files(DataConfig())
+    root, paths = source.root, source.paths
     size = sum((root / path).stat().st_size for path in paths)
     assert 5e6 < size < 20e6
     assert "json/decoder.py" in paths
@@ -96,6 +97,27 @@ def test_a_split_with_an_empty_side_is_refused(tmp_path):
     write(tmp_path, {"only.py": "x = 1\n"})
     with pytest.raises(RecipeError, match="both sides need at least one"):
         find_files(DataConfig(corpus=str(tmp_path)))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Its tokens and its text would part."""
+    corpus = read_corpus(write(tmp_path, many(30)))
+    path = tmp_path / corpus.train[0].path
+    path.write_text("other")
+    with pytest.raises(RecipeError, match=f"{path} changed while it was being read"):
+        _ = corpus.train[0]
+    path.unlink()
+    with pytest.raises(RecipeError, match=f"{path} can't be read any more"):
+        _ = corpus.train[0]
+
+
+def test_a_copy_of_a_validation_file_does_not_train(tmp_path):
+    write(tmp_path / "train", many(10))
+    write(tmp_path / "held", {"a.py": "print(3)\n", "b.py": "another\n"})
+    corpus = read_corpus(DataConfig(corpus=str(tmp_path / "train"), validation_corpus=str(tmp_path / "held")))
+    assert len(corpus.train) == 9
+    assert list(texts(corpus.held_out)) == ["print(3)\n", "another\n"]
+    assert corpus.skipped == 1
 
 
 DOCSTRING = '"""What it is for."""\n'

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from mtp_ce.training import data as module
+from mtp_ce.training import tokens
 from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.data import PackedRows, TokenisedCorpus, rows_of_step, tokenise, unigram_cross_entropy
+from mtp_ce.training.data import PackedRows, PaddedRows, rows_of_step
+from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.tokenizer import load_tokenizer
+from mtp_ce.training.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy
 
 PAD = 99
 
@@ -60,6 +65,48 @@ def test_rows_are_collected_in_the_order_asked_for():
     assert together.flatten().tolist() == list(range(20))
 
 
+def test_padded_rows_hold_one_document_each():
+    """What is longer is cut; padding is a document of its own, without labels, and its positions begin again."""
+    rows = PaddedRows(documents(7, 1, 5), row_length=5, pad_id=PAD)
+    batch = next(rows.in_order(8))
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4], [7, PAD, PAD, PAD, PAD], [8, 9, 10, 11, 12]]
+    assert batch.labels.tolist() == [[0, 1, 2, 3, 4], [7, -100, -100, -100, -100], [8, 9, 10, 11, 12]]
+    assert batch.document_ids.tolist() == [[0] * 5, [1, 3, 3, 3, 3], [2] * 5]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert rows.documents.longer_than(5) == 1
+    assert rows.documents.longer_than(4) == 2
+
+
+def test_rows_spread_evenly_are_those_asked_for():
+    rows = PackedRows(documents(50), row_length=5, pad_id=PAD)
+    spread = torch.cat([batch.input_ids for batch in rows.in_order(2, most=3)])
+    assert spread[:, 0].tolist() == [0, 15, 30]
+
+
+@pytest.mark.parametrize("kind", [PackedRows, PaddedRows])
+def test_chosen_documents_make_the_rows_of_those_alone(kind):
+    everything = documents(7, 1, 4, 5, 9)
+    chosen = DocumentTokens.of(everything).choose([1, 2, 4])
+    again = chosen.choose([1, 2])
+    for found, wanted in ((chosen, [1, 2, 4]), (again, [2, 4])):
+        alone = [everything[i] for i in wanted]
+        assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+        one, other = (next(kind(some, 6, PAD).in_order(9)) for some in (found, alone))
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.document_ids, other.document_ids)
+        assert torch.equal(one.position_ids, other.position_ids)
+
+
+def test_a_run_with_padded_rows_says_how_many_documents_it_cuts(small):
+    printed = io.StringIO()
+    inputs = read_inputs(small(["data.packing=padded"]), Console(file=printed, width=200))
+    lengths = [len(document) for document in inputs.tokens.train]
+    assert f"{sum(n > 64 for n in lengths)} of {len(lengths)} documents cut at 64 tokens" in printed.getvalue()
+    assert len(inputs.rows(inputs.tokens.train)) == len(lengths)
+    packed = read_inputs(small(), Console(quiet=True))
+    assert packed.digests != inputs.digests, "stages that were kept with other rows are not reused"
+
+
 def test_splitting_a_batch_gives_its_rows():
     batch = PackedRows(documents(20), row_length=5, pad_id=PAD).batch(torch.arange(4))
     parts = list(batch.split(3))
@@ -97,7 +144,7 @@ def test_tokens_are_made_once_and_keep_their_side(small, monkeypatch, tmp_path):
     corpus = read_corpus(small().data)
     tokenizer = load_tokenizer(texts(corpus.train), 512)
     first = tokenise(corpus, tokenizer)
-    monkeypatch.setattr(module, "_encode", None)
+    monkeypatch.setattr(tokens, "_encode", None)
     again = tokenise(corpus, tokenizer)
     for side, originals in (("train", corpus.train), ("held_out", corpus.held_out)):
         for ids, same, original in zip(getattr(first, side), getattr(again, side), originals, strict=True):
@@ -108,8 +155,9 @@ def test_tokens_are_made_once_and_keep_their_side(small, monkeypatch, tmp_path):
 
 def test_unigram_cross_entropy_is_the_hand_computed_one():
     """Counts of training tokens a, b: 3 and 1 (first tokens don't count), add one, V = 3; held out: a, c."""
-    tokens = TokenisedCorpus(
-        train=[torch.tensor([2, 0, 0, 1]), torch.tensor([2, 0])], held_out=[torch.tensor([2, 0, 2])]
+    found = TokenisedCorpus(
+        train=DocumentTokens.of([torch.tensor([2, 0, 0, 1]), torch.tensor([2, 0])]),
+        held_out=DocumentTokens.of([torch.tensor([2, 0, 2])]),
     )
     expected = -(math.log(4 / 7) + math.log(1 / 7)) / 2
-    assert unigram_cross_entropy(tokens, 3) == pytest.approx(expected, rel=1e-12)
+    assert unigram_cross_entropy(found, 3) == pytest.approx(expected, rel=1e-12)

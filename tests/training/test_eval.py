@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -110,44 +108,11 @@ MISTAKES = {
     "unknown flag": (["run", "--out"], ["unrecognized arguments: --out", "--help"]),
 }
 
-PROGRAM = """
-import contextlib, io, json, sys
-from mtp_ce.training.eval_cli import main
-answers = []
-for arguments in json.load(sys.stdin):
-    said, complained = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-        try:
-            code = main(arguments)
-        except SystemExit as exit:
-            code = exit.code
-    answers.append([code, said.getvalue(), complained.getvalue()])
-print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
-"""
 
-
-def test_a_mistake_costs_one_line_and_no_torch(tmp_path: Path):
-    """All of them in one interpreter, which would have to be started for each."""
+def test_a_mistake_costs_one_line_and_no_torch(refused, tmp_path: Path):
     for name, architecture in {"run": "LlamaForCausalLM", "critic": "LlamaForTokenClassification"}.items():
         (tmp_path / name).mkdir()
         config = {"architectures": [architecture], "vocab_size": 300}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path,
-        input=json.dumps([arguments for arguments, _ in MISTAKES.values()]),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert run.returncode == 0, run.stderr
-    answers, imported = json.loads(run.stdout)
-    assert imported == []
-    for (mistake, (_, expected)), (code, said, complained) in zip(MISTAKES.items(), answers, strict=True):
-        assert (code, said, complained.count("\n")) == (2, "", 1), mistake
-        assert complained.startswith("eval-mtp: error: ")
-        for words in expected:
-            assert words in complained, mistake
-    assert sorted(tmp_path.rglob("*")) == before
+    refused("eval-mtp", MISTAKES, tmp_path)

@@ -5,29 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mtp_ce.training.export_cli import main
-
-# Answers each of a list of command lines in one fresh interpreter, and says what has been imported at the end.
-PROGRAM = """
-import contextlib, io, json, sys
-from mtp_ce.training.export_cli import main
-answers = []
-for arguments in json.load(sys.stdin):
-    said, complained = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-        try:
-            code = main(arguments)
-        except SystemExit as exit:
-            code = exit.code
-    answers.append([code, said.getvalue(), complained.getvalue()])
-print(json.dumps([answers, [name for name in ("torch", "transformers") if name in sys.modules]]))
-"""
 
 MISTAKES = {
     "no checkpoint": (["nowhere", "base", "new"], ["nowhere is not a folder", "MTPWrapper.save_pretrained"]),
@@ -65,27 +47,8 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_mistake_costs_one_line_and_no_torch(workplace):
-    """All of them in one interpreter, which would have to be started for each."""
-    before = sorted(workplace.rglob("*"))
-    lines = [arguments for arguments, _ in MISTAKES.values()]
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=workplace,
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert run.returncode == 0, run.stderr
-    answers, imported = json.loads(run.stdout)
-    assert imported == []
-    for (mistake, (_, expected)), (code, said, complained) in zip(MISTAKES.items(), answers, strict=True):
-        assert (code, said, complained.count("\n")) == (2, "", 1), mistake
-        assert complained.startswith("export-mtp: error: ")
-        for words in expected:
-            assert words in complained, mistake
-    assert sorted(workplace.rglob("*")) == before
+def test_a_mistake_costs_one_line_and_no_torch(refused, workplace):
+    refused("export-mtp", MISTAKES, workplace)
 
 
 @pytest.fixture(scope="module")

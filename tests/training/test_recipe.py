@@ -63,6 +63,44 @@ def test_null_is_null_only_where_it_means_something():
         load_recipe("tiny", ["train.steps=null"])
 
 
+def test_a_token_budget_becomes_steps(tmp_path):
+    """Rows of 128 tokens, 4 to a batch: 512 tokens a step, and the last one goes beyond the budget."""
+    budget = ["train.steps=null", "train.max_tokens=20_481", "train.batch_size=4", "data.sequence_length=128"]
+    recipe = load_recipe("tiny", budget)
+    assert recipe.train.steps == 41
+    (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(str(tmp_path / "copy.yaml")) == recipe, "what is printed is the same run"
+    short = load_recipe(
+        str(tmp_path / "copy.yaml"), ["train.steps=null", "train.batch_size=8", "optimizer.warmup_steps=1"]
+    )
+    assert short.train.steps == 21
+
+
+def test_the_budget_of_a_reference_is_its_own():
+    recipe = load_recipe("rho1", ["reference.train.steps=null", "reference.train.max_tokens=1_000_000"])
+    tokens = recipe.reference.train.batch_size * recipe.data.sequence_length
+    assert (recipe.reference.train.steps - 1) * tokens < 1_000_000 <= recipe.reference.train.steps * tokens
+    assert recipe.train == load_recipe("rho1").train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.max_tokens=1000000"], r"train\.max_tokens 1000000 is \d+ steps of .* give one of them"),
+        (["train.steps=null"], r"'train\.steps' is null"),
+        (["train.steps=null", "train.max_tokens=0"], r"train\.max_tokens|train\.steps"),
+        (["train.steps=null", "train.max_tokens=600"], r"warmup_steps 30 is not below train\.steps 2"),
+        (["critic={train: {batch_size: 4, steps: 50, max_tokens: 5}}"], "a critic learns from pairs"),
+        (["data.prompt_field=p"], "prompt_field is given without completion_field"),
+        (["precompute_weights=true", "scorer.current=x", "data.packing=padded"], "don't hold every token"),
+    ],
+)
+def test_keys_of_the_data_that_contradict_each_other_are_refused(overrides, words):
+    with pytest.raises(RecipeError, match=words) as raised:
+        load_recipe("rho1" if "scorer.current=x" in overrides else "tiny", overrides)
+    assert "\n" not in str(raised.value)
+
+
 def test_several_mistakes_give_one_line_that_counts_them():
     with pytest.raises(RecipeError, match=r"\(and 1 more\)") as raised:
         load_recipe("tiny", ["train.steps=0", "train.batch_size=0"])

@@ -1,0 +1,278 @@
+"""What is written to S3: whole or not there, the manifest last, and never in the way of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.storage import (
+    MANIFEST,
+    UNFINISHED,
+    check_free,
+    complete_folders,
+    delete_folder,
+    fetch_folder,
+    upload_folder,
+)
+from mtp_ce.training.uploads import Uploads
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three files, one of several parts and one below."""
+    made = tmp_path / "model"
+    (made / "deep").mkdir(parents=True)
+    (made / "model.bin").write_bytes(os.urandom(9 << 20))
+    (made / "deep" / "notes.txt").write_text("some notes")
+    (made / "empty").touch()
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(client, prefix: str) -> set[str]:
+    found = client.list_objects_v2(Bucket="models", Prefix=f"{prefix}/").get("Contents", [])
+    return {item["Key"].removeprefix(f"{prefix}/") for item in found}
+
+
+def writes(proxy) -> list[str]:
+    """What was put and deleted, in order: PUT name, DELETE name."""
+    found = [re.match(r"(PUT|POST|DELETE) /models/[^/]+/([^ ?]+)(\?\S*)? ", head) for head in proxy.asked]
+    return [f"{one[1]} {one[2]}{' part' if one[3] else ''}" for one in found if one]
+
+
+def test_a_folder_comes_back_as_it_was_and_its_manifest_is_written_last(s3, proxy, folder, prefix):
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+    done = writes(proxy)
+    assert done[0] == f"PUT {UNFINISHED}"
+    assert done[-2:] == [f"PUT {MANIFEST}", f"DELETE {UNFINISHED}"]
+    assert sum(line == "PUT model.bin part" for line in done) == 2, "in parts of 8 MiB"
+    assert names(s3, prefix) == {*contents(folder), MANIFEST}
+
+
+def test_what_lies_beside_a_manifest_does_not_count(s3, folder, prefix):
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    s3.put_object(Bucket="models", Key=f"{prefix}/old.bin", Body=b"of an earlier upload")
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "words"),
+    [
+        ("model.bin", b"short", r"'model\.bin' has 5 bytes and 9,437,184 in its manifest; upload it again"),
+        ("model.bin", bytes(9 << 20), r"model\.bin' has another content than its manifest says; upload it again"),
+        ("model.bin", None, r"'model\.bin' is not there, but in its manifest; upload it again"),
+        (MANIFEST, b'{"files": ["model.bin"]}', rf"its {MANIFEST} is damaged; upload it again"),
+        (MANIFEST, None, None),
+    ],
+)
+def test_an_object_that_is_not_what_the_manifest_says_is_one_line(s3, folder, prefix, name, body, words):
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    if body is None:
+        s3.delete_object(Bucket="models", Key=f"{prefix}/{name}")
+    else:
+        s3.put_object(Bucket="models", Key=f"{prefix}/{name}", Body=body)
+    if words is None:
+        assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+        return
+    with pytest.raises(RecipeError, match=words) as raised:
+        fetch_folder("model.source", f"s3://models/{prefix}")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_upload_that_ended_early_is_no_folder_and_can_be_done_again(s3, folder, prefix):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RecipeError, match="can't be written: stopped before its end"):
+        upload_folder("DIR", folder, f"s3://models/{prefix}", stop=stop)
+    assert MANIFEST not in names(s3, prefix)
+    with pytest.raises(RecipeError, match="its upload has not come to its end; upload it again"):
+        fetch_folder("model.source", f"s3://models/{prefix}")
+    check_free("DIR", f"s3://models/{prefix}")
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+
+
+def test_what_is_there_is_left_alone_unless_it_is_to_be_replaced(s3, proxy, folder, prefix):
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    with pytest.raises(RecipeError, match=f"DIR 's3://models/{prefix}' can't be written: something is there already"):
+        upload_folder("DIR", folder, f"s3://models/{prefix}")
+    (folder / "model.bin").write_bytes(b"another one")
+    proxy.asked.clear()
+    upload_folder("DIR", folder, f"s3://models/{prefix}", overwrite=True)
+    assert writes(proxy)[:2] == [f"PUT {UNFINISHED}", f"DELETE {MANIFEST}"], "it is never half of each"
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+
+
+def test_foreign_objects_are_not_mixed_with_an_upload(s3, folder, prefix):
+    s3.put_object(Bucket="models", Key=f"{prefix}/theirs", Body=b"theirs")
+    for write in (check_free, lambda *place: upload_folder(place[0], folder, place[1])):
+        with pytest.raises(RecipeError, match="something is there already, and left alone; name another place"):
+            write("DIR", f"s3://models/{prefix}")
+    assert names(s3, prefix) == {"theirs"}
+
+
+def test_of_two_uploads_to_one_address_the_second_to_end_is_refused(conditions, folder, prefix):
+    """The other one ends while the parts of this one are under way."""
+    (folder / "model.bin").write_bytes(b"small")
+    other = {"done": False}
+    describe = Path.open
+
+    def meanwhile(path, *given, **named):
+        if path.name == "model.bin" and not other["done"]:
+            other["done"] = True
+            upload_folder("DIR", folder, f"s3://models/{prefix}")
+        return describe(path, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", meanwhile)
+        with pytest.raises(RecipeError, match="another upload to this address has ended meanwhile"):
+            upload_folder("DIR", folder, f"s3://models/{prefix}")
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+
+
+def test_an_upload_goes_on_after_a_broken_connection(s3, proxy, folder, prefix):
+    proxy.breaks = 2
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    assert proxy.breaks == 0
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+
+
+def test_a_folder_that_is_deleted_loses_its_manifest_first(s3, proxy, folder, prefix):
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    upload_folder("DIR", folder, f"s3://models/{prefix}-other")
+    proxy.asked.clear()
+    delete_folder("DIR", f"s3://models/{prefix}")
+    done = writes(proxy)
+    assert done[:2] == [f"PUT {UNFINISHED}", f"DELETE {MANIFEST}"]
+    assert done[-1] == f"DELETE {UNFINISHED}"
+    assert names(s3, prefix) == set()
+    assert names(s3, f"{prefix}-other") == {*contents(folder), MANIFEST}
+
+
+def test_an_upload_of_nothing_or_to_no_bucket_is_one_line(s3, folder, tmp_path):
+    with pytest.raises(RecipeError, match="has no files"):
+        upload_folder("DIR", tmp_path / "no such folder", "s3://models/nothing")
+    with pytest.raises(RecipeError, match=r"DIR 's3://nowhere/x' can't be written: there is no such bucket"):
+        upload_folder("DIR", folder, "s3://nowhere/x")
+
+
+def small(where: Path, step: int) -> Path:
+    made = where / f"step-{step}"
+    made.mkdir()
+    (made / "weights.bin").write_text(f"weights of step {step}")
+    return made
+
+
+def test_folders_are_uploaded_in_order_and_the_latest_stay(s3, proxy, prefix, tmp_path):
+    address, said = f"s3://models/{prefix}", []
+    upload_folder("DIR", small(tmp_path, 1), f"{address}/export")
+    uploads = Uploads(address, said.append, keep=2)
+    for step in (9, 10, 11, 100):
+        uploads.send(small(tmp_path, step), f"step-{step}")
+    uploads.close(30)
+    assert said == []
+    assert complete_folders("DIR", address)[-2:] == ["step-11", "step-100"]
+    assert sorted(complete_folders("DIR", address)) == ["export", "step-100", "step-11"], "an export is no checkpoint"
+    assert {name.partition("/")[0] for name in names(s3, prefix)} == {"export", "step-100", "step-11"}
+    sent = [line.split()[1] for line in writes(proxy) if line.endswith("weights.bin") and line.startswith("PUT")]
+    assert sent == [f"{name}/weights.bin" for name in ("export", "step-9", "step-10", "step-11", "step-100")]
+    fetched = fetch_folder("model.source", f"{address}/step-100")
+    assert (fetched / "weights.bin").read_text() == "weights of step 100"
+
+
+def test_a_folder_that_is_gone_is_one_line_and_the_next_one_gets_there(s3, prefix, tmp_path):
+    said: list[str] = []
+    uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
+    uploads.send(tmp_path / "step-1", "step-1")
+    uploads.send(small(tmp_path, 2), "step-2")
+    uploads.close(30)
+    (line,) = said
+    assert line.startswith(f"checkpoint upload s3://models/{prefix}/step-1: ")
+    assert line.endswith("step-1 was deleted before it was uploaded; training goes on")
+    assert complete_folders("DIR", f"s3://models/{prefix}") == ["step-2"]
+
+
+def test_half_of_a_folder_is_removed_when_another_one_gets_there(s3, proxy, folder, prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    said: list[str] = []
+    proxy.breaks = 1
+    uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
+    uploads.send(folder, "step-1")
+    uploads.send(small(tmp_path, 2), "step-2")
+    uploads.close(30)
+    (line,) = said
+    assert f"s3://models/{prefix}/step-1' can't be written" in line
+    assert "PUT step-1/deep/notes.txt" in writes(proxy)
+    assert {name.partition("/")[0] for name in names(s3, prefix)} == {"step-2"}
+
+
+def test_a_server_that_is_away_is_one_line_for_each_folder_and_costs_the_training_nothing(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    said: list[str] = []
+    uploads = Uploads("s3://models/away", said.append, keep=2)
+    began = time.monotonic()
+    for step in (1, 2):
+        uploads.send(small(tmp_path, step), f"step-{step}")
+    assert time.monotonic() - began < 0.1
+    uploads.close(30)
+    assert [re.search(r"step-\d", line)[0] for line in said] == ["step-1", "step-2"]
+    for line in said:
+        assert "can't be written: no answer" in line
+        assert "testsecret123" not in line
+        assert "\n" not in line
+
+
+def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, prefix, tmp_path):
+    said: list[str] = []
+    with proxy.held():
+        uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
+        for step in (1, 2):
+            uploads.send(small(tmp_path, step), f"step-{step}")
+        began = time.monotonic()
+        uploads.close(0.3)
+        assert time.monotonic() - began < 1
+        assert said == [
+            f"checkpoint upload s3://models/{prefix} has no step-1, step-2 after 0.3 s; given up",
+        ]
+    uploads._thread.join(10)
+    assert not uploads._thread.is_alive()
+    assert "step-2/weights.bin" not in names(s3, prefix)
+
+
+def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the_end(s3, proxy, prefix, tmp_path):
+    small(tmp_path, 1)
+    program = (
+        "import sys; from pathlib import Path; from mtp_ce.training.uploads import Uploads\n"
+        "uploads = Uploads(sys.argv[1], print, keep=1); uploads.send(Path(sys.argv[2]), 'step-1'); uploads.close(1.5)"
+    )
+    with proxy.held(b"weights.bin"):
+        words = [sys.executable, "-c", program, f"s3://models/{prefix}", str(tmp_path / "step-1")]
+        run = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"checkpoint upload s3://models/{prefix} has no step-1 after 1.5 s; given up\n"
+    assert f"PUT step-1/{UNFINISHED}" in [line.replace(f"{prefix}/", "") for line in writes(proxy)]
+
+
+def test_the_manifest_says_what_others_need_to_check_it(s3, folder, prefix):
+    import hashlib
+
+    upload_folder("DIR", folder, f"s3://models/{prefix}")
+    written = json.loads(s3.get_object(Bucket="models", Key=f"{prefix}/{MANIFEST}")["Body"].read())
+    expected = {
+        name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in contents(folder).items()
+    }
+    assert written == {"files": expected}
