@@ -175,13 +175,13 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
     Workers that torchrun has started again go on with what they began.
 
     Args:
-        wanted: what --resume says: "auto", a run's folder, or nothing.
+        wanted: what --resume says: "auto", a run's folder or its copy in S3, or nothing.
         output: what --output says.
 
     Raises:
         RecipeError: there is no such run, or "auto" does not say which.
     """
-    from mtp_ce.training.run_folder import RECIPE_FILE, RUN_FILE, is_run, restarted_run
+    from mtp_ce.training.run_folder import RECIPE_FILE, RUN_FILE, fetch_run, is_run, restarted_run
     from mtp_ce.training.schema import RecipeError
 
     if wanted is None:
@@ -190,6 +190,11 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
         if output is None:
             raise RecipeError("--resume auto needs --output DIR: the run to go on with, or to begin")
         return output if is_run(output) else None
+    if wanted.startswith("s3://"):
+        if output is None:
+            raise RecipeError(f"--resume {wanted} needs --output DIR: the folder to make from what is there")
+        fetch_run(wanted, output)
+        return output
     folder = Path(wanted)
     if output is not None:
         raise RecipeError(f"--resume {folder} goes on in that folder; leave out --output {output}")
@@ -236,8 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--resume",
-        metavar="auto|DIR",
-        help="go on with the run in DIR as if it had never stopped; auto: with the one in --output, or begin it there",
+        metavar="auto|DIR|s3://...",
+        help="go on with the run in DIR as if it had never stopped; auto: with the one in --output, or begin it there; "
+        "s3://...: with a copy that checkpoint.upload has made, in --output",
     )
     parser.add_argument(
         "--seeds", type=_seeds, metavar="N", help="how many seeds compare trains every scorer on (default: 3)"

@@ -109,10 +109,10 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
     found = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
     if found:
         # boto3 takes a second to load, and most recipes name nothing in S3.
-        from mtp_ce.training.storage import check_address
+        from mtp_ce.training.storage import check_address, check_writable
 
         for key, address in found.items():
-            check_address(key, address)
+            (check_writable if key == "checkpoint.upload" else check_address)(key, address)
     return found
 
 

@@ -17,6 +17,7 @@ from mtp_ce.training.report import say, say_evaluation, warn
 from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same, finish
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
+from mtp_ce.training.storage import check_writable
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
 
 
@@ -50,6 +51,8 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
 
     def begin() -> None:
         check_stages(recipe, inputs)
+        if recipe.checkpoint.upload:
+            check_writable("checkpoint.upload", recipe.checkpoint.upload)
         if resume:
             check_same(output, recipe)
         else:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.recipe import leaves, load_recipe, results_only, to_yaml, without_password
 from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
 
@@ -50,7 +55,7 @@ def begin_run(output: Path, recipe: Recipe) -> None:
         RecipeError: as `make_folder`.
     """
     make_folder(output, recipe)
-    _write(output, {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "finished": None})
+    _begin(output)
 
 
 def check_same(output: Path, recipe: Recipe) -> None:
@@ -92,6 +97,43 @@ def restarted_run(runs: Path) -> Path | None:
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     mine = [path.parent for path in runs.glob(f"*/{RUN_FILE}") if _read(path.parent).get("launch") == launch]
     return max(mine, key=lambda folder: (folder / RECIPE_FILE).stat().st_mtime, default=None)
+
+
+def fetch_run(address: str, output: Path) -> None:
+    """Make a run's folder from the newest of its checkpoints in S3; of several ranks the others wait for the first.
+
+    Args:
+        address: s3://bucket/prefix/NAME, where `checkpoint.upload` has put them.
+        output: the folder to make.
+
+    Raises:
+        RecipeError: the folder is there already, or S3 has no whole checkpoint there.
+    """
+    from mtp_ce.training.storage import complete_folders, fetch_folder
+
+    if os.environ.get("RANK", "0") != "0":
+        while not is_run(output):
+            time.sleep(0.5)
+        return
+    names = sorted(name for name in complete_folders("--resume", address) if name.startswith("step-"))
+    if not names:
+        raise RecipeError(f"--resume {address} has no whole checkpoint; give the s3:// address of a run's folder")
+    found = fetch_folder("--resume", f"{address.rstrip('/')}/{names[-1]}")
+    try:
+        recipe = yaml.safe_load(json.loads((found / "state.json").read_text(encoding="utf-8"))["notes"]["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RecipeError(f"--resume {address}/{names[-1]} has no state.json with a recipe ({error})") from None
+    try:
+        with whole_folder(output) as aside:
+            shutil.copytree(found, aside / "checkpoints" / names[-1])
+            (aside / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+            _begin(aside)
+    except FileExistsError:
+        raise RecipeError(f"output folder {output} exists and is left alone; name another one with --output") from None
+
+
+def _begin(folder: Path) -> None:
+    _write(folder, {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "finished": None})
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -374,6 +374,12 @@ class CheckpointConfig(_Group):
         default=200, ge=1, description="steps between two checkpoints; null: only when the run is stopped"
     )
     keep: int = Field(default=2, ge=1, description="how many to keep, the newest; older ones are removed")
+    upload: str | None = Field(
+        default=None,
+        pattern=r"^s3://[^/]+/.+",
+        description="where copies of them and the trained model go, below the name of the output folder: "
+        "s3://bucket/prefix",
+    )
 
 
 class TrackingConfig(_Group):

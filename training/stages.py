@@ -34,6 +34,7 @@ from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
 from mtp_ce.training.model import build_model, checkpoint_activations
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.recipe import to_yaml, without_password
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.run_folder import decided_by
 from mtp_ce.training.saved_model import save_model
@@ -61,6 +62,7 @@ from mtp_ce.training.scoring import (
 from mtp_ce.training.tokens import DocumentTokens
 from mtp_ce.training.tracking import METRICS_FILE, Tracking
 from mtp_ce.training.trainer import Trainer
+from mtp_ce.training.uploads import copies
 from mtp_ce.wrapper import MTPWrapper
 
 # What a finished stage says of itself, beside its model.
@@ -104,8 +106,12 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
     else:
         weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
     ranks = inputs.ranks
-    with Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run:
-        trainer, results = fit(recipe, inputs, rows, weigh, output, run)
+    address = f"{recipe.checkpoint.upload.rstrip('/')}/{output.name}" if recipe.checkpoint.upload else None
+    with (
+        Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run,
+        copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
+    ):
+        trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
 
         def report() -> Evaluation:
             # Of a sharded model this rank has a part only; the files have all of it.
@@ -309,11 +315,18 @@ def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
 
 
 def fit(
-    recipe: Recipe, inputs: Inputs, rows: PackedRows, weigh: Weigh, folder: Path, run: Tracking
+    recipe: Recipe,
+    inputs: Inputs,
+    rows: PackedRows,
+    weigh: Weigh,
+    folder: Path,
+    run: Tracking,
+    copy: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[Trainer, list[HeadResult]]:
     """Train one model with prediction heads; save it and the picture of its losses.
 
-    Where the folder has checkpoints of this training, it goes on from the newest.
+    Where the folder has checkpoints of this training, it goes on from the newest. `copy` takes the folder of each that
+    is written, and that of the model.
     """
     torch.manual_seed(recipe.seed)
     begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
@@ -334,6 +347,7 @@ def fit(
         keep=recipe.checkpoint.keep,
         ranks=ranks,
         warn=partial(warn, inputs.console),
+        written=copy,
     )
     found = checkpoints.newest()
     with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
@@ -364,6 +378,7 @@ def fit(
         # A resumed run may have come this far before.
         shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+        copy(folder / "model")
         from mtp_ce.training.plot import draw_losses
 
         title = f"{folder.name}: cross entropy of each head"
@@ -377,7 +392,12 @@ def fit(
 def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
     """What a checkpoint holds beside tensors."""
     validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
-    return {"schedule": trainer.schedule.state_dict(), "metrics_bytes": run.size, "validations": validations}
+    return {
+        "recipe": to_yaml(without_password(trainer.recipe)),
+        "schedule": trainer.schedule.state_dict(),
+        "metrics_bytes": run.size,
+        "validations": validations,
+    }
 
 
 def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:

@@ -118,7 +118,8 @@ class Tracking:
     def rewind(self, size: int) -> None:
         """Go on after the first `size` bytes of a file from before; without this, the first metrics begin it."""
         assert self._file is None
-        self._kept_bytes = size
+        # A file that was lost with another machine has none of them.
+        self._kept_bytes = min(size, self.size)
 
     def _write(self, line: str) -> None:
         if self._file is None:

@@ -12,12 +12,41 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
 from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.storage import complete_folders, delete_folder, upload_folder
+
+# How long the end of a run waits for what is not uploaded yet.
+FINISHED_S = 3600.0
+STOPPED_S = 90.0
+
+
+@contextmanager
+def copies(address: str | None, warn: Callable[[str], None], keep: int) -> Iterator[Callable[[Path], None]]:
+    """Give what sends a finished folder to S3 under its own name; without an address, what does nothing.
+
+    The end of the block waits for what is left: long, or where it is left by an exception, as long as those who stop a
+    run commonly wait.
+
+    Args:
+        address: s3://bucket/prefix.
+        warn: as of `Uploads`.
+        keep: as of `Uploads`.
+    """
+    if address is None:
+        yield lambda folder: None
+        return
+    uploads = Uploads(address, warn, keep)
+    seconds = STOPPED_S
+    try:
+        yield lambda folder: uploads.send(folder, folder.name)
+        seconds = FINISHED_S
+    finally:
+        uploads.close(seconds)
 
 
 class Uploads:
@@ -31,7 +60,7 @@ class Uploads:
         key: the recipe's key that holds the address, for messages.
     """
 
-    def __init__(self, address: str, warn: Callable[[str], None], keep: int, key: str = "checkpoint upload") -> None:
+    def __init__(self, address: str, warn: Callable[[str], None], keep: int, key: str = "checkpoint.upload") -> None:
         self._address = address.rstrip("/")
         self._warn = warn
         self._keep = keep
