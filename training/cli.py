@@ -98,6 +98,8 @@ def _main(argv: Sequence[str] | None) -> int:
         recipes, overrides = sort_out(arguments.what[1:] if comparing else arguments.what)
         if len(recipes) > 1:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
+        if arguments.dry_run and (arguments.resume or "").startswith("s3://"):
+            raise RecipeError("--resume s3://... makes a folder, which --dry-run does not; leave out one of them")
         begun = run_to_resume(arguments.resume, arguments.output)
         if recipes and arguments.resume not in (None, "auto"):
             raise RecipeError(f"--resume {arguments.resume} takes the run's own recipe; leave out '{recipes[0]}'")

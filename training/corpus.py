@@ -294,7 +294,7 @@ def _fetch(source: Source, data: DataConfig) -> Source:
     from mtp_ce.training import storage
 
     one = source.address.endswith(ROW_SUFFIXES)
-    fetch = storage.fetch_file if one else storage.fetch_folder  # type: ignore[attr-defined]
+    fetch = storage.fetch_file if one else storage.fetch_folder
     path = fetch(source.key, source.address)
     found = find_source(source.key, str(path), data)
     return replace(found, address=source.address)

@@ -102,3 +102,18 @@ def test_accelerate_launch_trains_as_one_process_does(recipe, alone, same_traini
     more = ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
     start([*accelerate, *more, "--no_python", *TRAIN.split(), "--output", "out"], tmp_path, recipe)
     same_training(alone, tmp_path / "out", steps=5)
+
+
+def test_the_slurm_script_starts_what_it_should(recipe, alone, same_training, tmp_path):
+    """On a cluster of one node: srun runs a command there, scontrol knows its name."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, does in {"srun": 'exec "$@"', "scontrol": "echo localhost", "torchrun": f'exec {TORCHRUN} "$@"'}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {"JOB_NODELIST": "localhost", "NNODES": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7"}
+    variables = {f"SLURM_{name}": value for name, value in slurm.items()}
+    script = Path(__file__).parents[2] / "docs" / "train.sbatch"
+    start(["bash", str(script), "recipe.yaml", "out"], tmp_path, recipe, PATH=path, **variables)
+    same_training(alone, tmp_path / "out", steps=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mtp_ce.training import checkpoint, cli, pipeline, stages
+from mtp_ce.training import checkpoint, cli, pipeline, stages, storage
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.recipe import to_yaml
 from mtp_ce.training.schema import RecipeError
@@ -256,6 +257,27 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(small, stop_at, finished_run, t
     (main,) = [run_id for run_id, info in finished.items() if info.run_name == "main"]
     losses = client.get_metric_history(main, "train/loss")
     assert [loss.step for loss in losses] == list(range(1, 13))
+
+
+def test_a_run_goes_on_from_s3_where_its_machine_is_lost(small, stop_at, s3, prefix, tmp_path, monkeypatch, capsys):
+    recipe = small([*SHORT, f"checkpoint.upload=s3://models/{prefix}"])
+    quiet(recipe, tmp_path / "undisturbed")
+    stop_at["step"] = 8
+    with pytest.raises(StoppedError):
+        quiet(recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    stop_at["step"] = 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--resume", f"s3://models/{prefix}/run", "--output", "elsewhere"]) == 0
+    assert "resumed     after step 8, from elsewhere/checkpoints/step-00000008" in capsys.readouterr().out
+    assert parameters(tmp_path / "elsewhere") == parameters(tmp_path / "undisturbed")
+    for run in ("undisturbed", "elsewhere"):
+        there = storage.fetch_folder("model.source", f"s3://models/{prefix}/{run}/model")
+        assert (there / "model.safetensors").read_bytes() == (tmp_path / run / "model/model.safetensors").read_bytes()
+    assert cli.main(["--resume", f"s3://models/{prefix}/run", "--output", "elsewhere"]) == 2
+    assert "output folder elsewhere exists and is left alone" in capsys.readouterr().err
+    assert cli.main(["--resume", f"s3://models/{prefix}/other", "--output", "new"]) == 2
+    assert f"s3://models/{prefix}/other has no whole checkpoint" in capsys.readouterr().err
 
 
 class Command:
