@@ -76,10 +76,10 @@ def check_address(key: str, address: str) -> None:
     Raises:
         RecipeError: the address is not one, nothing is there, or S3 refuses or does not answer.
     """
-    from botocore.exceptions import ClientError
-
     place = parse_address(key, address)
     with connected(key, address, "read") as client:
+        from botocore.exceptions import ClientError
+
         try:
             look_up(client, place)
         except ClientError as error:
@@ -135,12 +135,11 @@ def upload_folder(
     Raises:
         RecipeError: the folder is empty or vanishes, another one is there, or S3 refuses or does not answer.
     """
-    from botocore.exceptions import ClientError
-
     place = parse_address(key, address)
     with connected(key, address, "written") as client:
         # Only where it is known that boto3 is there.
         from boto3.s3.transfer import TransferConfig
+        from botocore.exceptions import ClientError
 
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = [name for name in names if name not in (MANIFEST, UNFINISHED)]
@@ -168,7 +167,10 @@ def upload_folder(
         except ClientError as error:
             if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise
-            raise StorageError("another upload to this address has ended meanwhile; give each its own") from None
+            # One whose answer is lost is put again, and refused because of itself.
+            there = client.get_object(Bucket=place.bucket, Key=f"{place.key}/{MANIFEST}")["Body"].read()
+            if there != manifest:
+                raise StorageError("another upload to this address has ended meanwhile; give each its own") from None
         client.delete_object(Bucket=place.bucket, Key=f"{place.key}/{UNFINISHED}")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -131,22 +132,27 @@ def test_foreign_objects_are_not_mixed_with_an_upload(s3, folder, prefix):
     assert names(s3, prefix) == {"theirs"}
 
 
-def test_of_two_uploads_to_one_address_the_second_to_end_is_refused(conditions, folder, prefix):
-    """The other one ends while the parts of this one are under way."""
-    other = {"done": False}
-    describe = Path.open
+@pytest.mark.parametrize("same", [False, True])
+def test_of_two_uploads_to_one_address_the_second_to_end_is_refused(conditions, folder, prefix, tmp_path, same):
+    """The other ends while this one is under way; of the same files, it may be this one, whose answer was lost."""
+    others = [folder if same else small(tmp_path, 1)]
+    expected = contents(others[0])
+    opened = Path.open
 
     def meanwhile(path, *given, **named):
-        if path.name == "model.bin" and not other["done"]:
-            other["done"] = True
-            upload_folder("DIR", folder, f"s3://models/{prefix}")
-        return describe(path, *given, **named)
+        if path.name == "model.bin" and others:
+            upload_folder("DIR", others.pop(), f"s3://models/{prefix}")
+        return opened(path, *given, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", meanwhile)
-        with pytest.raises(RecipeError, match="another upload to this address has ended meanwhile"):
+        with (
+            nullcontext()
+            if same
+            else pytest.raises(RecipeError, match="another upload to this address has ended meanwhile")
+        ):
             upload_folder("DIR", folder, f"s3://models/{prefix}")
-    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == expected
 
 
 def test_an_upload_goes_on_after_a_broken_connection(s3, proxy, large, prefix):
