@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mtp_ce import MTPWrapper
 from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.schema import DataConfig
+from mtp_ce.training.groups import DataConfig
 from mtp_ce.training.tokenizer import load_tokenizer
 
 

@@ -84,9 +84,9 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
+    from mtp_ce.training.groups import RecipeError
     from mtp_ce.training.recipe import load_recipe, to_yaml
     from mtp_ce.training.run_folder import RECIPE_FILE, check_same, finished
-    from mtp_ce.training.schema import RecipeError
     from mtp_ce.training.sources import find_sources
 
     try:
@@ -183,8 +183,8 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
     Raises:
         RecipeError: there is no such run, or "auto" does not say which.
     """
+    from mtp_ce.training.groups import RecipeError
     from mtp_ce.training.run_folder import RECIPE_FILE, RUN_FILE, fetch_run, is_run, restarted_run
-    from mtp_ce.training.schema import RecipeError
 
     if wanted is None:
         return output if output and restarted_run(output.parent) == output else restarted_run(Path("runs"))
@@ -277,7 +277,7 @@ def output_folder(name: str, wanted: Path | None) -> Path:
     Raises:
         RecipeError: it is there already, or can't be made.
     """
-    from mtp_ce.training.schema import RecipeError
+    from mtp_ce.training.groups import RecipeError
 
     # Of several ranks the first one decides, and may have made the folder already.
     if not _leads():

@@ -20,6 +20,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.corpus import is_documented
+from mtp_ce.training.fitting import fit
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import Inputs, read_inputs
 from mtp_ce.training.kept import folder_digest, stage_key
@@ -27,7 +28,7 @@ from mtp_ce.training.report import say, warn
 from mtp_ce.training.run_folder import RECIPE_FILE, make_folder
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import FrozenModels, build_weighing
-from mtp_ce.training.stages import STAGE_FILE, Stage, check_stages, fit, run_stage, scoring_stages
+from mtp_ce.training.stages import STAGE_FILE, Stage, check_stages, run_stage, scoring_stages
 from mtp_ce.training.tracking import Tracking
 
 

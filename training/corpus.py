@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Generic, Literal, TypeVar, overload
 
-from mtp_ce.training.schema import DataConfig, RecipeError
+from mtp_ce.training.groups import DataConfig, RecipeError
 
 T = TypeVar("T")
 

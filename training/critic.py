@@ -33,10 +33,11 @@ from mtp_ce.training.corpus import Corpus
 from mtp_ce.training.critic_loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data import rows_of_step
 from mtp_ce.training.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.groups import PretrainedModelConfig, RecipeError
 from mtp_ce.training.interrupt import Stop, StoppedError
 from mtp_ce.training.model import llama_config
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.schema import PretrainedModelConfig, Recipe, RecipeError
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.trainer import Log, StepRefusedError
 
 # Pairs of each held-out function: a corpus of a few hundred files holds out few functions.

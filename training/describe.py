@@ -23,23 +23,17 @@ from transformers import (
 )
 
 from mtp_ce.training.corpus import find_files
+from mtp_ce.training.fitting import parameters
 from mtp_ce.training.gguf import converted_folder
+from mtp_ce.training.groups import CriticConfig, PretrainedModelConfig, RecipeError, ReferenceConfig, Rho1ScorerConfig
 from mtp_ce.training.inputs import find_device
 from mtp_ce.training.model import checkpoint_activations, llama_config
 from mtp_ce.training.ranks import Ranks
 from mtp_ce.training.recipe import flatten, without_password
 from mtp_ce.training.report import say
-from mtp_ce.training.schema import (
-    CriticConfig,
-    PretrainedModelConfig,
-    Recipe,
-    RecipeError,
-    ReferenceConfig,
-    Rho1ScorerConfig,
-)
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.sources import local_source, sources_of
-from mtp_ce.training.stages import parameters
 from mtp_ce.training.tracking import METRICS_FILE
 from mtp_ce.wrapper import MTPWrapper
 

@@ -52,8 +52,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.corpus import find_files
+    from mtp_ce.training.groups import RecipeError
     from mtp_ce.training.recipe import load_evaluation, to_yaml
-    from mtp_ce.training.schema import RecipeError
     from mtp_ce.training.sources import find_checkpoint
 
     try:

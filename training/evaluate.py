@@ -13,11 +13,12 @@ from transformers.utils import logging as transformers_logging
 
 from mtp_ce.heads import CONFIG_FILE
 from mtp_ce.training.evaluation import Evaluation, decode
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.head_scores import score_heads, validation_metrics
 from mtp_ce.training.inputs import read_held_out
 from mtp_ce.training.report import say, say_evaluation, warn
 from mtp_ce.training.run_folder import make_folder
-from mtp_ce.training.schema import EvaluationRecipe, RecipeError
+from mtp_ce.training.schema import EvaluationRecipe
 from mtp_ce.training.tracking import Tracking
 from mtp_ce.wrapper import MTPWrapper
 

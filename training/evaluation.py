@@ -9,10 +9,10 @@ from typing import Any
 
 from mtp_ce.drafting import KINDS as DRAFTING
 from mtp_ce.training.decoding import DecodingResult, choose_prompts, measure_decoding
+from mtp_ce.training.groups import DecodingConfig
 from mtp_ce.training.head_scores import HeadResult
 from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.report import say
-from mtp_ce.training.schema import DecodingConfig
 from mtp_ce.wrapper import MTPWrapper
 
 

@@ -122,7 +122,7 @@ def _storage() -> Iterator[ModuleType]:
     if missing := missing_packages("boto3", "pydantic"):
         raise ExportError(missing)
     from mtp_ce.training import storage
-    from mtp_ce.training.schema import RecipeError
+    from mtp_ce.training.groups import RecipeError
 
     try:
         yield storage

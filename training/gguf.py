@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.tokenizer import cache_folder
 
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import PackedRows, PaddedRows
+from mtp_ce.training.groups import DataConfig, PretrainedModelConfig, RecipeError
 from mtp_ce.training.ranks import ALONE, Ranks
 from mtp_ce.training.report import say
-from mtp_ce.training.schema import DataConfig, EvaluationRecipe, PretrainedModelConfig, Recipe, RecipeError
+from mtp_ce.training.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
 from mtp_ce.training.tokenizer import load_tokenizer, read_tokenizer
 from mtp_ce.training.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy

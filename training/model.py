@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads import CONFIG_FILE
-from mtp_ce.training.schema import DataConfig, PretrainedModelConfig, Recipe, RecipeError, TrunkConfig
+from mtp_ce.training.groups import DataConfig, PretrainedModelConfig, RecipeError, TrunkConfig
+from mtp_ce.training.schema import Recipe
 from mtp_ce.wrapper import MTPWrapper
 
 

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mtp_ce.layer_heads import LayerHeads, decoder_layers
-from mtp_ce.training.schema import RecipeError, TrainConfig
+from mtp_ce.training.groups import RecipeError, TrainConfig
 from mtp_ce.wrapper import MTPWrapper
 
 T = TypeVar("T")

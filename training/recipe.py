@@ -19,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.s3 import is_s3
-from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
+from mtp_ce.training.schema import EvaluationRecipe, Recipe
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.corpus import Corpus, Document, Lazy, Source, below
-from mtp_ce.training.schema import DataConfig, RecipeError
+from mtp_ce.training.groups import DataConfig, RecipeError
 from mtp_ce.training.tokenizer import cache_folder
 
 # Part of the cache key: raise it when what is kept of a row, or the layout below, changes.

@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from mtp_ce.training.atomic import whole_folder
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.recipe import leaves, load_recipe, results_only, to_yaml, without_password
-from mtp_ce.training.schema import EvaluationRecipe, Recipe, RecipeError
+from mtp_ce.training.schema import EvaluationRecipe, Recipe
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"

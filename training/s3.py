@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 
 SCHEME = "s3://"
 

@@ -20,16 +20,16 @@ from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.data import IGNORE, Batch, PackedRows
-from mtp_ce.training.ranks import ALONE, Ranks
-from mtp_ce.training.schema import (
+from mtp_ce.training.groups import (
     ControlName,
     ControlScorerConfig,
     CriticScorerConfig,
-    Recipe,
     Rho1ScorerConfig,
     ScorerConfig,
     UniformScorerConfig,
 )
+from mtp_ce.training.ranks import ALONE, Ranks
+from mtp_ce.training.schema import Recipe
 
 # Takes a micro-batch and the next-token head of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]

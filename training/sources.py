@@ -16,15 +16,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from mtp_ce.training.s3 import is_s3
-from mtp_ce.training.schema import (
+from mtp_ce.training.groups import (
     ControlScorerConfig,
     MTPConfig,
     PretrainedModelConfig,
-    Recipe,
     RecipeError,
     Rho1ScorerConfig,
 )
+from mtp_ce.training.s3 import is_s3
+from mtp_ce.training.schema import Recipe
 
 Kind = Literal["language model", "critic"]
 

@@ -13,42 +13,36 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from mtp_ce.training.checkpoint import FOLDER as CHECKPOINTS
-from mtp_ce.training.checkpoint import Checkpoint, Checkpoints
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.critic import train_critic
-from mtp_ce.training.data import PackedRows
 from mtp_ce.training.evaluation import Evaluation, decode
-from mtp_ce.training.head_scores import HeadResult, validation_metrics
-from mtp_ce.training.inputs import Inputs
-from mtp_ce.training.interrupt import stop_on_signal
-from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
-from mtp_ce.training.model import build_model, checkpoint_activations
-from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import to_yaml, without_password
-from mtp_ce.training.report import Display, say, warn
-from mtp_ce.training.run_folder import decided_by
-from mtp_ce.training.saved_model import save_model
-from mtp_ce.training.schema import (
+from mtp_ce.training.fitting import fit, log_and_show
+from mtp_ce.training.groups import (
     LlamaModelConfig,
     MTPConfig,
     PretrainedModelConfig,
-    Recipe,
     RecipeError,
     ReferenceConfig,
     Rho1ScorerConfig,
     TrunkConfig,
     UniformScorerConfig,
 )
+from mtp_ce.training.head_scores import validation_metrics
+from mtp_ce.training.inputs import Inputs
+from mtp_ce.training.interrupt import stop_on_signal
+from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
+from mtp_ce.training.report import Display, say, warn
+from mtp_ce.training.saved_model import save_model
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import (
     FrozenModels,
     Weigh,
@@ -57,11 +51,9 @@ from mtp_ce.training.scoring import (
     save_weights,
     stored,
     weigh_rows,
-    weight_bounds,
 )
 from mtp_ce.training.tokens import DocumentTokens
-from mtp_ce.training.tracking import METRICS_FILE, Tracking
-from mtp_ce.training.trainer import Trainer
+from mtp_ce.training.tracking import Tracking
 from mtp_ce.training.uploads import copies
 from mtp_ce.wrapper import MTPWrapper
 
@@ -222,7 +214,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
             model, results = train_critic(
                 recipe, inputs.corpus, inputs.tokenizer, inputs.device,
                 pretrained=inputs.given.get("model.source"),
-                log=_both(run, display), tick=display.tick, stop=stop,
+                log=log_and_show(run, display), tick=display.tick, stop=stop,
             )  # fmt: skip
         save_model(folder / "model", model, inputs.tokenizer)
         return results
@@ -312,118 +304,6 @@ def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
     (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return keep_stage(stage.kind, stage.key, folder)
-
-
-def fit(
-    recipe: Recipe,
-    inputs: Inputs,
-    rows: PackedRows,
-    weigh: Weigh,
-    folder: Path,
-    run: Tracking,
-    copy: Callable[[Path], None] = lambda folder: None,
-) -> tuple[Trainer, list[HeadResult]]:
-    """Train one model with prediction heads; save it and the picture of its losses.
-
-    Where the folder has checkpoints of this training, it goes on from the newest. `copy` takes the folder of each that
-    is written, and that of the model.
-    """
-    torch.manual_seed(recipe.seed)
-    begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
-    model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
-    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
-    nn.Module.to(model, inputs.device)
-    ranks = inputs.ranks
-    where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
-    say(inputs.console, f"model       {parameters(model)}; on {where}")
-    if recipe.train.activation_checkpointing:
-        checkpoint_activations(model)
-    ranks.shard(model, recipe.train)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
-    checkpoints = Checkpoints(
-        folder / CHECKPOINTS,
-        decided=decided_by(recipe) | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
-        keep=recipe.checkpoint.keep,
-        ranks=ranks,
-        warn=partial(warn, inputs.console),
-        written=copy,
-    )
-    found = checkpoints.newest()
-    with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
-        trainer = Trainer(
-            recipe=recipe,
-            model=model,
-            weigh=weigh,
-            optimizer=optimizer,
-            schedule=schedule,
-            rows=rows,
-            held_out=inputs.rows(inputs.tokens.held_out),
-            device=inputs.device,
-            log=_both(run, display),
-            tick=display.tick,
-            stop=stop,
-            weight_bounds=weight_bounds(recipe),
-            ranks=ranks,
-            keep=lambda trainer: checkpoints.save(trainer.done, model, optimizer, lambda: _notes(trainer, run)),
-        )
-        if found:
-            checkpoints.load(found, model, optimizer)
-            _continue(trainer, found, run)
-            say(inputs.console, f"resumed     after step {found.step:,}, from {found.folder}")
-        results = trainer.fit()
-    tensors = ranks.whole(model)
-
-    def save() -> None:
-        # A resumed run may have come this far before.
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
-        copy(folder / "model")
-        from mtp_ce.training.plot import draw_losses
-
-        title = f"{folder.name}: cross entropy of each head"
-        draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
-        run.artifact(folder / "losses.png")
-
-    ranks.lead(save)
-    return trainer, results
-
-
-def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
-    validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
-    return {
-        "recipe": to_yaml(without_password(trainer.recipe)),
-        "schedule": trainer.schedule.state_dict(),
-        "metrics_bytes": run.size,
-        "validations": validations,
-    }
-
-
-def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:
-    """Have a loop whose model and optimizer were loaded go on where the checkpoint was written."""
-    trainer.done = found.step
-    trainer.schedule.load_state_dict(found.notes["schedule"])
-    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-        group["lr"] = lr
-    validations = found.notes["validations"]
-    trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
-    run.rewind(found.notes["metrics_bytes"])
-
-
-def parameters(model: MTPWrapper) -> str:
-    """Count a model's parameters, in words."""
-    trunk = sum(parameter.numel() for parameter in model.causal.parameters())
-    heads = sum(parameter.numel() for parameter in model.heads.parameters())
-    return f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}"
-
-
-def _both(run: Tracking, display: Display) -> Callable[[int, dict[str, float]], None]:
-    def log(step: int, metrics: dict[str, float]) -> None:
-        run.log(step, metrics)
-        display.show(step, metrics)
-
-    return log
 
 
 def _shown(results: dict[str, float]) -> str:

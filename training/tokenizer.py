@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtp_ce.training.atomic import whole_folder
 from mtp_ce.training.cache import cache_folder
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 
 END_OF_TEXT = "<|endoftext|>"
 

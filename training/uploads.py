@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.storage import complete_folders, delete_folder, upload_folder
 
 # How long the end of a run waits for what is not uploaded yet.

@@ -18,7 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font
 from matplotlib.patches import Rectangle
 
-from mtp_ce.training.weights_passage import NEWLINE, PART, SCALE, SHAPELESS, Passage, scale_ticks, summary, weight_norm
+from mtp_ce.training.weights_passage import (
+    NEWLINE,
+    PART,
+    SCALE,
+    SHAPELESS,
+    Passage,
+    scale_ticks,
+    summary,
+    weight_norm,
+)
 
 # The picture: characters in a line, lines in all, passages at most, and sizes in points.
 _COLUMNS, _LINES, _PASSAGES = 100, 60, 10

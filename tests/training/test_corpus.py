@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_ce.training.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
-from mtp_ce.training.schema import DataConfig, RecipeError
+from mtp_ce.training.groups import DataConfig, RecipeError
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> DataConfig:

@@ -15,8 +15,9 @@ from mtp_ce.training.corpus import Corpus, Document, read_corpus, texts
 from mtp_ce.training.critic import build_critic, train_critic
 from mtp_ce.training.critic_loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
 from mtp_ce.training.functions import Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import Stop
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.tokenizer import load_tokenizer, train_tokenizer
 from mtp_ce.training.trainer import StepRefusedError
 

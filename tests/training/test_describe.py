@@ -18,8 +18,9 @@ import pytest
 from rich.console import Console
 
 from mtp_ce.training import cli, describe
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.schema import Recipe
 
 SEVEN_BILLION = [
     "model.hidden_size=4096",

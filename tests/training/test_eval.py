@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from mtp_ce.training.evaluate import evaluate
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.recipe import load_evaluation
-from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.sources import find_checkpoint
 
 QUIET = Console(quiet=True)

@@ -38,16 +38,16 @@ wait $!
 # The second rank is killed in its fourth step, once.
 MORTAL = """
 import os, signal, sys
-from mtp_ce.training import stages
+from mtp_ce.training import fitting
 from mtp_ce.training.cli import main
 
-class Mortal(stages.Trainer):
+class Mortal(fitting.Trainer):
     def _step(self, step, window):
         if step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         super()._step(step, window)
 
-stages.Trainer = Mortal
+fitting.Trainer = Mortal
 sys.exit(main())
 """
 

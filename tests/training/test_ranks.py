@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_ce.training import pipeline, stages
+from mtp_ce.training import fitting, pipeline
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.ranks import Ranks
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.schema import Recipe
 
 # Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
 DRIVER = """
@@ -26,14 +27,14 @@ import json, os, signal, sys
 import torch
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training import stages
+from mtp_ce.training import fitting
 from mtp_ce.training.cli import main
 
 RANK = int(os.environ["RANK"])
-USUAL = stages.Trainer
+USUAL = fitting.Trainer
 
 def poison_rank_1():
-    stages.Trainer = USUAL
+    fitting.Trainer = USUAL
     usual, calls = UniformScorer.run, []
     def run(self, *args, **options):
         calls.append(1)
@@ -49,7 +50,7 @@ def stop_rank_1(number=signal.SIGINT):
             if RANK == 1 and step == 3:
                 os.kill(os.getpid(), number)
             super()._step(step, window)
-    stages.Trainer = Impatient
+    fitting.Trainer = Impatient
 
 def terminate_rank_1():
     stop_rank_1(signal.SIGTERM)
@@ -104,14 +105,14 @@ def write_pairs(path: Path) -> None:
 def begin_alone(recipe: Recipe, folder: Path) -> None:
     """Have this process stop in its third step."""
 
-    class Impatient(stages.Trainer):
+    class Impatient(fitting.Trainer):
         def _step(self, step, window):
             if step == 3:
                 raise StoppedError
             super()._step(step, window)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "Trainer", Impatient)
+        patch.setattr(fitting, "Trainer", Impatient)
         with pytest.raises(StoppedError):
             pipeline.train(recipe, folder, Console(quiet=True))
 

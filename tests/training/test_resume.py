@@ -19,10 +19,10 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mtp_ce.training import checkpoint, cli, pipeline, stages, storage
+from mtp_ce.training import checkpoint, cli, fitting, pipeline, storage
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.recipe import to_yaml
-from mtp_ce.training.schema import RecipeError
 
 PROGRAM = "import sys; from mtp_ce.training.cli import main; sys.exit(main())"
 
@@ -50,13 +50,13 @@ def stop_at(monkeypatch):
     """Have the loop be stopped by SIGTERM while it does a certain step; 0 lets it go on."""
     at = {"step": 0}
 
-    class Stopping(stages.Trainer):
+    class Stopping(fitting.Trainer):
         def _step(self, step, window):
             if step == at["step"]:
                 self.stop.set(signal.SIGTERM)
             super()._step(step, window)
 
-    monkeypatch.setattr(stages, "Trainer", Stopping)
+    monkeypatch.setattr(fitting, "Trainer", Stopping)
     return at
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from mtp_ce.training import pipeline, row_corpus
 from mtp_ce.training.corpus import Corpus, read_corpus, texts
 from mtp_ce.training.data import IGNORE, PackedRows, PaddedRows
+from mtp_ce.training.groups import DataConfig, RecipeError
 from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import DataConfig, RecipeError
 from mtp_ce.training.tokenizer import train_tokenizer
 from mtp_ce.training.tokens import tokenise
 

@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce import MTPWrapper
-from mtp_ce.training import pipeline, stages
+from mtp_ce.training import fitting, pipeline
 from mtp_ce.training.corpus import read_corpus, texts
 from mtp_ce.training.data import PackedRows
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.recipe import load_recipe, to_yaml
-from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.tokenizer import load_tokenizer
 from mtp_ce.training.tokens import tokenise, unigram_cross_entropy
 
@@ -131,13 +131,13 @@ def test_the_picture_is_a_picture(finished_run):
 def test_the_saved_model_reloads_bit_for_bit_with_plain_transformers(finished_run, held_out, monkeypatch, tmp_path):
     """Trained, saved, loaded by transformers alone: the same logits, the same heads, the same tokens."""
     trained = {}
-    save = stages.save_model
+    save = fitting.save_model
 
     def remember(folder, model, tokenizer, **options):
         trained["model"] = model
         save(folder, model, tokenizer, **options)
 
-    monkeypatch.setattr(stages, "save_model", remember)
+    monkeypatch.setattr(fitting, "save_model", remember)
     recipe = finished_run.recipe.model_copy(
         update={"tracking": finished_run.recipe.tracking.model_copy(update={"kind": "none"})}
     )

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
 
 from mtp_ce import heads
 from mtp_ce.training import export_cli, pipeline
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.sources import HEADS_FILE, fetch_source, find_sources
 
 QUIET = Console(quiet=True)

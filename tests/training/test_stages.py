@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.training import pipeline
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
-from mtp_ce.training.schema import Recipe, RecipeError
+from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import documents_of, reference_recipe
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from mtp_ce.training import cli, stages
+from mtp_ce.training import cli, fitting
 from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.recipe import to_yaml
 
@@ -82,7 +82,7 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every model is built with one NaN in its final norm."""
-    build = stages.build_model
+    build = fitting.build_model
 
     def build_poisoned(*arguments, **options):
         model = build(*arguments, **options)
@@ -90,7 +90,7 @@ def poisoned(monkeypatch):
             model.causal.model.norm.weight[0] = float("nan")
         return model
 
-    monkeypatch.setattr(stages, "build_model", build_poisoned)
+    monkeypatch.setattr(fitting, "build_model", build_poisoned)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(

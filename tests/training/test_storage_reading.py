@@ -13,8 +13,8 @@ import boto3
 import pytest
 
 from mtp_ce.training import objects
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.s3 import connected
-from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.storage import check_address, check_writable, fetch_file, fetch_folder
 
 BODY = os.urandom(3 << 20)

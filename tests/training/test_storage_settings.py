@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from mtp_ce.training import cli, eval_cli, export_cli
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.recipe import load_recipe, to_yaml
-from mtp_ce.training.schema import RecipeError
 from mtp_ce.training.storage import MANIFEST, check_address, fetch_file, fetch_folder, upload_folder
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "s3.md").read_text(encoding="utf-8")

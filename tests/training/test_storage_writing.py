@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.storage import (
     MANIFEST,
     UNFINISHED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtp_ce.training import tokenizer as module
-from mtp_ce.training.schema import RecipeError
+from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "import os\nprint(os.sep)\n" * 20]
