@@ -9,12 +9,15 @@ Every rank runs every forward and backward: parameters are gathered for them by 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -232,5 +235,41 @@ def _meeting_place(size: int) -> tuple[int, dist.Store]:
     if size == 1:
         return 0, dist.HashStore()
     store, rank, _ = next(rendezvous("env://"))
-    # Workers that torchrun starts again would else find the addresses of those that died.
-    return rank, dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return rank, dist.PrefixStore(agree_on_round(store, rank, size), store)
+
+
+def agree_on_round(store: dist.Store, rank: int, size: int) -> str:
+    """Give all ranks one name that no processes before them had.
+
+    torchrun keeps one store for all starts of its workers, in which those that it starts again would find the addresses
+    of dead ones; how often it has started them differs from node to node.
+
+    Args:
+        store: what all ranks see, with whatever others have left in it.
+        rank: this process's.
+        size: how many there are.
+    """
+    mine = uuid4().hex
+    store.set(f"seen {rank}", "")
+    store.set(f"name {rank}", mine)
+    while True:
+        if rank == 0:
+            # Some names may still be those of dead ranks, which will see nothing.
+            names = " ".join(store.get(f"name {other}").decode() for other in range(size))
+            store.set("names", names)
+            if all(store.get(f"seen {other}").decode() == names for other in range(1, size)):
+                store.set("round", names)
+                return _short(names)
+        else:
+            names = store.get("names").decode()
+            if mine in names:
+                store.set(f"seen {rank}", names)
+            # Asked last: on the first start it is not there before all ranks have seen the names.
+            if store.check(["round"]) and mine in (names := store.get("round").decode()):
+                return _short(names)
+        time.sleep(0.01)
+
+
+def _short(names: str) -> str:
+    # It goes before every key of the store.
+    return hashlib.sha256(names.encode()).hexdigest()[:16]

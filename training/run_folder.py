@@ -96,8 +96,19 @@ def restarted_run(runs: Path) -> Path | None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    mine = [path.parent for path in runs.glob(f"*/{RUN_FILE}") if _read(path.parent).get("launch") == launch]
+    mine = [
+        path.parent for path in runs.glob(f"*/{RUN_FILE}") if is_run(path.parent) and _launch(path.parent) == launch
+    ]
     return max(mine, key=lambda folder: (folder / RECIPE_FILE).stat().st_mtime, default=None)
+
+
+def _launch(folder: Path) -> str | None:
+    """Which launch of torchrun made a run; None where it does not say, whatever else is wrong with it."""
+    try:
+        launch: str | None = _read(folder).get("launch")
+    except RecipeError:
+        return None
+    return launch
 
 
 def fetch_run(address: str, output: Path) -> None:

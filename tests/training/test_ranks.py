@@ -10,15 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch.distributed import HashStore
 
 from mtp_ce.training import fitting, pipeline
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
-from mtp_ce.training.ranks import Ranks
+from mtp_ce.training.ranks import Ranks, agree_on_round
 from mtp_ce.training.schema import Recipe
 
 # Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
@@ -244,3 +246,24 @@ def test_micro_batches_must_divide_what_a_rank_gets():
 def test_ranks_take_equal_slices_that_are_the_batch():
     parts = [range(8)[Ranks(rank=rank, size=4).slice(8)] for rank in range(4)]
     assert [list(part) for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_ranks_that_are_started_again_agree_on_a_round_of_their_own():
+    """Whatever ranks before them have left in the store: names, half an agreement, or a whole one."""
+    store, size, rounds = HashStore(), 3, []
+    for rank in range(size):
+        store.set(f"name {rank}", f"dead {rank}")
+        store.set(f"seen {rank}", "dead 0 dead 1 dead 2")
+    store.set("names", "dead 0 dead 1 dead 2")
+    store.set("round", "dead 0 dead 1 dead 2")
+    for _ in range(3):
+        with ThreadPoolExecutor(size) as ranks:
+            # The first rank comes last, and finds names of both kinds.
+            found = list(ranks.map(lambda rank: agree_on_round(store, rank, size), reversed(range(size))))
+        assert len(set(found)) == 1
+        rounds.append(found[0])
+    assert len({*rounds}) == 3
+
+
+def test_one_rank_is_a_round():
+    assert agree_on_round(HashStore(), 0, 1)
