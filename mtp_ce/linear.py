@@ -293,7 +293,7 @@ def _evaluate(
         learning and any(x.requires_grad for x in given),
         learning and unembed.requires_grad,
         learning and bias is not None and bias.requires_grad,
-        rows_of_chunk(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
+        _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
     )  # fmt: skip
     return MTPLoss(loss, MTPStats(ce.detach(), live, lse.detach(), top1))
 
@@ -317,8 +317,7 @@ def _autocast(
     return hidden, cast(unembed), None if bias is None else cast(bias)
 
 
-def rows_of_chunk(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:
-    """How many rows of logits, `row_bytes` each, are alive at a time."""
+def _chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:
     if chunk_bytes is not None:
         return chunk_bytes // row_bytes
     if device.type == "cpu":

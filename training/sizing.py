@@ -30,7 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from mtp_ce.layer_heads import LayerHeads, decoder_layers
-from mtp_ce.linear import rows_of_chunk
+from mtp_ce.linear import _chunk_rows
 from mtp_ce.slabs import rows_at_once
 from mtp_ce.unembedding import Unembedding
 from mtp_ce.wrapper import MTPWrapper
@@ -234,7 +234,7 @@ def loss_bytes(
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
     # A CPU makes the product of half types into fp32 sums from a copy.
     wide = 4 if device.type == "cpu" and item < 4 else 0
-    slab = rows_at_once(N, rows_of_chunk(None, V * item, device), device)
+    slab = rows_at_once(N, _chunk_rows(None, V * item, device), device)
     # A CPU gathers the rows that are live.
     gathered = N * D * item if device.type == "cpu" else 0
     whole = N * V * item

@@ -212,7 +212,7 @@ def test_a_folder_that_is_gone_is_one_line_and_the_next_one_gets_there(s3, prefi
     uploads.send(small(tmp_path, 2), "step-2")
     uploads.close(30)
     (line,) = said
-    assert line.startswith(f"checkpoint upload s3://models/{prefix}/step-1: ")
+    assert line.startswith(f"checkpoint.upload s3://models/{prefix}/step-1: ")
     assert line.endswith("step-1 was deleted before it was uploaded; training goes on")
     assert complete_folders("DIR", f"s3://models/{prefix}") == ["step-2"]
 
@@ -258,7 +258,7 @@ def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, pref
         uploads.close(0.3)
         assert time.monotonic() - began < 1
         assert said == [
-            f"checkpoint upload s3://models/{prefix} has no step-1, step-2 after 0.3 s; given up",
+            f"checkpoint.upload s3://models/{prefix} has no step-1, step-2 after 0.3 s; given up",
         ]
     uploads._thread.join(10)
     assert not uploads._thread.is_alive()
@@ -275,7 +275,7 @@ def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the
         words = [sys.executable, "-c", program, f"s3://models/{prefix}", str(tmp_path / "step-1")]
         run = subprocess.run(words, capture_output=True, text=True, timeout=20)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == f"checkpoint upload s3://models/{prefix} has no step-1 after 1.5 s; given up\n"
+    assert run.stdout == f"checkpoint.upload s3://models/{prefix} has no step-1 after 1.5 s; given up\n"
     assert f"PUT step-1/{UNFINISHED}" in [line.replace(f"{prefix}/", "") for line in writes(proxy)]
 
 
