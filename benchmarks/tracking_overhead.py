@@ -1,7 +1,7 @@
 """What MLflow costs a training: throughput with tracking on and off, in alternating pairs of runs.
 
-    python -m benchmarks.tracking_overhead                          5 pairs of the default recipe, 200 steps each
-    python -m benchmarks.tracking_overhead --pairs 9 rho1 train.steps=600
+    python -m benchmarks.tracking_overhead                     3 pairs of the default recipe: 10 minutes on two cores
+    python -m benchmarks.tracking_overhead --pairs 9 tiny train.steps=2000
 
 Each run is a fresh process, forked from one that has imported the trainer; MLflow itself is imported in the run, by
 the thread that sends, as in a real one. The two runs of a pair stand next to each other and the first of them
@@ -10,6 +10,9 @@ reference, the tokenizer and the tokens are there for all others, and the main s
 
     tokens/s    all steps of the main stage, from the perf/tokens_per_s of its metrics.jsonl: what the promise is about
     wall        seconds from the first to the last line of those metrics, with logging and validation
+
+What MLflow costs is for the most part its import and the making of a database, a second or two of a core at the start:
+a run of few steps shows it, and a long one does not.
 
 Folders and databases are temporary; a trained reference stays in the user's cache, as it does after any run.
 """
@@ -28,7 +31,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 # Later overrides win: those of the command line come after these.
-DEFAULTS = ["train.steps=200", "validation.every=null", "validation.rows=16", "validation.decoding.prompts=0"]
+DEFAULTS = ["validation.every=null", "validation.rows=16", "validation.decoding.prompts=0"]
 PROMISE = 0.03
 
 
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     """Run the pairs, print each and the medians, and give the median ratio of throughputs, on to off."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tracking_overhead", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--pairs", type=int, default=5, help="how many pairs of runs (default: 5)")
+    parser.add_argument("--pairs", type=int, default=3, help="how many pairs of runs (default: 3)")
     parser.add_argument("words", nargs="*", metavar="recipe | a.b=c", help="as train-mtp takes them")
     options = parser.parse_intermixed_args(argv)
     words = [*DEFAULTS, *options.words]

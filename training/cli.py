@@ -100,9 +100,9 @@ def _main(argv: Sequence[str] | None) -> int:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
         if arguments.dry_run and (arguments.resume or "").startswith("s3://"):
             raise RecipeError("--resume s3://... makes a folder, which --dry-run does not; leave out one of them")
-        begun = run_to_resume(arguments.resume, arguments.output)
         if recipes and arguments.resume not in (None, "auto"):
             raise RecipeError(f"--resume {arguments.resume} takes the run's own recipe; leave out '{recipes[0]}'")
+        begun = run_to_resume(arguments.resume, arguments.output)
         own = str(begun / RECIPE_FILE) if begun and not recipes else DEFAULT_RECIPE
         recipe = load_recipe(recipes[0] if recipes else own, overrides)
         if comparing:

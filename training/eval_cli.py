@@ -7,6 +7,7 @@ stderr, exit code 2.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ def _main(argv: Sequence[str] | None) -> int:
         checkpoints, overrides = sort_out(arguments.what)
         if len(checkpoints) != 1:
             raise RecipeError(f"expected one checkpoint and overrides a.b=c, got {len(checkpoints)} checkpoints")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError("eval-mtp measures in one process; start it without a launcher")
         source, beside = find_checkpoint(checkpoints[0])
         recipe = load_evaluation(beside, overrides)
         if arguments.print_config:

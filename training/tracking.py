@@ -11,6 +11,7 @@ it never took is in metrics.jsonl all the same.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -19,10 +20,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self
 
 from mtp_ce.training.recipe import flatten, without_password
 from mtp_ce.training.schema import EvaluationRecipe, Recipe
@@ -82,8 +84,9 @@ class Tracking:
         self._path = folder / METRICS_FILE
         self._records = records
         self._warn = warn
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._kept_bytes = 0
+        self._unwritten = False
         name = name or folder.name
         self._run = None
         # Who opens the connection closes it.
@@ -106,7 +109,9 @@ class Tracking:
         try:
             self._write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         except OSError as error:  # a full disk must not end the training
-            self._warn(f"metrics of step {step} can't be written to {self._path} ({error.strerror}); training goes on")
+            if not self._unwritten:
+                self._warn(f"{self._path} can't be written from step {step} on ({error.strerror}); training goes on")
+            self._unwritten = True
         if self._run:
             self._run.log(step, metrics)
 
@@ -123,9 +128,13 @@ class Tracking:
 
     def _write(self, line: str) -> None:
         if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file = self._path.open("ab", buffering=0)
             self._file.truncate(self._kept_bytes)
-        self._file.write(line)
+        before, data = self.size, line.encode()
+        # A disk that becomes full takes a part; the file has whole lines only.
+        if self._file.write(data) != len(data):
+            self._file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def summary(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show metrics in the MLflow run that another file has already."""

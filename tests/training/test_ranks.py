@@ -18,6 +18,7 @@ from rich.console import Console
 from torch.distributed import HashStore
 
 from mtp_ce.training import fitting, pipeline
+from mtp_ce.training.checkpoint import read_checkpoint
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.ranks import Ranks, agree_on_round
@@ -83,7 +84,12 @@ SHARDED = {
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
-ENDS = {"interrupt": ("stop_rank_1", 130), "terminate": ("terminate_rank_1", 143), "nan": ("poison_rank_1", 3)}
+# What one rank does, the exit code of both, overrides.
+ENDS = {
+    "interrupt": ("stop_rank_1", 130, []),
+    "terminate": ("terminate_rank_1", 143, []),
+    "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
+}
 
 
 def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str]:
@@ -134,8 +140,8 @@ def launched(small, tmp_path_factory):
     calls["begun alone"] = ["--resume", str(folder / "begun alone")]
     calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
     # Last, because what they change in the program stays.
-    for name, (change, _) in ENDS.items():
-        calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, [])]
+    for name, (change, _, own) in ENDS.items():
+        calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, own)]
     (folder / "calls").write_text(json.dumps(list(calls.values())))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
@@ -214,6 +220,10 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_step(launc
     assert codes["nan"] == (3, 3)
     assert [line["step"] for line in lines(folder / "nan") if "train/loss" in line] == [1, 2]
     assert not (folder / "nan" / "model").exists()
+    kept = sorted((folder / "nan" / "checkpoints").iterdir())
+    assert [checkpoint.name for checkpoint in kept] == ["step-00000001", "step-00000002"]
+    decided = json.loads((kept[-1] / "state.json").read_text())["decided"]
+    assert read_checkpoint(kept[-1], decided).step == 2, "whole, to the last byte"
     assert said.count("train/loss is nan at step 3") == 1, "one rank speaks for all"
 
 

@@ -207,6 +207,44 @@ def test_a_server_that_comes_back_gets_every_metric_once_and_in_order(small, tmp
     assert "training goes on" in warnings[0]
 
 
+@pytest.mark.parametrize("lines_before", [2, 5], ids=["in the middle", "at the end"])
+def test_a_server_that_goes_away_costs_what_it_did_not_take_and_says_so(
+    lines_before, small, tmp_path, warnings, monkeypatch
+):
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(module, "CLOSE_S", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    _Flaky.up.set()
+    _Flaky.metrics.clear()
+    server = HTTPServer(("127.0.0.1", 0), _Flaky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    recipe = small(["tracking.kind=mlflow", f"tracking.uri=http://127.0.0.1:{server.server_port}"])
+    with Tracking(recipe, tmp_path, warnings.append) as tracking:
+        for step in range(lines_before):
+            tracking.log(step, {"train/loss": float(step)})
+        deadline = time.monotonic() + 30
+        while len(_Flaky.metrics) < lines_before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.shutdown()
+        server.server_close()
+        for step in range(lines_before, 5):
+            tracking.log(step, {"train/loss": float(step)})
+    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(5))
+    assert [metric["step"] for metric in _Flaky.metrics] == list(range(lines_before))
+    assert "training goes on" in warnings[0]
+    assert "did not take everything; metrics.jsonl has all metrics" in warnings[-1]
+
+
+def test_a_metrics_file_that_can_not_be_written_is_one_warning(small, tmp_path, warnings):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with Tracking(small(), tmp_path, warnings.append) as tracking:
+        for step in range(3):
+            tracking.log(step, {"train/loss": 1.0})
+    assert len(warnings) == 1
+    assert "metrics.jsonl can't be written from step 0 on" in warnings[0]
+
+
 def test_tracking_none_works_without_mlflow(small, tmp_path, monkeypatch):
     """The whole command, where mlflow can't be imported."""
     monkeypatch.setitem(sys.modules, "mlflow", None)
