@@ -175,7 +175,7 @@ class Checkpoints:
             "notes": notes,
             "files": _digests(aside),
         }
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (aside / STATE_FILE).write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
         for path in aside.iterdir():
             _to_disk(path)
         # There is one already where an earlier one was gone back to.
@@ -198,12 +198,15 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        written = state.pop("sha256")
         step, theirs, notes, files = (state[name] for name in ("step", "decided", "notes", "files"))
         known = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} has no {STATE_FILE} that can be read ({_reason(error)})") from None
     if known != _FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {known}; this version reads {_FORMAT}")
+    if written != _digest(state):
+        raise CheckpointError(f"checkpoint {folder} is spoilt: {STATE_FILE} is not what was written")
     wanted = json.loads(json.dumps(dict(decided)))
     if other := sorted(name for name in wanted.keys() | theirs.keys() if wanted.get(name) != theirs.get(name)):
         said = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
@@ -217,6 +220,8 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
             raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
         if present[name] != stored:
             raise CheckpointError(f"checkpoint {folder} is spoilt: {name} is not what was written")
+    if more := present.keys() - files.keys():
+        raise CheckpointError(f"checkpoint {folder} is spoilt: {sorted(more)[0]} was not written with it")
     return Checkpoint(folder, step, notes)
 
 
@@ -231,6 +236,10 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     # After a validation FSDP still holds some parameters gathered; state_dict has it give them up.
     return without_ties(model, model.state_dict())
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:

@@ -51,10 +51,19 @@ class Stored:
 
 
 def look_up(client: Any, place: Address) -> Stored:
-    """Ask for one object, and read none of it; a HEAD would not say why it is refused."""
-    given = client.get_object(Bucket=place.bucket, Key=place.key)
+    """Ask for one object, and read a byte of it; a HEAD would not say why it is refused."""
+    from botocore.exceptions import ClientError
+
+    try:
+        given = client.get_object(Bucket=place.bucket, Key=place.key, Range="bytes=0-0")
+    except ClientError as error:
+        if error_code(error) != "InvalidRange":
+            raise
+        # An empty one has no first byte.
+        given = client.get_object(Bucket=place.bucket, Key=place.key)
     given["Body"].close()
-    return Stored(place.key, given["ETag"], given["ContentLength"])
+    size = given["ContentRange"].rpartition("/")[2] if "ContentRange" in given else given["ContentLength"]
+    return Stored(place.key, given["ETag"], int(size))
 
 
 def fetch_object(client: Any, bucket: str, item: Stored, stop: threading.Event) -> Path:

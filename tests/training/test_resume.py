@@ -135,9 +135,11 @@ def spoil(folder: Path, how: str) -> None:
         case "half a state":
             state = folder / checkpoint.STATE_FILE
             state.write_text(state.read_text()[:200])
-        case "another run":
+        case "another state":
             state = folder / checkpoint.STATE_FILE
-            state.write_text(state.read_text().replace('"optimizer.lr": 0.01', '"optimizer.lr": 0.5'))
+            state.write_text(state.read_text().replace('"last_epoch": 8', '"last_epoch": 3'))
+        case "one file more":
+            (folder / "more.safetensors").write_bytes(tensors.read_bytes())
 
 
 SPOILT = {
@@ -146,7 +148,8 @@ SPOILT = {
     "a missing file": "is missing",
     "no state": "has no state.json that can be read",
     "half a state": "has no state.json that can be read",
-    "another run": "is of another run: optimizer.lr 0.5 instead of 0.01",
+    "another state": "is spoilt: state.json is not what was written",
+    "one file more": "is spoilt: more.safetensors was not written with it",
 }
 
 
@@ -159,6 +162,19 @@ def test_a_checkpoint_that_can_not_be_trusted_is_named_and_the_one_before_is_use
     assert f"checkpoint {run}/checkpoints/step-00000008 " in out
     assert said in out
     assert f"resumed     after step 6, from {run}/checkpoints/step-00000006" in out
+
+
+def test_a_checkpoint_of_another_run_is_named_and_left_alone(stopped, small, stop_at, tmp_path, capsys):
+    recipe, run = stopped
+    stop_at["step"] = 9
+    with pytest.raises(StoppedError):
+        quiet(small([*SHORT, "optimizer.lr=0.5"]), tmp_path / "other")
+    stop_at["step"] = 0
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000009", run / "checkpoints" / "step-00000009")
+    pipeline.train(recipe, run, Console(width=1000), resume=True)
+    out = capsys.readouterr().out
+    assert "step-00000009 is of another run: optimizer.lr 0.5 instead of 0.01; an older one is used" in out
+    assert f"resumed     after step 8, from {run}/checkpoints/step-00000008" in out
 
 
 def test_a_run_without_a_checkpoint_that_can_be_used_is_not_begun_again_in_silence(stopped):
