@@ -10,7 +10,8 @@ instructions, registers and shared memory those of the cubin (sass.py). A progra
     issue   its warps' instructions, one a clock on each of an SM's four schedulers
     mufu    its exponentials and logarithms, 16 lanes a clock on an SM
     alu     comparisons, maxima, logic and conversions, 64 lanes a clock on an SM
-    wait    passes, one after the other, each a memory latency and one warp's own work
+    wait    passes, one after the other, each a memory latency and one warp's own work, or the longer of the two where
+            the next pass's logits are loaded ahead
 
 the middle three times the blocks that share the SM. A wave is what fits on the device at once; the last may be smaller,
 and then its SMs hold fewer blocks. That is the best case: one warp's waiting is another's work. In the worst, the warps
@@ -22,6 +23,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator
 from math import ceil
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -166,8 +168,9 @@ class Prediction(NamedTuple):
             sharing = blocks * self.warps / SCHEDULERS
             for name, busy in of_a_warp.items():
                 clocks[name] += passes * busy * sharing
-            clocks["wait"] += passes * (self.gpu.latency + max(of_a_warp.values()))
-            clocks["in step"] += passes * (self.gpu.latency + max(of_a_warp.values()) * sharing)
+            join = max if loop.loads_ahead() else add
+            clocks["wait"] += passes * join(self.gpu.latency, max(of_a_warp.values()))
+            clocks["in step"] += passes * join(self.gpu.latency, max(of_a_warp.values()) * sharing)
         moved = self.bytes * programs / self.launch.programs / self.gpu.copy_bytes_per_s
         return {"bytes": moved} | {name: clock / self.gpu.clock for name, clock in clocks.items()}
 

@@ -72,6 +72,19 @@ class Loop(NamedTuple):
         """Elements of one pass of a thread."""
         return self.bytes_per_thread() // itemsize
 
+    def loads_ahead(self) -> bool:
+        """No 128-bit load is waited for in the pass that asks for it: what it brings is read in the next."""
+        for place, load in enumerate(self.instructions):
+            if load.is_wide and load.stem == "LDG":
+                first = int(load.operands[1:].partition(",")[0])
+                brought = {f"R{first + n}" for n in range(VECTOR_BYTES // 4)}
+                for later in self.instructions[place + 1 :]:
+                    written, _, read = later.operands.partition(",")
+                    if brought & set(re.findall(r"\bR\d+\b", read if later.stem != "STG" else later.operands)):
+                        return False
+                    brought -= {written.partition(".")[0]}
+        return True
+
     def pipes(self) -> Counter[str]:
         """Issue slots of one pass by pipe."""
         return Counter(line.pipe for line in self.instructions)

@@ -111,6 +111,16 @@ def test_a_loop_with_several_ways_back_is_one_loop(load: Load) -> None:
     assert loop.wide("LDG") == 2
 
 
+def test_a_loop_that_loads_for_its_next_pass_does_not_wait(load: Load) -> None:
+    """Read before the load, or after something else was written there, is not read of the load."""
+    loops = load("sass").loops
+    assert not loops(LOOP)[0].loads_ahead()
+    assert not loops(LOOP.replace("MUFU.EX2 R4, R4", "FADD R6, R6, R11"))[0].loads_ahead()
+    ahead = LOOP.replace("MUFU.EX2 R4, R4", "MUFU.EX2 R12, R12").replace("R6, R4, R5, R6", "R12, R13, R14, R12")
+    assert loops(ahead)[0].loads_ahead()
+    assert loops(ahead.replace("MUFU.EX2 R12, R12", "MOV R11, RZ").replace("R13", "R11"))[0].loads_ahead()
+
+
 def test_the_loops_of_the_kernels_load_and_store_what_their_tiles_say(predicted: dict[str, dict[str, Any]]) -> None:
     """128-bit accesses: as many as strips; every element is exponentiated once in each visit."""
     for name, found in predicted.items():
