@@ -9,7 +9,7 @@ Shapes     logits, d_logits: H tensors [B,S,V] of any strides, the same memory f
            d_loss [B,S] of any strides; row_max, log_sum [B,S,H], factor [] fp32
 
 Algorithm  One program owns a position. Each head is one walk: read a tile, write its gradient; a dead head is one
-           walk of zeros. Tiles are cut as in forward.py, so a thread writes just what it has read.
+           walk of zeros. Tiles and parts are cut as in visit.py, so a thread writes just what it has read.
 
 Traffic    live rows * V * itemsize read once; all rows * V * itemsize written once. See `traffic`.
 
@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.forward import LOG2_E, edge_offsets, row_layout, split_row, tile_offsets, vector_ptr
 from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile
+from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, processors, row_splits
+from mtp_ce.kernels.visit import LOG2_E, cut_part, edge_offsets, row_layout, split_row, tile_offsets, vector_ptr
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def write_row(
     row_max,
     log_sum,
     g,
+    part,
     softcap,
     z_loss,
     label_smoothing,
@@ -76,8 +77,10 @@ def write_row(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """Gradient of one row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
+    """Gradient of a part of a row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
     TILE: tl.constexpr = STRIPS * THREADS * VEC
     log2_sum = log_sum * LOG2_E
     # dz = scale * p - uniform - on_label [v = label]
@@ -89,6 +92,7 @@ def write_row(
         uniform = g * label_smoothing / V
         on_label = g * (1.0 - label_smoothing)
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
+    first, last, edges_end = cut_part(body, V, part, SPLITS, TILE, VEC)
     body_ptr = row_ptr + head
     grad_body_ptr = grad_ptr + head
     if VEC > 1:
@@ -97,13 +101,13 @@ def write_row(
             grad_body_ptr = vector_ptr(grad_body_ptr)
 
     if g != 0.0:
-        for first in range(0, body, TILE):
-            start = first
+        for start_ in range(first, last, TILE):
+            start = start_
             if REVERSE:
-                start = (body - 1) // TILE * TILE - first
+                start = first + (last - first - 1) // TILE * TILE - (start_ - first)
             offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
             _offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
-            x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
+            x = tl.load(body_ptr + place, mask=offs < last, other=0.0, eviction_policy=EVICTION).to(tl.float32)
             dx = logit_gradient(
                 x,
                 offs,
@@ -117,10 +121,11 @@ def write_row(
                 HAS_SOFTCAP,
                 PLAIN,
             )
-            tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
+            dx = dx.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_body_ptr + grad_place, dx, mask=offs < last, eviction_policy=EVICTION)
         if not (ALIGNED or VEC == 1):
             offs_e = edge_offsets(head, body, V, VEC)
-            x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
+            x = tl.load(row_ptr + offs_e, mask=offs_e < edges_end, other=0.0).to(tl.float32)
             dx = logit_gradient(
                 x,
                 offs_e,
@@ -134,15 +139,16 @@ def write_row(
                 HAS_SOFTCAP,
                 PLAIN,
             )
-            tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
+            tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < edges_end)
     else:
-        for start in range(0, body, TILE):
+        for start in range(first, last, TILE):
             offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
             nothing = tl.zeros([STRIPS, THREADS, VEC], grad_ptr.dtype.element_ty)
-            tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
+            tl.store(grad_body_ptr + grad_place, nothing, mask=offs < last, eviction_policy=EVICTION)
         if not (ALIGNED or VEC == 1):
             offs_e = edge_offsets(head, body, V, VEC)
-            tl.store(grad_ptr + offs_e, tl.zeros([2 * VEC], grad_ptr.dtype.element_ty), mask=offs_e < V)
+            nothing = tl.zeros([2 * VEC], grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + offs_e, nothing, mask=offs_e < edges_end)
 
 
 @triton.jit
@@ -180,9 +186,11 @@ def backward_kernel(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Gradient rows of position p = program id."""
+    """Gradient rows of position p = program id, or one part of them."""
     p = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
@@ -206,6 +214,7 @@ def backward_kernel(
             tl.load(row_max_ptr + p * H + h),
             tl.load(log_sum_ptr + p * H + h),
             g,
+            part,
             softcap,
             z_loss,
             label_smoothing,
@@ -217,6 +226,8 @@ def backward_kernel(
             VEC,
             STRIPS,
             THREADS,
+            SPLITS,
+            "",
         )
 
 
@@ -253,7 +264,8 @@ def launch_backward(
         for x, dx in zip(heads, d_heads, strict=True)
     )
     shape = backward_tile(V, heads[0].element_size(), WARP_SIZE)
-    backward_kernel[(B * S,)](
+    splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
+    backward_kernel[(B * S, splits)](
         tuple(heads),
         tuple(head.stride(0) for head in heads),
         tuple(head.stride(1) for head in heads),
@@ -286,6 +298,7 @@ def launch_backward(
         VEC=vec,
         STRIPS=shape.strips,
         THREADS=shape.threads,
+        SPLITS=splits,
         num_warps=shape.num_warps,
     )
 

@@ -6,7 +6,8 @@ Shapes     (V, itemsize, warp size) -> Tile
 
 Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRIPS independent 128-bit loads in
            flight, and a reduction over strips and vectors never leaves the thread. Threads grow with the row, so
-           that a short row does not idle most of them.
+           that a short row does not idle most of them. Where rows are too few to fill the device, several programs
+           share the tiles of a row.
 
 Traffic    None.
 
@@ -14,6 +15,7 @@ Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/t
            stack, 128-bit loads. Not timed on a device so far: no results file to cite.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
+# Fewer than this for each multiprocessor leave it short of bytes in flight, or idle in the last wave.
+LEAST_PROGRAMS = 8
 
 
 class Tile(NamedTuple):
@@ -48,3 +52,17 @@ def _tile(V: int, itemsize: int, warp_size: int, strips: int, most_threads: int 
     vectors = V * itemsize // VECTOR_BYTES
     threads = most_threads if vectors >= 2048 else 128 if vectors >= 512 else 64
     return Tile(strips=strips, threads=threads, num_warps=threads // warp_size)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def row_splits(programs: int, V: int, tile: int, multiprocessors: int) -> int:
+    """Programs that share a row of V logits in tiles of `tile`, where one to each of `programs` rows is too few."""
+    tiles = -(-V // tile)
+    wanted = min(tiles, -(-LEAST_PROGRAMS * multiprocessors // programs))
+    # Parts of whole tiles: none of them empty.
+    return -(-tiles // -(-tiles // wanted))
