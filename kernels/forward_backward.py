@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from mtp_ce.kernels.backward import write_row
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, forward_tile
+from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, slab_tile
 from mtp_ce.kernels.visit import row_layout, visit_row
 
 
@@ -138,7 +138,7 @@ def launch_forward_backward(
     """Write what the rows give, and with `gradient` the gradient over the slab."""
     R, V = slab.shape
     aligned, vec = row_layout([slab[None]])
-    shape = forward_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
+    shape = slab_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
     forward_backward_kernel[(R,)](
         slab,
         slab.stride(0),
