@@ -5,7 +5,7 @@ Math       g       = d_loss * factor * coefficient[r]          r = (b, t, h), co
            dz[v]   = g * (p[v] (1 + 2 c lse) - (1-e) [v = label] - e / V)      smoothing e, z-loss c
            dx[v]   = dz[v] * (1 - (z[v] / softcap)^2)          where a softcap is given, else dz[v]
 
-Shapes     logits, d_logits: H tensors [B,S,V] of any strides, the same memory for the in-place form;
+Shapes     heads, d_heads: logits and their gradient, of any strides, the same memory for the in-place form;
            d_loss [B,S] of any strides; row_max, log_sum [B,S,H], factor [] fp32
 
 Algorithm  One program owns a position. Each head is one walk: read a tile, write its gradient; a dead head is one
@@ -21,9 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, processors, row_splits
-from mtp_ce.kernels.visit import LOG2_E, cut_part, edge_offsets, row_layout, split_row, tile_offsets, vector_ptr
+from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients, soft_cap
+from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, backward_tile, processors, row_splits
+from mtp_ce.kernels.visit import (
+    LOG2_E,
+    Heads,
+    cut_part,
+    edge_offsets,
+    pack_heads,
+    row_layout,
+    row_of,
+    split_row,
+    tile_offsets,
+    vector_ptr,
+)
 
 
 @triton.jit
@@ -153,14 +164,8 @@ def write_row(
 
 @triton.jit
 def backward_kernel(
-    logits,  # H pointers
-    stride_b,  # H strides, like the two below
-    stride_s,
-    stride_v,
-    d_logits,  # H pointers
-    stride_gb,
-    stride_gs,
-    stride_gv,
+    heads,
+    d_heads,
     rows,
     d_loss_ptr,
     stride_ub,
@@ -204,11 +209,13 @@ def backward_kernel(
         label_h = pick(label, offs_h, h)
         # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
         g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
+        row_ptr, stride_v = row_of(heads, b, t, h)
+        grad_ptr, stride_gv = row_of(d_heads, b, t, h)
         write_row(
-            logits[h] + b * stride_b[h] + t * stride_s[h],
-            stride_v[h],
-            d_logits[h] + b * stride_gb[h] + t * stride_gs[h],
-            stride_gv[h],
+            row_ptr,
+            stride_v,
+            grad_ptr,
+            stride_gv,
             V,
             label_h,
             tl.load(row_max_ptr + p * H + h),
@@ -231,10 +238,19 @@ def backward_kernel(
         )
 
 
+def same_cut(heads: Heads, d_heads: Heads, vec: int) -> bool:
+    """Loads and stores share one cut: every row and its gradient stand alike against 16 bytes."""
+    pairs = zip(heads.pointers, d_heads.pointers, strict=True)
+    strides = zip(heads.row_strides(), d_heads.row_strides(), strict=True)
+    return all((x.data_ptr() - dx.data_ptr()) % VECTOR_BYTES == 0 for x, dx in pairs) and all(
+        (stride - d_stride) % vec == 0 for stride, d_stride in strides
+    )
+
+
 def launch_backward(
     d_loss: torch.Tensor,  # [B, S] of any strides
-    heads: list[torch.Tensor],  # H x [B, S, V]
-    d_heads: list[torch.Tensor],  # H x [B, S, V], written wholly
+    logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
+    d_logits: list[torch.Tensor],  # alike, written wholly
     labels: torch.Tensor,
     token_weights: torch.Tensor | None,
     head_weights: torch.Tensor | None,
@@ -252,28 +268,16 @@ def launch_backward(
     z_loss: float,
     label_smoothing: float,
 ) -> None:
-    """Write the gradient of every logit into d_heads."""
-    B, S, V = heads[0].shape
-    H = len(heads)
-    aligned, vec = row_layout(heads, *d_heads)
-    # Loads and stores share one cut where a row and its gradient stand alike against 16 bytes.
-    same_cut = all(
-        (x.data_ptr() - dx.data_ptr()) % 16 == 0
-        and (x.stride(0) - dx.stride(0)) % vec == 0
-        and (x.stride(1) - dx.stride(1)) % vec == 0
-        for x, dx in zip(heads, d_heads, strict=True)
-    )
-    shape = backward_tile(V, heads[0].element_size(), WARP_SIZE)
+    """Write the gradient of every logit into d_logits."""
+    B, S, *_, V = logits[0].shape
+    H = row_max.shape[-1]
+    heads, d_heads = pack_heads(logits), pack_heads(d_logits)
+    aligned, vec = row_layout(heads, d_heads)
+    shape = backward_tile(V, logits[0].element_size(), WARP_SIZE)
     splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
     backward_kernel[(B * S, splits)](
-        tuple(heads),
-        tuple(head.stride(0) for head in heads),
-        tuple(head.stride(1) for head in heads),
-        tuple(head.stride(2) for head in heads),
-        tuple(d_heads),
-        tuple(head.stride(0) for head in d_heads),
-        tuple(head.stride(1) for head in d_heads),
-        tuple(head.stride(2) for head in d_heads),
+        heads,
+        d_heads,
         pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
         d_loss,
         *d_loss.stride(),
@@ -288,13 +292,13 @@ def launch_backward(
         label_smoothing,
         SHIFT=shift,
         H=H,
-        H_BLOCK=triton.next_power_of_2(H),
+        H_BLOCK=heads_block(H),
         OVER_HORIZON=over_horizon,
         TARGET_WEIGHTS=target_weights,
         HAS_SOFTCAP=softcap is not None,
         PLAIN=z_loss == 0 and label_smoothing == 0,
         ALIGNED=aligned,
-        SAME_CUT=same_cut,
+        SAME_CUT=aligned or same_cut(heads, d_heads, vec),
         VEC=vec,
         STRIPS=shape.strips,
         THREADS=shape.threads,

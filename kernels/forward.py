@@ -6,7 +6,7 @@ Math       lse[r]  = log sum_v exp z[r,v]            r = (b, t, h), z after the 
            out[p]  = sum_h coefficient[r] * row[r]                      p = (b, t), coefficient as in rows.py
            loss    = scale / N * sum_p out[p]        N = positions with a live head, a given normalizer, or 1
 
-Shapes     logits: H tensors [B,S,V] of any strides (the heads of one [B,S,H,V], or separate); rows as in rows.py
+Shapes     heads: logits of any strides, as in visit.py; rows as in rows.py
            -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, live [B,S,H] bool, top1 [B,S,H] int32, shares [B,S,H] fp32
 
 Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
@@ -30,9 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients
+from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients
 from mtp_ce.kernels.tiles import WARP_SIZE, forward_tile, processors, row_splits
-from mtp_ce.kernels.visit import INT32_MAX, row_layout, scaled_exp, visit_row
+from mtp_ce.kernels.visit import INT32_MAX, pack_heads, row_layout, row_of, scaled_exp, visit_row
 
 # What a part of a row tells `combine_kernel`, each a float: maximum, sum, the label's logit, entries, base, total,
 # and argmax, bit for bit.
@@ -94,10 +94,7 @@ def write_row_results(
 
 @triton.jit
 def forward_kernel(
-    logits,  # H pointers
-    stride_b,  # H strides, like the two below
-    stride_s,
-    stride_v,
+    heads,
     rows,
     results,
     parts_ptr,  # [LEARNT, B * S * H, SPLITS], None for one part
@@ -145,9 +142,10 @@ def forward_kernel(
         above_mean = 0.0
         best = -1
         if row_counts(results, share_h, coefficient_h):
+            row_ptr, stride_v = row_of(heads, b, t, h)
             row_max, row_sum, label_logit, entries, base, total, best = visit_row(
-                logits[h] + b * stride_b[h] + t * stride_s[h],
-                stride_v[h],
+                row_ptr,
+                stride_v,
                 V,
                 label_h,
                 part,
@@ -310,7 +308,7 @@ def mean_kernel(
 
 
 def launch_forward(
-    heads: list[torch.Tensor],  # H x [B, S, V]
+    logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
     labels: torch.Tensor,  # [B, S]
     token_weights: torch.Tensor | None,  # [B, S] or [B, S, H]
     head_weights: torch.Tensor | None,  # [H]
@@ -328,9 +326,9 @@ def launch_forward(
     with_shares: bool,
 ) -> Results:
     """Out, statistics, and what backward and d loss / d token_weights need."""
-    B, S, V = heads[0].shape
-    H = len(heads)
-    new = heads[0].new_empty
+    B, S, *_, V = logits[0].shape
+    H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
+    new = logits[0].new_empty
     results = Results(
         out=new((B, S), dtype=torch.float32),
         ce=new((B, S, H), dtype=torch.float32),
@@ -340,15 +338,16 @@ def launch_forward(
         top1=new((B, S, H), dtype=torch.int32) if with_top1 else None,
         shares=new((B, S, H), dtype=torch.float32) if with_shares else None,
     )
+    heads = pack_heads(logits)
     aligned, vec = row_layout(heads)
-    shape = forward_tile(V, heads[0].element_size(), WARP_SIZE, softcap is not None)
+    shape = forward_tile(V, logits[0].element_size(), WARP_SIZE, softcap is not None)
     splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
     parts = new((LEARNT, B * S * H, splits), dtype=torch.float32) if splits > 1 else None
     rows = pack_rows(labels, token_weights, head_weights, seq_lens, document_ids)
     rule = {
         "SHIFT": shift,
         "H": H,
-        "H_BLOCK": triton.next_power_of_2(H),
+        "H_BLOCK": heads_block(H),
         "OVER_HORIZON": over_horizon,
         "TARGET_WEIGHTS": target_weights,
         "PLAIN": z_loss == 0 and label_smoothing == 0,
@@ -356,10 +355,7 @@ def launch_forward(
         "SPLITS": splits,
     }
     forward_kernel[(B * S, splits)](
-        tuple(heads),
-        tuple(head.stride(0) for head in heads),
-        tuple(head.stride(1) for head in heads),
-        tuple(head.stride(2) for head in heads),
+        heads,
         rows,
         results,
         parts,
@@ -415,7 +411,7 @@ def launch_mean(
         scale,
         COUNT=count,
         H=H,
-        H_BLOCK=triton.next_power_of_2(H),
+        H_BLOCK=heads_block(H),
         BLOCK_P=1024,
         num_warps=8,
     )

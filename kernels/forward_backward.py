@@ -22,7 +22,7 @@ import triton.language as tl
 
 from mtp_ce.kernels.backward import write_row
 from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, slab_tile
-from mtp_ce.kernels.visit import row_layout, visit_row
+from mtp_ce.kernels.visit import pack_heads, row_layout, visit_row
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def launch_forward_backward(
 ) -> None:
     """Write what the rows give, and with `gradient` the gradient over the slab."""
     R, V = slab.shape
-    aligned, vec = row_layout([slab[None]])
+    aligned, vec = row_layout(pack_heads([slab[None]]))
     shape = slab_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
     forward_backward_kernel[(R,)](
         slab,

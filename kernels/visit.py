@@ -3,7 +3,8 @@
 Math       maximum = max_v z[v],  sum = sum_v exp(z[v] - maximum),  total = sum_v (z[v] - base), z after the softcap
            base is the maximum of the first tile: any number near the row would do
 
-Shapes     row_ptr: V logits at distance stride_v; everything learnt is a scalar, fp32 or int32
+Shapes     heads: one [B,S,H,V] or H tensors [B,S,V] of any strides. row_ptr: V entries at distance stride_v; everything
+           learnt of them is a scalar, fp32 or int32
 
 Algorithm  The row is cut at its own 16-byte boundaries: a body of whole vectors, and up to 2 * VEC - 2 edge elements.
            The body is walked in tiles [STRIPS, THREADS, VEC]. Every thread keeps its own running maximum and sum in
@@ -15,6 +16,8 @@ Traffic    A part's logits, once.
 Numerics   Every sum in fp32. Lanes past V are masked after the softcap, never before: -inf through tanh is a number.
            A row, or a part, of -inf everywhere has the maximum -inf and the sum 0. A label of -1 gives NaN.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -185,15 +188,47 @@ def visit_row(
     return maximum, row_sum, label_logit, entries, base, total, best
 
 
-def row_layout(heads: list[torch.Tensor], *others: torch.Tensor) -> tuple[bool, int]:
-    """ALIGNED: every row of every tensor starts and ends on a 16-byte boundary; VEC: elements of one load."""
-    V, itemsize = heads[0].shape[-1], heads[0].element_size()
-    tensors = [*heads, *others]
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
-        return True, 1
-    vec = VECTOR_BYTES // itemsize
-    aligned = V % vec == 0 and all(
-        tensor.data_ptr() % VECTOR_BYTES == 0 and tensor.stride(0) % vec == 0 and tensor.stride(1) % vec == 0
-        for tensor in tensors
-    )
+class Heads(NamedTuple):
+    """Logits, or their gradient, as one kernel argument."""
+
+    pointers: Any  # one, or H
+    stride_b: Any  # as many, like the two below
+    stride_s: Any
+    stride_v: Any
+    stride_h: Any  # of one [B, S, H, V]; None of H tensors [B, S, V]
+
+    def row_strides(self) -> tuple[int, ...]:
+        """Every distance between rows."""
+        return (*self.stride_b, *self.stride_s, self.stride_h or 0)
+
+
+@triton.jit
+def row_of(heads, b, t, h: tl.constexpr):
+    """Pointer to the row of head h at (b, t), and the distance of its entries."""
+    i: tl.constexpr = h if heads.stride_h is None else 0
+    row_ptr = heads.pointers[i] + b * heads.stride_b[i] + t * heads.stride_s[i]
+    if heads.stride_h is not None:
+        row_ptr += tl.full([], h, tl.int64) * heads.stride_h
+    return row_ptr, heads.stride_v[i]
+
+
+def pack_heads(given: list[torch.Tensor]) -> Heads:
+    """One [B,S,H,V], or H tensors [B,S,V]."""
+    if given[0].dim() == 4:
+        stride_b, stride_s, stride_h, stride_v = given[0].stride()
+        return Heads((given[0],), (stride_b,), (stride_s,), (stride_v,), stride_h)
+    by_dimension = zip(*(tensor.stride() for tensor in given), strict=True)
+    return Heads(tuple(given), *by_dimension, stride_h=None)
+
+
+def row_layout(*all_heads: Heads) -> tuple[bool, int]:
+    """ALIGNED: every row starts and ends on a 16-byte boundary; VEC: elements of one load."""
+    first = all_heads[0].pointers[0]
+    V, vec = first.shape[-1], VECTOR_BYTES // first.element_size()
+    aligned = V % vec == 0
+    for heads in all_heads:
+        if any(stride != 1 for stride in heads.stride_v):
+            return True, 1
+        aligned = aligned and all(stride % vec == 0 for stride in heads.row_strides())
+        aligned = aligned and all(tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in heads.pointers)
     return aligned, vec
