@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # V for each thread count of tiles.py; 50257 is odd, so that every row stands differently against 16 bytes.
-VOCABULARIES = [1000, 4100, 32000, 50257]
+VOCABULARIES = [1000, 4100, 32000, 50257, 151936]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -70,9 +70,11 @@ def main(target_name: str) -> None:
     from benchmarks import compiled
 
     cases = [(V, torch.bfloat16, 4, "plain") for V in VOCABULARIES]
-    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257)]
-    cases += [(V, torch.bfloat16, 1, layout) for V in (32000, 50257) for layout in ("plain", "capped")]
-    cases += [(V, torch.float32, H, layout) for V in (32000, 50257) for H, layout in ((4, "plain"), (1, "capped"))]
+    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257, 151936)]
+    cases += [(V, torch.bfloat16, 1, layout) for V in (32000, 50257, 151936) for layout in ("plain", "capped")]
+    cases += [
+        (V, torch.float32, H, layout) for V in (32000, 50257, 151936) for H, layout in ((4, "plain"), (1, "capped"))
+    ]
     cases += [(32000, torch.bfloat16, 1, "strided")]
     report = []
     for V, dtype, H, layout in cases:
