@@ -5,8 +5,9 @@ process that has TRITON_INTERPRET set: the interpreter and the compiler can't sh
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -14,7 +15,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mtp_ce.kernels import backward, forward, forward_backward
-from mtp_ce.kernels.tiles import WARP_SIZE
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -48,8 +48,8 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def compiling(target_name: str) -> Iterator[list[Launch]]:
-    """Inside, launches compile for the target, run nothing, and are listed."""
+def compiling(target_name: str, multiprocessors: int = 1) -> Iterator[list[Launch]]:
+    """Inside, launches compile for the target, run nothing, and are listed; grids are for so many multiprocessors."""
     target = GPUTarget(*TARGETS[target_name])
 
     class Named:
@@ -68,35 +68,37 @@ def compiling(target_name: str) -> Iterator[list[Launch]]:
         launched.append(Launch(self.__name__, tuple(grid), options, kernel))
         return kernel
 
-    launchers = [module for module in (forward, backward, forward_backward) if hasattr(module, "WARP_SIZE")]
-    JITFunction.run = compile_only
+    of_the_device = {"WARP_SIZE": target.warp_size, "processors": lambda device: multiprocessors}
     driver.set_active(Named())
-    for module in launchers:
-        module.WARP_SIZE = target.warp_size
-    try:
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for module in (forward, backward, forward_backward):
+            own = {name: value for name, value in of_the_device.items() if hasattr(module, name)}
+            patches.enter_context(mock.patch.multiple(module, **own))
         yield launched
-    finally:
-        JITFunction.run = run
-        for module in launchers:
-            module.WARP_SIZE = WARP_SIZE
 
 
 PLAIN = {"softcap": None, "z_loss": 0.0, "label_smoothing": 0.0}
 CAPPED = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
 
 
-def launch_logits(logits: torch.Tensor, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
-    """Forward, mean and backward of logits [B, S, H, V]; `extra` asks for the statistics too."""
+def launch_logits(
+    logits: torch.Tensor,  # [B, S, H, V]
+    loss: dict[str, Any] = PLAIN,
+    *,
+    apart: bool = False,
+    extra: bool = False,
+) -> None:
+    """Forward, mean and backward, of the H heads `apart` where wanted; `extra` asks for the statistics too."""
     B, S = logits.shape[:2]
-    heads, d_heads = list(logits.unbind(2)), list(torch.empty_like(logits).unbind(2))
+    d_logits = torch.empty_like(logits)
+    given, d_given = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
     rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, **loss}
     tokens = torch.zeros(B, S, dtype=torch.int64)
-    given = (tokens, torch.ones(B, S), None, None, tokens)
-    out, _, row_max, log_sum, live, _, _ = forward.launch_forward(
-        heads, *given, with_top1=extra, with_shares=extra, **rule
-    )
-    _, factor = forward.launch_mean(out, live, None, scale=1.0, count=True)
-    backward.launch_backward(out, heads, d_heads, *given, row_max, log_sum, factor, **rule)
+    rows = (tokens, torch.ones(B, S), None, None, tokens)
+    found = forward.launch_forward(given, *rows, with_top1=extra, with_shares=extra, **rule)
+    _, factor = forward.launch_mean(found.out, found.live, None, scale=1.0, count=True)
+    backward.launch_backward(found.out, given, d_given, *rows, found.row_max, found.log_sum, factor, **rule)
 
 
 def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:

@@ -248,7 +248,7 @@ def cases(name: str, problem: Problem) -> list[tuple[str, int, int]]:
 def predictions(target: str, problems: list[Problem]) -> Iterator[Prediction]:
     """Every kernel with a loop over the vocabulary, on every problem."""
     for problem in problems:
-        with compiling(target) as launched:
+        with compiling(target, GPUS[target].sms) as launched:
             if problem.slab:
                 launch_slab(problem.S, problem.V, DTYPE)
             else:
