@@ -106,7 +106,7 @@ def build_model(size: Size) -> Any:
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         from mtp_ce.wrapper import MTPWrapper
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise AbsentError(f"a training step needs transformers: {error}") from error
     config = LlamaConfig(
         vocab_size=size.shape.V,
@@ -119,7 +119,11 @@ def build_model(size: Size) -> Any:
         tie_word_embeddings=True,
     )
     trunk = AutoModelForCausalLM.from_config(config, dtype=size.shape.torch_dtype)
-    return MTPWrapper(trunk, size.shape.H, heads="residual").train()
+    model = MTPWrapper(trunk, size.shape.H, heads="residual")
+    # They start at zero, where all heads are the same: a path that took one for another would not be found wrong.
+    for block in model.heads.blocks:
+        torch.nn.init.normal_(block.weight, std=config.initializer_range)
+    return model.train()
 
 
 class Training:
