@@ -54,7 +54,6 @@ def pack_rows(
     document_ids: torch.Tensor | None,
 ) -> Rows:
     """The tensors of the rule with their strides, as one kernel argument."""
-
     return Rows(
         labels, *labels.stride(),
         token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
