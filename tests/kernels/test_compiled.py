@@ -45,7 +45,9 @@ def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled
             continue
         wide = kernel["strips"] * kernel["H"]
         again = kernel["gradient_strips"] or 0
-        assert kernel["wide_loads"] == wide + again, kernel
+        # AMD's compiler peels the first pass of a loop that learns the base of the mean there.
+        copies = (1, 2) if kernel["target"] == "gfx942" and kernel["layout"] == "capped" else (1,)
+        assert kernel["wide_loads"] in [copy * (wide + again) for copy in copies], kernel
         if kernel["name"] != "forward_kernel":
             # Gradients, and zeros where the head is dead.
             assert kernel["wide_stores"] == 2 * (again or wide), kernel
