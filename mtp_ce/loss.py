@@ -18,7 +18,7 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.ops import logits_forward
+from mtp_ce.ops import logits_loss
 from mtp_ce.reference import reference_weighted_mtp_ce
 from mtp_ce.rows import check_labels
 
@@ -217,7 +217,7 @@ def weighted_mtp_ce(
     scale, by = loss_scale, normalizer
     if isinstance(by, numbers.Real):
         scale, by, reduction = loss_scale / float(by), None, "sum"
-    loss, ce, row_max, log_sum, live, top1, _, _ = logits_forward(
+    loss, ce, row_max, log_sum, live, top1 = logits_loss(
         given, labels, token_weights, head_weights, seq_lens, document_ids, by,
         shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
         None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
@@ -227,7 +227,7 @@ def weighted_mtp_ce(
     )  # fmt: skip
     if not return_stats:
         return loss
-    return MTPLoss(loss, MTPStats(ce.detach(), live, row_max.detach() + log_sum.detach(), top1))
+    return MTPLoss(loss, MTPStats(ce, live, row_max + log_sum, top1))
 
 
 def reference_loss(heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, **options: Any) -> MTPLoss:
