@@ -21,6 +21,7 @@ from mtp_ce.checks import (
 )
 from mtp_ce.linear_ops import linear_loss
 from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, reference_loss
+from mtp_ce.ops import split_heads
 from mtp_ce.slabs import COUNT, GPU_ROWS, KEEP_ALL
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def _evaluate(
 ) -> MTPLoss:
     """Check everything and run; without `with_top1` the statistics' top1 is empty."""
     hidden, unembed, bias = _autocast(hidden, unembed, bias)
-    given, heads, shape = check_linear(hidden, unembed, bias)
+    given, shape = check_linear(hidden, unembed, bias)
     first = given[0]
     check_options(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
@@ -270,7 +271,7 @@ def _evaluate(
         )
 
     if impl == "reference":
-        logits = [F.linear(head, unembed, bias) for head in heads]
+        logits = [F.linear(head, unembed, bias) for head in split_heads(given)]
         return reference_loss(
             logits, labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,

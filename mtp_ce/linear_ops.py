@@ -16,7 +16,8 @@ from mtp_ce.ops import device_guard, weights_backward
 from mtp_ce.rows import check_labels
 from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, run
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Arguments of `linear_forward` after hidden that are tensors.
+TENSORS = 8
 
 
 @operator
@@ -200,19 +201,19 @@ def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """`linear_forward` of hidden states that stand before the other arguments, with the gradients of the loss."""
+    """The first five results of `linear_forward`, with the gradients of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, given: int, *arguments: Any) -> tuple[Tensor, ...]:
-        hidden, rest = arguments[:given], arguments[given:]
-        loss, ce, lse, live, top1, shares, factor, *gradients = linear_forward(list(hidden), *rest)
-        ctx.save_for_backward(*hidden, *rest[:7], factor, shares)
+    def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        hidden, others = tensors[:given], tensors[given:]
+        loss, ce, lse, live, top1, shares, factor, *gradients = linear_forward(list(hidden), *others, *options)
+        ctx.save_for_backward(*tensors[:-1], factor, shares)
         ctx.given = given
-        ctx.rule = rest[8:15]
-        ctx.with_shares = rest[18]
-        ctx.products, ctx.how = rest[19:22], rest[22:]
+        ctx.rule = options[:7]
+        reduction, _, _, ctx.with_shares = options[7:11]
+        ctx.products, ctx.how = options[11:14], options[14:]
         # Not saved, but owned: the first backward takes them and leaves nothing to the next.
-        ctx.gradients = gradients if rest[15] != "none" else None
+        ctx.gradients = gradients if reduction != "none" else None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ce, lse, live, top1)
         return loss, ce, lse, live, top1
@@ -220,11 +221,11 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if d_loss is None:
-            return (None,) * (1 + ctx.given + 26)
+            return (None,) * (2 + ctx.given + TENSORS)
         d_unembed, d_bias, d_weights, *d_hidden = once_differentiable(
             _linear_gradients, ctx, d_loss, *ctx.saved_tensors
         )
-        return None, *d_hidden, d_unembed, d_bias, None, d_weights, *[None] * 22
+        return None, None, *d_hidden, d_unembed, d_bias, None, d_weights, *[None] * (TENSORS - 4)
 
 
 def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
@@ -256,4 +257,4 @@ def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor | None]:
     return [*d_rows.view(len(hidden), *hidden[0].shape).unbind(0)]
 
 
-linear_loss = differentiable("linear_loss", _LinearLoss, linear_forward, results=5)
+linear_loss = differentiable("linear_loss", _LinearLoss, linear_forward, tensors=TENSORS, results=5)

@@ -18,7 +18,7 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.ops import logits_loss
+from mtp_ce.ops import logits_loss, split_heads
 from mtp_ce.reference import reference_weighted_mtp_ce
 from mtp_ce.rows import check_labels
 
@@ -179,7 +179,7 @@ def weighted_mtp_ce(
     Source:
         Multi-token prediction: arXiv:2404.19737. Token weights: arXiv:2404.07965. Online softmax: arXiv:1805.02867.
     """
-    given, heads, shape = check_logits(logits)
+    given, shape = check_logits(logits)
     check_options(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
         ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
@@ -206,7 +206,7 @@ def weighted_mtp_ce(
 
     if impl == "reference":
         by_reference = reference_loss(
-            heads, labels, token_weights,
+            split_heads(given), labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
             seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,

@@ -16,6 +16,8 @@ from mtp_ce.operators import differentiable, once_differentiable, operator
 from mtp_ce.rows import check_labels
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Arguments of `logits_forward` after the logits that are tensors.
+TENSORS = 6
 
 
 def split_heads(logits: list[Tensor]) -> list[Tensor]:
@@ -229,17 +231,17 @@ def _(d_loss, token_weights, shares, factor, shift, target_weights):
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """`logits_forward` of heads that stand before the other arguments, with the gradients of the loss."""
+    """Of what `logits_forward` returns all but the last two, with the gradients of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, given: int, *arguments: Any) -> tuple[Tensor, ...]:
-        logits, rest = arguments[:given], arguments[given:]
-        *results, shares, factor = logits_forward(list(logits), *rest)
+    def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        logits, others = tensors[:given], tensors[given:]
+        *results, shares, factor = logits_forward(list(logits), *others, *options)
         _, _, row_max, log_sum, _, _ = results
-        ctx.save_for_backward(*logits, *rest[:5], row_max, log_sum, factor, shares)
+        ctx.save_for_backward(*tensors[:-1], row_max, log_sum, factor, shares)
         ctx.given = given
-        ctx.rule = rest[6:13]
-        ctx.with_shares, ctx.inplace, ctx.impl = rest[16:]
+        ctx.rule = options[:7]
+        ctx.with_shares, ctx.inplace, ctx.impl = options[10:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
@@ -247,11 +249,11 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if d_loss is None:
-            return (None,) * (1 + ctx.given + 19)
+            return (None,) * (2 + ctx.given + TENSORS)
         if ctx.inplace and torch.is_grad_enabled():
             raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
         d_weights, *d_logits = once_differentiable(_logits_gradients, ctx, d_loss, *ctx.saved_tensors)
-        return None, *d_logits, None, d_weights, *[None] * 17
+        return None, None, *d_logits, None, d_weights, *[None] * (TENSORS - 2)
 
 
 def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
@@ -261,7 +263,7 @@ def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     if ctx.with_shares:
         shift, _, target_weights = ctx.rule[:3]
         d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
-    if not any(ctx.needs_input_grad[1 : 1 + ctx.given]):
+    if not any(ctx.needs_input_grad[2 : 2 + ctx.given]):
         return d_weights, *[None] * ctx.given
     if not ctx.inplace:
         return d_weights, *logits_backward(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
@@ -270,4 +272,4 @@ def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     return d_weights, *logits
 
 
-logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, results=6)
+logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, tensors=TENSORS, results=6)
