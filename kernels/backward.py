@@ -5,11 +5,11 @@ Math       g       = d_loss * factor * coefficient[r]          r = (b, t, h), co
            dz[v]   = g * (p[v] (1 + 2 c lse) - (1-e) [v = label] - e / V)      smoothing e, z-loss c
            dx[v]   = dz[v] * (1 - (z[v] / softcap)^2)          where a softcap is given, else dz[v]
 
-Shapes     logits, d_logits: H tensors [B,S,V] of any strides, the same memory for the in-place form;
+Shapes     heads, d_heads: logits and their gradient, of any strides, the same memory for the in-place form;
            d_loss [B,S] of any strides; row_max, log_sum [B,S,H], factor [] fp32
 
 Algorithm  One program owns a position. Each head is one walk: read a tile, write its gradient; a dead head is one
-           walk of zeros. Tiles are cut as in forward.py, so a thread writes just what it has read.
+           walk of zeros. Tiles and parts are cut as in visit.py, so a thread writes just what it has read.
 
 Traffic    live rows * V * itemsize read once; all rows * V * itemsize written once. See `traffic`.
 
@@ -21,9 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.forward import LOG2_E, edge_offsets, row_layout, split_row, tile_offsets, vector_ptr
-from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile
+from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients, soft_cap
+from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, backward_tile, processors, row_splits
+from mtp_ce.kernels.visit import (
+    LOG2_E,
+    Heads,
+    cut_part,
+    edge_offsets,
+    pack_heads,
+    row_layout,
+    row_of,
+    split_row,
+    tile_offsets,
+    vector_ptr,
+)
 
 
 @triton.jit
@@ -65,6 +76,7 @@ def write_row(
     row_max,
     log_sum,
     g,
+    part,
     softcap,
     z_loss,
     label_smoothing,
@@ -76,8 +88,10 @@ def write_row(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """Gradient of one row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
+    """Gradient of a part of a row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
     TILE: tl.constexpr = STRIPS * THREADS * VEC
     log2_sum = log_sum * LOG2_E
     # dz = scale * p - uniform - on_label [v = label]
@@ -89,6 +103,7 @@ def write_row(
         uniform = g * label_smoothing / V
         on_label = g * (1.0 - label_smoothing)
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
+    first, last, edges_end = cut_part(body, V, part, SPLITS, TILE, VEC)
     body_ptr = row_ptr + head
     grad_body_ptr = grad_ptr + head
     if VEC > 1:
@@ -97,13 +112,13 @@ def write_row(
             grad_body_ptr = vector_ptr(grad_body_ptr)
 
     if g != 0.0:
-        for first in range(0, body, TILE):
-            start = first
+        for start_ in range(first, last, TILE):
+            start = start_
             if REVERSE:
-                start = (body - 1) // TILE * TILE - first
+                start = first + (last - first - 1) // TILE * TILE - (start_ - first)
             offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
             _offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
-            x = tl.load(body_ptr + place, mask=offs < body, other=0.0).to(tl.float32)
+            x = tl.load(body_ptr + place, mask=offs < last, other=0.0, eviction_policy=EVICTION).to(tl.float32)
             dx = logit_gradient(
                 x,
                 offs,
@@ -117,10 +132,11 @@ def write_row(
                 HAS_SOFTCAP,
                 PLAIN,
             )
-            tl.store(grad_body_ptr + grad_place, dx.to(grad_ptr.dtype.element_ty), mask=offs < body)
+            dx = dx.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_body_ptr + grad_place, dx, mask=offs < last, eviction_policy=EVICTION)
         if not (ALIGNED or VEC == 1):
             offs_e = edge_offsets(head, body, V, VEC)
-            x = tl.load(row_ptr + offs_e, mask=offs_e < V, other=0.0).to(tl.float32)
+            x = tl.load(row_ptr + offs_e, mask=offs_e < edges_end, other=0.0).to(tl.float32)
             dx = logit_gradient(
                 x,
                 offs_e,
@@ -134,27 +150,22 @@ def write_row(
                 HAS_SOFTCAP,
                 PLAIN,
             )
-            tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < V)
+            tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < edges_end)
     else:
-        for start in range(0, body, TILE):
+        for start in range(first, last, TILE):
             offs, grad_place = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
             nothing = tl.zeros([STRIPS, THREADS, VEC], grad_ptr.dtype.element_ty)
-            tl.store(grad_body_ptr + grad_place, nothing, mask=offs < body)
+            tl.store(grad_body_ptr + grad_place, nothing, mask=offs < last, eviction_policy=EVICTION)
         if not (ALIGNED or VEC == 1):
             offs_e = edge_offsets(head, body, V, VEC)
-            tl.store(grad_ptr + offs_e, tl.zeros([2 * VEC], grad_ptr.dtype.element_ty), mask=offs_e < V)
+            nothing = tl.zeros([2 * VEC], grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + offs_e, nothing, mask=offs_e < edges_end)
 
 
 @triton.jit
 def backward_kernel(
-    logits,  # H pointers
-    stride_b,  # H strides, like the two below
-    stride_s,
-    stride_v,
-    d_logits,  # H pointers
-    stride_gb,
-    stride_gs,
-    stride_gv,
+    heads,
+    d_heads,
     rows,
     d_loss_ptr,
     stride_ub,
@@ -180,9 +191,11 @@ def backward_kernel(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Gradient rows of position p = program id."""
+    """Gradient rows of position p = program id, or one part of them."""
     p = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
@@ -196,16 +209,19 @@ def backward_kernel(
         label_h = pick(label, offs_h, h)
         # Where the upstream gradient is 0 the row is dead too, also if its own loss is Inf.
         g = tl.where((coefficient_h == 0.0) | (upstream == 0.0), 0.0, coefficient_h * upstream)
+        row_ptr, stride_v = row_of(heads, b, t, h)
+        grad_ptr, stride_gv = row_of(d_heads, b, t, h)
         write_row(
-            logits[h] + b * stride_b[h] + t * stride_s[h],
-            stride_v[h],
-            d_logits[h] + b * stride_gb[h] + t * stride_gs[h],
-            stride_gv[h],
+            row_ptr,
+            stride_v,
+            grad_ptr,
+            stride_gv,
             V,
             label_h,
             tl.load(row_max_ptr + p * H + h),
             tl.load(log_sum_ptr + p * H + h),
             g,
+            part,
             softcap,
             z_loss,
             label_smoothing,
@@ -217,13 +233,24 @@ def backward_kernel(
             VEC,
             STRIPS,
             THREADS,
+            SPLITS,
+            "",
         )
+
+
+def same_cut(heads: Heads, d_heads: Heads, vec: int) -> bool:
+    """Loads and stores share one cut: every row and its gradient stand alike against 16 bytes."""
+    pairs = zip(heads.pointers, d_heads.pointers, strict=True)
+    strides = zip(heads.row_strides(), d_heads.row_strides(), strict=True)
+    return all((x.data_ptr() - dx.data_ptr()) % VECTOR_BYTES == 0 for x, dx in pairs) and all(
+        (stride - d_stride) % vec == 0 for stride, d_stride in strides
+    )
 
 
 def launch_backward(
     d_loss: torch.Tensor,  # [B, S] of any strides
-    heads: list[torch.Tensor],  # H x [B, S, V]
-    d_heads: list[torch.Tensor],  # H x [B, S, V], written wholly
+    logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
+    d_logits: list[torch.Tensor],  # alike, written wholly
     labels: torch.Tensor,
     token_weights: torch.Tensor | None,
     head_weights: torch.Tensor | None,
@@ -241,27 +268,16 @@ def launch_backward(
     z_loss: float,
     label_smoothing: float,
 ) -> None:
-    """Write the gradient of every logit into d_heads."""
-    B, S, V = heads[0].shape
-    H = len(heads)
-    aligned, vec = row_layout(heads, *d_heads)
-    # Loads and stores share one cut where a row and its gradient stand alike against 16 bytes.
-    same_cut = all(
-        (x.data_ptr() - dx.data_ptr()) % 16 == 0
-        and (x.stride(0) - dx.stride(0)) % vec == 0
-        and (x.stride(1) - dx.stride(1)) % vec == 0
-        for x, dx in zip(heads, d_heads, strict=True)
-    )
-    shape = backward_tile(V, heads[0].element_size(), WARP_SIZE)
-    backward_kernel[(B * S,)](
-        tuple(heads),
-        tuple(head.stride(0) for head in heads),
-        tuple(head.stride(1) for head in heads),
-        tuple(head.stride(2) for head in heads),
-        tuple(d_heads),
-        tuple(head.stride(0) for head in d_heads),
-        tuple(head.stride(1) for head in d_heads),
-        tuple(head.stride(2) for head in d_heads),
+    """Write the gradient of every logit into d_logits."""
+    B, S, *_, V = logits[0].shape
+    H = row_max.shape[-1]
+    heads, d_heads = pack_heads(logits), pack_heads(d_logits)
+    aligned, vec = row_layout(heads, d_heads)
+    shape = backward_tile(V, logits[0].element_size(), WARP_SIZE)
+    splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
+    backward_kernel[(B * S, splits)](
+        heads,
+        d_heads,
         pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
         d_loss,
         *d_loss.stride(),
@@ -276,16 +292,17 @@ def launch_backward(
         label_smoothing,
         SHIFT=shift,
         H=H,
-        H_BLOCK=triton.next_power_of_2(H),
+        H_BLOCK=heads_block(H),
         OVER_HORIZON=over_horizon,
         TARGET_WEIGHTS=target_weights,
         HAS_SOFTCAP=softcap is not None,
         PLAIN=z_loss == 0 and label_smoothing == 0,
         ALIGNED=aligned,
-        SAME_CUT=same_cut,
+        SAME_CUT=aligned or same_cut(heads, d_heads, vec),
         VEC=vec,
         STRIPS=shape.strips,
         THREADS=shape.threads,
+        SPLITS=splits,
         num_warps=shape.num_warps,
     )
 

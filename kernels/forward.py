@@ -6,7 +6,7 @@ Math       lse[r]  = log sum_v exp z[r,v]            r = (b, t, h), z after the 
            out[p]  = sum_h coefficient[r] * row[r]                      p = (b, t), coefficient as in rows.py
            loss    = scale / N * sum_p out[p]        N = positions with a live head, a given normalizer, or 1
 
-Shapes     logits: H tensors [B,S,V] of any strides (the heads of one [B,S,H,V], or separate); rows as in rows.py
+Shapes     heads: logits of any strides, as in visit.py; rows as in rows.py
            -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, live [B,S,H] bool, top1 [B,S,H] int32, shares [B,S,H] fp32
 
 Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
@@ -14,6 +14,8 @@ Algorithm  One program owns a position. It learns its coefficients from H labels
            base 2 (arXiv:1805.02867, algorithm 3), so no barrier stands in the loop; they meet once a row. The row is
            cut at its own 16-byte boundaries: a body of whole vectors, and up to 2 * VEC - 2 edge elements. A head that
            is not live, or whose coefficient is 0, is not read at all (with shares wanted: whose share is 0).
+           Where positions are too few to fill the device, SPLITS programs share one, each with a part of every row's
+           tiles; what they learn meets in `combine_kernel`.
 
 Traffic    live rows * V * itemsize read once; 1 + 16 H bytes and more a position written. See `traffic`.
 
@@ -22,162 +24,80 @@ Numerics   Every sum in fp32. Lanes past V are masked after the softcap, never b
            gradient. A row of -inf everywhere gives lse = -inf. A label outside [0, V) gives NaN.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import pack_rows, pick, row_coefficients, soft_cap
-from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, forward_tile
+from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients
+from mtp_ce.kernels.tiles import WARP_SIZE, forward_tile, processors, row_splits
+from mtp_ce.kernels.visit import INT32_MAX, pack_heads, row_layout, row_of, scaled_exp, visit_row
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-INT32_MAX = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def split_row(row_ptr, V, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements before the first 16-byte boundary of a row, and elements of the whole vectors after it."""
-    if ALIGNED or VEC == 1:
-        head = tl.zeros([], tl.int32)
-        # V itself where ALIGNED; the product tells the compiler that masks come in whole vectors.
-        body = V // VEC * VEC
-    else:
-        past = ((row_ptr.to(tl.int64) % 16) * VEC // 16).to(tl.int32)
-        head = tl.minimum((VEC - past) % VEC, V)
-        body = (V - head) // VEC * VEC
-    return head, body
+# What a part of a row tells `combine_kernel`, each a float: maximum, sum, the label's logit, entries, base, total,
+# and argmax, bit for bit.
+LEARNT = 7
 
 
-@triton.jit
-def vector_ptr(ptr):
-    """A pointer at a 16-byte boundary, so that every backend knows that it is one."""
-    # AMD's backend drops the hint from a pointer that it can trace to an argument: the integer breaks the trace.
-    return tl.multiple_of((ptr.to(tl.int64) // 16 * 16).to(ptr.dtype), 16)
+class Results(NamedTuple):
+    """What a forward writes of positions and of rows; None where not wanted."""
+
+    out: Any  # [B, S]
+    ce: Any  # [B, S, H], like all below
+    row_max: Any
+    log_sum: Any
+    live: Any
+    top1: Any
+    shares: Any
 
 
 @triton.jit
-def tile_offsets(start, stride_v, STRIPS: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr):
-    """Offsets of a tile [STRIPS, THREADS, VEC] in the body, as indices and as elements of memory."""
-    strip = tl.arange(0, STRIPS)[:, None, None] * (THREADS * VEC)
-    offs = start + strip + tl.arange(0, THREADS)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
-    place = offs
-    if VEC == 1:
-        place = offs.to(tl.int64) * stride_v
-    return offs, place
+def row_counts(results, share, coefficient):
+    """The row is read."""
+    counts = coefficient != 0.0
+    if results.shares is not None:
+        # d loss / d w is the row's loss, so a weight of 0 that wants a gradient is read too.
+        counts = share != 0.0
+    return counts
 
 
 @triton.jit
-def edge_offsets(head, body, V, VEC: tl.constexpr):
-    """Offsets [2 * VEC] of the elements outside the body: before it, after it. V where there is none."""
-    lane = tl.arange(0, 2 * VEC)
-    front = tl.where(lane < head, lane, V)
-    return tl.where(lane < VEC, front, tl.minimum(head + body + lane - VEC, V))
-
-
-@triton.jit
-def scaled_exp(z, maximum):
-    """exp(z - maximum), 0 for -inf also where the maximum is -inf."""
-    return tl.exp2((z - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
-
-
-@triton.jit
-def finite_or_zero(x):
-    """x, or 0 for an infinity or NaN."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
-def visit_row(
-    row_ptr,
-    stride_v,
-    V,
-    label,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    TOP1: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VEC: tl.constexpr,
-    STRIPS: tl.constexpr,
-    THREADS: tl.constexpr,
+def write_row_results(
+    results,
+    r,
+    share,
+    coefficient,
+    row_max,
+    log_sum,
+    label_logit,
+    above_mean,
+    best,
+    z_loss,
+    label_smoothing,
+    PLAIN: tl.constexpr,
 ):
-    """Maximum, log of the sum above it, the label's logit, how far it lies above the mean logit, argmax: of one row."""
-    head, body = split_row(row_ptr, V, VEC, ALIGNED)
-    body_ptr = row_ptr + head
-    if VEC > 1:
-        body_ptr = vector_ptr(body_ptr)
-    own_max = tl.full([THREADS], float("-inf"), tl.float32)
-    own_sum = tl.zeros([THREADS], tl.float32)
-    own_total = tl.zeros([THREADS], tl.float32)
-    own_best = tl.full([THREADS], INT32_MAX, tl.int32) - head
-    label_logit = tl.where(label >= 0, 0.0, float("nan"))
-    wanted = label - head
-    base = 0.0
-
-    for start in range(0, body, STRIPS * THREADS * VEC):
-        offs, place = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
-        inside = offs < body
-        z = tl.load(body_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            z = tl.where(inside, soft_cap(z, softcap), float("-inf"))
-        tile_max = tl.max(tl.max(z, axis=2), axis=0)
-        if SMOOTH:
-            # Summed from where the row lies: at logits of 1e4 a sum of them loses the mean's last 1e-3.
-            if start == 0:
-                base = finite_or_zero(tl.max(tile_max, axis=0))
-            own_total += tl.sum(tl.sum(tl.where(inside, z - base, 0.0), axis=2), axis=0)
-        if TOP1:
-            found = tl.where(z == tile_max[None, :, None], offs, INT32_MAX)
-            own_best = tl.where(tile_max > own_max, tl.min(tl.min(found, axis=2), axis=0), own_best)
-        new_max = tl.maximum(own_max, tile_max)
-        tile_sum = tl.sum(tl.sum(scaled_exp(z, new_max[None, :, None]), axis=2), axis=0)
-        own_sum = own_sum * scaled_exp(own_max, new_max) + tile_sum
-        own_max = new_max
-        # One tile of the row holds the label: the only one that pays for the search.
-        if (wanted >= start) & (wanted < tl.minimum(start + STRIPS * THREADS * VEC, body)):
-            label_logit += tl.sum(tl.sum(tl.sum(tl.where(offs == wanted, z, 0.0), axis=2), axis=0), axis=0)
-
-    row_max = tl.max(own_max, axis=0)
-    total = 0.0
-    if SMOOTH:
-        total = tl.sum(own_total, axis=0)
-    if ALIGNED or VEC == 1:
-        row_sum = tl.sum(own_sum * scaled_exp(own_max, row_max), axis=0)
-    else:
-        offs_e = edge_offsets(head, body, V, VEC)
-        edge = tl.load(row_ptr + offs_e, mask=offs_e < V, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            edge = tl.where(offs_e < V, soft_cap(edge, softcap), float("-inf"))
-        if SMOOTH:
-            if body == 0:
-                base = finite_or_zero(tl.max(edge, axis=0))
-            total += tl.sum(tl.where(offs_e < V, edge - base, 0.0), axis=0)
-        row_max = tl.maximum(row_max, tl.max(edge, axis=0))
-        row_sum = tl.sum(own_sum * scaled_exp(own_max, row_max), axis=0) + tl.sum(scaled_exp(edge, row_max), axis=0)
-        label_logit += tl.sum(tl.where(offs_e == label, edge, 0.0), axis=0)
-
-    best = 0
-    if TOP1:
-        best = head + tl.min(tl.where(own_max == row_max, own_best, INT32_MAX - head), axis=0)
-        if not (ALIGNED or VEC == 1):
-            best = tl.minimum(best, tl.min(tl.where((edge == row_max) & (offs_e < V), offs_e, INT32_MAX), axis=0))
-        best = tl.where(best == INT32_MAX, 0, best)
-    return row_max, tl.log(row_sum), label_logit, (label_logit - base) - total / V, best
+    """The results of row r, and its term of the position's sum; zeros give zeros."""
+    ce = (row_max - label_logit) + log_sum
+    row_loss = ce
+    if not PLAIN:
+        lse = row_max + log_sum
+        row_loss += z_loss * lse * lse + label_smoothing * above_mean
+    tl.store(results.ce + r, ce)
+    tl.store(results.row_max + r, row_max)
+    tl.store(results.log_sum + r, log_sum)
+    if results.top1 is not None:
+        tl.store(results.top1 + r, best)
+    if results.shares is not None:
+        tl.store(results.shares + r, tl.where(share != 0.0, share * row_loss, 0.0))
+    return tl.where(coefficient != 0.0, coefficient * row_loss, 0.0)
 
 
 @triton.jit
 def forward_kernel(
-    logits,  # H pointers
-    stride_b,  # H strides, like the two below
-    stride_s,
-    stride_v,
+    heads,
     rows,
-    out_ptr,
-    ce_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    live_ptr,
-    top1_ptr,  # None where not wanted, like the shares
-    shares_ptr,
+    results,
+    parts_ptr,  # [LEARNT, B * S * H, SPLITS], None for one part
     S,
     V,
     ignore_index,
@@ -196,62 +116,159 @@ def forward_kernel(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Losses and statistics of position p = program id."""
+    """Losses and statistics of position p = program id, or what one part of its rows says."""
     p = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
     label, live, share, coefficient = row_coefficients(
         rows, b, t, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
     )
-    tl.store(live_ptr + p * H + offs_h, live, mask=offs_h < H)
+    if SPLITS == 1:
+        tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
 
     out = 0.0
     for h in tl.static_range(H):
+        r = p * H + h
         share_h = pick(share, offs_h, h)
         coefficient_h = pick(coefficient, offs_h, h)
         label_h = pick(label, offs_h, h)
         row_max = 0.0
         log_sum = 0.0
-        ce = 0.0
-        row_loss = 0.0
+        label_logit = 0.0
+        above_mean = 0.0
         best = -1
-        counts = coefficient_h != 0.0
-        if shares_ptr is not None:
-            # d loss / d w is the row's loss, so a weight of 0 that wants a gradient is read too.
-            counts = share_h != 0.0
-        if counts:
-            row_max, log_sum, label_logit, above_mean, best = visit_row(
-                logits[h] + b * stride_b[h] + t * stride_s[h],
-                stride_v[h],
+        if row_counts(results, share_h, coefficient_h):
+            row_ptr, stride_v = row_of(heads, b, t, h)
+            row_max, row_sum, label_logit, entries, base, total, best = visit_row(
+                row_ptr,
+                stride_v,
                 V,
                 label_h,
+                part,
                 softcap,
                 HAS_SOFTCAP,
                 SMOOTH,
-                top1_ptr is not None,
+                results.top1 is not None,
                 ALIGNED,
                 VEC,
                 STRIPS,
                 THREADS,
+                SPLITS,
+                "",
             )
-            ce = (row_max - label_logit) + log_sum
-            row_loss = ce
-            if not PLAIN:
-                lse = row_max + log_sum
-                row_loss += z_loss * lse * lse
+            if SPLITS == 1:
+                log_sum = tl.log(row_sum)
+                above_mean = (label_logit - base) - total / V
+            else:
+                part_ptr = parts_ptr + r * SPLITS + part
+                field = tl.num_programs(0).to(tl.int64) * H * SPLITS
+                tl.store(part_ptr, row_max)
+                tl.store(part_ptr + field, row_sum)
+                tl.store(part_ptr + 2 * field, label_logit)
                 if SMOOTH:
-                    row_loss += label_smoothing * above_mean
-        tl.store(ce_ptr + p * H + h, ce)
-        tl.store(row_max_ptr + p * H + h, row_max)
-        tl.store(log_sum_ptr + p * H + h, log_sum)
-        if top1_ptr is not None:
-            tl.store(top1_ptr + p * H + h, best)
-        if shares_ptr is not None:
-            tl.store(shares_ptr + p * H + h, tl.where(counts, share_h * row_loss, 0.0))
-        out += tl.where(coefficient_h != 0.0, coefficient_h * row_loss, 0.0)
-    tl.store(out_ptr + p, out)
+                    tl.store(part_ptr + 3 * field, entries.to(tl.float32))
+                    tl.store(part_ptr + 4 * field, base)
+                    tl.store(part_ptr + 5 * field, total)
+                if results.top1 is not None:
+                    tl.store(part_ptr + 6 * field, best.to(tl.float32, bitcast=True))
+        if SPLITS == 1:
+            out += write_row_results(
+                results,
+                r,
+                share_h,
+                coefficient_h,
+                row_max,
+                log_sum,
+                label_logit,
+                above_mean,
+                best,
+                z_loss,
+                label_smoothing,
+                PLAIN,
+            )
+    if SPLITS == 1:
+        tl.store(results.out + p, out)
+
+
+@triton.jit
+def combine_kernel(
+    rows,
+    results,
+    parts_ptr,
+    S,
+    V,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    SHIFT: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    OVER_HORIZON: tl.constexpr,
+    TARGET_WEIGHTS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+):
+    """Losses and statistics of position p = program id from the parts of its rows."""
+    p = tl.program_id(0).to(tl.int64)
+    offs_h = tl.arange(0, H_BLOCK)
+    _label, live, share, coefficient = row_coefficients(
+        rows, p // S, p % S, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
+    )
+    tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
+    part = tl.arange(0, SPLIT_BLOCK)
+    field = tl.num_programs(0).to(tl.int64) * H * SPLITS
+
+    out = 0.0
+    for h in tl.static_range(H):
+        r = p * H + h
+        share_h = pick(share, offs_h, h)
+        coefficient_h = pick(coefficient, offs_h, h)
+        row_max = 0.0
+        log_sum = 0.0
+        label_logit = 0.0
+        above_mean = 0.0
+        best = -1
+        if row_counts(results, share_h, coefficient_h):
+            part_ptr = parts_ptr + r * SPLITS + part
+            there = part < SPLITS
+            part_max = tl.load(part_ptr, mask=there, other=float("-inf"))
+            part_sum = tl.load(part_ptr + field, mask=there, other=0.0)
+            row_max = tl.max(part_max, axis=0)
+            log_sum = tl.log(tl.sum(part_sum * scaled_exp(part_max, row_max), axis=0))
+            label_logit = tl.sum(tl.load(part_ptr + 2 * field, mask=there, other=0.0), axis=0)
+            if SMOOTH:
+                entries = tl.load(part_ptr + 3 * field, mask=there, other=0.0)
+                part_base = tl.load(part_ptr + 4 * field, mask=there, other=0.0)
+                total = tl.sum(tl.load(part_ptr + 5 * field, mask=there, other=0.0), axis=0)
+                # Every part has summed from a base of its own.
+                base = tl.sum(tl.where(part == 0, part_base, 0.0), axis=0)
+                total += tl.sum(entries * (part_base - base), axis=0)
+                above_mean = (label_logit - base) - total / V
+            if results.top1 is not None:
+                part_best = tl.load(part_ptr + 6 * field, mask=there, other=0.0).to(tl.int32, bitcast=True)
+                best = tl.min(tl.where(there & (part_max == row_max), part_best, INT32_MAX), axis=0)
+                best = tl.where(best == INT32_MAX, 0, best)
+        out += write_row_results(
+            results,
+            r,
+            share_h,
+            coefficient_h,
+            row_max,
+            log_sum,
+            label_logit,
+            above_mean,
+            best,
+            z_loss,
+            label_smoothing,
+            PLAIN,
+        )
+    tl.store(results.out + p, out)
 
 
 @triton.jit
@@ -290,22 +307,8 @@ def mean_kernel(
     tl.store(loss_ptr, tl.where(none, 0.0, tl.sum(lane_sum, axis=0) * factor))
 
 
-def row_layout(heads: list[torch.Tensor], *others: torch.Tensor) -> tuple[bool, int]:
-    """ALIGNED: every row of every tensor starts and ends on a 16-byte boundary; VEC: elements of one load."""
-    V, itemsize = heads[0].shape[-1], heads[0].element_size()
-    tensors = [*heads, *others]
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
-        return True, 1
-    vec = VECTOR_BYTES // itemsize
-    aligned = V % vec == 0 and all(
-        tensor.data_ptr() % VECTOR_BYTES == 0 and tensor.stride(0) % vec == 0 and tensor.stride(1) % vec == 0
-        for tensor in tensors
-    )
-    return aligned, vec
-
-
 def launch_forward(
-    heads: list[torch.Tensor],  # H x [B, S, V]
+    logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
     labels: torch.Tensor,  # [B, S]
     token_weights: torch.Tensor | None,  # [B, S] or [B, S, H]
     head_weights: torch.Tensor | None,  # [H]
@@ -321,52 +324,70 @@ def launch_forward(
     label_smoothing: float,
     with_top1: bool,
     with_shares: bool,
-):
-    """Out [B,S]; ce, row_max, log_sum, live [B,S,H]; top1 and shares [B,S,H], None where not wanted."""
-    B, S, V = heads[0].shape
-    H = len(heads)
-    new = heads[0].new_empty
-    out = new((B, S), dtype=torch.float32)
-    ce, row_max, log_sum = (new((B, S, H), dtype=torch.float32) for _ in range(3))
-    live = new((B, S, H), dtype=torch.bool)
-    top1 = new((B, S, H), dtype=torch.int32) if with_top1 else None
-    shares = new((B, S, H), dtype=torch.float32) if with_shares else None
+) -> Results:
+    """Out, statistics, and what backward and d loss / d token_weights need."""
+    B, S, *_, V = logits[0].shape
+    H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
+    new = logits[0].new_empty
+    results = Results(
+        out=new((B, S), dtype=torch.float32),
+        ce=new((B, S, H), dtype=torch.float32),
+        row_max=new((B, S, H), dtype=torch.float32),
+        log_sum=new((B, S, H), dtype=torch.float32),
+        live=new((B, S, H), dtype=torch.bool),
+        top1=new((B, S, H), dtype=torch.int32) if with_top1 else None,
+        shares=new((B, S, H), dtype=torch.float32) if with_shares else None,
+    )
+    heads = pack_heads(logits)
     aligned, vec = row_layout(heads)
-    shape = forward_tile(V, heads[0].element_size(), WARP_SIZE, softcap is not None)
-    forward_kernel[(B * S,)](
-        tuple(heads),
-        tuple(head.stride(0) for head in heads),
-        tuple(head.stride(1) for head in heads),
-        tuple(head.stride(2) for head in heads),
-        pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
-        out,
-        ce,
-        row_max,
-        log_sum,
-        live,
-        top1,
-        shares,
+    shape = forward_tile(V, logits[0].element_size(), WARP_SIZE, softcap is not None)
+    splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
+    parts = new((LEARNT, B * S * H, splits), dtype=torch.float32) if splits > 1 else None
+    rows = pack_rows(labels, token_weights, head_weights, seq_lens, document_ids)
+    rule = {
+        "SHIFT": shift,
+        "H": H,
+        "H_BLOCK": heads_block(H),
+        "OVER_HORIZON": over_horizon,
+        "TARGET_WEIGHTS": target_weights,
+        "PLAIN": z_loss == 0 and label_smoothing == 0,
+        "SMOOTH": label_smoothing != 0,
+        "SPLITS": splits,
+    }
+    forward_kernel[(B * S, splits)](
+        heads,
+        rows,
+        results,
+        parts,
         S,
         V,
         ignore_index,
         1.0 if softcap is None else softcap,
         z_loss,
         label_smoothing,
-        SHIFT=shift,
-        H=H,
-        H_BLOCK=triton.next_power_of_2(H),
-        OVER_HORIZON=over_horizon,
-        TARGET_WEIGHTS=target_weights,
         HAS_SOFTCAP=softcap is not None,
-        PLAIN=z_loss == 0 and label_smoothing == 0,
-        SMOOTH=label_smoothing != 0,
         ALIGNED=aligned,
         VEC=vec,
         STRIPS=shape.strips,
         THREADS=shape.threads,
         num_warps=shape.num_warps,
+        **rule,
     )
-    return out, ce, row_max, log_sum, live, top1, shares
+    if splits > 1:
+        combine_kernel[(B * S,)](
+            rows,
+            results,
+            parts,
+            S,
+            V,
+            ignore_index,
+            z_loss,
+            label_smoothing,
+            SPLIT_BLOCK=triton.next_power_of_2(splits),
+            num_warps=1,
+            **rule,
+        )
+    return results
 
 
 def launch_mean(
@@ -390,7 +411,7 @@ def launch_mean(
         scale,
         COUNT=count,
         H=H,
-        H_BLOCK=triton.next_power_of_2(H),
+        H_BLOCK=heads_block(H),
         BLOCK_P=1024,
         num_warps=8,
     )

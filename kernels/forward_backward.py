@@ -6,8 +6,9 @@ Math       ce, row and dx of a row as in forward.py and backward.py, with the co
 Shapes     slab [R,V] of unit column stride; label [R] int32, coefficient [R] fp32, read [R] bool
            -> ce, row_loss, lse [R] fp32, top1 [R] int32; the slab becomes the gradient where one is wanted
 
-Algorithm  One program owns a row. The first visit is forward.py's, the second backward.py's, in reverse order: the
-           tiles that were read last are still in the cache. A row that is not read becomes zeros.
+Algorithm  One program owns a row. The first visit is visit.py's and asks the cache to keep what it reads; the second
+           is backward.py's, in reverse order, since the tiles that were read last are still there, and asks it to
+           keep nothing. A row that is not read becomes zeros.
 
 Traffic    live rows * V * itemsize read twice, the second time from L2 as far as it holds them; all rows written once.
            Forward alone: read once. See `traffic`.
@@ -20,8 +21,8 @@ import triton
 import triton.language as tl
 
 from mtp_ce.kernels.backward import write_row
-from mtp_ce.kernels.forward import row_layout, visit_row
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, forward_tile
+from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, slab_tile
+from mtp_ce.kernels.visit import pack_heads, row_layout, visit_row
 
 
 @triton.jit
@@ -60,11 +61,12 @@ def forward_backward_kernel(
     best = -1
     g = 0.0
     if tl.load(read_ptr + r):
-        row_max, log_sum, label_logit, above_mean, best = visit_row(
+        row_max, row_sum, label_logit, _entries, base, total, best = visit_row(
             row_ptr,
             1,
             V,
             label,
+            0,
             softcap,
             HAS_SOFTCAP,
             SMOOTH,
@@ -73,14 +75,17 @@ def forward_backward_kernel(
             VEC,
             STRIPS,
             THREADS,
+            1,
+            "evict_last" if GRADIENT else "",
         )
+        log_sum = tl.log(row_sum)
         ce = (row_max - label_logit) + log_sum
         row_loss = ce
         if not PLAIN:
             lse = row_max + log_sum
             row_loss += z_loss * lse * lse
             if SMOOTH:
-                row_loss += label_smoothing * above_mean
+                row_loss += label_smoothing * ((label_logit - base) - total / V)
         g = tl.load(coefficient_ptr + r)
     tl.store(ce_ptr + r, ce)
     tl.store(row_loss_ptr + r, row_loss)
@@ -98,6 +103,7 @@ def forward_backward_kernel(
             row_max,
             log_sum,
             g,
+            0,
             softcap,
             z_loss,
             label_smoothing,
@@ -109,6 +115,8 @@ def forward_backward_kernel(
             VEC,
             GRADIENT_STRIPS,
             THREADS,
+            1,
+            "evict_first",
         )
 
 
@@ -129,8 +137,8 @@ def launch_forward_backward(
 ) -> None:
     """Write what the rows give, and with `gradient` the gradient over the slab."""
     R, V = slab.shape
-    aligned, vec = row_layout([slab[None]])
-    shape = forward_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
+    aligned, vec = row_layout(pack_heads([slab[None]]))
+    shape = slab_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
     forward_backward_kernel[(R,)](
         slab,
         slab.stride(0),

@@ -66,6 +66,11 @@ def pack_rows(
     return Rows._make(value for tensor, dims in fields for value in (tensor, *strides(tensor, dims)))
 
 
+def heads_block(H: int) -> int:
+    """The power of 2 that holds H heads."""
+    return 1 << (H - 1).bit_length()
+
+
 @triton.jit
 def row_coefficients(
     rows,

@@ -6,7 +6,8 @@ Shapes     (V, itemsize, warp size) -> Tile
 
 Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRIPS independent 128-bit loads in
            flight, and a reduction over strips and vectors never leaves the thread. Threads grow with the row, so
-           that a short row does not idle most of them.
+           that a short row does not idle most of them. Where rows are too few to fill the device, several programs
+           share the tiles of a row.
 
 Traffic    None.
 
@@ -14,6 +15,7 @@ Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/t
            stack, 128-bit loads. Not timed on a device so far: no results file to cite.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,10 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
+# For each multiprocessor: with fewer, the last programs of a launch run on an empty device for too large a share of it.
+LEAST_PROGRAMS = 32
+# Of a part of a row: below that a program reads its labels for longer than its logits.
+LEAST_TILES = 2
 
 
 class Tile(NamedTuple):
@@ -44,7 +50,35 @@ def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
     return _tile(V, itemsize, warp_size, strips=2)
 
 
+def slab_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
+    """Rows that are visited twice: wide programs, so that few rows are in flight and the cache holds all of them.
+
+    Of 50 MB, as an H100 has: 25 MB by three programs of 512 threads on each multiprocessor at rows of 64 KB, 40 MB by
+    one of 1024 at rows of 300 KB.
+    """
+    row_bytes = V * itemsize
+    if row_bytes < 2**15:
+        return forward_tile(V, itemsize, warp_size, softcap)
+    threads = 512 if row_bytes <= 2**16 else 1024
+    # 64 registers a thread are all that there are for 1024 of them.
+    return Tile(strips=1 if softcap else 2, threads=threads, num_warps=threads // warp_size)
+
+
 def _tile(V: int, itemsize: int, warp_size: int, strips: int, most_threads: int = 256) -> Tile:
     vectors = V * itemsize // VECTOR_BYTES
     threads = most_threads if vectors >= 2048 else 128 if vectors >= 512 else 64
     return Tile(strips=strips, threads=threads, num_warps=threads // warp_size)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def row_splits(programs: int, V: int, tile: int, multiprocessors: int) -> int:
+    """Programs that share a row of V logits in tiles of `tile`, where one to each of `programs` rows is too few."""
+    tiles = -(-V // tile)
+    wanted = max(1, min(tiles // LEAST_TILES, -(-LEAST_PROGRAMS * multiprocessors // programs)))
+    # Parts of whole tiles: none of them empty.
+    return -(-tiles // -(-tiles // wanted))

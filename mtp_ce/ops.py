@@ -25,6 +25,11 @@ def split_heads(logits: list[Tensor]) -> list[Tensor]:
     return list(logits[0].unbind(2)) if logits[0].dim() == 4 else logits
 
 
+def horizon(logits: list[Tensor]) -> int:
+    """H of one [B,S,H,V], or of H tensors [B,S,V]."""
+    return logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
+
+
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the current device: make it the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -54,8 +59,8 @@ def logits_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [] or [B,S]; ce, row_max, log_sum, live, top1, shares [B,S,H] (empty if not wanted); factor []."""
-    heads = split_heads(logits)
-    if heads[0].shape[0] * heads[0].shape[1] == 0:
+    heads = split_heads(logits) if impl == "cpu" else logits
+    if labels.numel() == 0:
         results = _allocate(logits, reduction, with_top1, with_shares)
         results[0].zero_()
         results[-1].zero_()
@@ -68,7 +73,7 @@ def logits_forward(
     if labels.device.type == "cpu":
         check_labels(
             labels, seq_lens, document_ids,
-            H=len(heads), V=heads[0].shape[-1], shift=shift, ignore_index=ignore_index,
+            H=horizon(logits), V=logits[0].shape[-1], shift=shift, ignore_index=ignore_index,
         )  # fmt: skip
     with device_guard(labels.device):
         out, ce, row_max, log_sum, live, top1, shares = forward(
@@ -89,7 +94,7 @@ def logits_forward(
 
 def _allocate(logits: list[Tensor], reduction: str, with_top1: bool, with_shares: bool) -> Forward:
     B, S = logits[0].shape[:2]
-    H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
+    H = horizon(logits)
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -186,11 +191,11 @@ def _write_gradient(
     d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor,
     shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
 ) -> None:  # fmt: skip
-    heads, d_heads = split_heads(logits), split_heads(d_logits)
-    if heads[0].shape[0] * heads[0].shape[1] == 0:
+    if labels.numel() == 0:
         return
+    heads, d_heads = logits, d_logits
     if impl == "cpu":
-        backward = cpu.backward
+        heads, d_heads, backward = split_heads(logits), split_heads(d_logits), cpu.backward
     else:
         from mtp_ce.kernels.backward import launch_backward as backward
     with device_guard(labels.device):

@@ -22,7 +22,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 # V for each thread count of tiles.py; 50257 is odd, so that every row stands differently against 16 bytes.
-VOCABULARIES = [1000, 4100, 32000, 50257]
+VOCABULARIES = [1000, 4100, 32000, 50257, 151936]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -101,9 +101,11 @@ def main(target_name: str) -> None:
     plain = {"softcap": None, "z_loss": 0.0, "label_smoothing": 0.0}
     capped = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
     cases = [(V, torch.bfloat16, 4, "plain") for V in VOCABULARIES]
-    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257)]
-    cases += [(V, torch.bfloat16, 1, layout) for V in (32000, 50257) for layout in ("plain", "capped")]
-    cases += [(V, torch.float32, H, layout) for V in (32000, 50257) for H, layout in ((4, "plain"), (1, "capped"))]
+    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257, 151936)]
+    cases += [(V, torch.bfloat16, 1, layout) for V in (32000, 50257, 151936) for layout in ("plain", "capped")]
+    cases += [
+        (V, torch.float32, H, layout) for V in (32000, 50257, 151936) for H, layout in ((4, "plain"), (1, "capped"))
+    ]
     cases += [(32000, torch.bfloat16, 1, "strided")]
     report = []
     for V, dtype, H, layout in cases:

@@ -64,7 +64,7 @@ def meter(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("V", [5, 1000, 1003, 9001])
+@pytest.mark.parametrize("V", [5, 1000, 1003, 9001, 30011])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_each_live_logit_is_read_once_a_pass_and_each_gradient_written_once(meter, monkeypatch, V, dtype, inplace):
     """Dead rows are not read at all; the counts agree with `traffic` to the byte."""

@@ -1,0 +1,245 @@
+"""Which cut of a row is fastest on this GPU: every kernel, over tiles and over the programs that share a row.
+
+    python -m benchmarks.sweep                 prints, and writes benchmarks/results/tiles/<device>.json
+    python -m benchmarks.sweep forward         one kernel: forward, backward, slab
+
+kernels/tiles.py holds what was found, by hand, and cites the file. The launchers run as they are, with the one function
+replaced that chooses their tile; times are p20 of rounds with a cold cache, in turns, as in the other benchmarks. The
+shares are of a copy of the bytes that can't be left out: of the slab, each logit read once and written once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from benchmarks import results
+from benchmarks.clock import DEVICE, HAS_GPU, cool_caches, copy_bandwidth, timed
+from benchmarks.shapes import MODELS
+from mtp_ce.kernels import backward, forward, forward_backward, tiles
+
+STRIPS, THREADS = (1, 2, 4, 8), (128, 256, 512, 1024)
+PROGRAMS = (4, 8, 16, 32, 64)
+ROUNDS, MOST_BYTES_IN_A_TILE = 12, 2**17
+
+
+class Problem(NamedTuple):
+    """Rows of logits: P positions of H heads. The slab has P * H rows."""
+
+    P: int
+    H: int
+    V: int
+    dtype: torch.dtype
+
+
+class Kernel(NamedTuple):
+    """A launcher's choice, as the functions of kernels/tiles.py that its module has imported."""
+
+    module: Any
+    choices: tuple[str, ...]
+    call: Callable[[Problem, torch.device], Callable[[], None]]
+    passes: int  # over the bytes of all logits
+    problems: tuple[Problem, ...]
+
+
+def _tensors(problem: Problem, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    P, H, V, dtype = problem
+    logits = torch.randn(1, P, H, V, dtype=dtype, device=device).mul_(3)
+    return logits, torch.randint(V, (1, P), device=device), torch.rand(1, P, device=device) + 0.1
+
+
+RULE = {
+    "shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, "softcap": None, "z_loss": 0.0,
+    "label_smoothing": 0.0,
+}  # fmt: skip
+
+
+def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
+    logits, labels, weights = _tensors(problem, device)
+
+    def call() -> None:
+        forward.launch_forward(
+            [logits], labels, weights, None, None, None, with_top1=False, with_shares=False, **RULE
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    return call
+
+
+def _backward(problem: Problem, device: torch.device) -> Callable[[], None]:
+    logits, labels, weights = _tensors(problem, device)
+    d_logits, tensors = torch.empty_like(logits), (labels, weights, None, None, None)
+    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE)  # type: ignore[arg-type]
+    factor = torch.ones((), device=device)
+
+    def call() -> None:
+        backward.launch_backward(
+            torch.ones_like(found.out), [logits], [d_logits], *tensors, found.row_max, found.log_sum, factor, **RULE
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    return call
+
+
+def _slab(problem: Problem, device: torch.device) -> Callable[[], None]:
+    logits, _, _ = _tensors(problem, device)
+    slab = logits.view(-1, problem.V)
+    label = torch.randint(problem.V, (len(slab),), dtype=torch.int32, device=device)
+    coefficient, ce, row_loss, lse = (torch.ones(len(slab), device=device) for _ in range(4))
+    read = torch.ones(len(slab), dtype=torch.bool, device=device)
+
+    def call() -> None:
+        # Its own gradient is its next input: as wide a row as any, and no copy between the rounds.
+        forward_backward.launch_forward_backward(
+            slab, label, coefficient, read, ce, row_loss, lse, None,
+            softcap=None, z_loss=0.0, label_smoothing=0.0, gradient=True,
+        )  # fmt: skip
+
+    return call
+
+
+def _problems(P: int, H: int, *dtypes: torch.dtype) -> tuple[Problem, ...]:
+    vocabularies = sorted({model.V for model in MODELS.values()})
+    return tuple(Problem(P, H, V, dtype) for dtype in dtypes for V in vocabularies)
+
+
+BOTH = (torch.bfloat16, torch.float32)
+KERNELS = {
+    "forward": Kernel(forward, ("forward_tile",), _forward, 1, _problems(2048, 4, *BOTH)),
+    "backward": Kernel(backward, ("backward_tile",), _backward, 2, _problems(2048, 4, *BOTH)),
+    "slab": Kernel(
+        forward_backward, ("slab_tile", "backward_tile"), _slab, 2, _problems(4096, 1, torch.bfloat16)
+    ),
+}  # fmt: skip
+FEW = tuple(Problem(P, H, 151936, torch.bfloat16) for P, H in ((256, 1), (64, 4), (600, 4), (2048, 4)))
+
+
+@contextmanager
+def chosen(kernel: Kernel, tile: tiles.Tile | None) -> Iterator[None]:
+    """The launcher cuts rows into this tile; as kernels/tiles.py says where it is None."""
+    if tile is None:
+        yield
+        return
+    with mock.patch.multiple(kernel.module, **{name: lambda *_: tile for name in kernel.choices}):
+        yield
+
+
+def candidates(itemsize: int) -> Iterator[tiles.Tile]:
+    """Tiles that registers can hold."""
+    for threads in THREADS:
+        for strips in STRIPS:
+            if strips * threads * tiles.VECTOR_BYTES // itemsize * 4 <= MOST_BYTES_IN_A_TILE:
+                yield tiles.Tile(strips, threads, threads // tiles.WARP_SIZE)
+
+
+def race(calls: dict[Any, Callable[[], None]]) -> dict[Any, float | str]:
+    """P20 in seconds of every call, in turns; what it raised where it can't run."""
+    outcome: dict[Any, float | str] = {}
+    seconds: dict[Any, list[float]] = {}
+    for name, call in calls.items():
+        try:
+            call()  # compiles
+            seconds[name] = []
+        except Exception as error:
+            outcome[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    for _ in range(ROUNDS):
+        for name, durations in seconds.items():
+            cool_caches()
+            durations.append(timed(calls[name]))
+    return outcome | {name: results.percentile(sorted(durations), 0.2) for name, durations in seconds.items()}
+
+
+def _entries(
+    name: str, problem: Problem, found: dict[Any, float | str], label: str, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    P, H, V, dtype = problem
+    ceiling = KERNELS[name].passes * P * H * V * dtype.itemsize / bandwidth
+    fastest = min((seconds for seconds in found.values() if isinstance(seconds, float)), default=None)
+    for choice, seconds in found.items():
+        entry = {"kernel": name, "P": P, "H": H, "V": V, "dtype": str(dtype).removeprefix("torch."), label: choice}
+        if isinstance(seconds, str):
+            yield {**entry, "failed": seconds}
+        else:
+            share = round(ceiling / seconds, 4)
+            yield {**entry, "p20_ms": round(seconds * 1e3, 5), "of_copy": share, "fastest": seconds == fastest}
+
+
+def sweep_tiles(name: str, problem: Problem, bandwidth: float, device: torch.device) -> list[dict[str, Any]]:
+    """Every candidate on one problem, and what kernels/tiles.py says."""
+    kernel = KERNELS[name]
+    call = kernel.call(problem, device)
+
+    def with_tile(tile: tiles.Tile | None) -> Callable[[], None]:
+        def run() -> None:
+            with chosen(kernel, tile):
+                call()
+
+        return run
+
+    calls = {"as is": with_tile(None)}
+    for tile in candidates(problem.dtype.itemsize):
+        calls[f"{tile.strips}x{tile.threads}"] = with_tile(tile)
+    return [*_entries(name, problem, race(calls), "tile", bandwidth)]
+
+
+def sweep_programs(name: str, problem: Problem, bandwidth: float, device: torch.device) -> list[dict[str, Any]]:
+    """Few rows: over the programs to a multiprocessor from which on nobody shares a row."""
+    call = KERNELS[name].call(problem, device)
+
+    def with_programs(least: int) -> Callable[[], None]:
+        def run() -> None:
+            with mock.patch.object(tiles, "LEAST_PROGRAMS", least):
+                call()
+
+        return run
+
+    calls = {least: with_programs(least) for least in (0, *PROGRAMS)}
+    return [*_entries(name, problem, race(calls), "least_programs", bandwidth)]
+
+
+def line(entry: dict[str, Any]) -> str:
+    """An entry as text."""
+    choice = entry.get("tile", entry.get("least_programs"))
+    problem = f"{entry['kernel']:9}P={entry['P']:<6}H={entry['H']} V={entry['V']:<7}{entry['dtype']:9}{choice!s:>8}"
+    if "failed" in entry:
+        return f"{problem}  {entry['failed']}"
+    return f"{problem} {entry['p20_ms']:9.3f} ms {entry['of_copy']:6.1%}{'  fastest' if entry['fastest'] else ''}"
+
+
+def main(names: list[str]) -> int:
+    """Sweep the kernels named, or all; 2 for a name that is none, 3 without a GPU."""
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        print(f"sweep: no kernel {unknown[0]!r}; expected {', '.join(KERNELS)}.", file=sys.stderr)
+        return 2
+    if not HAS_GPU:
+        print("sweep: no GPU that torch can use; nothing was run.", file=sys.stderr)
+        return 3
+    bandwidth = copy_bandwidth()
+    path = results.results_path(DEVICE.type, results.RESULTS / "tiles")
+    run: dict[str, Any] = results.new_run(DEVICE.type, bandwidth)
+    entries: list[dict[str, Any]] = []
+    for name in names or KERNELS:
+        problems = [(sweep_tiles, problem) for problem in KERNELS[name].problems]
+        if name != "slab":
+            problems += [(sweep_programs, problem) for problem in FEW]
+        for sweep, problem in problems:
+            found = sweep(name, problem, bandwidth, DEVICE)
+            print(*map(line, found), sep="\n", flush=True)
+            entries += found
+            _write(path, {**run, "tiles": entries})
+    print(f"written to {path.name}; a copy moves {bandwidth / 1e9:.0f} GB/s")
+    return 0
+
+
+def _write(path: Path, run: dict[str, Any]) -> None:
+    kept = {name: value for name, value in run.items() if name not in ("cases", "absent")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""The sweep over tiles: what it tries and what it refuses. Nothing here is about how fast anything is."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/sweep.py, which is not installed, with two sizes of tiles and two rounds."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = importlib.import_module("benchmarks.sweep")
+    monkeypatch.setattr(module, "STRIPS", (1, 2))
+    monkeypatch.setattr(module, "THREADS", (128,))
+    monkeypatch.setattr(module, "ROUNDS", 2)
+    return module
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "slab"])
+def test_every_kernel_runs_in_every_tile(sweep: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in the tile that the project has chosen; the one asked for is the one launched."""
+    kernel = sweep.KERNELS[name]
+    launched: list[int] = []
+    jitted = getattr(kernel.module, "forward_backward_kernel" if name == "slab" else f"{name}_kernel")
+    run = type(jitted).run
+
+    def spy(self, *arguments, **options):  # type: ignore[no-untyped-def]
+        if self is jitted:
+            launched.append(options["STRIPS"] * options["THREADS"])
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(type(jitted), "run", spy)
+    entries = sweep.sweep_tiles(name, sweep.Problem(3, 2, 3001, torch.float32), 1e9, DEVICE)
+    assert [entry["tile"] for entry in entries] == ["as is", "1x128", "2x128"]
+    assert sum(entry["fastest"] for entry in entries) == 1
+    assert all(entry["p20_ms"] > 0 and entry["of_copy"] > 0 for entry in entries)
+    assert {128, 256} <= set(launched)
+    assert name in sweep.line(entries[0])
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_programs_are_swept_from_none_that_share_a_row(
+    sweep: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kernels/tiles.py decides it, with another threshold."""
+    decided: list[int] = []
+    module = sweep.KERNELS[name].module
+    decide = module.row_splits
+
+    def spy(*arguments: int) -> int:
+        decided.append(decide(*arguments))
+        return decided[-1]
+
+    monkeypatch.setattr(module, "row_splits", spy)
+    monkeypatch.setattr(module, "processors", lambda device: 1)
+    monkeypatch.setattr(sweep, "PROGRAMS", (64,))
+    entries = sweep.sweep_programs(name, sweep.Problem(2, 1, 30011, torch.float32), 1e9, DEVICE)
+    assert [entry["least_programs"] for entry in entries] == [0, 64]
+    assert min(decided) == 1
+    assert max(decided) > 1
+
+
+def test_a_tile_that_cannot_run_is_an_entry_with_its_reason(sweep: ModuleType) -> None:
+    """The others are timed all the same."""
+
+    def fails() -> None:
+        raise RuntimeError("out of registers\nsecond line")
+
+    outcome = sweep.race({"a": fails, "b": lambda: None})
+    assert outcome["a"] == "RuntimeError: out of registers"
+    assert isinstance(outcome["b"], float)
+    (entry,) = sweep._entries("forward", sweep.KERNELS["forward"].problems[0], {"4x256": "no"}, "tile", 1e9)
+    assert entry["failed"] == "no"
+    assert sweep.line(entry).endswith("no")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.sweep", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_kernel_that_does_not_exist_is_refused_by_name() -> None:
+    """Exit code 2, the names that exist."""
+    done = run("sideways")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sweep: no kernel 'sideways'; expected forward, backward, slab.\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    """Exit code 3, and nothing is written."""
+    done = run()
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "sweep: no GPU that torch can use; nothing was run.\n"
+
+
+def test_what_it_writes_names_the_kernels_it_timed(sweep: ModuleType, tmp_path: Path) -> None:
+    """Commit, versions and the hash of the sources, and no empty list of cases."""
+    results = importlib.import_module("benchmarks.results")
+    path = tmp_path / "tiles" / "device.json"
+    sweep._write(path, {**results.new_run("cpu", 1e9), "tiles": [{"kernel": "forward"}]})
+    written = json.loads(path.read_text())
+    assert written["tiles"] == [{"kernel": "forward"}]
+    assert written["source_hash"]["logits"] == results.source_hash("cpu", "logits")
+    assert "cases" not in written
