@@ -1,4 +1,4 @@
-"""Host time of a call, forward and backward: what a step pays before the device has done anything.
+"""Host time of a call, and of one with its backward: what a step pays before the device has done anything.
 
     pytest benchmarks --benchmark-only -k host_time
 
@@ -24,8 +24,8 @@ B, S, H, V, D = 1, 4, 4, 512, 64
 ROUNDS, CALLS = 100, 10
 
 
-def step(path: str, compiled: bool) -> Callable[[], None]:
-    """One call of a path and its backward."""
+def step(path: str, which: str, compiled: bool) -> Callable[[], None]:
+    """One call of a path, and its backward where `which` is "both"."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
@@ -42,7 +42,9 @@ def step(path: str, compiled: bool) -> Callable[[], None]:
     evaluate = torch.compile(loss, fullgraph=True) if compiled else loss
 
     def run() -> None:
-        torch.autograd.grad(evaluate(*leaves), leaves)
+        result = evaluate(*leaves)
+        if which == "both":
+            torch.autograd.grad(result, leaves)
 
     return run
 
@@ -55,11 +57,12 @@ def wait() -> None:
 
 @pytest.mark.benchmark(group="host time", timer=recorded, warmup=False)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("which", ["forward", "both"])
 @pytest.mark.parametrize("path", ["logits", "linear"])
-def test_host_time(benchmark: BenchmarkFixture, session: Session, path: str, compiled: bool) -> None:
+def test_host_time(benchmark: BenchmarkFixture, session: Session, path: str, which: str, compiled: bool) -> None:
     """One path, as it is or under torch.compile."""
     torch._dynamo.reset()
-    run = step(path, compiled)
+    run = step(path, which, compiled)
     seconds = []
     for _ in range(1 if benchmark.disabled else ROUNDS + 1):
         wait()
@@ -76,5 +79,5 @@ def test_host_time(benchmark: BenchmarkFixture, session: Session, path: str, com
         return
     microseconds = round(statistics.median(seconds) * 1e6, 1)
     benchmark.extra_info["median_us"] = microseconds
-    session.run.setdefault("host_us", {})[f"{path} {'compiled' if compiled else 'eager'}"] = microseconds
+    session.run.setdefault("host_us", {})[f"{path} {which} {'compiled' if compiled else 'eager'}"] = microseconds
     session.save()

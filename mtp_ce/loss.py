@@ -217,7 +217,7 @@ def weighted_mtp_ce(
     scale, by = loss_scale, normalizer
     if isinstance(by, numbers.Real):
         scale, by, reduction = loss_scale / float(by), None, "sum"
-    loss, ce, row_max, log_sum, live, top1 = logits_loss(
+    loss, *stats = logits_loss(
         given, labels, token_weights, head_weights, seq_lens, document_ids, by,
         shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
         None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
@@ -227,6 +227,7 @@ def weighted_mtp_ce(
     )  # fmt: skip
     if not return_stats:
         return loss
+    ce, row_max, log_sum, live, top1 = stats
     return MTPLoss(loss, MTPStats(ce, live, row_max + log_sum, top1))
 
 

@@ -22,20 +22,20 @@ def operator(function: Callable[..., Any]) -> Any:
 
 
 def differentiable(
-    name: str, function: type[torch.autograd.Function], forward: Any, *, tensors: int, results: int
+    name: str, function: type[torch.autograd.Function], forward: Any, *, tensors: int
 ) -> Callable[..., tuple[Tensor, ...]]:
     """`function.apply` as a function of what the operator `forward` takes: a list, as many `tensors`, and options.
 
-    The Function gets the list's length, the options as a tuple, and the tensors one by one. Under torch.compile it is
-    an operator of that name, which goes into the graph whole and is taken apart there; its `results` are tensors.
+    The Function gets the list's length, the options as a tuple, and the tensors one by one; it returns tensors. Under
+    torch.compile it is an operator of that name, which goes into the graph whole and is taken apart there.
     """
 
     def apply(given: list[Tensor], *rest: Any) -> Any:
         return function.apply(len(given), rest[tensors:], *given, *rest[:tensors])
 
     arguments, _, _ = str(forward._schema).removeprefix(forward.name()).partition(" -> ")
-    torch.library.define(f"mtp_ce::{name}", f"{arguments} -> ({', '.join(['Tensor'] * results)})", tags=COMPILES)
-    torch.library.impl(f"mtp_ce::{name}", "CompositeImplicitAutograd", apply)
+    torch.library.define(f"mtp_ce::{name}", f"{arguments} -> Tensor[]", tags=COMPILES)
+    torch.library.impl(f"mtp_ce::{name}", "CompositeImplicitAutograd", lambda *given: [*apply(*given)])
     whole = getattr(torch.ops.mtp_ce, name).default
 
     def call(given: list[Tensor], *rest: Any) -> Any:

@@ -5,7 +5,9 @@
 A gradient has no derivative: differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,8 +33,21 @@ def horizon(logits: list[Tensor]) -> int:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Launches go to the current device: make it the tensors', where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@cache
+def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Forward, mean and backward of an implementation; kernels are imported where they are wanted."""
+    if impl == "cpu":
+        return cpu.forward, cpu.mean, cpu.backward
+    from mtp_ce.kernels.backward import launch_backward
+    from mtp_ce.kernels.forward import launch_forward, launch_mean
+
+    return launch_forward, launch_mean, launch_backward
 
 
 @operator
@@ -65,11 +80,7 @@ def logits_forward(
         results[0].zero_()
         results[-1].zero_()
         return results
-    if impl == "cpu":
-        forward, mean = cpu.forward, cpu.mean
-    else:
-        from mtp_ce.kernels.forward import launch_forward as forward
-        from mtp_ce.kernels.forward import launch_mean as mean
+    forward, mean, _ = functions(impl)
     if labels.device.type == "cpu":
         check_labels(
             labels, seq_lens, document_ids,
@@ -195,9 +206,8 @@ def _write_gradient(
         return
     heads, d_heads = logits, d_logits
     if impl == "cpu":
-        heads, d_heads, backward = split_heads(logits), split_heads(d_logits), cpu.backward
-    else:
-        from mtp_ce.kernels.backward import launch_backward as backward
+        heads, d_heads = split_heads(logits), split_heads(d_logits)
+    _, _, backward = functions(impl)
     with device_guard(labels.device):
         backward(
             d_loss.expand(labels.shape), heads, d_heads, labels, token_weights, head_weights, seq_lens, document_ids,
@@ -236,18 +246,20 @@ def _(d_loss, token_weights, shares, factor, shift, target_weights):
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """Of what `logits_forward` returns all but the last two, with the gradients of the loss."""
+    """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, live and top1."""
 
     @staticmethod
     def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         logits, others = tensors[:given], tensors[given:]
         *results, shares, factor = logits_forward(list(logits), *others, *options)
-        _, _, row_max, log_sum, _, _ = results
+        loss, _, row_max, log_sum, _, _ = results
         ctx.save_for_backward(*tensors[:-1], row_max, log_sum, factor, shares)
         ctx.given = given
         ctx.rule = options[:7]
-        ctx.with_shares, ctx.inplace, ctx.impl = options[10:]
+        with_top1, ctx.with_shares, ctx.inplace, ctx.impl = options[9:]
         ctx.set_materialize_grads(False)
+        if not with_top1:
+            return (loss,)
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
 
@@ -277,4 +289,4 @@ def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     return d_weights, *logits
 
 
-logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, tensors=TENSORS, results=6)
+logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, tensors=TENSORS)
