@@ -180,5 +180,9 @@ class Session:
     def add(self, part: str, provider: Provider, which: str, shape: Shape, **entry: Any) -> None:
         """Put an entry under "cases" or "absent", and the run into its file."""
         self.run[part].append({"provider": provider.name, "pass": which, "shape": shape.as_dict(), **entry})
+        self.save()
+
+    def save(self) -> None:
+        """Put the run into its file, where it has one."""
         if self.path is not None:
             results.write(self.path, results.merged(self.older, self.run))

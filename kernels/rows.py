@@ -54,13 +54,14 @@ def pack_rows(
     document_ids: torch.Tensor | None,
 ) -> Rows:
     """The tensors of the rule with their strides, as one kernel argument."""
-    return Rows(
+    given = (
         labels, *labels.stride(),
         token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
         head_weights, 0 if head_weights is None else head_weights.stride(0),
         seq_lens, 0 if seq_lens is None else seq_lens.stride(0),
         document_ids, *(NO_STRIDES[:2] if document_ids is None else document_ids.stride()),
     )  # fmt: skip
+    return Rows._make(given)
 
 
 def heads_block(H: int) -> int:

@@ -40,20 +40,18 @@ def require_tensor(name: str, value: object) -> None:
         )
 
 
-def check_logits(logits: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, int, int, int]]:
-    """Logits as the operator takes them, its H heads [B,S,V], and (B, S, H, V)."""
-    given, heads = _check_heads("logits", "V", logits)
-    B, S, V = heads[0].shape
-    if V == 0:
+def check_logits(logits: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:
+    """Logits as the operator takes them, and (B, S, H, V)."""
+    given, shape = _check_heads("logits", "V", logits)
+    if shape[3] == 0:
         raise ValueError(f"logits is {_shape(given[0])}: V = 0; expected at least one vocabulary entry.")
-    return given, heads, (B, S, len(heads), V)
+    return given, shape
 
 
-def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], list[Tensor], tuple[int, int, int, int]]:
-    """Hidden states as the operator takes them, their H heads [B,S,D], and (B, S, H, V)."""
-    given, heads = _check_heads("hidden", "D", hidden)
-    first = heads[0]
-    B, S, D = first.shape
+def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:
+    """Hidden states as the operator takes them, and (B, S, H, V)."""
+    given, (B, S, H, D) = _check_heads("hidden", "D", hidden)
+    first = given[0]
     require_tensor("unembed", unembed)
     if unembed.dim() != 2 or unembed.shape[1] != D:
         raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with D = {D} from hidden.")
@@ -74,7 +72,7 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], li
             )
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {first.device}, where hidden is.")
-    return given, heads, (B, S, len(heads), V)
+    return given, (B, S, H, V)
 
 
 def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_bytes: int) -> None:
@@ -96,8 +94,8 @@ def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_b
         raise ValueError(f"drop_dead_rows is {drop_dead_rows}; expected a number of rows of at least 0.")
 
 
-def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors as they were given, and one [B,S,`letter`] a head."""
+def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:
+    """The tensors as they were given, and the sizes [B,S,H,`letter`] of all heads together."""
     if isinstance(value, Tensor):
         require_tensor(name, value)
         if value.dim() not in (3, 4):
@@ -106,25 +104,27 @@ def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], list
                 f"[B, S, {letter}]."
             )
         given = [value]
-        heads = list(value.unbind(2)) if value.dim() == 4 else given
+        H = value.shape[2] if value.dim() == 4 else 1
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        given = heads = list(value)
-        for h, head in enumerate(heads):
+        given = list(value)
+        H = len(given)
+        for h, head in enumerate(given):
             require_tensor(f"{name}[{h}]", head)
             if head.dim() != 3:
                 raise ValueError(f"{name}[{h}] is {_shape(head)}; expected [B, S, {letter}], one tensor a head.")
-            if head.shape != heads[0].shape or head.dtype != heads[0].dtype or head.device != heads[0].device:
+            if head.shape != given[0].shape or head.dtype != given[0].dtype or head.device != given[0].device:
                 raise ValueError(
                     f"{name}[{h}] is {_shape(head)} {head.dtype} on {head.device}; expected "
-                    f"{_shape(heads[0])} {heads[0].dtype} on {heads[0].device}, as {name}[0]."
+                    f"{_shape(given[0])} {given[0].dtype} on {given[0].device}, as {name}[0]."
                 )
     else:
         raise TypeError(f"{name} is {type(value).__name__}; expected a torch.Tensor or a sequence of them.")
-    if not heads:
+    if H == 0:
         raise ValueError(f"{name} has H = 0 heads; expected at least one.")
-    if heads[0].dtype not in (*TRITON_DTYPES, torch.float64):
-        raise TypeError(f"{name} is {heads[0].dtype}; expected float32, bfloat16, float16 or float64.")
-    return given, heads
+    first = given[0]
+    if first.dtype not in (*TRITON_DTYPES, torch.float64):
+        raise TypeError(f"{name} is {first.dtype}; expected float32, bfloat16, float16 or float64.")
+    return given, (first.shape[0], first.shape[1], H, first.shape[-1])
 
 
 def check_options(

@@ -19,8 +19,9 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.linear_ops import linear_forward
+from mtp_ce.linear_ops import linear_loss
 from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, reference_loss
+from mtp_ce.ops import split_heads
 from mtp_ce.slabs import COUNT, GPU_ROWS, KEEP_ALL
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def _evaluate(
 ) -> MTPLoss:
     """Check everything and run; without `with_top1` the statistics' top1 is empty."""
     hidden, unembed, bias = _autocast(hidden, unembed, bias)
-    given, heads, shape = check_linear(hidden, unembed, bias)
+    given, shape = check_linear(hidden, unembed, bias)
     first = given[0]
     check_options(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
@@ -270,7 +271,7 @@ def _evaluate(
         )
 
     if impl == "reference":
-        logits = [F.linear(head, unembed, bias) for head in heads]
+        logits = [F.linear(head, unembed, bias) for head in split_heads(given)]
         return reference_loss(
             logits, labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
@@ -283,7 +284,7 @@ def _evaluate(
     if isinstance(by, numbers.Real):
         scale, by, reduction = loss_scale / float(by), None, "sum"
     learning = torch.is_grad_enabled()
-    loss, ce, lse, live, top1, *_ = linear_forward(
+    loss, ce, lse, live, top1 = linear_loss(
         [x[:, :, None] for x in given] if first.dim() == 3 and len(given) == 1 else given, unembed, bias, labels,
         token_weights, head_weights, seq_lens, document_ids, by,
         shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
@@ -295,7 +296,7 @@ def _evaluate(
         learning and bias is not None and bias.requires_grad,
         _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
     )  # fmt: skip
-    return MTPLoss(loss, MTPStats(ce.detach(), live, lse.detach(), top1))
+    return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 
 def _autocast(
@@ -303,7 +304,10 @@ def _autocast(
 ) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor | None]:
     """What torch.nn.Linear does under torch.autocast."""
     kind = unembed.device.type if isinstance(unembed, Tensor) else ""
-    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    # torch.compile of torch 2.11 cannot trace the question whether there is such a thing on a device.
+    if not kind or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)):
+        return hidden, unembed, bias
+    if not torch.is_autocast_enabled(kind):
         return hidden, unembed, bias
     dtype = torch.get_autocast_dtype(kind)
 

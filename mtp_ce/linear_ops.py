@@ -1,9 +1,8 @@
-"""The linear path as torch custom operators: what torch.compile, autograd and opcheck see.
+"""The linear path as torch operators: what torch.compile, autograd and opcheck see.
 
 `linear_forward` computes a scalar loss and its gradients together: they wait, without 1/N and the upstream gradient,
-for backward, which takes them and scales them in place. A second backward through the same graph (retain_graph), one
-with create_graph, and reduction="none" compute them anew with `linear_backward`, which has no derivative, so
-differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
+for backward, which takes them and scales them in place. A second backward through the same graph (retain_graph) and
+reduction="none" compute them anew with `linear_backward`. Arguments arrive checked (mtp_ce/checks.py).
 """
 
 from typing import Any
@@ -12,14 +11,16 @@ import torch
 from torch import Tensor
 
 from mtp_ce import cpu
+from mtp_ce.operators import differentiable, once_differentiable, operator
 from mtp_ce.ops import device_guard, weights_backward
 from mtp_ce.rows import check_labels
 from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, run
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Arguments of `linear_forward` after hidden that are tensors.
+TENSORS = 8
 
 
-@torch.library.custom_op("mtp_ce::linear_forward", mutates_args=())
+@operator
 def linear_forward(
     hidden: list[Tensor],  # one [B, S, H, D], or H x [B, S, D]
     unembed: Tensor,  # [V, D]
@@ -97,7 +98,7 @@ def linear_forward(
     )
 
 
-@linear_forward.register_fake
+@torch.library.register_fake("mtp_ce::linear_forward")
 def _(
     hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shift,
     over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, reduction, scale, with_top1,
@@ -127,7 +128,7 @@ def _(
     )
 
 
-@torch.library.custom_op("mtp_ce::linear_backward", mutates_args=())
+@operator
 def linear_backward(
     d_loss: Tensor,  # [] or [B, S]
     hidden: list[Tensor],
@@ -179,7 +180,7 @@ def linear_backward(
     return d_hidden, d_unembed, d_bias
 
 
-@linear_backward.register_fake
+@torch.library.register_fake("mtp_ce::linear_backward")
 def _(
     d_loss, hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, factor, shift,
     over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, d_hidden_wanted, d_unembed_wanted,
@@ -199,43 +200,54 @@ def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor.reshape((1,) * x.dim()), out=out)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids = inputs[:8]
-    shares, factor, *gradients = output[5:]
-    ctx.save_for_backward(
-        *hidden, unembed, bias, labels, token_weights, head_weights, seq_lens, document_ids, factor, shares
-    )
-    ctx.given = len(hidden)
-    ctx.rule = inputs[9:16]
-    ctx.with_shares = inputs[19]
-    ctx.products, ctx.how = inputs[20:23], inputs[23:]
-    # Not saved, but owned: the first backward takes them and leaves nothing to the next.
-    ctx.gradients = gradients if inputs[16] != "none" else None
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
+class _LinearLoss(torch.autograd.Function):
+    """The first five results of `linear_forward`, with the gradients of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        hidden, others = tensors[:given], tensors[given:]
+        loss, ce, lse, live, top1, shares, factor, *gradients = linear_forward(list(hidden), *others, *options)
+        ctx.save_for_backward(*tensors[:-1], factor, shares)
+        ctx.given = given
+        ctx.rule = options[:7]
+        reduction, _, _, ctx.with_shares = options[7:11]
+        ctx.products, ctx.how = options[11:14], options[14:]
+        # Not saved, but owned: the first backward takes them and leaves nothing to the next.
+        ctx.gradients = gradients if reduction != "none" else None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(ce, lse, live, top1)
+        return loss, ce, lse, live, top1
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if d_loss is None:
+            return (None,) * (2 + ctx.given + TENSORS)
+        d_unembed, d_bias, d_weights, *d_hidden = once_differentiable(
+            _linear_gradients, ctx, d_loss, *ctx.saved_tensors
+        )
+        return None, None, *d_hidden, d_unembed, d_bias, None, d_weights, *[None] * (TENSORS - 4)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """Of unembed, bias and token weights, and of each tensor of hidden states."""
+    hidden, (unembed, bias, *tensors), shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
     d_hidden: list[Tensor | None] = [None] * ctx.given
     d_unembed = d_bias = d_weights = None
-    if d_loss is not None:
-        saved = ctx.saved_tensors
-        hidden, (unembed, bias, *tensors), shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
-        factor = tensors[-1]
-        if ctx.with_shares:
-            d_weights = weights_backward(d_loss, tensors[1], shares, factor, ctx.rule[0], ctx.rule[2])
-        if any(ctx.products):
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None or torch.is_grad_enabled():
-                given = linear_backward(d_loss, hidden, unembed, bias, *tensors, *ctx.rule, *ctx.products, *ctx.how)
-            else:
-                upstream = d_loss.to(factor.dtype) * factor
-                given = [scaled_(x, upstream, unembed.dtype) for x in gradients]
-            if ctx.products[0]:
-                d_hidden = split_rows(given[0], hidden)
-            d_unembed = given[1] if ctx.products[1] else None
-            d_bias = given[2] if ctx.products[2] else None
-    return d_hidden, d_unembed, d_bias, None, d_weights, *[None] * 22
+    factor = tensors[-1]
+    if ctx.with_shares:
+        d_weights = weights_backward(d_loss, tensors[1], shares, factor, ctx.rule[0], ctx.rule[2])
+    if any(ctx.products):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            given = linear_backward(d_loss, hidden, unembed, bias, *tensors, *ctx.rule, *ctx.products, *ctx.how)
+        else:
+            upstream = d_loss.to(factor.dtype) * factor
+            given = [scaled_(x, upstream, unembed.dtype) for x in gradients]
+        if ctx.products[0]:
+            d_hidden = split_rows(given[0], hidden)
+        d_unembed = given[1] if ctx.products[1] else None
+        d_bias = given[2] if ctx.products[2] else None
+    return d_unembed, d_bias, d_weights, *d_hidden
 
 
 def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor | None]:
@@ -245,4 +257,4 @@ def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor | None]:
     return [*d_rows.view(len(hidden), *hidden[0].shape).unbind(0)]
 
 
-linear_forward.register_autograd(_backward, setup_context=_setup_context)
+linear_loss = differentiable("linear_loss", _LinearLoss, linear_forward, tensors=TENSORS)

@@ -18,7 +18,7 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.ops import logits_forward
+from mtp_ce.ops import logits_loss, split_heads
 from mtp_ce.reference import reference_weighted_mtp_ce
 from mtp_ce.rows import check_labels
 
@@ -179,7 +179,7 @@ def weighted_mtp_ce(
     Source:
         Multi-token prediction: arXiv:2404.19737. Token weights: arXiv:2404.07965. Online softmax: arXiv:1805.02867.
     """
-    given, heads, shape = check_logits(logits)
+    given, shape = check_logits(logits)
     check_options(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
         ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
@@ -206,7 +206,7 @@ def weighted_mtp_ce(
 
     if impl == "reference":
         by_reference = reference_loss(
-            heads, labels, token_weights,
+            split_heads(given), labels, token_weights,
             shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
             seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
@@ -217,7 +217,7 @@ def weighted_mtp_ce(
     scale, by = loss_scale, normalizer
     if isinstance(by, numbers.Real):
         scale, by, reduction = loss_scale / float(by), None, "sum"
-    loss, ce, row_max, log_sum, live, top1, _, _ = logits_forward(
+    loss, *stats = logits_loss(
         given, labels, token_weights, head_weights, seq_lens, document_ids, by,
         shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
         None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
@@ -227,7 +227,8 @@ def weighted_mtp_ce(
     )  # fmt: skip
     if not return_stats:
         return loss
-    return MTPLoss(loss, MTPStats(ce.detach(), live, row_max.detach() + log_sum.detach(), top1))
+    ce, row_max, log_sum, live, top1 = stats
+    return MTPLoss(loss, MTPStats(ce, live, row_max + log_sum, top1))
 
 
 def reference_loss(heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, **options: Any) -> MTPLoss:

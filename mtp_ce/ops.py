@@ -1,20 +1,25 @@
-"""The loss as torch custom operators: what torch.compile, autograd and opcheck see.
+"""The loss as torch operators: what torch.compile, autograd and opcheck see.
 
 `logits_forward` returns the loss and what its gradient needs; `logits_backward` returns the gradients;
-`logits_backward_` writes the gradient of the logits over them. The backward operators have no derivative, so
-differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
+`logits_backward_` writes the gradient of the logits over them. `logits_loss` is the differentiable function of them.
+A gradient has no derivative: differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_ce import cpu
+from mtp_ce.operators import differentiable, once_differentiable, operator
 from mtp_ce.rows import check_labels
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Arguments of `logits_forward` after the logits that are tensors.
+TENSORS = 6
 
 
 def split_heads(logits: list[Tensor]) -> list[Tensor]:
@@ -28,11 +33,24 @@ def horizon(logits: list[Tensor]) -> int:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Launches go to the current device: make it the tensors', where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
-@torch.library.custom_op("mtp_ce::logits_forward", mutates_args=())
+@cache
+def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Forward, mean and backward of an implementation; kernels are imported where they are wanted."""
+    if impl == "cpu":
+        return cpu.forward, cpu.mean, cpu.backward
+    from mtp_ce.kernels.backward import launch_backward
+    from mtp_ce.kernels.forward import launch_forward, launch_mean
+
+    return launch_forward, launch_mean, launch_backward
+
+
+@operator
 def logits_forward(
     logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
     labels: Tensor,  # [B, S]
@@ -62,11 +80,7 @@ def logits_forward(
         results[0].zero_()
         results[-1].zero_()
         return results
-    if impl == "cpu":
-        forward, mean = cpu.forward, cpu.mean
-    else:
-        from mtp_ce.kernels.forward import launch_forward as forward
-        from mtp_ce.kernels.forward import launch_mean as mean
+    forward, mean, _ = functions(impl)
     if labels.device.type == "cpu":
         check_labels(
             labels, seq_lens, document_ids,
@@ -109,7 +123,7 @@ def _allocate(logits: list[Tensor], reduction: str, with_top1: bool, with_shares
     )
 
 
-@logits_forward.register_fake
+@torch.library.register_fake("mtp_ce::logits_forward")
 def _(
     logits, labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shift, over_horizon,
     target_weights, ignore_index, softcap, z_loss, label_smoothing, reduction, scale, with_top1, with_shares,
@@ -118,7 +132,7 @@ def _(
     return _allocate(logits, reduction, with_top1, with_shares)
 
 
-@torch.library.custom_op("mtp_ce::logits_backward", mutates_args=())
+@operator
 def logits_backward(
     d_loss: Tensor,  # [] or [B, S]
     logits: list[Tensor],
@@ -148,7 +162,7 @@ def logits_backward(
     return d_logits
 
 
-@logits_backward.register_fake
+@torch.library.register_fake("mtp_ce::logits_backward")
 def _(
     d_loss, logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor, shift,
     over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
@@ -192,9 +206,8 @@ def _write_gradient(
         return
     heads, d_heads = logits, d_logits
     if impl == "cpu":
-        heads, d_heads, backward = split_heads(logits), split_heads(d_logits), cpu.backward
-    else:
-        from mtp_ce.kernels.backward import launch_backward as backward
+        heads, d_heads = split_heads(logits), split_heads(d_logits)
+    _, _, backward = functions(impl)
     with device_guard(labels.device):
         backward(
             d_loss.expand(labels.shape), heads, d_heads, labels, token_weights, head_weights, seq_lens, document_ids,
@@ -204,7 +217,7 @@ def _write_gradient(
         )  # fmt: skip
 
 
-@torch.library.custom_op("mtp_ce::weights_backward", mutates_args=())
+@operator
 def weights_backward(
     d_loss: Tensor,  # [] or [B, S]
     token_weights: Tensor,  # [B, S] or [B, S, H]
@@ -227,42 +240,53 @@ def weights_backward(
     return d_weights.to(token_weights.dtype, copy=True)
 
 
-@weights_backward.register_fake
+@torch.library.register_fake("mtp_ce::weights_backward")
 def _(d_loss, token_weights, shares, factor, shift, target_weights):
     return token_weights.new_empty(token_weights.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    logits, labels, token_weights, head_weights, seq_lens, document_ids = inputs[:6]
-    _, _, row_max, log_sum, _, _, shares, factor = output
-    ctx.save_for_backward(
-        *logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor, shares
-    )
-    ctx.given = len(logits)
-    ctx.rule = inputs[7:14]
-    ctx.with_shares, ctx.inplace, ctx.impl = inputs[17:]
-    ctx.set_materialize_grads(False)
+class _LogitsLoss(torch.autograd.Function):
+    """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, live and top1."""
+
+    @staticmethod
+    def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        logits, others = tensors[:given], tensors[given:]
+        *results, shares, factor = logits_forward(list(logits), *others, *options)
+        loss, _, row_max, log_sum, _, _ = results
+        ctx.save_for_backward(*tensors[:-1], row_max, log_sum, factor, shares)
+        ctx.given = given
+        ctx.rule = options[:7]
+        with_top1, ctx.with_shares, ctx.inplace, ctx.impl = options[9:]
+        ctx.set_materialize_grads(False)
+        if not with_top1:
+            return (loss,)
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if d_loss is None:
+            return (None,) * (2 + ctx.given + TENSORS)
+        if ctx.inplace and torch.is_grad_enabled():
+            raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
+        d_weights, *d_logits = once_differentiable(_logits_gradients, ctx, d_loss, *ctx.saved_tensors)
+        return None, None, *d_logits, None, d_weights, *[None] * (TENSORS - 2)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    d_logits: list[Tensor | None] = [None] * ctx.given
+def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """Of the token weights, and of each tensor of logits."""
+    logits, tensors, shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
     d_weights = None
-    if d_loss is not None:
-        saved = ctx.saved_tensors
-        logits, tensors, shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
-        if ctx.with_shares:
-            shift, _, target_weights = ctx.rule[:3]
-            d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
-        if any(ctx.needs_input_grad[0]):
-            if ctx.inplace:
-                if torch.is_grad_enabled():
-                    raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
-                logits = [x.detach() for x in logits]
-                logits_backward_(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
-                d_logits = [*logits]
-            else:
-                d_logits = [*logits_backward(d_loss, logits, *tensors, *ctx.rule, ctx.impl)]
-    return d_logits, None, d_weights, *[None] * 17
+    if ctx.with_shares:
+        shift, _, target_weights = ctx.rule[:3]
+        d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
+    if not any(ctx.needs_input_grad[2 : 2 + ctx.given]):
+        return d_weights, *[None] * ctx.given
+    if not ctx.inplace:
+        return d_weights, *logits_backward(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
+    logits = [x.detach() for x in logits]
+    logits_backward_(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
+    return d_weights, *logits
 
 
-logits_forward.register_autograd(_backward, setup_context=_setup_context)
+logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, tensors=TENSORS)

@@ -237,6 +237,22 @@ def test_rounds_are_timed_in_turns(load: Load) -> None:
     assert [-(rounds.recorded() - rounds.recorded()) for _ in range(2)] == [0.25, 0.5]
 
 
+@pytest.mark.parametrize("path", ["logits", "linear"])
+def test_the_host_time_is_that_of_a_call_with_its_backward(
+    load: Load, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The loss is computed once, and differentiated where "both" is asked for."""
+    host = load("test_host_time")
+    seen = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaves: seen.append([x.shape for x in grad(loss, leaves)]))
+    host.step(path, "forward", False)()
+    assert seen == []
+    host.step(path, "both", False)()
+    B, S, H, V, D = host.B, host.S, host.H, host.V, host.D
+    assert seen == [[(B, S, H, V)] if path == "logits" else [(B, S, H, D), (V, D)]]
+
+
 def test_memory_is_measured_above_the_inputs(load: Load) -> None:
     """In a fresh process: mtp_ce needs the gradient and little more, the eager loop several times as much."""
     memory, shapes = load("memory"), load("shapes")

@@ -26,9 +26,9 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         raise AssertionError("bad input reached the implementation")
 
-    monkeypatch.setattr("mtp_ce.loss.logits_forward", reached)
+    monkeypatch.setattr("mtp_ce.loss.logits_loss", reached)
     monkeypatch.setattr("mtp_ce.loss.reference_weighted_mtp_ce", reached)
-    monkeypatch.setattr("mtp_ce.linear.linear_forward", reached)
+    monkeypatch.setattr("mtp_ce.linear.linear_loss", reached)
     monkeypatch.setattr("mtp_ce.linear.F.linear", reached)
 
 

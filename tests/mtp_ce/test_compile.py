@@ -151,7 +151,7 @@ CHECKED: dict[str, dict[str, Any]] = {
 
 
 def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Arguments of the forward, of the two backward operators of the logits, and of that of the weights."""
+    """Arguments of the loss, its forward, the two backward operators of the logits, and that of the weights."""
     positions = case.get("positions", 3)
     logits = draw.normal(1, positions, 2, 9, dtype=case.get("dtype", torch.float32))
     given = [x.contiguous() for x in logits.unbind(2)] if case.get("listed") else [logits]
@@ -163,15 +163,15 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
     extras = (case.get("softcap"), case.get("z_loss", 0.0), case.get("smoothing", 0.0))
     rule = (1, False, case.get("target", False), -100, *extras)
     tail = (case.get("reduction", "mean"), 0.5, True, weights is not None, False, impl)
-    with torch.no_grad():
-        results = ops.logits_forward(given, labels, weights, *tensors, *rule, *tail)
+    forward = (given, labels, weights, *tensors, *rule, *tail)
+    results = ops.logits_forward(*forward)
     loss, _, row_max, log_sum, _, _, shares, factor = results
     d_loss = torch.ones_like(loss)
     backward = (d_loss, given, labels, weights, *tensors[:3], row_max, log_sum, factor, *rule, impl)
     of_weights = (d_loss, weights, shares, factor, 1, case.get("target", False))
     leaves = [x.clone().requires_grad_() for x in given]
-    forward = (leaves, labels, None if weights is None else weights.clone().requires_grad_(), *tensors, *rule, *tail)
-    return [forward, backward, backward, *([] if weights is None else [of_weights])]
+    learned = (leaves, labels, None if weights is None else weights.clone().requires_grad_(), *tensors, *rule, *tail)
+    return [learned, forward, backward, backward, *([] if weights is None else [of_weights])]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,6 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
 )
 def test_the_operators_keep_their_promises(impl, draw, name: str) -> None:
     """torch.library.opcheck: schema, mutation, fake tensors, autograd, dynamic shapes."""
-    operators = ("logits_forward", "logits_backward", "logits_backward_", "weights_backward")
+    operators = ("logits_loss", "logits_forward", "logits_backward", "logits_backward_", "weights_backward")
     for operator, arguments in zip(operators, operator_arguments(draw, impl, CHECKED[name]), strict=False):
         torch.library.opcheck(getattr(torch.ops.mtp_ce, operator).default, arguments)

@@ -1,6 +1,6 @@
 """What only a GPU can show: no host sync, CUDA graphs, streams, devices, more than 2**31 elements."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -77,6 +77,40 @@ def test_inside_a_cuda_graph(impl, draw) -> None:
         eager = weighted_mtp_ce(x, labels, weights, **OPTIONS)
         assert torch.equal(loss, eager)
         assert torch.equal(gradient, torch.autograd.grad(eager, x)[0])
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_without_synchronisation(impl, draw, linear: bool, mode: str, request: pytest.FixtureRequest) -> None:
+    """torch.compile, also with its CUDA graphs: the numbers of eager on every batch, and nobody waits."""
+
+    def step(labels: Tensor, weights: Tensor, *leaves: Tensor) -> Tensor:
+        if linear:
+            return weighted_mtp_linear_ce(*leaves, labels, weights, drop_dead_rows=False, **OPTIONS)
+        return weighted_mtp_ce(*leaves, labels, weights, **OPTIONS)
+
+    def outcome(function: Callable[..., Tensor], labels: Tensor, weights: Tensor, *leaves: Tensor) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = function(labels, weights, *leaves)
+        return [tensor.detach().clone() for tensor in (loss, *torch.autograd.grad(loss, leaves))]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    data = []
+    for _ in range(5):
+        logits, labels, weights = batch(draw)
+        leaves = [draw.normal(2, 64, 4, 72).bfloat16(), draw.normal(4099, 72).bfloat16()] if linear else [logits]
+        data.append((labels, weights, *[leaf.requires_grad_() for leaf in leaves]))
+    wanted = [outcome(step, *one) for one in data]
+    got = [outcome(compiled, *one) for one in data[:4]]  # compiles, warms up and captures, which may synchronise
+    request.getfixturevalue("no_sync")
+    got.append(outcome(compiled, *data[4]))
+    for ours, eager in zip(got, wanted, strict=True):
+        for one, other in zip(ours, eager, strict=True):
+            if linear:
+                close(one, other)
+            else:
+                assert torch.equal(one, other)
 
 
 def test_on_a_stream_of_its_own(impl, draw) -> None:
