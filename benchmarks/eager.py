@@ -29,7 +29,9 @@ def row_ce(logits: Tensor, target: Tensor, softcap: float | None) -> Tensor:
     return ce.view(target.shape)
 
 
-def _loop(rows_of: Callable[[int, int], Tensor], H: int, labels: Tensor, weights: Tensor, softcap: float | None) -> Any:
+def loop_over_heads(
+    rows_of: Callable[[int, int], Tensor], H: int, labels: Tensor, weights: Tensor, softcap: float | None
+) -> Any:
     """For every head, its rows against the labels moved along; `rows_of` gives the logits of head h up to t.
 
     The losses are padded rather than written into a buffer: torch.compile makes three times as much of it.
@@ -49,7 +51,7 @@ def logits_loop(logits: Tensor, labels: Tensor, token_weights: Tensor, softcap: 
 
     The slices cost in backward: autograd adds up one gradient of the size of all logits for each head.
     """
-    return _loop(lambda h, end: logits[:, :end, h], logits.shape[2], labels, token_weights, softcap)
+    return loop_over_heads(lambda h, end: logits[:, :end, h], logits.shape[2], labels, token_weights, softcap)
 
 
 def logits_rows(logits: Tensor, labels: Tensor, token_weights: Tensor, softcap: float | None) -> Tensor:
@@ -63,7 +65,9 @@ def linear_loop(
     hidden: Tensor, unembed: Tensor, labels: Tensor, token_weights: Tensor, softcap: float | None
 ) -> Tensor:
     """What people write: every head's logits by the output layer, then their cross entropy."""
-    return _loop(lambda h, end: hidden[:, :end, h] @ unembed.t(), hidden.shape[2], labels, token_weights, softcap)
+    return loop_over_heads(
+        lambda h, end: hidden[:, :end, h] @ unembed.t(), hidden.shape[2], labels, token_weights, softcap
+    )
 
 
 def linear_rows(

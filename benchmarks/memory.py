@@ -34,13 +34,14 @@ class Peak(NamedTuple):
         return self.forward if which == "forward" else self.both
 
 
-def _resident(mark: str) -> int:
+def resident(mark: str) -> int:
     """VmRSS (now) or VmHWM (the mark) of this process in bytes."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(mark + ":"))
 
 
-def _reset_mark() -> None:
+def reset_mark() -> None:
+    """Give freed memory back to the system, and begin VmHWM anew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -65,15 +66,15 @@ def measure_here(provider: Provider, inputs: Inputs) -> Peak:
     for measured in (False, True):
         values = inputs.fresh()
         if measured:
-            _reset_mark()
-        before = _resident("VmRSS")
+            reset_mark()
+        before = resident("VmRSS")
         with torch.set_grad_enabled(inputs.has_gradient):
             result = provider.run(*values, *inputs.rest)
-        forward = both = _resident("VmHWM") - before
+        forward = both = resident("VmHWM") - before
         gradients = None
         if inputs.has_gradient:
             gradients = torch.autograd.grad(result, values)
-            both = _resident("VmHWM") - before
+            both = resident("VmHWM") - before
         del values, result, gradients
     return Peak(forward, both)
 

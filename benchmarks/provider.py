@@ -16,8 +16,8 @@ from benchmarks.shapes import Shape
 
 Missing = Callable[[Shape, torch.device], str | None]
 
-
 NOT_REACHED = "not reached in the time given"
+OUT_OF_MEMORY = "out of memory"
 
 
 class AbsentError(Exception):

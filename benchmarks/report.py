@@ -18,7 +18,7 @@ from benchmarks.plots import TITLES, draw, drawable
 from benchmarks.provider import NOT_REACHED
 from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Shape
-from benchmarks.table import MIB, NOISY, UNWEIGHTED, is_noisy, label
+from benchmarks.table import MIB, NOISY, UNWEIGHTED, is_noisy, label, largest, largest_notes, steps_noisy, timed_steps
 
 README = results.ROOT / "README.md"
 PLOTS = results.ROOT / "benchmarks" / "plots"
@@ -32,6 +32,14 @@ model's name stands for its vocabulary. The ceiling is the bare matrix products 
 of the bytes that it must move. Memory is the peak above the inputs, in brackets without the gradients, as a share of
 all logits. Peers: times the time, times the memory, of mtp_ce on the same work in the same run. Every result passed its
 check against the float64 oracle first."""
+STEP_HEAD = """\
+| {} | tokens/s | a step | in the loss | peak memory | largest micro-batch |
+| --- | ---: | ---: | ---: | ---: | ---: |"""
+STEP_LEGEND = """\
+A training step is forward, loss, backward and AdamW of a model with random weights and residual heads, all of it in one
+dtype. `eager` and both `logits` build the logits of all heads, `linear` does not. Tokens per second are of the median
+step, milliseconds of p20; the loss is output layer and loss, forward and backward; memory is the peak of the whole
+step. The largest micro-batch is what the device's memory lets a path take."""
 
 
 class Row(NamedTuple):
@@ -128,24 +136,71 @@ def reasons(run: results.Run) -> Iterator[str]:
         yield f"* Absent: {', '.join(providers)} ({reason})."
 
 
+def newest_steps(runs: list[results.Run]) -> results.Run | None:
+    """The newest run with training steps."""
+    return next((run for run in reversed(runs) if results.steps_of(run)), None)
+
+
+def step_rows(run: results.Run) -> Iterator[str]:
+    """The table of a run's training steps."""
+    steps = results.steps_of(run)
+    shape = steps[0]["shape"]
+    marks = ["stale"] * results.is_stale(run, results.STEP) + ["noisy"] * steps_noisy(run)
+    model = f"{shape['model']}, {shape['parameters'] / 1e6:.0f} M parameters"
+    size = f"V {shape['V']}, D {shape['D']}, H {shape['H']}, {shape['dtype']}, {shape['B']} x {shape['S']} tokens"
+    yield STEP_HEAD.format(f"training step of {model}: {size}{''.join(f' **({mark})**' for mark in marks)}")
+    for entry in steps:
+        if entry.get("reason"):
+            yield f"| {entry['provider']} | absent | | | | |"
+            continue
+        share = entry["share_in_loss"]
+        cells = (
+            entry["provider"],
+            f"{entry['tokens_per_s']:,.0f}",
+            milliseconds(entry["p20_ms"]),
+            "-" if share is None else f"{share:.0%}",
+            f"{entry['peak_bytes'] / MIB:,.0f} MiB",
+            f"{largest(entry)} x {shape['S']} tokens" if entry["largest"] else "-",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def step_notes(run: results.Run) -> Iterator[str]:
+    """What has to be said of it."""
+    steps = results.steps_of(run)
+    held = steps[0]["shape"]["held_bytes"] / MIB
+    yield f"* Weights and the states of AdamW are {held:,.0f} MiB of the peak of every training step."
+    for note in largest_notes(timed_steps(run)):
+        yield f"* Largest micro-batch: {note}."
+    yield from (f"* Absent: {entry['provider']} ({entry['reason']})." for entry in steps if entry.get("reason"))
+
+
 def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
     """The lines of one results file."""
     kind = runs[-1]["kind"]
     rows = [row for path in results.PATHS for shape in plan.shown(kind, path) if (row := newest(runs, shape))]
-    used = [run for run in runs if any(row.run is run for row in rows)]
+    stepped = newest_steps(runs)
+    used = [run for run in runs if run is stepped or any(row.run is run for row in rows)]
     yield f"### {runs[-1]['device']}"
     yield ""
     if rows:
         yield HEAD
         yield from map(line, rows)
         yield ""
-    if any(results.is_stale(row.run, row.shape.path) for row in rows):
+    if stepped:
+        yield from step_rows(stepped)
+        yield ""
+    if any(results.is_stale(row.run, row.shape.path) for row in rows) or (
+        stepped and results.is_stale(stepped, results.STEP)
+    ):
         yield "* Stale: the sources have changed since they were timed."
-    if any(is_noisy(row.cases.values()) for row in rows):
+    if any(is_noisy(row.cases.values()) for row in rows) or (stepped and steps_noisy(stepped)):
         yield f"* Noisy: other processes took more than {NOISY:.0%} of the CPU meanwhile, or nobody looked."
     if any(UNWEIGHTED in line(row) for row in rows):
         yield f"* {UNWEIGHTED} knows no token weights, and does less work: the plain mean over rows."
     yield from dict.fromkeys(reason for run in used for reason in reasons(run))
+    if stepped:
+        yield from step_notes(stepped)
     for run in used:
         numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
         yield f"* Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
@@ -169,7 +224,8 @@ def held(folder: Path = results.RESULTS) -> dict[str, list[results.Run]]:
 def section(folder: Path = results.RESULTS) -> str:
     """The text between the markers, with them."""
     lines = [text for slug, runs in held(folder).items() for text in (*device_section(slug, runs), "")]
-    body = [LEGEND, "", *lines] if lines else ["No results yet.", ""]
+    legends = [LEGEND, ""] + ([STEP_LEGEND, ""] if any(newest_steps(runs) for runs in held(folder).values()) else [])
+    body = [*legends, *lines] if lines else ["No results yet.", ""]
     return "\n".join([BEGIN, "", *body]) + END
 
 

@@ -1,9 +1,10 @@
 """The results files: benchmarks/results/<device>.json, written with --results.
 
 A file holds runs. A run is one session: when, with which versions, commit and kernel sources, the copy bandwidth of the
-device in that session, its cases, and the providers that were absent. Cases are compared within a run only, since only
-there they share a machine in one state. A new run takes the place of older results of the same cases (provider, pass,
-shape); older runs keep the rest, and vanish when nothing is left of them. Paths and host names are nowhere in a file.
+device in that session, its cases, the providers that were absent, and its training steps (`steps`, see
+training_step.py). Cases are compared within a run only, since only there they share a machine in one state. A new run
+takes the place of older results of the same cases (provider, pass, shape), and one with steps of all older steps; older
+runs keep the rest, and vanish when nothing is left of them. Paths and host names are nowhere in a file.
 
 A case holds p20, p50 and p80 of its rounds. Ratios and shares are of p20: what disturbs a round only ever makes it
 longer, by a factor of 4 where a shared machine has to find fresh pages.
@@ -27,14 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # A file of another format is as good as none: its cases are not those of today's report.
 FORMAT = 2
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # What is timed on a path, by the kind of device. Input checks in front of it are not part of it.
 _LINEAR = ("mtp_ce/linear.py", "mtp_ce/linear_ops.py", "mtp_ce/slabs.py")
+_STEP = (*_LINEAR, "mtp_ce/ops.py", "mtp_ce/heads.py", "mtp_ce/unembedding.py", "mtp_ce/wrapper.py")
 SOURCES = {
-    "cpu": {"logits": ("mtp_ce/cpu.py", "mtp_ce/ops.py"), "linear": ("mtp_ce/cpu.py", *_LINEAR)},
-    "cuda": {"logits": ("kernels/*.py", "mtp_ce/ops.py"), "linear": ("kernels/*.py", *_LINEAR)},
+    kind: {"logits": (engine, "mtp_ce/ops.py"), "linear": (engine, *_LINEAR), "step": (engine, *_STEP)}
+    for kind, engine in (("cpu", "mtp_ce/cpu.py"), ("cuda", "kernels/*.py"))
 }
 PATHS = ("linear", "logits", "token_ce")
+STEP = "step"
 
 Run = dict[str, Any]
 Key = tuple[str, ...]
@@ -87,7 +90,7 @@ def commit(kind: str) -> str | None:
         return done.stdout.strip()
 
     try:
-        sources = {str(file) for path in PATHS for file in source_files(kind, path)}
+        sources = {str(file) for path in (*PATHS, STEP) for file in source_files(kind, path)}
         changed = git("status", "--porcelain", "--", *sorted(sources))
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -102,17 +105,18 @@ def _version(package: str) -> str | None:
 
 
 def new_run(kind: str, copy_bandwidth: float) -> Run:
-    """A run without cases."""
+    """A run without cases and steps."""
     return {
         "device": device_name(kind),
         "kind": kind,
         "measured": datetime.now(UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": commit(kind),
-        "source_hash": {path: source_hash(kind, path) for path in PATHS},
+        "source_hash": {path: source_hash(kind, path) for path in (*PATHS, STEP)},
         "copy_bytes_per_s": round(copy_bandwidth),
         "cases": [],
         "absent": [],
+        "steps": [],
     }
 
 
@@ -143,6 +147,18 @@ def key(entry: dict[str, Any]) -> Key:
     return entry["provider"], entry["pass"], json.dumps(entry["shape"], sort_keys=True)
 
 
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    """The training steps of a run; a file may be older than they are."""
+    steps: list[dict[str, Any]] = run.get("steps", [])
+    return steps
+
+
+def stale_parts(run: Run) -> list[str]:
+    """What the run has timed whose sources have changed since."""
+    cases = PATHS if run["cases"] or not steps_of(run) else ()
+    return [path for path in (*cases, *([STEP] if steps_of(run) else [])) if is_stale(run, path)]
+
+
 def merged(runs: list[Run], run: Run) -> list[Run]:
     """The runs of a file once `run` has joined them."""
     measured = {key(case) for case in run["cases"]}
@@ -150,9 +166,10 @@ def merged(runs: list[Run], run: Run) -> list[Run]:
     kept = []
     for old in runs:
         cases = [case for case in old["cases"] if key(case) not in measured]
-        absent = [entry for entry in old["absent"] if key(entry) not in known]
-        if cases:
-            kept.append({**old, "cases": cases, "absent": absent})
+        absent = [entry for entry in old["absent"] if cases and key(entry) not in known]
+        steps = [] if steps_of(run) else steps_of(old)
+        if cases or steps:
+            kept.append({**old, "cases": cases, "absent": absent, "steps": steps})
     return [*kept, run]
 
 

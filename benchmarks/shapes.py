@@ -3,7 +3,8 @@
 A shape belongs to a path: "logits" (a loss of given logits), "linear" (a loss of hidden states and the output layer's
 weight, the logits being nobody's business) or "token_ce" (the cross entropy of every row, forward only).
 
-B is 1 everywhere: a slice of a head's rows then stays a view, so that no peer pays for a copy that we do not.
+B is 1 where losses alone are timed: a slice of a head's rows then stays a view, so that no peer pays for a copy that we
+do not.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ MODELS = {
     "Llama-2 7B": Model(32000, 4096),
     "GPT-2": Model(50257, 768),
     "Llama-3 8B": Model(128256, 4096),
+    "Llama-3.2 1B": Model(128256, 2048),
     "Qwen3 8B": Model(151936, 4096),
     "Qwen3 1.7B": Model(151936, 2048),
     "Qwen2.5 7B": Model(152064, 3584),

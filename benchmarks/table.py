@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.provider import NOT_REACHED, OUT_OF_MEMORY
 from benchmarks.providers import BY_NAME
 
 MIB = 2**20
@@ -76,8 +77,8 @@ def absences(run: results.Run) -> Iterator[str]:
         yield f"absent: {', '.join(f'{name} ({count})' for name, count in cases.items())}: {reason}"
 
 
-def table(run: results.Run) -> Iterator[str]:
-    """The lines of one run."""
+def cases_table(run: results.Run) -> Iterator[str]:
+    """The lines of a run's cases, and of who was absent."""
     passes = " ".join(f"{which:>8}" for which in ("forward", "backward", "both"))
     yield f"{'':22}{'ms, median':>26}  {'ms':>8} {'of':>6} {'mtp_ce':>8} {'peak':>8}"
     yield f"{'':22}{passes}  {'p20':>8} {'ceil.':>6} {'is':>8} {'MiB':>8}"
@@ -89,10 +90,75 @@ def table(run: results.Run) -> Iterator[str]:
         for name, by_pass in providers.items():
             yield _provider_line(shape["path"], name, by_pass, ours)
     yield from absences(run)
+
+
+def step_line(shape: dict[str, Any]) -> str:
+    """The model of a training step in one line."""
+    return (
+        f"training step: {shape['model']}, {shape['parameters'] / 1e6:.0f} M parameters, V={shape['V']} D={shape['D']} "
+        f"H={shape['H']} {shape['dtype']}, {shape['B']} x {shape['S']} tokens; "
+        f"weights and AdamW {shape['held_bytes'] / MIB:.0f} MiB"
+    )
+
+
+def largest(entry: dict[str, Any]) -> str:
+    """The largest micro-batch of a path, in rows; "-" where nothing limits it."""
+    found = entry["largest"]
+    if found is None:
+        return "-"
+    return f"{'>= ' if found['limit'] == NOT_REACHED else ''}{found['rows']}"
+
+
+def timed_steps(run: results.Run) -> list[dict[str, Any]]:
+    """The training steps that have figures."""
+    return [entry for entry in results.steps_of(run) if not entry.get("reason")]
+
+
+def steps_noisy(run: results.Run) -> bool:
+    """Others were on the CPU while they were timed."""
+    timed = timed_steps(run)
+    return bool(timed) and is_noisy(timed)
+
+
+def largest_notes(timed: list[dict[str, Any]]) -> Iterator[str]:
+    """What has to be said of the largest micro-batches: of none, and of those that memory does not decide."""
+    if timed and all(entry["largest"] is None for entry in timed):
+        yield "a CPU's memory sets no limit to a micro-batch"
+    for entry in timed:
+        limit = (entry["largest"] or {}).get("limit")
+        if limit not in (None, OUT_OF_MEMORY):
+            yield f"{entry['provider']}: {limit}"
+
+
+def steps_table(run: results.Run) -> Iterator[str]:
+    """The lines of a run's training steps."""
+    steps = results.steps_of(run)
+    if not steps:
+        return
+    timed = timed_steps(run)
+    yield step_line(steps[0]["shape"]) + "; NOISY, others were on the CPU" * steps_noisy(run)
+    yield f"{'':22}{'tokens/s':>9} {'ms, median':>11} {'ms, p20':>9} {'in loss':>8} {'peak MiB':>9} {'largest':>8} rows"
+    for entry in timed:
+        share = entry["share_in_loss"]
+        yield (
+            f"  {entry['provider']:20}{entry['tokens_per_s']:9.0f} {entry['p50_ms']:11.2f} {entry['p20_ms']:9.2f} "
+            f"{'-' if share is None else format(share, '.0%'):>8} {entry['peak_bytes'] / MIB:9.1f} {largest(entry):>8}"
+        )
+    for entry in steps:
+        if entry.get("reason"):
+            yield f"absent: {entry['provider']}: {entry['reason']}"
+    yield from (f"largest: {note}" for note in largest_notes(timed))
+
+
+def table(run: results.Run) -> Iterator[str]:
+    """The lines of one run."""
+    if run["cases"] or run["absent"] or not results.steps_of(run):
+        yield from cases_table(run)
+    yield from steps_table(run)
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
     yield f"{run['device']}, which copies {run['copy_bytes_per_s'] / 1e9:.1f} GB/s; {run['measured']}"
     yield f"{versions}; commit {(run['commit'] or 'unknown')[:12]}"
-    stale = [path for path in results.PATHS if results.is_stale(run, path)]
+    stale = results.stale_parts(run)
     if stale:
         yield f"STALE: sources have changed since this run: {', '.join(stale)}"
 

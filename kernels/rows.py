@@ -43,6 +43,9 @@ class Rows(NamedTuple):
     stride_ds: Any
 
 
+NO_STRIDES = (0, 0, 0)
+
+
 def pack_rows(
     labels: torch.Tensor,
     token_weights: torch.Tensor | None,
@@ -51,19 +54,14 @@ def pack_rows(
     document_ids: torch.Tensor | None,
 ) -> Rows:
     """The tensors of the rule with their strides, as one kernel argument."""
-
-    def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-        own = () if tensor is None else tensor.stride()
-        return own + (0,) * (dims - len(own))
-
-    fields = (
-        (labels, 2),
-        (token_weights, 3),
-        (head_weights, 1),
-        (seq_lens, 1),
-        (document_ids, 2),
-    )
-    return Rows._make(value for tensor, dims in fields for value in (tensor, *strides(tensor, dims)))
+    given = (
+        labels, *labels.stride(),
+        token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
+        head_weights, 0 if head_weights is None else head_weights.stride(0),
+        seq_lens, 0 if seq_lens is None else seq_lens.stride(0),
+        document_ids, *(NO_STRIDES[:2] if document_ids is None else document_ids.stride()),
+    )  # fmt: skip
+    return Rows._make(given)
 
 
 def heads_block(H: int) -> int:

@@ -218,7 +218,7 @@ def pack_heads(given: list[torch.Tensor]) -> Heads:
         stride_b, stride_s, stride_h, stride_v = given[0].stride()
         return Heads((given[0],), (stride_b,), (stride_s,), (stride_v,), stride_h)
     by_dimension = zip(*(tensor.stride() for tensor in given), strict=True)
-    return Heads(tuple(given), *by_dimension, stride_h=None)
+    return Heads._make((tuple(given), *by_dimension, None))
 
 
 def row_layout(*all_heads: Heads) -> tuple[bool, int]:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -353,7 +354,7 @@ def test_the_gpu_suite_says_that_it_has_no_gpu() -> None:
 
 
 def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Path) -> None:
-    """A stand-in for python: the tests fail, the benchmarks hang."""
+    """A stand-in for python: the tests fail, the benchmarks hang, the training step is absent."""
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
@@ -361,13 +362,24 @@ def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Pat
         'case "$*" in\n'
         "    -c*) exit 0 ;;\n"
         '    *tests/kernels*) echo "FAILED tests/kernels/test_compiled.py::test_y"; echo "1 failed in 2 s"; exit 1 ;;\n'
+        '    *training_step*) [[ "$*" == *"--results --time-limit 60" ]] && echo "absent: no transformers" ;;\n'
         '    *--results*) echo "3 passed"; exec sleep 60 ;;\n'
         '    *benchmarks.table) echo "the table" ;;\n'
         "esac\n"
     )
     python.chmod(0o755)
-    done = run_suite(PYTHON=str(python), BENCHMARK_SECONDS="-59", TRITON_INTERPRET="1")
+    done = run_suite(PYTHON=str(python), BENCHMARK_SECONDS="-44", TRITON_INTERPRET="1")
     lines = done.stdout.splitlines()
     assert done.returncode == 1
     assert lines[1:3] == ["FAILED tests/kernels/test_compiled.py::test_y", "1 failed in 2 s"]
-    assert lines[-3:] == ["benchmarks ran out of its 1 s", "== results", "the table"]
+    assert lines[-5] == "benchmarks ran out of its 1 s"
+    assert lines[-4:] == ["== training_step (at most 75 s)", "absent: no transformers", "== results", "the table"]
+
+
+def test_the_gpu_suite_ends_within_nine_minutes() -> None:
+    """Its limits together, with what a part has to end and a quarter of a minute for the table."""
+    text = SUITE.read_text()
+    limits = [int(seconds) for seconds in re.findall(r"_SECONDS:=(\d+)}", text)]
+    graces = [int(seconds) for seconds in re.findall(r"_SECONDS:=\d+} \+ (\d+)", text)]
+    assert (len(limits), len(graces)) == (3, 2)
+    assert sum(limits) + sum(graces) + 15 < 9 * 60

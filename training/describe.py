@@ -34,7 +34,7 @@ from mtp_ce.training.report import say
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.sources import local_source, sources_of
-from mtp_ce.training.tracking import METRICS_FILE
+from mtp_ce.training.tracking import METRICS_FILE, shown_by
 from mtp_ce.wrapper import MTPWrapper
 
 # A server that takes longer to say that it is well would hold up a dry run, and never training.
@@ -225,12 +225,10 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
 
 
 def _tracking(recipe: Recipe) -> str:
-    if recipe.tracking.kind == "none":
-        return f"none; metrics go to {METRICS_FILE}"
-    shown = without_password(recipe).tracking.uri
-    why = _unreachable(recipe.tracking.uri)
+    why = None if recipe.tracking.kind == "none" else _unreachable(recipe.tracking.uri)
     if why is None:
-        return f"mlflow ui --backend-store-uri {shown}"
+        return shown_by(recipe)
+    shown = without_password(recipe).tracking.uri
     return f"MLflow at {shown} is not reachable: {why}; training would go on with {METRICS_FILE}"
 
 

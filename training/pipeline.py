@@ -12,13 +12,12 @@ from mtp_ce.training.evaluation import Evaluation
 from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
 from mtp_ce.training.ranks import Ranks, join_ranks
-from mtp_ce.training.recipe import without_password
 from mtp_ce.training.report import say, say_evaluation, warn
 from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same, finish
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage import check_writable
-from mtp_ce.training.tracking import METRICS_FILE, Tracking
+from mtp_ce.training.tracking import METRICS_FILE, Tracking, shown_by
 
 
 def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: bool = False) -> Evaluation:
@@ -73,7 +72,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
         f"saved       {output}/model (model, tokenizer, heads), losses.png, evaluation.json, evaluation.png{weights}, "
         f"{METRICS_FILE}, recipe.yaml",
     )
-    say(out, f"tracking    {_tracking(recipe)}")
+    say(out, f"tracking    {shown_by(recipe)}")
     return evaluation
 
 
@@ -81,9 +80,3 @@ def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
     ranks.check_batch(recipe.train.batch_size, recipe.train.micro_batch_size)
     if recipe.reference and recipe.reference.train:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
-
-
-def _tracking(recipe: Recipe) -> str:
-    if recipe.tracking.kind == "none":
-        return f"none; metrics go to {METRICS_FILE}"
-    return f"mlflow ui --backend-store-uri {without_password(recipe).tracking.uri}"

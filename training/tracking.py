@@ -60,6 +60,13 @@ _LONGEST_TAG = 5000
 _Call = Callable[["MlflowClient"], Any]
 
 
+def shown_by(recipe: Recipe) -> str:
+    """Where the metrics of a recipe can be looked at."""
+    if recipe.tracking.kind == "none":
+        return f"none; metrics go to {METRICS_FILE}"
+    return f"mlflow ui --backend-store-uri {without_password(recipe).tracking.uri}"
+
+
 class Tracking:
     """The metrics file of a run or of one of its stages, and its MLflow run if it has one.
 

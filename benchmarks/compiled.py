@@ -1,0 +1,111 @@
+"""Every kernel as its launcher compiles it for a real GPU, on a machine without one.
+
+The launchers run unchanged against a driver that only names a target; each launch compiles and stops there. Not in a
+process that has TRITON_INTERPRET set: the interpreter and the compiler can't share one.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from mtp_ce.kernels import backward, forward, forward_backward
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+class Launch(NamedTuple):
+    """One launch that was asked for."""
+
+    name: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]  # the kernel's keywords: its constants, and num_warps
+    kernel: Any  # what Triton has compiled
+
+    @property
+    def programs(self) -> int:
+        """Programs of the grid."""
+        count = 1
+        for size in self.grid:
+            count *= size
+        return count
+
+    @property
+    def threads(self) -> int:
+        """Threads of a program."""
+        metadata = self.kernel.metadata
+        return int(metadata.num_warps * metadata.target.warp_size)
+
+
+@contextmanager
+def compiling(target_name: str, multiprocessors: int = 1) -> Iterator[list[Launch]]:
+    """Inside, launches compile for the target, run nothing, and are listed; grids are for so many multiprocessors."""
+    target = GPUTarget(*TARGETS[target_name])
+
+    class Named:
+        """A driver that names a target and has no device."""
+
+        get_current_target = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    launched: list[Launch] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        launched.append(Launch(self.__name__, tuple(grid), options, kernel))
+        return kernel
+
+    of_the_device = {"WARP_SIZE": target.warp_size, "processors": lambda device: multiprocessors}
+    driver.set_active(Named())
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for module in (forward, backward, forward_backward):
+            own = {name: value for name, value in of_the_device.items() if hasattr(module, name)}
+            patches.enter_context(mock.patch.multiple(module, **own))
+        yield launched
+
+
+PLAIN = {"softcap": None, "z_loss": 0.0, "label_smoothing": 0.0}
+CAPPED = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
+
+
+def launch_logits(
+    logits: torch.Tensor,  # [B, S, H, V]
+    loss: dict[str, Any] = PLAIN,
+    *,
+    apart: bool = False,
+    extra: bool = False,
+) -> None:
+    """Forward, mean and backward, of the H heads `apart` where wanted; `extra` asks for the statistics too."""
+    B, S = logits.shape[:2]
+    d_logits = torch.empty_like(logits)
+    given, d_given = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
+    rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, **loss}
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    rows = (tokens, torch.ones(B, S), None, None, tokens)
+    found = forward.launch_forward(given, *rows, with_top1=extra, with_shares=extra, **rule)
+    _, factor = forward.launch_mean(found.out, found.live, None, scale=1.0, count=True)
+    backward.launch_backward(found.out, given, d_given, *rows, found.row_max, found.log_sum, factor, **rule)
+
+
+def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
+    """Loss and gradient of a slab of R rows, padded to whole vectors as the linear path pads them."""
+    unit = 16 // dtype.itemsize
+    slab = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
+    row = torch.zeros(R)
+    forward_backward.launch_forward_backward(
+        slab, row.int(), row, row.bool(), row, row, row, row.int() if extra else None, gradient=True, **loss
+    )

@@ -1,0 +1,359 @@
+"""What the kernels should reach on a GPU, from their machine code alone: nothing here is measured.
+
+    python -m benchmarks.predict [sm_80 | sm_90 | sm_100]    print the table
+    python -m benchmarks.predict --write                     refresh it in benchmarks/LOG.md, for sm_90
+
+The launchers compile for the target on any machine (compiled.py); grid, tile and constants are those of the launch, and
+instructions, registers and shared memory those of the cubin (sass.py). A program's time on an SM is then the largest of
+
+    bytes   what all programs of a wave move, over the copy bandwidth of the device
+    issue   its warps' instructions, one a clock on each of an SM's four schedulers
+    mufu    its exponentials and logarithms, 16 lanes a clock on an SM
+    alu     comparisons, maxima, logic and conversions, 64 lanes a clock on an SM
+    wait    passes, one after the other, each a memory latency and one warp's own work, or the longer of the two where
+            the next pass's logits are loaded ahead
+
+the middle three times the blocks that share the SM. A wave is what fits on the device at once; the last may be smaller,
+and then its SMs hold fewer blocks. That is the best case: one warp's waiting is another's work. In the worst, the warps
+of an SM wait and work in step, and the last wave takes as long as a full one. Bytes are those of `traffic` in the
+kernels' files, and the ceiling is those that must move, over the copy bandwidth.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from math import ceil
+from operator import add
+from typing import NamedTuple
+
+import torch
+import triton
+
+from benchmarks import sass
+from benchmarks.compiled import Launch, compiling, launch_logits, launch_slab
+from benchmarks.results import ROOT
+from mtp_ce.kernels import backward, forward, forward_backward
+
+LOG = ROOT / "benchmarks" / "LOG.md"
+BEGIN, END = "<!-- predictions:begin -->", "<!-- predictions:end -->"
+VOCABULARIES = (32000, 50257, 50304, 128256, 151936, 262144)
+DTYPE = torch.bfloat16
+BOUNDS = ("bytes", "issue", "mufu", "alu", "wait")
+# Of an SM since sm_80: lanes of a warp, instructions a clock, results a clock.
+WARP = 32
+SCHEDULERS = 4
+MUFU_LANES = 16
+ALU_LANES = 64
+# Loads of a program one behind the other before its first logits: labels, weights, what backward reads of the row.
+FIRST_LOADS = 3
+
+
+class Gpu(NamedTuple):
+    """A device, by its data sheet but for what is called a lead: to be replaced once it is measured."""
+
+    name: str
+    sms: int
+    clock: float  # 1/s; a lead
+    copy_bytes_per_s: float  # read and written; a lead: 0.85 to 0.9 of the peak
+    latency: float  # clocks from a load of a busy device to its value; a lead: about twice that of an idle one
+    l2_bytes: int
+    shared_bytes: int  # of an SM
+    threads: int = 2048  # of an SM, like the two below
+    registers: int = 65536
+    blocks: int = 32
+
+
+GPUS = {
+    "sm_80": Gpu("A100 80GB", 108, 1.41e9, 1.75e12, 1000, 40 * 10**6, 164 * 1024),
+    "sm_90": Gpu("H100 SXM", 132, 1.755e9, 3.0e12, 1000, 50 * 10**6, 228 * 1024),
+    "sm_100": Gpu("B200", 148, 1.85e9, 7.0e12, 1000, 126 * 10**6, 228 * 1024),
+}
+
+
+class Problem(NamedTuple):
+    """Rows of logits [1, S, H, V], or a slab of R = S rows."""
+
+    S: int
+    H: int
+    V: int
+    slab: bool = False
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.S * self.H
+
+    @property
+    def live(self) -> int:
+        """Rows with a target: head h of the last 1 + h positions has none; of a slab all."""
+        return self.rows if self.slab else sum(max(0, self.S - 1 - h) for h in range(self.H))
+
+
+PROBLEMS = [
+    *(Problem(2048, 4, V) for V in VOCABULARIES),
+    *(Problem(4096, 1, V, slab=True) for V in VOCABULARIES),
+    Problem(256, 1, 151936),
+    Problem(64, 4, 151936),
+    Problem(256, 1, 151936, slab=True),
+]
+
+
+def blocks_per_sm(gpu: Gpu, registers: int, threads: int, shared: int) -> int:
+    """Blocks that fit on an SM at once."""
+    warps = ceil(threads / WARP)
+    # Registers are given out to a warp 256 at a time, and a scheduler's share serves its own warps only.
+    of_a_warp = ceil(max(registers, 1) * WARP / 256) * 256
+    by_registers = gpu.registers // SCHEDULERS // of_a_warp * SCHEDULERS // warps
+    # The driver keeps 1 KB of every block's shared memory for itself; resource usage counts it where there is any.
+    by_shared = gpu.shared_bytes // (ceil(max(shared, 1024) / 128) * 128)
+    return min(gpu.blocks, gpu.threads // (warps * WARP), by_registers, by_shared)
+
+
+class Prediction(NamedTuple):
+    """One kernel on one problem."""
+
+    launch: Launch
+    problem: Problem
+    gpu: Gpu
+    used: dict[str, int]  # registers, stack, spills, shared
+    visits: list[sass.Loop]  # the loops that a live row goes through
+    ceiling_bytes: int  # what must move
+    bytes: int  # what this case moves
+    case: str = ""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on an SM."""
+        return blocks_per_sm(self.gpu, self.used["registers"], self.launch.threads, self.used["shared"])
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.launch.threads // WARP
+
+    @property
+    def slots(self) -> int:
+        """Blocks on the device."""
+        return self.blocks * self.gpu.sms
+
+    def per_element(self, pipe: str = "") -> float:
+        """Issue slots an element, of all visits; of one pipe where it is named."""
+        return sum(
+            (loop.pipes()[pipe] if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
+            for loop in self.visits
+        )
+
+    def passes(self, loop: sass.Loop) -> float:
+        """Passes of a program through a loop; the last of a row is as long as the others, however full."""
+        splits = self.launch.options.get("SPLITS", 1)
+        tile = loop.elements_per_thread(DTYPE.itemsize) * self.launch.threads
+        return ceil(self.problem.V / splits / tile) * self.problem.rows * splits / self.launch.programs
+
+    def in_flight(self) -> int:
+        """Bytes of logits that an SM full of programs has asked for when all of them wait."""
+        return max(loop.bytes_per_thread() for loop in self.visits) * self.launch.threads * self.blocks
+
+    def seconds(self, blocks: int, programs: int) -> dict[str, float]:
+        """What one wave of programs takes, `blocks` of them on the fullest SM, by what binds it; and "in step"."""
+        first = FIRST_LOADS * self.gpu.latency
+        clocks = {"issue": 0.0, "mufu": 0.0, "alu": 0.0, "wait": first, "in step": first}
+        for loop in self.visits:
+            passes = self.passes(loop)
+            pipes = loop.pipes()
+            of_a_warp = {
+                "issue": float(len(loop.instructions)),
+                "mufu": pipes["mufu"] * WARP * SCHEDULERS / MUFU_LANES,
+                "alu": pipes["alu"] * WARP * SCHEDULERS / ALU_LANES,
+            }
+            sharing = blocks * self.warps / SCHEDULERS
+            for name, busy in of_a_warp.items():
+                clocks[name] += passes * busy * sharing
+            join = max if loop.loads_ahead() else add
+            clocks["wait"] += passes * join(self.gpu.latency, max(of_a_warp.values()))
+            clocks["in step"] += passes * join(self.gpu.latency, max(of_a_warp.values()) * sharing)
+        moved = self.bytes * programs / self.launch.programs / self.gpu.copy_bytes_per_s
+        return {"bytes": moved} | {name: clock / self.gpu.clock for name, clock in clocks.items()}
+
+    def waves(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """How often, and what it takes: full waves, then the rest."""
+        full, rest = divmod(self.launch.programs, self.slots)
+        if full:
+            yield full, self.seconds(self.blocks, self.slots)
+        if rest:
+            yield 1, self.seconds(ceil(rest / self.gpu.sms), rest)
+
+    def bounds(self) -> dict[str, float]:
+        """Seconds of all waves by what binds them."""
+        total = dict.fromkeys(BOUNDS, 0.0)
+        for times, wave in self.waves():
+            for name in BOUNDS:
+                total[name] += times * wave[name]
+        return total
+
+    def best(self) -> float:
+        """Seconds where warps fill each other's waits."""
+        return sum(times * max(wave[name] for name in BOUNDS) for times, wave in self.waves())
+
+    def worst(self) -> float:
+        """Seconds where warps go in step, and the last wave is a full one."""
+        waves = list(self.waves())
+        return sum(times for times, _ in waves) * max(waves[0][1].values())
+
+    def share(self, seconds: float) -> float:
+        """Of the ceiling."""
+        return self.ceiling_bytes / self.gpu.copy_bytes_per_s / seconds
+
+    def binds(self) -> str:
+        """What binds most of the best case."""
+        total = dict.fromkeys(BOUNDS, 0.0)
+        for times, wave in self.waves():
+            name = max(BOUNDS, key=lambda bound: wave[bound])
+            total[name] += times * wave[name]
+        return max(BOUNDS, key=lambda bound: total[bound])
+
+
+def visits(loops: list[sass.Loop], itemsize: int) -> list[sass.Loop]:
+    """The loops of a live row: of those that read, and of those that read and write, the cheapest an element.
+
+    A head's loop stands once for every head, and a loop without masks may stand beside one with masks.
+    """
+    kinds: dict[bool, list[sass.Loop]] = {}
+    for loop in loops:
+        if loop.wide("LDG"):
+            kinds.setdefault(bool(loop.wide("STG")), []).append(loop)
+    return [
+        min(alike, key=lambda loop: len(loop.instructions) / loop.elements_per_thread(itemsize))
+        for _, alike in sorted(kinds.items())
+    ]
+
+
+def cases(name: str, problem: Problem) -> list[tuple[str, int, int]]:
+    """Where a second visit is served from, bytes that must move, bytes that do; nothing of a kernel beside the loss."""
+    live, rows, H, V, size = problem.live, problem.rows, problem.H, problem.V, DTYPE.itemsize
+    if name == "forward_kernel":
+        moved = sum(forward.traffic(live, problem.S, H, V, size))
+        return [("", moved, moved)]
+    if name == "backward_kernel":
+        moved = sum(backward.traffic(live, rows, V, size))
+        return [("", moved, moved)]
+    if name != "forward_backward_kernel":
+        return []
+    asked, written = forward_backward.traffic(live, rows, V, size, True)
+    once = live * V * size
+    if asked == once:
+        return [("one visit", once + written, once + written)]
+    return [("again from L2", once + written, once + written), ("again from memory", once + written, asked + written)]
+
+
+def predictions(target: str, problems: list[Problem]) -> Iterator[Prediction]:
+    """Every kernel with a loop over the vocabulary, on every problem."""
+    for problem in problems:
+        with compiling(target, GPUS[target].sms) as launched:
+            if problem.slab:
+                launch_slab(problem.S, problem.V, DTYPE)
+            else:
+                launch_logits(torch.empty(1, problem.S, problem.H, problem.V, dtype=DTYPE))
+        for launch in launched:
+            for case, least, moved in cases(launch.name, problem):
+                used = sass.resources(launch.kernel)
+                through = visits(sass.loops(sass.disassemble(launch.kernel)), DTYPE.itemsize)
+                yield Prediction(launch, problem, GPUS[target], used, through, least, moved, case)
+
+
+HEAD = (
+    "kernel", "V", "N = S x H", "programs x threads", "registers, shared", "blocks an SM, occupancy", "waves",
+    "instructions, MUFU, ALU an element", "KB in flight an SM", "GB", *(f"{name}, ms" for name in BOUNDS),
+    "expected, ms", "of the ceiling", "bound by",
+)  # fmt: skip
+AGAIN = ("V", "R", "rows in flight", "MB in flight", "of them in L2, at best")
+
+
+def line(cells: Iterable[object]) -> str:
+    """Of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(cells: tuple[str, ...]) -> str:
+    """The first two lines of a table."""
+    return f"{line(cells)}\n{line('---' if cell in ('kernel', 'bound by') else '---:' for cell in cells)}"
+
+
+def table_row(found: Prediction) -> str:
+    """One line of the table."""
+    problem, launch, gpu = found.problem, found.launch, found.gpu
+    name = launch.name.removesuffix("_kernel") + (f", {found.case}" if found.case else "")
+    cells = [
+        name,
+        problem.V,
+        problem.rows if problem.slab else f"{problem.S} x {problem.H}",
+        f"{launch.programs} x {launch.threads}",
+        f"{found.used['registers']}, {found.used['shared']}",
+        f"{found.blocks}, {found.blocks * launch.threads / gpu.threads:.0%}",
+        f"{launch.programs / found.slots:.2f}",
+        f"{found.per_element():.2f}, {found.per_element('mufu'):.2f}, {found.per_element('alu'):.2f}",
+        f"{found.in_flight() / 1024:.0f}",
+        f"{found.bytes / 1e9:.3f}",
+        *(f"{seconds * 1e3:.3f}" for seconds in found.bounds().values()),
+        f"{found.best() * 1e3:.3f} to {found.worst() * 1e3:.3f}",
+        f"{found.share(found.worst()):.0%} to {found.share(found.best()):.0%}",
+        found.binds(),
+    ]
+    return line(cells)
+
+
+def second_visit_row(found: Prediction) -> str:
+    """How much of what a second visit reads may still be in L2, when rows are read back from their end."""
+    row = found.problem.V * DTYPE.itemsize
+    rows = min(found.launch.programs, found.slots)
+    held = min(1.0, found.gpu.l2_bytes / (rows * row))
+    return line([found.problem.V, found.problem.rows, rows, f"{rows * row / 1e6:.0f}", f"{held:.0%}"])
+
+
+def source_hash() -> str:
+    """SHA-256 of the names and the bytes of the kernels' files."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "kernels").glob("*.py")):
+        digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def section(target: str) -> Iterator[str]:
+    """The lines of the tables."""
+    gpu = GPUS[target]
+    yield f"Kernels `{source_hash()[:16]}`, triton {triton.__version__}, {target}."
+    yield ""
+    yield (
+        f"Everything in this table is predicted; nothing is measured. {gpu.name}: {gpu.sms} SMs at "
+        f"{gpu.clock / 1e9:g} GHz, a copy at {gpu.copy_bytes_per_s / 1e12:g} TB/s, {gpu.latency:g} clocks of latency."
+    )
+    yield ""
+    yield head(HEAD)
+    found = list(predictions(target, PROBLEMS))
+    yield from map(table_row, found)
+    again = [one for one in found if one.case == "again from memory"]
+    if again:
+        yield ""
+        yield f"Rows in flight against {gpu.l2_bytes / 1e6:.0f} MB of L2: from where `forward_backward` reads again."
+        yield ""
+        yield head(AGAIN)
+        yield from map(second_visit_row, again)
+
+
+def written(page: str, lines: list[str]) -> str:
+    """The page with these lines between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, *lines, END + after])
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table of a target, or write that of sm_90."""
+    if arguments == ["--write"]:
+        LOG.write_text(written(LOG.read_text(encoding="utf-8"), list(section("sm_90"))), encoding="utf-8")
+        return
+    for line in section(*arguments or ["sm_90"]):
+        print(line)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
