@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ce import cpu
 from mtp_ce.operators import differentiable, once_differentiable, operator
-from mtp_ce.ops import device_guard, weights_backward
+from mtp_ce.ops import device_guard, functions, weights_backward
 from mtp_ce.rows import check_labels
 from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, run
 
@@ -70,15 +69,15 @@ def linear_forward(
             drop=drop, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, with_top1=with_top1,
             chunk_rows=chunk_rows, grad_dtype=grad_dtype, impl=impl,
         )  # fmt: skip
+        live = live.contiguous()
         ce, row_loss, lse = (from_row_order(x, hidden, B, S) for x in (results.ce, results.row_loss, results.lse))
         out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
         shares = torch.where(share != 0, share * row_loss, 0.0) if with_shares else ce.new_empty(0)
         if later:
             loss, factor = out.mul_(scale), out.new_full((), scale)
         else:
-            loss, factor = cpu.mean(
-                out, live, normalizer, scale=scale, count=reduction == "mean" and normalizer is None
-            )
+            _, mean, _ = functions(impl)
+            loss, factor = mean(out, live, normalizer, scale=scale, count=reduction == "mean" and normalizer is None)
         if drop >= 0:
             # On a GPU nobody waits to say that rows were left out.
             missed = rows.read.sum() > drop
@@ -88,7 +87,7 @@ def linear_forward(
         loss,
         ce,
         lse,
-        live.contiguous(),
+        live,
         live.new_empty(0, dtype=torch.int32) if results.top1 is None else from_row_order(results.top1, hidden, B, S),
         shares,
         factor,

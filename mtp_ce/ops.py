@@ -170,6 +170,7 @@ def _(
     return [torch.empty_like(x) for x in logits]
 
 
+# Not an `operator`: this also moves on the version of what it overwrites.
 @torch.library.custom_op("mtp_ce::logits_backward_", mutates_args=("logits",))
 def logits_backward_(
     d_loss: Tensor,
