@@ -12,7 +12,8 @@ Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRI
 Traffic    None.
 
 Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/test_compiled.py: no spills, no
-           stack, 128-bit loads. Not timed on a device so far: no results file to cite.
+           stack, 128-bit loads. Not timed on a device so far: chosen by the predictions of benchmarks/LOG.md, to be
+           replaced by what benchmarks/sweep.py finds.
 """
 
 from functools import cache
@@ -23,8 +24,8 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
-# For each multiprocessor: with fewer, the last programs of a launch run on an empty device for too large a share of it.
-LEAST_PROGRAMS = 32
+# For each multiprocessor: about as many as it holds at once.
+LEAST_PROGRAMS = 8
 # Of a part of a row: below that a program reads its labels for longer than its logits.
 LEAST_TILES = 2
 

@@ -7,7 +7,6 @@ A gradient has no derivative: differentiating twice raises. Arguments arrive che
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-@cache
 def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Forward, mean and backward of an implementation; kernels are imported where they are wanted."""
     if impl == "cpu":
