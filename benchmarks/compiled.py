@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mtp_ce.kernels import backward, forward, forward_backward
+from mtp_ce.kernels import backward, forward, forward_backward, rows
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -95,10 +95,10 @@ def launch_logits(
     given, d_given = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
     rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, **loss}
     tokens = torch.zeros(B, S, dtype=torch.int64)
-    rows = (tokens, torch.ones(B, S), None, None, tokens)
-    found = forward.launch_forward(given, *rows, with_top1=extra, with_shares=extra, **rule)
+    tensors = (tokens, torch.ones(B, S), None, None, tokens)
+    found = forward.launch_forward(given, *tensors, with_top1=extra, with_shares=extra, **rule)
     _, factor = forward.launch_mean(found.out, found.live, None, scale=1.0, count=True)
-    backward.launch_backward(found.out, given, d_given, *rows, found.row_max, found.log_sum, factor, **rule)
+    backward.launch_backward(found.out, given, d_given, *tensors, found.row_max, found.log_sum, factor, **rule)
 
 
 def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
@@ -109,3 +109,13 @@ def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN
     forward_backward.launch_forward_backward(
         slab, row.int(), row, row.bool(), row, row, row, row.int() if extra else None, gradient=True, **loss
     )
+
+
+def launch_rows() -> None:
+    """The rule of the linear path's rows, with everything that it can be given."""
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    rows.launch_rows(
+        tokens, torch.ones(2, 8), torch.ones(4), torch.zeros(2, dtype=torch.int64), tokens,
+        H=4, V=32000, by_head=True, shift=1, over_horizon=False, target_weights=True, ignore_index=-100,
+        with_shares=True,
+    )  # fmt: skip

@@ -30,10 +30,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # What is timed on a path, by the kind of device. Input checks in front of it are not part of it.
-_LINEAR = ("mtp_ce/linear.py", "mtp_ce/linear_ops.py", "mtp_ce/slabs.py")
+_LINEAR = ("mtp_ce/linear.py", "mtp_ce/linear_ops.py", "mtp_ce/operators.py", "mtp_ce/slabs.py")
+_LOGITS = ("mtp_ce/operators.py", "mtp_ce/ops.py")
 _STEP = (*_LINEAR, "mtp_ce/ops.py", "mtp_ce/heads.py", "mtp_ce/unembedding.py", "mtp_ce/wrapper.py")
 SOURCES = {
-    kind: {"logits": (engine, "mtp_ce/ops.py"), "linear": (engine, *_LINEAR), "step": (engine, *_STEP)}
+    kind: {
+        "logits": (engine, "mtp_ce/operators.py", "mtp_ce/ops.py"),
+        "linear": (engine, *_LINEAR),
+        "step": (engine, *_STEP),
+    }
     for kind, engine in (("cpu", "mtp_ce/cpu.py"), ("cuda", "kernels/*.py"))
 }
 PATHS = ("linear", "logits", "token_ce")

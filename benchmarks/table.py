@@ -150,10 +150,18 @@ def steps_table(run: results.Run) -> Iterator[str]:
     yield from (f"largest: {note}" for note in largest_notes(timed))
 
 
+def host_lines(run: results.Run) -> Iterator[str]:
+    """Host time of a call on tensors of a few rows."""
+    host = run.get("host_us", {})
+    if host:
+        yield "host time of a small call, us: " + ", ".join(f"{name} {value:.0f}" for name, value in host.items())
+
+
 def table(run: results.Run) -> Iterator[str]:
     """The lines of one run."""
     if run["cases"] or run["absent"] or not results.steps_of(run):
         yield from cases_table(run)
+    yield from host_lines(run)
     yield from steps_table(run)
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
     yield f"{run['device']}, which copies {run['copy_bytes_per_s'] / 1e9:.1f} GB/s; {run['measured']}"

@@ -9,7 +9,7 @@ Shapes     labels, document_ids [B,S]; token_weights [B,S] or [B,S,H]; head_weig
            -> label, live, share, coefficient as vectors over the H heads of one position
 
 Algorithm  A position's H targets are read as one short vector straight from the caller's tensors.
-           Nothing is rolled, padded or copied.
+           Nothing is rolled, padded or copied. `rows_kernel` writes them down, for the linear path's chunks of rows.
 
 Traffic    Per position: H labels, H (or 1) weights, H + 1 document ids. Nothing of size V.
 
@@ -121,6 +121,87 @@ def row_coefficients(
     share = tl.where(broken & (share != 0.0), float("nan"), share)
     coefficient = tl.where(broken & (coefficient != 0.0), float("nan"), coefficient)
     return tl.where(broken, -1, label).to(tl.int32), live, share, coefficient
+
+
+@triton.jit
+def rows_kernel(
+    rows,
+    label_ptr,  # [B * S, H] with the strides below, like all that is written
+    coefficient_ptr,
+    share_ptr,
+    live_ptr,
+    read_ptr,
+    stride_p,
+    stride_h,
+    S,
+    V,
+    ignore_index,
+    SHIFT: tl.constexpr,
+    H: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    OVER_HORIZON: tl.constexpr,
+    TARGET_WEIGHTS: tl.constexpr,
+    WITH_SHARES: tl.constexpr,
+):
+    """The rows of position p = program id."""
+    p = tl.program_id(0).to(tl.int64)
+    offs_h = tl.arange(0, H_BLOCK)
+    label, live, share, coefficient = row_coefficients(
+        rows, p // S, p % S, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
+    )
+    place = p * stride_p + offs_h.to(tl.int64) * stride_h
+    mask = offs_h < H
+    tl.store(label_ptr + place, tl.where(live, label, 0), mask=mask)
+    tl.store(coefficient_ptr + place, coefficient, mask=mask)
+    tl.store(share_ptr + place, share, mask=mask)
+    tl.store(live_ptr + place, live, mask=mask)
+    tl.store(read_ptr + place, (share if WITH_SHARES else coefficient) != 0.0, mask=mask)
+
+
+def launch_rows(
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    seq_lens: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    *,
+    H: int,
+    V: int,
+    by_head: bool,
+    shift: int,
+    over_horizon: bool,
+    target_weights: bool,
+    ignore_index: int,
+    with_shares: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """label int32, coefficient and share fp32, live and read bool: [N], position by position or head by head."""
+    P = labels.numel()
+    S = labels.shape[1]
+    label = labels.new_empty(P * H, dtype=torch.int32)
+    coefficient, share = (labels.new_empty(P * H, dtype=torch.float32) for _ in range(2))
+    live, read = (labels.new_empty(P * H, dtype=torch.bool) for _ in range(2))
+    if P:
+        rows_kernel[(P,)](
+            pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
+            label,
+            coefficient,
+            share,
+            live,
+            read,
+            1 if by_head else H,
+            P if by_head else 1,
+            S,
+            V,
+            ignore_index,
+            SHIFT=shift,
+            H=H,
+            H_BLOCK=heads_block(H),
+            OVER_HORIZON=over_horizon,
+            TARGET_WEIGHTS=target_weights,
+            WITH_SHARES=with_shares,
+            num_warps=1,
+        )
+    return label, coefficient, share, live, read
 
 
 @triton.jit

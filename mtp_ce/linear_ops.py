@@ -60,7 +60,7 @@ def linear_forward(
     with device_guard(labels.device):
         rows, live, share, coefficient = find_rows(
             hidden, unembed.shape[0], labels, token_weights, head_weights, seq_lens, document_ids,
-            shift, over_horizon, target_weights, ignore_index, with_shares,
+            shift, over_horizon, target_weights, ignore_index, with_shares, impl,
         )  # fmt: skip
         later = reduction == "none"
         products = Products(d_hidden_wanted and not later, d_unembed_wanted and not later, d_bias_wanted and not later)
@@ -158,7 +158,7 @@ def linear_backward(
     with device_guard(labels.device):
         rows, _, _, _ = find_rows(
             hidden, unembed.shape[0], labels, token_weights, head_weights, seq_lens, document_ids,
-            shift, over_horizon, target_weights, ignore_index, False,
+            shift, over_horizon, target_weights, ignore_index, False, impl,
         )  # fmt: skip
         upstream = d_loss.to(factor.dtype).expand(labels.shape) * factor
         # The largest stays out of the products, as 1/N does in forward: in fp16 they would underflow.

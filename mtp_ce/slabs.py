@@ -233,9 +233,21 @@ def find_rows(
     target_weights: bool,
     ignore_index: int,
     with_shares: bool,
+    impl: str,
 ) -> tuple[Rows, Tensor, Tensor, Tensor]:
     """The rows in row order; live, share and coefficient [B,S,H], NaN where a live label is outside [0, V)."""
     H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+    if impl == "triton":
+        from mtp_ce.kernels.rows import launch_rows
+
+        label, coefficient, share, live, read = launch_rows(
+            labels, token_weights, head_weights, seq_lens, document_ids,
+            H=H, V=V, by_head=len(hidden) > 1, shift=shift, over_horizon=over_horizon, target_weights=target_weights,
+            ignore_index=ignore_index, with_shares=with_shares,
+        )  # fmt: skip
+        B, S = labels.shape
+        live, share, by_position = (from_row_order(x, hidden, B, S) for x in (live, share, coefficient))
+        return Rows(label, coefficient, read), live, share, by_position
     dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
     place, label, live = row_targets(labels, seq_lens, document_ids, H=H, shift=shift, ignore_index=ignore_index)
     share, coefficient = row_coefficients(

@@ -41,16 +41,23 @@ def test_no_kernel_spills_or_uses_a_stack(compiled):
 def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled):
     """Left over are scalars and the edges of a misaligned row: one narrow access a head, whatever V is."""
     for kernel in compiled:
-        if kernel["name"] in ("mean_kernel", "combine_kernel") or kernel["layout"] == "strided":
+        if kernel["strips"] is None or kernel["layout"] == "strided":
             continue
         wide = kernel["strips"] * kernel["H"]
         again = kernel["gradient_strips"] or 0
         # AMD's compiler peels the first pass of a loop that learns the base of the mean there.
-        copies = (1, 2) if kernel["target"] == "gfx942" and kernel["layout"] == "capped" else (1,)
+        copies = (1, 2) if kernel["target"] == "gfx942" and "capped" in kernel["layout"] else (1,)
         assert kernel["wide_loads"] in [copy * (wide + again) for copy in copies], kernel
         if kernel["name"] != "forward_kernel":
             # Gradients, and zeros where the head is dead.
             assert kernel["wide_stores"] == 2 * (again or wide), kernel
+
+
+def test_rows_are_compiled_whole_and_shared(compiled):
+    """One program a position, and several with the kernel that combines them."""
+    names = {(kernel["name"], (kernel["splits"] or 1) > 1) for kernel in compiled}
+    assert {(name, shared) for name in ("forward_kernel", "backward_kernel") for shared in (False, True)} <= names
+    assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
 
 
 def test_no_barrier_stands_between_tiles(compiled):
@@ -71,30 +78,32 @@ def main(target_name: str) -> None:
 
     from benchmarks import compiled
 
-    cases = [(V, torch.bfloat16, 4, "plain") for V in VOCABULARIES]
-    cases += [(V, torch.bfloat16, 1, "statistics") for V in (32000, 50257, 151936)]
-    cases += [(V, torch.bfloat16, 1, layout) for V in (32000, 50257, 151936) for layout in ("plain", "capped")]
-    cases += [
-        (V, torch.float32, H, layout) for V in (32000, 50257, 151936) for H, layout in ((4, "plain"), (1, "capped"))
-    ]
-    cases += [(V, torch.bfloat16, 4, "whole") for V in (32000, 50257, 151936)]
+    large = (32000, 50257, 151936)
+    cases = [(V, torch.bfloat16, 4, "apart") for V in VOCABULARIES]
+    cases += [(V, torch.bfloat16, 1, layout) for V in large for layout in ("plain", "capped", "statistics")]
+    cases += [(V, torch.bfloat16, 4, layout) for V in large for layout in ("plain", "shared")]
+    cases += [(V, torch.bfloat16, 1, "shared capped") for V in large]
+    cases += [(V, torch.float32, H, layout) for V in large for H, layout in ((4, "plain"), (1, "capped"))]
     cases += [(32000, torch.bfloat16, 1, "strided")]
     report = []
     for V, dtype, H, layout in cases:
         logits = torch.empty(1, 2, H, V, dtype=dtype)
         if layout == "strided":
             logits = torch.empty(1, V, 2, H, dtype=dtype).permute(0, 2, 3, 1)
-        loss = compiled.CAPPED if layout == "capped" else compiled.PLAIN
-        extra = layout in ("capped", "statistics")
-        with compiled.compiling(target_name) as launched:
-            compiled.launch_logits(logits, loss, apart=layout != "whole", extra=extra)
-            if H == 1 and layout != "strided":
+        loss = compiled.CAPPED if "capped" in layout else compiled.PLAIN
+        extra = "capped" in layout or layout == "statistics"
+        # Nobody shares a row on no multiprocessor, and two positions are too few for 132.
+        with compiled.compiling(target_name, 132 if "shared" in layout else 0) as launched:
+            compiled.launch_logits(logits, loss, apart=layout == "apart", extra=extra)
+            if H == 1 and layout in ("plain", "capped", "statistics"):
                 compiled.launch_slab(2, V, dtype, loss, extra=extra)
+            if not report:
+                compiled.launch_rows()
         for launch in launched:
             used = _amd(launch.kernel) if target_name == "gfx942" else _nvidia(launch.kernel)
             case = {"target": target_name, "name": launch.name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}
-            strips = {name.lower(): launch.options.get(name) for name in ("STRIPS", "GRADIENT_STRIPS")}
-            report.append({**case, **strips, **used})
+            options = {name.lower(): launch.options.get(name) for name in ("STRIPS", "GRADIENT_STRIPS", "SPLITS")}
+            report.append({**case, **options, **used})
     print(json.dumps(report))
 
 
