@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mtp_ce.kernels import backward, forward, forward_backward, rows
+from mtp_ce.kernels import backward, forward, forward_backward, mean, rows
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -97,7 +97,7 @@ def launch_logits(
     tokens = torch.zeros(B, S, dtype=torch.int64)
     tensors = (tokens, torch.ones(B, S), None, None, tokens)
     found = forward.launch_forward(given, *tensors, with_top1=extra, with_shares=extra, **rule)
-    _, factor = forward.launch_mean(found.out, found.live, None, scale=1.0, count=True)
+    _, factor = mean.launch_mean(found.out, found.live, None, scale=1.0, count=True)
     backward.launch_backward(found.out, given, d_given, *tensors, found.row_max, found.log_sum, factor, **rule)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU tests, the benchmarks and the training step in one go, within 9 minutes; ends with the table. No installation:
-# torch, triton, pytest, hypothesis and pytest-benchmark are enough, the package is imported from this tree. The training
-# step needs transformers, and says so where it is missing.
+# torch, triton, pytest, hypothesis and pytest-benchmark are enough, the package is imported from this tree; with
+# pytest-xdist the tests take every core. The training step needs transformers, and says so where it is missing.
 #
 #     bash benchmarks/gpu_suite.sh                 writes benchmarks/results/<device>.json
 #
@@ -47,8 +47,13 @@ part() {
 }
 
 pytest=(-m pytest -p no:cacheprovider -q)
-# "cpu" is the parameter of the tests that run on the host, which is not what this suite is for.
-part tests "${TEST_SECONDS:=200}" "${pytest[@]}" tests/kernels tests/mtp_ce -k "not cpu"
+# Most of the tests' time goes into compiling kernels, which takes a core each.
+workers=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$(nproc)" --dist worksteal); fi
+# "cpu" is the parameter of the tests that run on the host, which is not what this suite is for; nor are the kernels that
+# are compiled for other devices.
+part tests "${TEST_SECONDS:=200}" "${pytest[@]}" "${workers[@]}" tests/kernels tests/mtp_ce -k "not cpu" \
+    --ignore tests/kernels/test_compiled.py
 part benchmarks "$((${BENCHMARK_SECONDS:=200} + 45))" "${pytest[@]}" benchmarks --benchmark-only --benchmark-quiet \
     --results --time-limit "$BENCHMARK_SECONDS"
 part training_step "$((${STEP_SECONDS:=60} + 15))" -m benchmarks.training_step --results --time-limit "$STEP_SECONDS"

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients, soft_cap
+from mtp_ce.kernels.rows import pack_rows, pick, power_of_2, row_coefficients, soft_cap
 from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, backward_tile, processors, row_splits
 from mtp_ce.kernels.visit import (
     LOG2_E,
@@ -292,7 +292,7 @@ def launch_backward(
         label_smoothing,
         SHIFT=shift,
         H=H,
-        H_BLOCK=heads_block(H),
+        H_BLOCK=power_of_2(H),
         OVER_HORIZON=over_horizon,
         TARGET_WEIGHTS=target_weights,
         HAS_SOFTCAP=softcap is not None,

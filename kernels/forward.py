@@ -4,24 +4,19 @@ Math       lse[r]  = log sum_v exp z[r,v]            r = (b, t, h), z after the 
            ce[r]   = lse[r] - z[r, label(r)]
            row[r]  = lse - (1-e) z[label] - e mean_v z + c lse^2        label smoothing e, z-loss c; = ce without
            out[p]  = sum_h coefficient[r] * row[r]                      p = (b, t), coefficient as in rows.py
-           loss    = scale / N * sum_p out[p]        N = positions with a live head, a given normalizer, or 1
 
 Shapes     heads: logits of any strides, as in visit.py; rows as in rows.py
            -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, live [B,S,H] bool, top1 [B,S,H] int32, shares [B,S,H] fp32
 
 Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
-           head that counts in tiles [STRIPS, THREADS, VEC]. Every thread keeps its own running maximum and sum in
-           base 2 (arXiv:1805.02867, algorithm 3), so no barrier stands in the loop; they meet once a row. The row is
-           cut at its own 16-byte boundaries: a body of whole vectors, and up to 2 * VEC - 2 edge elements. A head that
-           is not live, or whose coefficient is 0, is not read at all (with shares wanted: whose share is 0).
-           Where positions are too few to fill the device, SPLITS programs share one, each with a part of every row's
-           tiles; what they learn meets in `combine_kernel`.
+           head that counts, as visit.py does it. A head that is not live, or whose coefficient is 0, is not read at
+           all (with shares wanted: whose share is 0). Where positions are too few to fill the device, SPLITS programs
+           share one, each with a part of every row's tiles; what they learn meets in `combine_kernel`.
 
 Traffic    live rows * V * itemsize read once; 1 + 16 H bytes and more a position written. See `traffic`.
 
-Numerics   Every sum in fp32. Lanes past V are masked after the softcap, never before: -inf through tanh is a number.
-           The maximum and the log of the sum are kept apart: their sum loses 1e-3 at logits of 1e4, and with it the
-           gradient. A row of -inf everywhere gives lse = -inf. A label outside [0, V) gives NaN.
+Numerics   Every sum in fp32. The maximum and the log of the sum are kept apart: their sum loses 1e-3 at logits of 1e4,
+           and with it the gradient. A row of -inf everywhere gives lse = -inf. A label outside [0, V) gives NaN.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import heads_block, pack_rows, pick, row_coefficients
+from mtp_ce.kernels.rows import pack_rows, pick, power_of_2, row_coefficients
 from mtp_ce.kernels.tiles import WARP_SIZE, forward_tile, processors, row_splits
 from mtp_ce.kernels.visit import INT32_MAX, pack_heads, row_layout, row_of, scaled_exp, visit_row
 
@@ -271,42 +266,6 @@ def combine_kernel(
     tl.store(results.out + p, out)
 
 
-@triton.jit
-def mean_kernel(
-    out_ptr,
-    live_ptr,
-    normalizer_ptr,
-    loss_ptr,
-    factor_ptr,
-    P,
-    scale,
-    COUNT: tl.constexpr,
-    H: tl.constexpr,
-    H_BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is live. One program."""
-    offs_h = tl.arange(0, H_BLOCK)
-    lane_sum = tl.zeros([BLOCK_P], tl.float32)
-    lane_count = tl.zeros([BLOCK_P], tl.int32)
-    for start in range(0, P, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        lane_sum += tl.load(out_ptr + offs_p, mask=offs_p < P, other=0.0)
-        mask = (offs_p < P)[:, None] & (offs_h < H)[None, :]
-        live = tl.load(live_ptr + offs_p[:, None] * H + offs_h[None, :], mask=mask, other=0).to(tl.int32)
-        lane_count += tl.max(live, axis=1)
-    count = tl.sum(lane_count, axis=0).to(tl.float32)
-    normalizer = 1.0
-    if COUNT:
-        normalizer = count
-    elif normalizer_ptr is not None:
-        normalizer = tl.load(normalizer_ptr).to(tl.float32)
-    none = count == 0.0
-    factor = tl.where(none, 0.0, scale / tl.where(none, 1.0, normalizer))
-    tl.store(factor_ptr, factor)
-    tl.store(loss_ptr, tl.where(none, 0.0, tl.sum(lane_sum, axis=0) * factor))
-
-
 def launch_forward(
     logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
     labels: torch.Tensor,  # [B, S]
@@ -347,7 +306,7 @@ def launch_forward(
     rule = {
         "SHIFT": shift,
         "H": H,
-        "H_BLOCK": heads_block(H),
+        "H_BLOCK": power_of_2(H),
         "OVER_HORIZON": over_horizon,
         "TARGET_WEIGHTS": target_weights,
         "PLAIN": z_loss == 0 and label_smoothing == 0,
@@ -383,41 +342,13 @@ def launch_forward(
             ignore_index,
             z_loss,
             label_smoothing,
-            SPLIT_BLOCK=triton.next_power_of_2(splits),
+            SPLIT_BLOCK=power_of_2(splits),
             num_warps=1,
             **rule,
         )
     return results
 
 
-def launch_mean(
-    out: torch.Tensor,  # [B, S]
-    live: torch.Tensor,  # [B, S, H]
-    normalizer: torch.Tensor | None,  # []
-    *,
-    scale: float,
-    count: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and factor, 0-d fp32."""
-    loss, factor = out.new_empty(()), out.new_empty(())
-    H = live.shape[-1]
-    mean_kernel[(1,)](
-        out,
-        live,
-        normalizer,
-        loss,
-        factor,
-        out.numel(),
-        scale,
-        COUNT=count,
-        H=H,
-        H_BLOCK=heads_block(H),
-        BLOCK_P=1024,
-        num_warps=8,
-    )
-    return loss, factor
-
-
 def traffic(live_rows: int, positions: int, horizon: int, V: int, itemsize: int) -> tuple[int, int]:
-    """Bytes read from the logits, and bytes written, by one forward without top1 and shares."""
+    """Bytes read from the logits, and bytes written, by one forward of whole rows without top1 and shares."""
     return live_rows * V * itemsize, positions * (4 + horizon * (3 * 4 + 1))

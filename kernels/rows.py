@@ -64,9 +64,9 @@ def pack_rows(
     return Rows._make(given)
 
 
-def heads_block(H: int) -> int:
-    """The power of 2 that holds H heads."""
-    return 1 << (H - 1).bit_length()
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n; Triton's own function takes as long as an allocation."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def launch_rows(
             ignore_index,
             SHIFT=shift,
             H=H,
-            H_BLOCK=heads_block(H),
+            H_BLOCK=power_of_2(H),
             OVER_HORIZON=over_horizon,
             TARGET_WEIGHTS=target_weights,
             WITH_SHARES=with_shares,

@@ -43,7 +43,8 @@ def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callab
     if impl == "cpu":
         return cpu.forward, cpu.mean, cpu.backward
     from mtp_ce.kernels.backward import launch_backward
-    from mtp_ce.kernels.forward import launch_forward, launch_mean
+    from mtp_ce.kernels.forward import launch_forward
+    from mtp_ce.kernels.mean import launch_mean
 
     return launch_forward, launch_mean, launch_backward
 

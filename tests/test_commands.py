@@ -58,6 +58,8 @@ ELSEWHERE = {
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
     "python -m benchmarks.report": ("tests/test_benchmark_report.py", 'load("report")'),
     "python -m benchmarks.table": ("tests/test_benchmark_report.py", 'load("table")'),
+    "python -m benchmarks.sweep": ("tests/test_sweep.py", "benchmarks.sweep"),
+    "python -m benchmarks.predict": ("tests/test_predict.py", 'load("predict")'),
     "python -m benchmarks.training_step": ("tests/test_training_step.py", 'load("training_step")'),
     "python -m benchmarks.tracking_overhead": ("tests/test_tracking_overhead.py", "tracking_overhead"),
     "train-mtp --resume s3://": ("tests/training/test_resume.py", "test_a_run_goes_on_from_s3"),
