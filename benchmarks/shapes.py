@@ -28,6 +28,7 @@ class Model(NamedTuple):
 MODELS = {
     "Llama-2 7B": Model(32000, 4096),
     "GPT-2": Model(50257, 768),
+    "GPT-2, padded": Model(50304, 768),
     "Llama-3 8B": Model(128256, 4096),
     "Llama-3.2 1B": Model(128256, 2048),
     "Qwen3 8B": Model(151936, 4096),
