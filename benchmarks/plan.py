@@ -4,8 +4,8 @@ Summary    The shapes that matter most. At the first of them every provider and 
 Sweeps     The points of the plots: over the vocabularies of real models at H = 4, and over H at one vocabulary; forward
            and backward together, and over vocabularies on a GPU ours also apart. On a GPU with the models' own D; on a
            CPU small, so that all end within minutes.
-More       GPU shapes that a tile is chosen by: few rows, H = 1, an aligned vocabulary beside one that is not. No plot and
-           no table shows them.
+More       GPU shapes that a tile is chosen by: few rows, H = 1, an aligned vocabulary beside an odd one. No plot and no
+           table shows them.
 
 The order is that of what would be missed most, since the suite may run out of its time: the summary, the sweeps, the
 rest, and last, on a GPU, the sweeps of torch.compile, which compiles for seconds for each of them. (On a CPU they run
