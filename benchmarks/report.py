@@ -175,6 +175,12 @@ def step_notes(run: results.Run) -> Iterator[str]:
     yield from (f"* Absent: {entry['provider']} ({entry['reason']})." for entry in steps if entry.get("reason"))
 
 
+def measured(run: results.Run) -> str:
+    """When, with what, of which commit."""
+    numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
+    return f"* Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
+
+
 def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
     """The lines of one results file."""
     kind = runs[-1]["kind"]
@@ -201,9 +207,7 @@ def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
     yield from dict.fromkeys(reason for run in used for reason in reasons(run))
     if stepped:
         yield from step_notes(stepped)
-    for run in used:
-        numbers = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if number)
-        yield f"* Measured {run['measured'][:10]} with {numbers}; commit {(run['commit'] or 'unknown')[:12]}."
+    yield from dict.fromkeys(map(measured, used))
     for place, path in enumerate(drawn(runs)):
         link = f"[{TITLES[path]}: time and memory over V and H](benchmarks/plots/{slug}-{path}.svg)"
         yield ""
