@@ -41,6 +41,11 @@ class Launch(NamedTuple):
         return count
 
     @property
+    def splits(self) -> int:
+        """Programs that share a row: the second dimension of the grid."""
+        return self.grid[1] if len(self.grid) > 1 else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a program."""
         metadata = self.kernel.metadata

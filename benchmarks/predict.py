@@ -145,7 +145,7 @@ class Prediction(NamedTuple):
 
     def passes(self, loop: sass.Loop) -> float:
         """Passes of a program through a loop; the last of a row is as long as the others, however full."""
-        splits = self.launch.options.get("SPLITS", 1)
+        splits = self.launch.splits
         tile = loop.elements_per_thread(DTYPE.itemsize) * self.launch.threads
         return ceil(self.problem.V / splits / tile) * self.problem.rows * splits / self.launch.programs
 

@@ -77,6 +77,7 @@ def write_row(
     log_sum,
     g,
     part,
+    splits,
     softcap,
     z_loss,
     label_smoothing,
@@ -88,7 +89,7 @@ def write_row(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Gradient of a part of a row's logits for the row's coefficient g; zeros, without a read, where g is 0."""
@@ -103,7 +104,7 @@ def write_row(
         uniform = g * label_smoothing / V
         on_label = g * (1.0 - label_smoothing)
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
-    first, last, edges_end = cut_part(body, V, part, SPLITS, TILE, VEC)
+    first, last, edges_end = cut_part(body, V, part, splits, SHARED, TILE, VEC)
     body_ptr = row_ptr + head
     grad_body_ptr = grad_ptr + head
     if VEC > 1:
@@ -173,6 +174,7 @@ def backward_kernel(
     factor_ptr,
     row_max_ptr,
     log_sum_ptr,
+    splits,
     S,
     V,
     ignore_index,
@@ -191,7 +193,7 @@ def backward_kernel(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Gradient rows of position p = program id, or one part of them."""
     p = tl.program_id(0).to(tl.int64)
@@ -222,6 +224,7 @@ def backward_kernel(
             tl.load(log_sum_ptr + p * H + h),
             g,
             part,
+            splits,
             softcap,
             z_loss,
             label_smoothing,
@@ -233,7 +236,7 @@ def backward_kernel(
             VEC,
             STRIPS,
             THREADS,
-            SPLITS,
+            SHARED,
             "",
         )
 
@@ -284,6 +287,7 @@ def launch_backward(
         factor,
         row_max,
         log_sum,
+        splits,
         S,
         V,
         ignore_index,
@@ -302,7 +306,7 @@ def launch_backward(
         VEC=vec,
         STRIPS=shape.strips,
         THREADS=shape.threads,
-        SPLITS=splits,
+        SHARED=splits > 1,
         num_warps=shape.num_warps,
     )
 

@@ -10,7 +10,7 @@ Shapes     heads: logits of any strides, as in visit.py; rows as in rows.py
 
 Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
            head that counts, as visit.py does it. A head that is not live, or whose coefficient is 0, is not read at
-           all (with shares wanted: whose share is 0). Where positions are too few to fill the device, SPLITS programs
+           all (with shares wanted: whose share is 0). Where positions are too few to fill the device, `splits` programs
            share one, each with a part of every row's tiles; what they learn meets in `combine_kernel`.
 
 Traffic    live rows * V * itemsize read once; 1 + 16 H bytes and more a position written. See `traffic`.
@@ -92,7 +92,8 @@ def forward_kernel(
     heads,
     rows,
     results,
-    parts_ptr,  # [LEARNT, B * S * H, SPLITS], None for one part
+    parts_ptr,  # [LEARNT, B * S * H, splits], None where nobody shares a row
+    splits,
     S,
     V,
     ignore_index,
@@ -111,9 +112,9 @@ def forward_kernel(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Losses and statistics of position p = program id, or what one part of its rows says."""
+    SHARED: tl.constexpr = parts_ptr is not None
     p = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     b = p // S
@@ -122,7 +123,7 @@ def forward_kernel(
     label, live, share, coefficient = row_coefficients(
         rows, b, t, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
     )
-    if SPLITS == 1:
+    if not SHARED:
         tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
 
     out = 0.0
@@ -144,6 +145,7 @@ def forward_kernel(
                 V,
                 label_h,
                 part,
+                splits,
                 softcap,
                 HAS_SOFTCAP,
                 SMOOTH,
@@ -152,15 +154,15 @@ def forward_kernel(
                 VEC,
                 STRIPS,
                 THREADS,
-                SPLITS,
+                SHARED,
                 "",
             )
-            if SPLITS == 1:
+            if not SHARED:
                 log_sum = tl.log(row_sum)
                 above_mean = (label_logit - base) - total / V
             else:
-                part_ptr = parts_ptr + r * SPLITS + part
-                field = tl.num_programs(0).to(tl.int64) * H * SPLITS
+                part_ptr = parts_ptr + r * splits + part
+                field = tl.num_programs(0).to(tl.int64) * H * splits
                 tl.store(part_ptr, row_max)
                 tl.store(part_ptr + field, row_sum)
                 tl.store(part_ptr + 2 * field, label_logit)
@@ -170,7 +172,7 @@ def forward_kernel(
                     tl.store(part_ptr + 5 * field, total)
                 if results.top1 is not None:
                     tl.store(part_ptr + 6 * field, best.to(tl.float32, bitcast=True))
-        if SPLITS == 1:
+        if not SHARED:
             out += write_row_results(
                 results,
                 r,
@@ -185,7 +187,7 @@ def forward_kernel(
                 label_smoothing,
                 PLAIN,
             )
-    if SPLITS == 1:
+    if not SHARED:
         tl.store(results.out + p, out)
 
 
@@ -194,6 +196,7 @@ def combine_kernel(
     rows,
     results,
     parts_ptr,
+    splits,
     S,
     V,
     ignore_index,
@@ -206,7 +209,6 @@ def combine_kernel(
     TARGET_WEIGHTS: tl.constexpr,
     PLAIN: tl.constexpr,
     SMOOTH: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
 ):
     """Losses and statistics of position p = program id from the parts of its rows."""
@@ -217,7 +219,7 @@ def combine_kernel(
     )
     tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
     part = tl.arange(0, SPLIT_BLOCK)
-    field = tl.num_programs(0).to(tl.int64) * H * SPLITS
+    field = tl.num_programs(0).to(tl.int64) * H * splits
 
     out = 0.0
     for h in tl.static_range(H):
@@ -230,8 +232,8 @@ def combine_kernel(
         above_mean = 0.0
         best = -1
         if row_counts(results, share_h, coefficient_h):
-            part_ptr = parts_ptr + r * SPLITS + part
-            there = part < SPLITS
+            part_ptr = parts_ptr + r * splits + part
+            there = part < splits
             part_max = tl.load(part_ptr, mask=there, other=float("-inf"))
             part_sum = tl.load(part_ptr + field, mask=there, other=0.0)
             row_max = tl.max(part_max, axis=0)
@@ -311,13 +313,13 @@ def launch_forward(
         "TARGET_WEIGHTS": target_weights,
         "PLAIN": z_loss == 0 and label_smoothing == 0,
         "SMOOTH": label_smoothing != 0,
-        "SPLITS": splits,
     }
     forward_kernel[(B * S, splits)](
         heads,
         rows,
         results,
         parts,
+        splits,
         S,
         V,
         ignore_index,
@@ -337,6 +339,7 @@ def launch_forward(
             rows,
             results,
             parts,
+            splits,
             S,
             V,
             ignore_index,

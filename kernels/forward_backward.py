@@ -67,6 +67,7 @@ def forward_backward_kernel(
             V,
             label,
             0,
+            1,
             softcap,
             HAS_SOFTCAP,
             SMOOTH,
@@ -75,7 +76,7 @@ def forward_backward_kernel(
             VEC,
             STRIPS,
             THREADS,
-            1,
+            False,
             "evict_last" if GRADIENT else "",
         )
         log_sum = tl.log(row_sum)
@@ -104,6 +105,7 @@ def forward_backward_kernel(
             log_sum,
             g,
             0,
+            1,
             softcap,
             z_loss,
             label_smoothing,
@@ -115,7 +117,7 @@ def forward_backward_kernel(
             VEC,
             GRADIENT_STRIPS,
             THREADS,
-            1,
+            False,
             "evict_first",
         )
 

@@ -8,8 +8,9 @@ Shapes     heads: one [B,S,H,V] or H tensors [B,S,V] of any strides. row_ptr: V 
 
 Algorithm  The row is cut at its own 16-byte boundaries: a body of whole vectors, and up to 2 * VEC - 2 edge elements.
            The body is walked in tiles [STRIPS, THREADS, VEC]. Every thread keeps its own running maximum and sum in
-           base 2 (arXiv:1805.02867, algorithm 3), so no barrier stands in the loop; they meet at the end. Of SPLITS
-           parts of a row, each some tiles, one is walked; the edges belong to the first.
+           base 2 (arXiv:1805.02867, algorithm 3), so no barrier stands in the loop; they meet at the end. A row
+           that is shared is cut into `splits` parts of whole tiles, of which one is walked; the edges belong to the
+           first.
 
 Traffic    A part's logits, once.
 
@@ -83,13 +84,13 @@ def finite_or_zero(x):
 
 
 @triton.jit
-def cut_part(body, V, part, SPLITS: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr):
+def cut_part(body, V, part, splits, SHARED: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr):
     """First offset of a part of the body, the one past its last, and V for the part that has the edges, else 0."""
     first = tl.zeros([], tl.int32)
     last = body
     edges_end = V
-    if SPLITS > 1:
-        step = tl.cdiv(tl.cdiv(body, TILE), SPLITS) * TILE
+    if SHARED:
+        step = tl.cdiv(tl.cdiv(body, TILE), splits) * TILE
         first = part * step
         # The product tells the compiler again that masks come in whole vectors.
         last = tl.minimum(first + step, body) // VEC * VEC
@@ -104,6 +105,7 @@ def visit_row(
     V,
     label,
     part,
+    splits,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     SMOOTH: tl.constexpr,
@@ -112,7 +114,7 @@ def visit_row(
     VEC: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Of a part of a row: maximum, sum above it, the label's logit, entries, base and total, argmax.
@@ -121,7 +123,7 @@ def visit_row(
     """
     TILE: tl.constexpr = STRIPS * THREADS * VEC
     head, body = split_row(row_ptr, V, VEC, ALIGNED)
-    first, last, edges_end = cut_part(body, V, part, SPLITS, TILE, VEC)
+    first, last, edges_end = cut_part(body, V, part, splits, SHARED, TILE, VEC)
     body_ptr = row_ptr + head
     if VEC > 1:
         body_ptr = vector_ptr(body_ptr)

@@ -55,7 +55,7 @@ def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled
 
 def test_rows_are_compiled_whole_and_shared(compiled):
     """One program a position, and several with the kernel that combines them."""
-    names = {(kernel["name"], (kernel["splits"] or 1) > 1) for kernel in compiled}
+    names = {(kernel["name"], kernel["shared"]) for kernel in compiled}
     assert {(name, shared) for name in ("forward_kernel", "backward_kernel") for shared in (False, True)} <= names
     assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
 
@@ -102,8 +102,8 @@ def main(target_name: str) -> None:
         for launch in launched:
             used = _amd(launch.kernel) if target_name == "gfx942" else _nvidia(launch.kernel)
             case = {"target": target_name, "name": launch.name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}
-            options = {name.lower(): launch.options.get(name) for name in ("STRIPS", "GRADIENT_STRIPS", "SPLITS")}
-            report.append({**case, **options, **used})
+            options = {name.lower(): launch.options.get(name) for name in ("STRIPS", "GRADIENT_STRIPS")}
+            report.append({**case, **options, "shared": "shared" in layout, **used})
     print(json.dumps(report))
 
 
