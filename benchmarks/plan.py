@@ -55,7 +55,7 @@ def summary(kind: str, path: str) -> tuple[Shape, ...]:
             ),
             "logits": (
                 main,
-                shape_of(kind, path, "Llama-2 7B", 256, 4, "bf16"),
+                shape_of(kind, path, "Llama-2 7B", 512, 4, "bf16"),
                 shape_of(kind, path, "Llama-2 7B", 128, 4, "fp32", prompt=0.4),
             ),
             "token_ce": (main,),
