@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mtp_ce.training.groups import RecipeError
+from mtp_ce.training.s3 import READ_S
 from mtp_ce.training.storage import (
     MANIFEST,
     UNFINISHED,
@@ -231,16 +232,14 @@ def test_half_of_a_folder_is_removed_when_another_one_gets_there(s3, proxy, larg
     assert {name.partition("/")[0] for name in names(s3, prefix)} == {"step-2"}
 
 
-def test_a_server_that_is_away_is_one_line_for_each_folder_and_costs_the_training_nothing(s3, tmp_path, monkeypatch):
+def test_a_server_that_is_away_is_one_line_for_each_folder(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     said: list[str] = []
     uploads = Uploads("s3://models/away", said.append, keep=2)
-    began = time.monotonic()
     for step in (1, 2):
         uploads.send(small(tmp_path, step), f"step-{step}")
-    assert time.monotonic() - began < 0.1
-    uploads.close(30)
+    uploads.close(60)
     assert [re.search(r"step-\d", line)[0] for line in said] == ["step-1", "step-2"]
     for line in said:
         assert "can't be written: no answer" in line
@@ -249,18 +248,18 @@ def test_a_server_that_is_away_is_one_line_for_each_folder_and_costs_the_trainin
 
 
 def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, prefix, tmp_path):
+    """Nothing goes through to the server meanwhile: neither sending nor the end waits for it."""
     said: list[str] = []
     with proxy.held():
         uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
         for step in (1, 2):
             uploads.send(small(tmp_path, step), f"step-{step}")
-        began = time.monotonic()
         uploads.close(0.3)
-        assert time.monotonic() - began < 1
+        assert uploads._thread.is_alive()
         assert said == [
             f"checkpoint.upload s3://models/{prefix} has no step-1, step-2 after 0.3 s; given up",
         ]
-    uploads._thread.join(10)
+    uploads._thread.join(60)
     assert not uploads._thread.is_alive()
     assert "step-2/weights.bin" not in names(s3, prefix)
 
@@ -269,14 +268,22 @@ def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the
     small(tmp_path, 1)
     program = (
         "import sys; from pathlib import Path; from mtp_ce.training.uploads import Uploads\n"
-        "uploads = Uploads(sys.argv[1], print, keep=1); uploads.send(Path(sys.argv[2]), 'step-1'); uploads.close(1.5)"
+        "uploads = Uploads(sys.argv[1], print, keep=1); uploads.send(Path(sys.argv[2]), 'step-1')\n"
+        "input(); uploads.close(0.3)"
     )
-    with proxy.held(b"weights.bin"):
-        words = [sys.executable, "-c", program, f"s3://models/{prefix}", str(tmp_path / "step-1")]
-        run = subprocess.run(words, capture_output=True, text=True, timeout=20)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == f"checkpoint.upload s3://models/{prefix} has no step-1 after 1.5 s; given up\n"
-    assert f"PUT step-1/{UNFINISHED}" in [line.replace(f"{prefix}/", "") for line in writes(proxy)]
+    words = [sys.executable, "-c", program, f"s3://models/{prefix}", str(tmp_path / "step-1")]
+    with (
+        proxy.held(b"weights.bin"),
+        subprocess.Popen(words, stdin=-1, stdout=-1, stderr=-1, text=True) as run,
+    ):
+        deadline = time.monotonic() + 60
+        while not any("weights.bin" in line for line in writes(proxy)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # Shorter than the client itself waits for an answer.
+        said, errors = run.communicate("\n", timeout=READ_S - 5)
+    assert (run.returncode, errors) == (0, "")
+    assert said == f"checkpoint.upload s3://models/{prefix} has no step-1 after 0.3 s; given up\n"
+    assert f"PUT step-1/{UNFINISHED}" in writes(proxy)
 
 
 def test_the_manifest_says_what_others_need_to_check_it(s3, folder, prefix):

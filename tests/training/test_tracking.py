@@ -124,8 +124,8 @@ def test_a_dead_server_costs_one_warning_and_no_time(small, tmp_path, warnings):
         logging = time.monotonic()
         for step in range(100):
             tracking.log(step, {"train/loss": 1.0})
-        assert time.monotonic() - logging < 1.0, "logging never waits"
-    assert time.monotonic() - started < 15.0
+        assert time.monotonic() - logging < module.FIRST_PAUSE_S, "logging never waits"
+    assert time.monotonic() - started < module.CLOSE_S
     assert len(lines(tmp_path)) == 100
     assert sum("training goes on" in warning for warning in warnings) == 1
     assert sum("did not take everything" in warning for warning in warnings) == 1
@@ -143,13 +143,14 @@ def test_a_password_in_the_uri_is_not_shown(small, tmp_path, warnings):
 
 def test_a_server_that_hangs_holds_nobody_up(small, tmp_path, warnings, monkeypatch):
     """It accepts the connection and never answers: only the end of the run waits, and not for long."""
+    at_most = module.CLOSE_S
     monkeypatch.setattr(module, "CLOSE_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         recipe = small(["tracking.kind=mlflow", f"tracking.uri=http://127.0.0.1:{server.getsockname()[1]}"])
         started = time.monotonic()
         with Tracking(recipe, tmp_path, warnings.append) as tracking:
             tracking.log(1, {"train/loss": 1.0})
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < at_most
     assert any("did not take everything" in warning for warning in warnings)
 
 
