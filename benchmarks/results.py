@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -185,8 +185,13 @@ def read(path: Path) -> list[Run]:
 
 
 def write(path: Path, runs: list[Run]) -> None:
+    """Write a results file."""
+    write_json(path, {"format": FORMAT, "runs": runs})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file in one step, so that a run that is cut off leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1) + "\n")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
     aside.replace(path)

@@ -8,11 +8,9 @@ replaced that chooses their tile; times are p20 of rounds with a cold cache, in 
 shares are of a copy of the bytes that can't be left out: of the slab, each logit read once and written once.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -65,7 +63,7 @@ def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
     def call() -> None:
         forward.launch_forward(
             [logits], labels, weights, None, None, None, with_top1=False, with_shares=False, **RULE
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     return call
 
@@ -73,13 +71,13 @@ def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
 def _backward(problem: Problem, device: torch.device) -> Callable[[], None]:
     logits, labels, weights = _tensors(problem, device)
     d_logits, tensors = torch.empty_like(logits), (labels, weights, None, None, None)
-    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE)  # type: ignore[arg-type]
+    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE)
     factor = torch.ones((), device=device)
 
     def call() -> None:
         backward.launch_backward(
             torch.ones_like(found.out), [logits], [d_logits], *tensors, found.row_max, found.log_sum, factor, **RULE
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     return call
 
@@ -220,7 +218,8 @@ def main(names: list[str]) -> int:
         return 3
     bandwidth = copy_bandwidth()
     path = results.results_path(DEVICE.type, results.RESULTS / "tiles")
-    run: dict[str, Any] = results.new_run(DEVICE.type, bandwidth)
+    machine = results.new_run(DEVICE.type, bandwidth)
+    run = {name: value for name, value in machine.items() if name not in ("cases", "absent", "steps")}
     entries: list[dict[str, Any]] = []
     for name in names or KERNELS:
         problems = [(sweep_tiles, problem) for problem in KERNELS[name].problems]
@@ -230,15 +229,9 @@ def main(names: list[str]) -> int:
             found = sweep(name, problem, bandwidth, DEVICE)
             print(*map(line, found), sep="\n", flush=True)
             entries += found
-            _write(path, {**run, "tiles": entries})
+            results.write_json(path, {**run, "tiles": entries})
     print(f"written to {path.name}; a copy moves {bandwidth / 1e9:.0f} GB/s")
     return 0
-
-
-def _write(path: Path, run: dict[str, Any]) -> None:
-    kept = {name: value for name, value in run.items() if name not in ("cases", "absent")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -103,12 +103,22 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr == "sweep: no GPU that torch can use; nothing was run.\n"
 
 
-def test_what_it_writes_names_the_kernels_it_timed(sweep: ModuleType, tmp_path: Path) -> None:
-    """Commit, versions and the hash of the sources, and no empty list of cases."""
+def test_what_it_writes_names_the_kernels_it_timed(
+    sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commit, versions and the hash of the sources, what a line was printed of, and nothing else."""
     results = importlib.import_module("benchmarks.results")
-    path = tmp_path / "tiles" / "device.json"
-    sweep._write(path, {**results.new_run("cpu", 1e9), "tiles": [{"kernel": "forward"}]})
+    slab = sweep.KERNELS["slab"]._replace(problems=(sweep.Problem(3, 2, 3001, torch.float32),))
+    monkeypatch.setattr(sweep, "KERNELS", {"slab": slab})
+    monkeypatch.setattr(sweep, "HAS_GPU", True)
+    monkeypatch.setattr(sweep, "DEVICE", DEVICE)
+    monkeypatch.setattr(sweep, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert sweep.main([]) == 0
+    (path,) = (tmp_path / "tiles").iterdir()
     written = json.loads(path.read_text())
-    assert written["tiles"] == [{"kernel": "forward"}]
-    assert written["source_hash"]["logits"] == results.source_hash("cpu", "logits")
-    assert "cases" not in written
+    assert [entry["tile"] for entry in written["tiles"]] == ["as is", "1x128", "2x128"]
+    assert written["source_hash"]["logits"] == results.source_hash(DEVICE.type, "logits")
+    assert set(written) == {
+        "device", "kind", "measured", "versions", "commit", "source_hash", "copy_bytes_per_s", "tiles"
+    }  # fmt: skip
