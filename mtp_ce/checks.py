@@ -315,9 +315,22 @@ def check_inplace(given: list[Tensor], impl: str) -> None:
             )
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError("inplace_backward is True and logits is expanded; expected memory of its own.")
-    # Under torch.compile tensors have no addresses, and each graph input is known to be separate.
-    if not torch.compiler.is_compiling() and _overlap(given):
+    # torch.compile settles both by itself: its tensors have no addresses, and its graphs are free of aliases.
+    if torch.compiler.is_compiling():
+        return
+    if _overlap(given):
         raise ValueError("inplace_backward is True and two heads of logits share memory; expected separate memory.")
+    if any(x.requires_grad for x in given) and saved_tensors_are_hooked():
+        raise ValueError(
+            "inplace_backward is True under hooks for saved tensors, such as non-reentrant activation checkpointing; "
+            "expected False: torch would not notice that a tensor saved there is overwritten."
+        )
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Something replaces what autograd saves at this point: checkpointing, save_on_cpu, hooks of the user."""
+    # torch asks itself this way; there is no public name for it. True: also while torch.compile traces.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _overlap(heads: list[Tensor]) -> bool:

@@ -154,7 +154,8 @@ def weighted_mtp_ce(
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2, added to every row.
         label_smoothing: e in [0, 1): (1 - e) of the target's logit and e of the mean logit.
-        inplace_backward: the gradient overwrites the logits, which are then unusable; saves B*S*H*V elements.
+        inplace_backward: the gradient overwrites the logits, which are then unusable; saves B*S*H*V elements. Refused
+            where torch could not notice that somebody saved them: under non-reentrant checkpointing, for one.
         validate: also check values (label range, lengths, finite weights); synchronises with a GPU.
         return_stats: also return `MTPStats`.
         impl: "auto" (Triton on a GPU, blocked on a CPU), "triton", "cpu", or "reference" (slow, eager).

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mtp_ce import weighted_mtp_ce
 
@@ -109,6 +110,23 @@ def test_a_layer_that_needs_its_own_output_raises(impl, draw) -> None:
     loss = weighted_mtp_ce(logits, draw.integers(11, 1, 3), inplace_backward=True, impl=impl)
     with pytest.raises(RuntimeError, match=OVERWRITTEN):
         loss.backward()
+
+
+def test_where_torch_could_not_notice_it_is_refused(impl, draw) -> None:
+    """What hooks gave back has no version: a layer that saved its own output would go on with the gradient in it."""
+    hidden, unembed, labels, _ = batch(draw)
+    hidden.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return weighted_mtp_ce((x @ unembed).tanh(), labels, inplace_backward=True, impl=impl)
+
+    with pytest.raises(ValueError, match="inplace_backward is True under hooks for saved tensors"):
+        checkpoint(loss, hidden, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        with pytest.raises(ValueError, match="inplace_backward"):
+            loss(hidden)
+        # Nothing is saved where nobody wants a gradient.
+        assert bool(loss(hidden.detach()).isfinite())
 
 
 def test_two_losses_that_share_logits_raise_if_one_is_in_place(impl, draw) -> None:
