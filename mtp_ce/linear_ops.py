@@ -13,7 +13,7 @@ from torch import Tensor
 from mtp_ce.operators import differentiable, once_differentiable, operator
 from mtp_ce.ops import device_guard, functions, weights_backward
 from mtp_ce.rows import check_labels
-from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, run
+from mtp_ce.slabs import Products, Rows, find_rows, from_row_order, in_row_order, largest, run, scaled_down
 
 # Arguments of `linear_forward` after hidden that are tensors.
 TENSORS = 8
@@ -48,10 +48,11 @@ def linear_forward(
     drop: int,
     grad_dtype: torch.dtype,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [] or [B,S]; ce, lse, live, top1, shares [B,S,H]; factor []; d_hidden, d_unembed, d_bias. Empty: not wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss [] or [B,S]; ce, lse, live, top1, shares [B,S,H]; factor []; d_hidden, d_unembed, d_bias; power [].
 
-    The gradients are those of the sum over positions, without the factor; none where reduction is "none".
+    The gradients are those of the sum over positions, without the factor and, in fp16, divided by a power
+    of two; none where reduction is "none". Empty: not wanted.
     """
     B, S = labels.shape
     if labels.device.type == "cpu":
@@ -64,6 +65,10 @@ def linear_forward(
         )  # fmt: skip
         later = reduction == "none"
         products = Products(d_hidden_wanted and not later, d_unembed_wanted and not later, d_bias_wanted and not later)
+        power = unembed.new_empty(0, dtype=coefficient.dtype)
+        if unembed.dtype == torch.float16 and any(products):
+            by_row, power = scaled_down(rows.coefficient)
+            rows = rows._replace(coefficient=by_row)
         results = run(
             hidden, unembed, bias, rows, products,
             drop=drop, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, with_top1=with_top1,
@@ -94,6 +99,7 @@ def linear_forward(
         d_hidden,
         d_unembed,
         d_bias,
+        power,
     )
 
 
@@ -113,6 +119,7 @@ def _(
         return unembed.new_empty(shape if wanted else (0,), dtype=dtype if wanted or dtype == torch.int32 else None)
 
     now = reduction != "none"
+    wanted = now and (d_hidden_wanted or d_unembed_wanted or d_bias_wanted)
     return (
         new() if now else new(B, S),
         new(B, S, H),
@@ -124,6 +131,7 @@ def _(
         new(B * S * H, D, dtype=unembed.dtype, wanted=now and d_hidden_wanted),
         new(V, D, dtype=total, wanted=now and d_unembed_wanted),
         new(V, dtype=total, wanted=now and d_bias_wanted),
+        new() if wanted and unembed.dtype == torch.float16 else new(0),
     )
 
 
@@ -161,20 +169,21 @@ def linear_backward(
             shift, over_horizon, target_weights, ignore_index, False, impl,
         )  # fmt: skip
         upstream = d_loss.to(factor.dtype).expand(labels.shape) * factor
-        # The largest stays out of the products, as 1/N does in forward: in fp16 they would underflow.
-        largest = torch.cat([upstream.abs().flatten(), upstream.new_zeros(1)]).amax()
-        upstream = upstream / torch.where(largest == 0, 1.0, largest)
         H = rows.label.numel() // max(1, labels.numel())
         by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
-        dead = (rows.coefficient == 0) | (by_row == 0)
-        rows = Rows(rows.label, torch.where(dead, 0.0, rows.coefficient * by_row), ~dead)
+        # That of a dead row may be Inf.
+        by_row = torch.where(rows.coefficient == 0, 0.0, by_row)
+        # The largest stays out of the products, as 1/N does in forward, and with a scalar upstream so do all.
+        most = largest(by_row)
+        coefficient, power = scaled_down(torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most)))
+        rows = Rows(rows.label, coefficient, by_row != 0)
         results = run(
             hidden, unembed, bias, rows, Products(d_hidden_wanted, d_unembed_wanted, d_bias_wanted),
             drop=drop, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing, with_top1=False,
             chunk_rows=chunk_rows, grad_dtype=grad_dtype, impl=impl,
         )  # fmt: skip
         d_hidden, d_unembed, d_bias = (
-            unembed.new_empty(0) if x is None else scaled_(x, largest, unembed.dtype) for x in results.gradients
+            unembed.new_empty(0) if x is None else scaled_(x, most * power, unembed.dtype) for x in results.gradients
         )
     return d_hidden, d_unembed, d_bias
 
@@ -240,8 +249,11 @@ def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
         if gradients is None:
             given = linear_backward(d_loss, hidden, unembed, bias, *tensors, *ctx.rule, *ctx.products, *ctx.how)
         else:
+            *owned, power = gradients
             upstream = d_loss.to(factor.dtype) * factor
-            given = [scaled_(x, upstream, unembed.dtype) for x in gradients]
+            if power.numel():
+                upstream = upstream * power
+            given = [scaled_(x, upstream, unembed.dtype) for x in owned]
         if ctx.products[0]:
             d_hidden = split_rows(given[0], hidden)
         d_unembed = given[1] if ctx.products[1] else None

@@ -228,7 +228,9 @@ def weights_backward(
 ) -> Tensor:
     """D loss / d token_weights: the shares of a weight's rows, summed."""
     B, S, H = shares.shape
-    by_row = (d_loss.expand(B, S).to(shares.dtype) * factor)[:, :, None] * shares
+    upstream = (d_loss.expand(B, S).to(shares.dtype) * factor)[:, :, None]
+    # A dead row's share is 0, and its weight counts for nothing; also where one of the two is Inf or NaN.
+    by_row = torch.where((shares == 0) | (upstream == 0), 0.0, upstream * shares)
     if token_weights.dim() == 3:
         d_weights = by_row
     elif target_weights:

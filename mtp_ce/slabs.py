@@ -105,7 +105,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             torch.mm(a, b, out=total)
         else:
             total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and total.dtype == torch.float32:
         # Half inputs, fp32 sums: the product of the tensor cores is never rounded to the inputs' dtype.
         if first:
             torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
@@ -127,6 +127,20 @@ def select(read: Tensor, drop: int) -> Tensor | None:
             "which counts them."
         )
     return torch.argsort(~read, stable=True)[:drop]
+
+
+def largest(x: Tensor) -> Tensor:  # [N]
+    """The largest finite magnitude [], 1 where all are 0."""
+    finite = torch.where(x.isfinite(), x.abs(), 0.0)
+    found = torch.cat([finite, finite.new_zeros(1)]).amax()
+    return torch.where(found == 0, 1.0, found)
+
+
+def scaled_down(coefficient: Tensor) -> tuple[Tensor, Tensor]:  # [N]
+    """Coefficients below 1, and the power of two [] that they were divided by: fp16 products stay in their range."""
+    most = largest(coefficient)
+    power = most / torch.frexp(most).mantissa
+    return coefficient / power, power
 
 
 def rows_at_once(M: int, most: int, device: torch.device) -> int:

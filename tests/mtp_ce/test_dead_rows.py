@@ -151,6 +151,32 @@ def test_a_row_that_is_read_for_its_weight_alone_harms_nobody_else(impl, draw, r
 
 
 @pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize("path", ["logits", "linear"])
+def test_an_infinite_upstream_of_a_dead_row_reaches_nobody(impl, draw, reason: str, path: str) -> None:
+    """The square root of losses, for one: its slope at the 0 of a position without a live row is infinite."""
+    labels, hidden, unembed = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D)
+    options = REASONS[reason](labels)
+    weights = options.pop("token_weights", draw.uniform(B, S)).float()
+
+    def gradients(impl: str) -> tuple[Tensor, ...]:
+        x, u, w = (value.clone().requires_grad_() for value in (hidden, unembed, weights))
+        if path == "linear":
+            losses = weighted_mtp_linear_ce(x, u, labels, w, reduction="none", impl=impl, **options)
+        else:
+            losses = weighted_mtp_ce(x @ u.T, labels, w, reduction="none", impl=impl, **options)
+        assert bool((losses == 0).any())
+        return torch.autograd.grad(losses.sqrt().sum(), (x, u, w))
+
+    *ours, d_weights = gradients(impl)
+    *expected, _ = gradients("reference")
+    for gradient, true in zip(ours, expected, strict=True):
+        assert bool(gradient.isfinite().all())
+        torch.testing.assert_close(gradient, true)
+    # A weight of 0 has a slope even so, which the square root makes infinite.
+    assert bool(d_weights[weights != 0].isfinite().all())
+
+
+@pytest.mark.parametrize("reason", REASONS)
 def test_dead_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) -> None:
     """NaN there must not survive as a gradient."""
     labels = draw.integers(V, B, S)

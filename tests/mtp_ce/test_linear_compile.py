@@ -210,7 +210,7 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
     how = (case.get("chunk_rows", 100), case.get("drop", COUNT), case.get("grad_dtype", torch.float32), impl)
     tail = (case.get("reduction", "mean"), 0.5, case.get("top1", True), weights is not None, *products, *how)
     forward = (given, unembed, bias, labels, weights, *tensors, *rule, *tail)
-    loss, *_, factor, _, _, _ = linear_ops.linear_forward(*forward)
+    loss, *_, factor, _, _, _, _ = linear_ops.linear_forward(*forward)
     upstream = torch.ones_like(loss)
     backward = (upstream, given, unembed, bias, labels, weights, *tensors[:3], factor, *rule, *products, *how)
     leaves = [[x.clone().requires_grad_(products[0]) for x in given], unembed.clone().requires_grad_(products[1])]

@@ -69,6 +69,27 @@ def test_the_square_of_the_loss(impl, draw) -> None:
         assert error <= 3 * allowed + 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("size", [1e5, 1e-7])
+def test_weights_beyond_the_range_of_fp16_leave_gradients_within_it(impl, draw, reduction: str, size: float) -> None:
+    """Weights of one size and a normalizer, or an upstream, of the same: the gradients of weights near 1."""
+    hidden, unembed, labels, weights = batch(draw, torch.float16)
+    bias = draw.normal(V, dtype=torch.float16)
+
+    def gradients(size: float) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, unembed, bias)]
+        x, u, b = leaves
+        if reduction == "mean":
+            loss = weighted_mtp_linear_ce(x, u, labels, size * weights, bias=b, normalizer=size, impl=impl)
+        else:
+            loss = weighted_mtp_linear_ce(x, u, labels, size * weights, bias=b, reduction="none", impl=impl) / size
+        return torch.autograd.grad(loss.sum(), leaves)
+
+    for gradient, plain in zip(gradients(size), gradients(1.0), strict=True):
+        assert bool(plain.any())
+        torch.testing.assert_close(gradient, plain, rtol=2e-3, atol=2e-3)
+
+
 def test_an_upstream_of_zero_kills_its_rows(impl, draw) -> None:
     """Hidden states that are NaN at such a position reach no gradient: not their own, not that of unembed."""
     hidden, unembed, labels, _ = batch(draw)
