@@ -193,18 +193,28 @@ def test_predictions_are_the_next_token_heads(tmp_path):
     assert predicted.metrics["test_loss"] > 0
 
 
+@pytest.mark.parametrize("kind", [Trainer, MTPTrainer])
+def test_weights_that_are_a_column_of_the_data_weigh_the_loss(kind, tmp_path):
+    trainer = train(kind, build(tmp_path), tmp_path / "out")
+    weighted = [{**row, "token_weights": torch.full((16,), 3.0)} for row in HELD_OUT]
+    assert trainer.evaluate(weighted)["eval_loss"] == pytest.approx(3 * trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
 def test_a_loss_that_would_train_no_head_is_refused(tmp_path):
-    """Both take the labels away and look at the logits of the model alone."""
+    """Both take the labels away and look at the logits of the model alone; the plain trainer fails at once."""
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1; .*MTPWrapper\(label_smoothing=0\.1\)"):
         train(MTPTrainer, build(tmp_path), tmp_path / "out", label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="compute_loss_func is given"):
-        MTPTrainer(
-            model=build(tmp_path),
-            args=TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True),
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
-        )
-    with pytest.raises(ValueError, match="label_smoothing_factor"):
+    with pytest.raises(ValueError, match=r"num_items_in_batch is given without labels; .*label_smoothing_factor"):
         train(Trainer, build(tmp_path), tmp_path / "out", label_smoothing_factor=0.1).train()
+    own = {
+        "args": TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True, disable_tqdm=True),
+        "train_dataset": LEARNT,
+        "compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
+    }
+    with pytest.raises(ValueError, match="compute_loss_func is given"):
+        MTPTrainer(model=build(tmp_path), **own)
+    with pytest.raises(ValueError, match=r"num_items_in_batch is given without labels; .*compute_loss_func"):
+        Trainer(model=build(tmp_path), **own).train()
 
 
 def test_a_model_that_is_no_wrapper_is_refused(tmp_path):
