@@ -36,11 +36,12 @@ def wrap(model: Any = None, kind: Any = "residual", **options: Any) -> MTPWrappe
 
 def adapted(folder: Any, **options: Any) -> Any:
     """A model that PEFT has put adapters into; its base lies in the folder."""
-    from peft import LoraConfig, get_peft_model
-
+    peft = pytest.importorskip("peft")
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder)
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options))
+    return peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path):
