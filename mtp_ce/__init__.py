@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_ce.heads import MTPHeads
+    from mtp_ce.hf_trainer import MTPTrainer
     from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
     from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
@@ -26,6 +27,7 @@ _HOME = {
     "MTPLoss": "mtp_ce.loss",
     "MTPOutput": "mtp_ce.wrapper",
     "MTPStats": "mtp_ce.loss",
+    "MTPTrainer": "mtp_ce.hf_trainer",
     "MTPWrapper": "mtp_ce.wrapper",
     "NextToken": "mtp_ce.scorers.next_token",
     "RandomMatchedWeights": "mtp_ce.scorers.controls",
@@ -45,6 +47,7 @@ __all__ = [
     "MTPLoss",
     "MTPOutput",
     "MTPStats",
+    "MTPTrainer",
     "MTPWrapper",
     "NextToken",
     "RandomMatchedWeights",

@@ -7,42 +7,39 @@
 Nothing of the model is replaced or patched: its own forward generates, and its files load without the heads. The loss
 is computed inside forward, from hidden states, because whoever gathers sharded parameters does so around forward; the
 logits of H heads never exist, unless they are asked for.
-
-"teacher_forcing" adds no parameters. Head h's loss at t is the model's own next-token loss h tokens further on, where
-the tokens in between are given. So one next-token pass has all of it, with other weights:
-
-    loss = 1/N sum_j c(j) ce(j)         c(j) = sum_h w / K(j - h) over live (j - h, h)
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
-from mtp_ce.heads import CONFIG_FILE, TENSORS_FILE, MTPHeads
+from mtp_ce.causal import causal_model
+from mtp_ce.checks import check_options
+from mtp_ce.documents import packed_documents
+from mtp_ce.heads import CONFIG_FILE, MTPHeads
 from mtp_ce.layer_heads import LayerHeads, decoder_layers, watched
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, weighted_mtp_ce
-from mtp_ce.rows import row_coefficients, row_targets
+from mtp_ce.saved_heads import SavedHeads
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.speculative import generate_speculatively
+from mtp_ce.teacher_forcing import teacher_forced
 from mtp_ce.unembedding import Unembedding
 
 HeadKind = Literal["none", "teacher_forcing", "residual", "layer", "sequential"]
 TrunkMode = Literal["joint", "detached", "frozen"]
 LossPath = Literal["linear", "logits"]
-
-IGNORE = -100
 
 
 @dataclass
@@ -74,11 +71,13 @@ class MTPWrapper(PreTrainedModel):
         trunk: "joint": all of the model learns. "detached": the heads learn and the loss does not reach the model.
             "frozen": likewise, and the model's parameters no longer want gradients.
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
+        label_smoothing: e in [0, 1) of the loss, in evaluation too; see `weighted_mtp_ce`.
+        z_loss: factor >= 0 of logsumexp**2 in the loss.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings.
         ValueError: an encoder-decoder model, one that asks for a router's loss, a horizon below 1, an unknown kind or
-            mode, or nothing left to train.
+            mode, nothing left to train, or a term of the loss out of its range.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -101,22 +100,28 @@ class MTPWrapper(PreTrainedModel):
         heads: HeadKind = "residual",
         trunk: TrunkMode = "joint",
         loss: LossPath = "linear",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> None:
         for name, value, known in (("heads", heads, HeadKind), ("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
-        causal = _causal_model(model)
+        check_options(label_smoothing=label_smoothing, z_loss=z_loss)
+        causal = causal_model(model)
         if heads == "none" and horizon > 1:
             warnings.warn(f"horizon is {horizon} with heads='none'; there is one head.", stacklevel=2)
             horizon = 1
         if trunk != "joint" and (heads == "teacher_forcing" or horizon == 1):
             raise ValueError(f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would learn.")
         super().__init__(causal.config)
+        # Trainer then counts the targets of a batch as it does for a causal language model.
+        self.loss_type = "ForCausalLM"
         self.model = model
         self.generation_config = causal.generation_config
         self.horizon, self.kind, self.trunk, self.loss = horizon, heads, trunk, loss
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         unembed = Unembedding.of(causal).weight
         if heads in ("layer", "sequential"):
             self.heads: MTPHeads | LayerHeads = LayerHeads(causal, horizon, heads)
@@ -136,7 +141,7 @@ class MTPWrapper(PreTrainedModel):
     @property
     def causal(self) -> Any:
         """The causal language model itself, without the wrapper of PEFT."""
-        return _causal_model(self.model)
+        return causal_model(self.model)
 
     def forward(
         self,
@@ -144,7 +149,6 @@ class MTPWrapper(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,  # [B, S]
         labels: Tensor | None = None,  # [B, S]
-        shift_labels: Tensor | None = None,  # [B, S]
         token_weights: Tensor | Callable[[NextToken], Tensor] | None = None,  # [B, S] or [B, S, H]
         document_ids: Tensor | None = None,  # [B, S]
         num_items_in_batch: Tensor | int | None = None,
@@ -161,23 +165,25 @@ class MTPWrapper(PreTrainedModel):
             attention_mask: as the model takes it. Packed rows need none, but position_ids.
             position_ids: where they begin again a new document begins, which no head looks across.
             labels: `input_ids` with -100 at what is not to be learnt, unshifted.
-            shift_labels: instead of labels: those that are shifted by one already, as transformers' sequence
-                parallelism makes them.
             token_weights: weights of the tokens that stand there; None means ones. With shift_labels they are shifted
                 as those are. Or a function that makes them of this forward's own next-token head, which scorers ask.
-            document_ids: borders of packed documents; None takes them from position_ids.
+            document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
             num_items_in_batch: what the sum over positions is divided by; None means the positions with a target.
             weight_alignment: "target": a weight belongs to the token predicted; "position": to where it is predicted.
             return_logits: whether head 0's logits [B, S, V] are wanted beside the loss.
             return_stats: whether per-head statistics are wanted.
-            **arguments: for the model.
+            **arguments: for the model. But shift_labels [B, S] goes instead of labels: shifted by one already, as
+                transformers' sequence parallelism makes them. No parameter, because Trainer evaluates where it finds
+                every parameter that has "label" in its name. cu_seq_lens_q, for flash attention, has borders of
+                documents, too.
 
         Returns:
             `MTPOutput`, or the model's own output where there are no labels.
 
         Raises:
-            ValueError: both labels and shift_labels are given.
+            TypeError, ValueError: as the loss; both labels and shift_labels; or num_items_in_batch without labels.
         """
+        shift_labels = arguments.pop("shift_labels", None)
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels are both given; expected one of them.")
         inputs: dict[str, Any] = {
@@ -187,17 +193,20 @@ class MTPWrapper(PreTrainedModel):
             **arguments,
         }
         targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
+        normalizer = _normalizer(num_items_in_batch, targets)
         if targets is None:
             return self.model(**inputs)
         hidden = self._hidden_states(**inputs)
         output = Unembedding.of(self.causal)
-        if document_ids is None and position_ids is not None and position_ids.shape == targets.shape:
-            document_ids = _documents(position_ids)
+        if document_ids is None:
+            document_ids = packed_documents(targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
         weights = token_weights
         if callable(weights):
             weights = weights(NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap))
-        rows = _Rows(targets, weights, document_ids, shift, weight_alignment, num_items_in_batch)
-        loss, stats = self._loss(hidden, output, rows)
+        loss, stats = self._loss(
+            hidden, output, targets, weights,
+            shift=shift, weight_alignment=weight_alignment, document_ids=document_ids, normalizer=normalizer,
+        )  # fmt: skip
         return MTPOutput(
             loss=loss,
             logits=output.logits(hidden[0]) if return_logits else None,
@@ -236,53 +245,40 @@ class MTPWrapper(PreTrainedModel):
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
-    def _loss(self, hidden: list[Tensor], output: Unembedding, rows: _Rows) -> MTPLoss:
+    def _loss(
+        self,
+        hidden: list[Tensor],
+        output: Unembedding,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        **rule: Any,
+    ) -> MTPLoss:
         if self.trunk != "joint":
             bias = None if output.bias is None else output.bias.detach()
             output = output._replace(weight=output.weight.detach(), bias=bias)
         if self.kind == "teacher_forcing":
-            return self._teacher_forced(hidden, output, rows)
-        return self._fused(
-            hidden, output, rows, rows.token_weights,
-            weight_alignment=rows.weight_alignment, document_ids=rows.document_ids, normalizer=rows.normalizer,
-        )  # fmt: skip
+            next_token = partial(self._fused, hidden, output, labels, shift=rule["shift"], reduction="sum")
+            return teacher_forced(next_token, hidden[0], labels, token_weights, H=self.horizon, **rule)
+        return self._fused(hidden, output, labels, token_weights, **rule)
 
     def _fused(
         self,
         hidden: list[Tensor],
         output: Unembedding,
-        rows: _Rows,
+        labels: Tensor,
         token_weights: Tensor | None,
         **rule: Unpack[CallOptions],
     ) -> MTPLoss:
-        rule |= {"softcap": output.softcap, "shift": rows.shift}
+        rule |= {"softcap": output.softcap, "label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
         scaled = [output.scaled(x) for x in hidden]
         if self.loss == "linear":
             return weighted_mtp_linear_ce(
-                scaled, output.weight, rows.labels, token_weights, bias=output.bias, return_stats=True, **rule
+                scaled, output.weight, labels, token_weights, bias=output.bias, return_stats=True, **rule
             )
         logits = [nn.functional.linear(x, output.weight, output.bias) for x in scaled]
         # Nobody else sees these logits, so the gradient may have their place.
         inplace = any(x.requires_grad for x in logits)
-        return weighted_mtp_ce(logits, rows.labels, token_weights, inplace_backward=inplace, return_stats=True, **rule)
-
-    def _teacher_forced(self, hidden: list[Tensor], output: Unembedding, rows: _Rows) -> MTPLoss:
-        B, S = rows.labels.shape
-        place, _, live = row_targets(
-            rows.labels, None, rows.document_ids, H=self.horizon, shift=rows.shift, ignore_index=IGNORE
-        )
-        _, coefficient = row_coefficients(
-            place, live, rows.token_weights, None,
-            over_horizon=False, target_weights=rows.weight_alignment == "target", dtype=torch.float32,
-        )  # fmt: skip
-        moved = coefficient.new_zeros(B, S)
-        for h in range(min(self.horizon, S)):
-            moved = moved + nn.functional.pad(coefficient[:, : S - h, h], (h, 0))
-        loss, stats = self._fused(hidden, output, rows, moved, reduction="sum")
-        positions = live.any(-1).sum().clamp(min=1) if rows.normalizer is None else rows.normalizer
-        source = (place - rows.shift).clamp(min=0)  # [S, H], the position whose next token is the target
-        ce, lse = (torch.where(live, part[:, source, 0], 0.0) for part in (stats.ce, stats.lse))
-        return MTPLoss(loss / positions, MTPStats(ce, live, lse, torch.where(live, stats.top1[:, source, 0], -1)))
+        return weighted_mtp_ce(logits, labels, token_weights, inplace_backward=inplace, return_stats=True, **rule)
 
     def generate(self, *arguments: Any, speculative: bool = False, **options: Any) -> Any:
         """Generate with the model itself, as its own `generate` does, or give the same with fewer forwards.
@@ -301,13 +297,20 @@ class MTPWrapper(PreTrainedModel):
         return generate_speculatively(self, *arguments, **options).sequences
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **options: Any
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
         """Write the model, which loads alone, and the heads beside it.
 
         Args:
             save_directory: folder for both.
-            state_dict: of the wrapper, where it was gathered from elsewhere; None takes the wrapper's own.
+            is_main_process: whether this process writes; others join in gathering the model.
+            state_dict: of the wrapper, where it was gathered from elsewhere; None takes the wrapper's own. An empty one
+                writes no heads.
             **options: for the model's `save_pretrained`.
         """
         parts: dict[str, dict[str, Tensor] | None] = {"model.": None, "heads.": None}
@@ -317,53 +320,67 @@ class MTPWrapper(PreTrainedModel):
                 for prefix in parts
             }
         model: Any = self.model
-        model.save_pretrained(save_directory, state_dict=parts["model."], **options)
+        model.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=parts["model."], **options)
+        # DeepSpeed gives an empty one where it keeps the parameters in files of its own.
+        if not is_main_process or state_dict == {}:
+            return
         self.heads.save_pretrained(save_directory, state_dict=parts["heads."])
         config = {"kind": self.kind, "hidden_size": self.heads.hidden_size, "horizon": self.horizon}
         (Path(save_directory) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, source: str | Path, *, trunk: TrunkMode = "joint", **options: Any
+        cls,
+        source: str | Path,
+        *,
+        trunk: TrunkMode = "joint",
+        loss: LossPath = "linear",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **options: Any,
     ) -> MTPWrapper:
-        """Read back what `save_pretrained` wrote.
+        """Read back what `save_pretrained` wrote. Adapters of PEFT learn on where `trunk` is "joint".
 
         Args:
             source: the folder, or a name on the hub.
-            trunk: see `MTPWrapper`.
-            **options: for `AutoModelForCausalLM.from_pretrained`.
+            trunk: see `MTPWrapper`, like all that follow; nothing of it is saved.
+            loss: "linear" or "logits".
+            label_smoothing: of the loss.
+            z_loss: of the loss.
+            **options: for `AutoModelForCausalLM.from_pretrained`. Those that say where files are hold for the heads'.
 
         Raises:
             FileNotFoundError: there are no heads beside the model.
             ValueError: the heads are not of this model: of another hidden size, kind or number.
         """
-        found, tensors = (
-            cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            for name in (CONFIG_FILE, TENSORS_FILE)
-        )
-        if found is None or tensors is None:
-            raise FileNotFoundError(
-                f"{source} has no {CONFIG_FILE} and {TENSORS_FILE}; MTPWrapper(model, ...) adds heads."
-            )
-        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        saved = SavedHeads.beside(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-        width = Unembedding.of(model).weight.shape[1]
-        if config["hidden_size"] != width:
-            raise ValueError(
-                f"{source} has heads of hidden size {config['hidden_size']} and a model of {width}; they are not of "
-                "one wrapper."
-            )
-        wrapper = cls(model, config["horizon"], heads=config["kind"], trunk=trunk)
-        saved, wanted = load_file(tensors), wrapper.heads.state_dict()
-        wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]
-        if wrong := wrong or sorted(saved.keys() - wanted.keys()):
-            shapes = (list(part[wrong[0]].shape) if wrong[0] in part else "not there" for part in (saved, wanted))
-            raise ValueError(
-                f"{source} has heads that do not fit its model: {wrong[0]} is {next(shapes)} in {TENSORS_FILE}; "
-                f"expected {next(shapes)} for {config['horizon']} heads of the kind {config['kind']!r}."
-            )
-        wrapper.heads.load_state_dict(saved)
+        if trunk == "joint" and hasattr(model, "peft_config"):
+            # transformers reads adapters as what is to be used alone.
+            for config in model.peft_config.values():
+                config.inference_mode = False
+            model.set_adapter(model.active_adapters())
+        wrapper = cls(
+            model, saved.horizon, heads=saved.kind, trunk=trunk, loss=loss, label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )  # fmt: skip
+        saved.load_into(wrapper)
         return wrapper
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parameters by the wrapper's own names, as its `state_dict` has them; arguments as `torch.nn.Module`'s.
+
+        Raises:
+            ValueError: there is none of the wrapper's names, as in the files of a saved model.
+        """
+        own = {name for name, _ in (*self.named_parameters(remove_duplicate=False), *self.named_buffers())}
+        if state_dict and own.isdisjoint(state_dict):
+            raise ValueError(
+                f"state_dict has none of the wrapper's own names, such as {min(own)!r}; it begins with "
+                f"{min(state_dict)!r}. Where it is the model's own, out of a folder of save_pretrained: "
+                "MTPWrapper.from_pretrained reads both, and mtp_ce.MTPTrainer resumes in place of transformers.Trainer."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def get_input_embeddings(self) -> nn.Module:
         """Give the model's own."""
@@ -388,50 +405,23 @@ class MTPWrapper(PreTrainedModel):
         return self.causal.resize_token_embeddings(*arguments, **options)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What the loss is told about the rows of one batch."""
-
-    labels: Tensor
-    token_weights: Tensor | None
-    document_ids: Tensor | None
-    shift: int
-    weight_alignment: str
-    num_items: Tensor | int | None
-
-    @property
-    def normalizer(self) -> Tensor | float | None:
-        return self.num_items.float() if isinstance(self.num_items, Tensor) else self.num_items
-
-
-def _causal_model(model: Any) -> Any:
-    """The causal language model of transformers, also inside PEFT's wrapper; TypeError or ValueError if it is none."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(causal, PreTrainedModel):
-        raise TypeError(f"model is {type(causal).__name__}; expected a causal language model of transformers.")
-    if causal.config.is_encoder_decoder:
-        raise ValueError(f"model is {type(causal).__name__}, an encoder-decoder; expected a causal language model.")
-    if causal.get_output_embeddings() is None or causal.base_model is causal:
-        raise TypeError(
-            f"model is {type(causal).__name__} without output embeddings over a base model; expected a causal "
-            "language model, such as AutoModelForCausalLM gives."
-        )
-    if getattr(causal.config, "output_router_logits", False):
+def _normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:
+    if num_items is None:
+        return None
+    if targets is None:
         raise ValueError(
-            "config.output_router_logits is True, which asks for the router's balancing loss; MTPWrapper does not add "
-            "it. Set it to False, and balance the experts elsewhere."
+            "num_items_in_batch is given without labels; expected labels. Trainer takes them away for "
+            "label_smoothing_factor and compute_loss_func, with which no head would be trained: "
+            "MTPWrapper(label_smoothing=...) smooths the loss of all heads."
         )
-    return causal
+    if isinstance(num_items, Tensor):
+        return num_items.float()
+    if not num_items > 0:
+        raise ValueError(f"num_items_in_batch is {num_items}; expected a number of targets above 0, or None.")
+    return num_items
 
 
 def _detached(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A module whose parameters feel nothing of what is made with them."""
     parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return lambda hidden: torch.func.functional_call(module, parameters, (hidden,))
-
-
-def _documents(position_ids: Tensor) -> Tensor:  # [B, S]
-    """Number the documents of packed rows: one begins wherever a position is not the one before plus 1."""
-    begins = torch.zeros_like(position_ids)
-    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return begins.cumsum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,24 @@ def test_accumulated_micro_batches_give_the_losses_of_one_batch(finetune, traine
     assert torch.equal(
         AutoModelForCausalLM.from_pretrained(tmp_path / "1").eval()(tokens).logits, wrapper(tokens).logits
     )
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_a_resumed_run_is_the_uninterrupted_one_and_both_end_with_the_best(finetune, trainer, tmp_path):
+    """To the last bit, heads of decoder layers included."""
+    options = ["--trainer", trainer, "--heads", "sequential", "--horizon", "2", "--length", "48", "--steps", "6"]
+    options += ["--save-steps", "2", "--lr", "0.1"]
+    losses = finetune.main([*options, "--output", str(tmp_path / "whole")])
+    earlier, last = sorted((tmp_path / "whole").glob("checkpoint-*"))
+    assert last.name == "checkpoint-6"
+    resumed = finetune.main([*options, "--output", str(tmp_path / "resumed"), "--resume", str(earlier)])
+    assert resumed == losses
+    state = json.loads((last / "trainer_state.json").read_text())
+    evaluated = {x["step"]: x["eval_loss"] for x in state["log_history"] if "eval_loss" in x}
+    best = tmp_path / "whole" / f"checkpoint-{min(evaluated, key=evaluated.__getitem__)}"
+    whole, again, kept = (
+        MTPWrapper.from_pretrained(folder).state_dict() for folder in (tmp_path / "whole", tmp_path / "resumed", best)
+    )
+    for name, x in kept.items():
+        assert torch.equal(x, whole[name]), name
+        assert torch.equal(x, again[name]), name

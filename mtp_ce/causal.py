@@ -1,0 +1,32 @@
+"""Which models can have prediction heads: causal language models of transformers, over a base model of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def causal_model(model: Any) -> Any:
+    """Give the causal language model, also out of PEFT's wrapper.
+
+    Raises:
+        TypeError: it is none of transformers, or has no output embeddings over a base model.
+        ValueError: an encoder-decoder, or one that asks for a router's loss.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal, PreTrainedModel):
+        raise TypeError(f"model is {type(causal).__name__}; expected a causal language model of transformers.")
+    if causal.config.is_encoder_decoder:
+        raise ValueError(f"model is {type(causal).__name__}, an encoder-decoder; expected a causal language model.")
+    if causal.get_output_embeddings() is None or causal.base_model is causal:
+        raise TypeError(
+            f"model is {type(causal).__name__} without output embeddings over a base model; expected a causal "
+            "language model, such as AutoModelForCausalLM gives."
+        )
+    if getattr(causal.config, "output_router_logits", False):
+        raise ValueError(
+            "config.output_router_logits is True, which asks for the router's balancing loss; MTPWrapper does not add "
+            "it. Set it to False, and balance the experts elsewhere."
+        )
+    return causal
