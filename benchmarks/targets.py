@@ -170,7 +170,7 @@ def slab(vocabularies: Sequence[int]) -> Callable[[File], Iterator[Part]]:
             found = [
                 entry
                 for entry in file.tiles.get("tiles", ())
-                if (entry["kernel"], entry["V"], entry["tile"], entry["softcap"]) == ("slab", V, "as is", None)
+                if (entry["kernel"], entry["V"], entry.get("tile"), entry["softcap"]) == ("slab", V, "as is", None)
             ]
             of_copy = found[0].get("of_copy") if found else None
             why = "python -m benchmarks.sweep slab" if not found else found[0].get("failed", "")

@@ -53,8 +53,12 @@ def everything(targets: ModuleType) -> list[dict[str, Any]]:
 
 
 TILES = [
-    {"kernel": "slab", "V": V, "tile": "as is", "softcap": None, "of_copy": 0.9}
-    for V in (32000, 50257, 50304, 128256, 151936, 152064, 262144)
+    *(
+        {"kernel": "slab", "V": V, "tile": "as is", "softcap": None, "of_copy": 0.9}
+        for V in (32000, 50257, 50304, 128256, 151936, 152064, 262144)
+    ),
+    *({"kernel": "slab", "V": V, "tile": "1x128, 1x128", "softcap": None, "of_copy": 0.1} for V in (32000, 151936)),
+    {"kernel": "forward", "V": 151936, "least_programs": 8, "softcap": None, "of_copy": 0.1},
 ]
 STEPS = [
     {
