@@ -190,8 +190,8 @@ def ce_share(shapes: Sequence[Shape]) -> Callable[[File], Iterator[Part]]:
 
 
 def host_time(file: File) -> Iterator[Part]:
-    """Microseconds of the calls that were timed."""
-    host = next((run["host_us"] for run in reversed(file.runs) if run.get("host_us")), {})
+    """Microseconds of the calls that were timed, each of the newest run that has it."""
+    host = {call: value for run in file.runs for call, value in run.get("host_us", {}).items()}
     yield from (Part(call, microseconds) for call, microseconds in host.items())
     if not host:
         yield Part("benchmarks/test_host_time.py", None)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_ce import weighted_mtp_linear_ce
+
 ROOT = Path(__file__).resolve().parents[1]
 Load = Callable[[str], ModuleType]
 FAST, SLOW = 1.0, 100.0
@@ -179,12 +181,13 @@ def test_the_shares_and_times_of_no_case_have_bounds_too(load: Load) -> None:
     run = a_full_run(targets, everything(targets))
     run["ce_share"][str(targets.LINEAR[3])] = 0.09
     run["host_us"]["linear both eager"] = 101.0
+    older = a_run("cuda", [], host_us={"logits forward eager": 500.0, "linear forward eager": 50.0})
     tiles = [{**entry, "of_copy": 0.8 if entry["V"] == 50257 else 0.9} for entry in TILES]
-    lines = [line for verdict, line in verdicts(targets, [run], tiles) if verdict == "MISSED"]
+    lines = [line for verdict, line in verdicts(targets, [older, run], tiles) if verdict == "MISSED"]
     assert len(lines) == 3
     assert "V50257 1.25x; 2 of 3 good, the worst V32000 1.11x" in lines[0]
     assert "V256000 D2304 9.0%; 4 of 5 good, the worst V151936 D4096 5.0%" in lines[1]
-    assert "linear both eager 101; 1 of 2 good, the worst logits forward eager 60" in lines[2]
+    assert "linear both eager 101; 2 of 3 good, the worst logits forward eager 60" in lines[2]
 
 
 def test_figures_are_compared_within_a_run_only(load: Load) -> None:
@@ -335,16 +338,26 @@ def test_liger_takes_the_chunks_that_it_is_asked_for(
     assert sizes == [4096]
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_the_share_of_the_kernel_is_of_the_call_that_it_is_part_of(
-    load: Load, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+    load: Load, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, impl: str
 ) -> None:
-    """Every launch is timed and still does its work."""
+    """Every launch is timed and still does its work, on a CPU and through the kernel's launcher."""
     pytestconfig.addinivalue_line("markers", "place: of the benchmarks, in their order of importance")
     ce_share, shapes = load("test_ce_share"), load("shapes")
     device = load("clock").DEVICE
     monkeypatch.setitem(shapes.MODELS, "small", shapes.Model(301, 16))
     shape = shapes.Shape("linear", "small", 40, 3, "bf16", 16)
     inputs = shapes.make_inputs(shape, device)
+    if impl == "triton":
+        kernels = importlib.import_module("mtp_ce.kernels.forward_backward")
+        monkeypatch.setattr(ce_share, "KERNEL", (kernels, "launch_forward_backward"))
+
+        def by_kernel(hidden: torch.Tensor, unembed: torch.Tensor, *rest: Any) -> torch.Tensor:
+            loss: torch.Tensor = weighted_mtp_linear_ce(hidden, unembed, *rest[:2], impl=impl)
+            return loss
+
+        monkeypatch.setitem(ce_share.BY_NAME["linear"], "mtp_ce", load("provider").Provider("mtp_ce", by_kernel))
     launch = getattr(*ce_share.KERNEL)
     launched: list[int] = []
 
