@@ -117,7 +117,7 @@ def test_a_kernel_that_does_not_exist_is_refused_by_name() -> None:
     """Exit code 2, the names that exist."""
     done = run("sideways")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "sweep: no kernel 'sideways'; expected forward, backward, slab.\n"
+    assert done.stderr == "sweep: no kernel 'sideways'; expected slab, forward, backward.\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says that there is no GPU")

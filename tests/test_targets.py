@@ -89,7 +89,7 @@ def test_a_file_in_which_everything_is_reached_has_every_target_met(load: Load) 
     found = verdicts(targets, [a_full_run(targets, everything(targets))], TILES)
     assert len(found) == len(targets.GPU_TARGETS)
     assert {line for verdict, line in found if verdict == "not measured"} == {
-        line for _, line in found if "no figure" in line
+        line for _, line in found if "without a figure" in line
     }
     assert sum(verdict == "shown" for verdict, _ in found) == 2
     assert sum(verdict == "met" for verdict, _ in found) == len(found) - 3
