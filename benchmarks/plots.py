@@ -29,7 +29,9 @@ STYLES = {
     "compiled_loop": ("#e08214", "^", "-"),
     "torch_chunked": ("#2f8f2f", "D", "-"),
     "liger": ("#8e44ad", "P", "-"),
+    "liger_4096": ("#8e44ad", "p", "--"),
     "liger_rows": ("#8e44ad", "P", "-"),
+    "liger_heads": ("#8e44ad", "p", "--"),
     "cce": ("#b2182b", "X", "-"),
 }
 

@@ -35,7 +35,6 @@ from benchmarks.results import ROOT
 from mtp_ce.kernels import backward, forward, forward_backward
 
 LOG = ROOT / "benchmarks" / "LOG.md"
-BEGIN, END = "<!-- predictions:begin -->", "<!-- predictions:end -->"
 VOCABULARIES = (32000, 50257, 50304, 128256, 151936, 262144)
 DTYPE = torch.bfloat16
 BOUNDS = ("bytes", "issue", "mufu", "alu", "wait")
@@ -339,17 +338,26 @@ def section(target: str) -> Iterator[str]:
         yield from map(second_visit_row, again)
 
 
-def written(page: str, lines: list[str]) -> str:
-    """The page with these lines between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return "\n".join([before + BEGIN, *lines, END + after])
+def markers(version: str) -> tuple[str, str]:
+    """What the table of a version of Triton stands between; its compiler decides registers and instructions."""
+    return f"<!-- predictions of triton {version}: begin -->", f"<!-- predictions of triton {version}: end -->"
+
+
+def written(page: str, version: str, lines: list[str]) -> str:
+    """The page with these lines between the markers of a version."""
+    start, stop = markers(version)
+    before, begin, rest = page.partition(start)
+    _, end, after = rest.partition(stop)
+    if not (begin and end):
+        raise ValueError(f"LOG.md has no section for triton {version}; expected one between {start} and {stop}.")
+    return "\n".join([before + begin, *lines, end + after])
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of a target, or write that of sm_90."""
+    """Print the table of a target, or write that of sm_90 where the log has it for this version of Triton."""
     if arguments == ["--write"]:
-        LOG.write_text(written(LOG.read_text(encoding="utf-8"), list(section("sm_90"))), encoding="utf-8")
+        lines = list(section("sm_90"))
+        LOG.write_text(written(LOG.read_text(encoding="utf-8"), triton.__version__, lines), encoding="utf-8")
         return
     for line in section(*arguments or ["sm_90"]):
         print(line)

@@ -18,7 +18,18 @@ from benchmarks.plots import TITLES, draw, drawable
 from benchmarks.provider import NOT_REACHED
 from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Shape
-from benchmarks.table import MIB, NOISY, UNWEIGHTED, is_noisy, label, largest, largest_notes, steps_noisy, timed_steps
+from benchmarks.table import (
+    MIB,
+    NOISY,
+    UNWEIGHTED,
+    is_noisy,
+    label,
+    largest,
+    largest_notes,
+    percent,
+    steps_noisy,
+    timed_steps,
+)
 
 README = results.ROOT / "README.md"
 PLOTS = results.ROOT / "benchmarks" / "plots"
@@ -40,6 +51,10 @@ A training step is forward, loss, backward and AdamW of a model with random weig
 dtype. `eager` and both `logits` build the logits of all heads, `linear` does not. Tokens per second are of the median
 step, milliseconds of p20; the loss is output layer and loss, forward and backward; memory is the peak of the whole
 step. The largest micro-batch is what the device's memory lets a path take."""
+
+
+# Our cases of a row, each with its own time, share of the ceiling and memory.
+OURS = ("mtp_ce", "mtp_ce_dropped")
 
 
 class Row(NamedTuple):
@@ -110,15 +125,17 @@ def fused(row: Row) -> str:
 
 def line(row: Row) -> str:
     """A row of the table."""
-    ours = row.cases["mtp_ce"]
-    share = ours["share_of_ceiling"]
-    besides = (ours["peak_bytes"] - row.shape.gradient_bytes) / row.shape.logits_bytes
-    memory = f"{ours['peak_bytes'] / MIB:.0f} MiB ({besides:.0%})"
+    ours = [row.cases[name] for name in OURS if name in row.cases]
+
+    def memory(case: dict[str, Any]) -> str:
+        besides = (case["peak_bytes"] - row.shape.gradient_bytes) / row.shape.logits_bytes
+        return f"{case['peak_bytes'] / MIB:.0f} MiB ({besides:.0%})"
+
     cells = (
         work(row),
-        milliseconds(ours["p20_ms"]),
-        f"{share:.0%}" if share else "-",
-        memory,
+        "<br>".join(milliseconds(case["p20_ms"]) for case in ours),
+        "<br>".join(percent(case["share_of_ceiling"]) for case in ours),
+        "<br>".join(map(memory, ours)),
         against(row, "eager_loop"),
         against(row, "compiled_loop"),
         fused(row),
@@ -130,7 +147,9 @@ def reasons(run: results.Run) -> Iterator[str]:
     """Who was absent, and why, each reason once."""
     names: dict[str, dict[str, None]] = {}
     for entry in run["absent"]:
-        if entry["reason"] != NOT_REACHED:
+        known = BY_NAME[entry["shape"]["path"]].get(entry["provider"])
+        # What one of ours has nothing to do at is no peer's lack.
+        if entry["reason"] != NOT_REACHED and not (known and known.ours):
             names.setdefault(entry["reason"], {})[entry["provider"]] = None
     for reason, providers in names.items():
         yield f"* Absent: {', '.join(providers)} ({reason})."
@@ -204,6 +223,8 @@ def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
         yield f"* Noisy: other processes took more than {NOISY:.0%} of the CPU meanwhile, or nobody looked."
     if any(UNWEIGHTED in line(row) for row in rows):
         yield f"* {UNWEIGHTED} knows no token weights, and does less work: the plain mean over rows."
+    if any(name in row.cases for row in rows for name in OURS[1:]):
+        yield "* The second line of a row is mtp_ce given the number of live rows (`drop_dead_rows`)."
     yield from dict.fromkeys(reason for run in used for reason in reasons(run))
     if stepped:
         yield from step_notes(stepped)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
+# The prompt of the shapes that have one, as a share of their labels.
+PROMPT = 0.4
 
 
 class Model(NamedTuple):
@@ -35,7 +37,14 @@ MODELS = {
     "Qwen3 1.7B": Model(151936, 2048),
     "Qwen2.5 7B": Model(152064, 3584),
     "Gemma-2 2B": Model(256000, 2304, softcap=30.0),
+    "Gemma-3 4B": Model(262144, 2560),
 }
+
+
+def live_rows(B: int, S: int, H: int, prompt: float) -> int:
+    """Rows that have a target: head h reaches every label that is not ignored, from 1 + h on."""
+    ignored = int(prompt * S)
+    return B * sum(max(0, S - max(ignored, 1 + h)) for h in range(H))
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,8 @@ class Shape:
 
     @property
     def live_rows(self) -> int:
-        """Rows that have a target: head h reaches every label that is not ignored, from 1 + h on."""
-        ignored = int(self.prompt * self.S)
-        return self.B * sum(max(0, self.S - max(ignored, 1 + h)) for h in range(self.H))
+        """Rows that have a target."""
+        return live_rows(self.B, self.S, self.H, self.prompt)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,16 +1,21 @@
 """Which cut of a row is fastest on this GPU: every kernel, over tiles and over the programs that share a row.
 
-    python -m benchmarks.sweep                 prints, and writes benchmarks/results/tiles/<device>.json
-    python -m benchmarks.sweep forward         one kernel: forward, backward, slab
+    python -m benchmarks.sweep                       prints, and writes benchmarks/results/tiles/<device>.json
+    python -m benchmarks.sweep forward               one kernel: slab, forward, backward
+    python -m benchmarks.sweep --results FOLDER      writes FOLDER/tiles/<device>.json
 
-kernels/tiles.py holds what was found, by hand, and cites the file. The launchers run as they are, with the one function
-replaced that chooses their tile; times are p20 of rounds with a cold cache, in turns, as in the other benchmarks. The
-shares are of a copy of the bytes that can't be left out: of the slab, each logit read once and written once.
+kernels/tiles.py holds what was found, by hand, and cites the file. The launchers run as they are, with the functions
+replaced that choose their tiles; times are p20 of rounds with a cold cache, in turns, as in the other benchmarks. The
+shares are of a copy of the bytes that can't be left out: of the slab, each logit read once and written once. Its two
+visits, "2x1024, 4x1024", have the same threads and strips of their own.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +25,7 @@ from benchmarks import results
 from benchmarks.clock import DEVICE, HAS_GPU, cool_caches, copy_bandwidth, timed
 from benchmarks.shapes import MODELS
 from mtp_ce.kernels import backward, forward, forward_backward, tiles
+from mtp_ce.slabs import make_slab
 
 STRIPS, THREADS = (1, 2, 4, 8), (128, 256, 512, 1024)
 PROGRAMS = (4, 8, 16, 32, 64)
@@ -33,6 +39,15 @@ class Problem(NamedTuple):
     H: int
     V: int
     dtype: torch.dtype
+    softcap: float | None = None
+
+    @property
+    def loss(self) -> dict[str, Any]:
+        """The options of a loss."""
+        return {"softcap": self.softcap, "z_loss": 0.0, "label_smoothing": 0.0}
+
+
+Cut = tuple[tiles.Tile, ...]  # a tile for each of a launcher's choices
 
 
 class Kernel(NamedTuple):
@@ -46,15 +61,12 @@ class Kernel(NamedTuple):
 
 
 def _tensors(problem: Problem, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    P, H, V, dtype = problem
+    P, H, V, dtype, _ = problem
     logits = torch.randn(1, P, H, V, dtype=dtype, device=device).mul_(3)
     return logits, torch.randint(V, (1, P), device=device), torch.rand(1, P, device=device) + 0.1
 
 
-RULE = {
-    "shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, "softcap": None, "z_loss": 0.0,
-    "label_smoothing": 0.0,
-}  # fmt: skip
+RULE = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100}
 
 
 def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
@@ -62,7 +74,7 @@ def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
 
     def call() -> None:
         forward.launch_forward(
-            [logits], labels, weights, None, None, None, with_top1=False, with_shares=False, **RULE
+            [logits], labels, weights, None, None, None, with_top1=False, with_shares=False, **RULE, **problem.loss
         )  # fmt: skip
 
     return call
@@ -71,20 +83,22 @@ def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
 def _backward(problem: Problem, device: torch.device) -> Callable[[], None]:
     logits, labels, weights = _tensors(problem, device)
     d_logits, tensors = torch.empty_like(logits), (labels, weights, None, None, None)
-    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE)
+    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE, **problem.loss)
     factor = torch.ones((), device=device)
 
     def call() -> None:
         backward.launch_backward(
-            torch.ones_like(found.out), [logits], [d_logits], *tensors, found.row_max, found.log_sum, factor, **RULE
+            torch.ones_like(found.out), [logits], [d_logits], *tensors, found.row_max, found.log_sum, factor,
+            **RULE, **problem.loss,
         )  # fmt: skip
 
     return call
 
 
 def _slab(problem: Problem, device: torch.device) -> Callable[[], None]:
-    logits, _, _ = _tensors(problem, device)
-    slab = logits.view(-1, problem.V)
+    # Rows as far apart as the linear path has them.
+    unembed = torch.empty(problem.V, 1, dtype=problem.dtype, device=device)
+    slab = make_slab(unembed, problem.P * problem.H).normal_(0, 3)
     label = torch.randint(problem.V, (len(slab),), dtype=torch.int32, device=device)
     coefficient, ce, row_loss, lse = (torch.ones(len(slab), device=device) for _ in range(4))
     read = torch.ones(len(slab), dtype=torch.bool, device=device)
@@ -92,45 +106,49 @@ def _slab(problem: Problem, device: torch.device) -> Callable[[], None]:
     def call() -> None:
         # Its own gradient is its next input: as wide a row as any, and no copy between the rounds.
         forward_backward.launch_forward_backward(
-            slab, label, coefficient, read, ce, row_loss, lse, None,
-            softcap=None, z_loss=0.0, label_smoothing=0.0, gradient=True,
+            slab, label, coefficient, read, ce, row_loss, lse, None, gradient=True, **problem.loss
         )  # fmt: skip
 
     return call
 
 
 def _problems(P: int, H: int, *dtypes: torch.dtype) -> tuple[Problem, ...]:
-    vocabularies = sorted({model.V for model in MODELS.values()})
-    return tuple(Problem(P, H, V, dtype) for dtype in dtypes for V in vocabularies)
+    losses = sorted({(model.V, model.softcap) for model in MODELS.values()}, key=lambda loss: (loss[0], loss[1] or 0))
+    return tuple(Problem(P, H, V, dtype, softcap) for dtype in dtypes for V, softcap in losses)
 
 
 BOTH = (torch.bfloat16, torch.float32)
+# First what a target is read from, in case that there is no time for the others.
 KERNELS = {
-    "forward": Kernel(forward, ("forward_tile",), _forward, 1, _problems(2048, 4, *BOTH)),
-    "backward": Kernel(backward, ("backward_tile",), _backward, 2, _problems(2048, 4, *BOTH)),
     "slab": Kernel(
         forward_backward, ("slab_tile", "backward_tile"), _slab, 2, _problems(4096, 1, torch.bfloat16)
     ),
+    "forward": Kernel(forward, ("forward_tile",), _forward, 1, _problems(2048, 4, *BOTH)),
+    "backward": Kernel(backward, ("backward_tile",), _backward, 2, _problems(2048, 4, *BOTH)),
 }  # fmt: skip
 FEW = tuple(Problem(P, H, 151936, torch.bfloat16) for P, H in ((256, 1), (64, 4), (600, 4), (2048, 4)))
 
 
 @contextmanager
-def chosen(kernel: Kernel, tile: tiles.Tile | None) -> Iterator[None]:
-    """The launcher cuts rows into this tile; as kernels/tiles.py says where it is None."""
-    if tile is None:
+def chosen(kernel: Kernel, cut: Cut | None) -> Iterator[None]:
+    """The launcher cuts rows into these tiles; as kernels/tiles.py says where they are None."""
+    if cut is None:
         yield
         return
-    with mock.patch.multiple(kernel.module, **{name: lambda *_: tile for name in kernel.choices}):
+    choices = {name: lambda *_, tile=tile: tile for name, tile in zip(kernel.choices, cut, strict=True)}
+    with mock.patch.multiple(kernel.module, **choices):
         yield
 
 
-def candidates(itemsize: int) -> Iterator[tiles.Tile]:
-    """Tiles that registers can hold."""
+def candidates(itemsize: int, choices: int) -> Iterator[Cut]:
+    """Tiles that registers can hold, of as many threads for each of a launcher's choices."""
     for threads in THREADS:
-        for strips in STRIPS:
-            if strips * threads * tiles.VECTOR_BYTES // itemsize * 4 <= MOST_BYTES_IN_A_TILE:
-                yield tiles.Tile(strips, threads, threads // tiles.WARP_SIZE)
+        fitting = [
+            tiles.Tile(strips, threads, threads // tiles.WARP_SIZE)
+            for strips in STRIPS
+            if strips * threads * tiles.VECTOR_BYTES // itemsize * 4 <= MOST_BYTES_IN_A_TILE
+        ]
+        yield from product(fitting, repeat=choices)
 
 
 def race(calls: dict[Any, Callable[[], None]]) -> dict[Any, float | str]:
@@ -153,11 +171,12 @@ def race(calls: dict[Any, Callable[[], None]]) -> dict[Any, float | str]:
 def _entries(
     name: str, problem: Problem, found: dict[Any, float | str], label: str, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
-    P, H, V, dtype = problem
+    P, H, V, dtype, softcap = problem
     ceiling = KERNELS[name].passes * P * H * V * dtype.itemsize / bandwidth
     fastest = min((seconds for seconds in found.values() if isinstance(seconds, float)), default=None)
     for choice, seconds in found.items():
-        entry = {"kernel": name, "P": P, "H": H, "V": V, "dtype": str(dtype).removeprefix("torch."), label: choice}
+        words = str(dtype).removeprefix("torch.")
+        entry = {"kernel": name, "P": P, "H": H, "V": V, "dtype": words, "softcap": softcap, label: choice}
         if isinstance(seconds, str):
             yield {**entry, "failed": seconds}
         else:
@@ -170,16 +189,16 @@ def sweep_tiles(name: str, problem: Problem, bandwidth: float, device: torch.dev
     kernel = KERNELS[name]
     call = kernel.call(problem, device)
 
-    def with_tile(tile: tiles.Tile | None) -> Callable[[], None]:
+    def with_tiles(cut: Cut | None) -> Callable[[], None]:
         def run() -> None:
-            with chosen(kernel, tile):
+            with chosen(kernel, cut):
                 call()
 
         return run
 
-    calls = {"as is": with_tile(None)}
-    for tile in candidates(problem.dtype.itemsize):
-        calls[f"{tile.strips}x{tile.threads}"] = with_tile(tile)
+    calls = {"as is": with_tiles(None)}
+    for cut in candidates(problem.dtype.itemsize, len(kernel.choices)):
+        calls[", ".join(f"{tile.strips}x{tile.threads}" for tile in cut)] = with_tiles(cut)
     return [*_entries(name, problem, race(calls), "tile", bandwidth)]
 
 
@@ -201,14 +220,24 @@ def sweep_programs(name: str, problem: Problem, bandwidth: float, device: torch.
 def line(entry: dict[str, Any]) -> str:
     """An entry as text."""
     choice = entry.get("tile", entry.get("least_programs"))
-    problem = f"{entry['kernel']:9}P={entry['P']:<6}H={entry['H']} V={entry['V']:<7}{entry['dtype']:9}{choice!s:>8}"
+    capped = " softcap" if entry["softcap"] else ""
+    rows = f"P={entry['P']:<6}H={entry['H']} V={entry['V']:<7}{entry['dtype']:8}{capped:8}"
+    problem = f"{entry['kernel']:9}{rows}{choice!s:>15}"
     if "failed" in entry:
         return f"{problem}  {entry['failed']}"
     return f"{problem} {entry['p20_ms']:9.3f} ms {entry['of_copy']:6.1%}{'  fastest' if entry['fastest'] else ''}"
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Sweep the kernels named, or all; 2 for a name that is none, 3 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"{', '.join(KERNELS)}; all where none is named")
+    parser.add_argument(
+        "--results", type=Path, default=results.RESULTS, metavar="FOLDER",
+        help="write FOLDER/tiles/<device>.json; FOLDER is benchmarks/results/ where none is named",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    names = options.kernels
     unknown = [name for name in names if name not in KERNELS]
     if unknown:
         print(f"sweep: no kernel {unknown[0]!r}; expected {', '.join(KERNELS)}.", file=sys.stderr)
@@ -217,7 +246,7 @@ def main(names: list[str]) -> int:
         print("sweep: no GPU that torch can use; nothing was run.", file=sys.stderr)
         return 3
     bandwidth = copy_bandwidth()
-    path = results.results_path(DEVICE.type, results.RESULTS / "tiles")
+    path = results.results_path(DEVICE.type, options.results / "tiles")
     machine = results.new_run(DEVICE.type, bandwidth)
     run = {name: value for name, value in machine.items() if name not in ("cases", "absent", "steps")}
     entries: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
 """A results file as text: `python -m benchmarks.table [file]`, this machine's file where none is named.
 
 Times are medians, and p20 for forward and backward together, of which the ratios are. "mtp_ce is" says how much faster
-mtp_ce is in the same run, and "of ceiling" is the share of the time of what can't be left out: a copy of the bytes, or
-the bare products. A provider with a dagger knows no weights of tokens, and does less work.
+mtp_ce is in the same run, and "of the ceiling" is each pass's share of the time of what can't be left out: a copy of
+the bytes, or the bare products. A provider with a dagger knows no weights of tokens, and does less work.
 """
 
 import sys
@@ -19,6 +19,7 @@ UNWEIGHTED = "†"
 # Share of the CPU that others took. One busy neighbour on two cores is 0.5, and slows down by 10 what has many short
 # parallel parts.
 NOISY = 0.05
+PASSES = ("forward", "backward", "both")
 Cases = dict[str, dict[str, dict[str, Any]]]  # provider -> pass -> case
 
 
@@ -31,6 +32,11 @@ def label(path: str, provider: str) -> str:
     """A provider's name, marked where it does not do the same work."""
     known = BY_NAME[path].get(provider)
     return provider + (UNWEIGHTED if known is not None and not known.weighted else "")
+
+
+def percent(share: float | None) -> str:
+    """A share, "-" where there is none."""
+    return f"{share:.0%}" if share else "-"
 
 
 def shape_line(shape: dict[str, Any]) -> str:
@@ -57,14 +63,15 @@ def _provider_line(path: str, name: str, by_pass: dict[str, dict[str, Any]], our
     def median(which: str) -> str:
         return f"{by_pass[which]['p50_ms']:8.2f}" if which in by_pass else f"{'-':>8}"
 
+    def share(which: str) -> str:
+        return f"{percent(by_pass[which]['share_of_ceiling'] if which in by_pass else None):>8}"
+
     main = by_pass.get("both") or by_pass.get("forward")
-    line = f"  {label(path, name):20}{median('forward')} {median('backward')} {median('both')}"
+    line = f"  {label(path, name):20}{' '.join(map(median, PASSES))}  {' '.join(map(share, PASSES))}"
     if main is None:
         return line
-    share = main["share_of_ceiling"]
     speed_up = f"{main['p20_ms'] / ours['p20_ms']:7.2f}x" if ours and ours["pass"] == main["pass"] else f"{'-':>8}"
-    of_ceiling = f"{share:.0%}" if share else "-"
-    return f"{line}  {main['p20_ms']:8.2f} {of_ceiling:>6} {speed_up} {main['peak_bytes'] / MIB:8.1f}"
+    return f"{line}  {main['p20_ms']:8.2f} {speed_up} {main['peak_bytes'] / MIB:8.1f}"
 
 
 def absences(run: results.Run) -> Iterator[str]:
@@ -79,9 +86,9 @@ def absences(run: results.Run) -> Iterator[str]:
 
 def cases_table(run: results.Run) -> Iterator[str]:
     """The lines of a run's cases, and of who was absent."""
-    passes = " ".join(f"{which:>8}" for which in ("forward", "backward", "both"))
-    yield f"{'':22}{'ms, median':>26}  {'ms':>8} {'of':>6} {'mtp_ce':>8} {'peak':>8}"
-    yield f"{'':22}{passes}  {'p20':>8} {'ceil.':>6} {'is':>8} {'MiB':>8}"
+    passes = " ".join(f"{which:>8}" for which in PASSES)
+    yield f"{'':22}{'ms, median':>26}  {'of the ceiling':>26}  {'ms':>8} {'mtp_ce':>8} {'peak':>8}"
+    yield f"{'':22}{passes}  {passes}  {'p20':>8} {'is':>8} {'MiB':>8}"
     for line, (shape, providers) in by_shape(run).items():
         noisy = is_noisy(case for by_pass in providers.values() for case in by_pass.values())
         yield line + "; NOISY, others were on the CPU" * noisy

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("linear", "logits", "token_ce")
@@ -46,6 +47,9 @@ def a_run(load: Load, kind: str) -> dict[str, Any]:
             if case.provider.name.startswith(("liger", "cce", "quack")):
                 run["absent"].append({**entry, "reason": "not installed"})
                 continue
+            if case.provider.ours and (missing := case.provider.missing(case.shape, torch.device(kind))):
+                run["absent"].append({**entry, "reason": missing})
+                continue
             peak = max(n, 1) * max(shape["gradient_bytes"], 2**20) + shape["logits_bytes"] // 10
             timing = results.timing([(n or 0.5) / 1e3] * 5, 0.5 / 1e3)
             run["cases"].append({**entry, **timing, "others_cpu": 0.0, "peak_bytes": peak, "errors": {}})
@@ -63,11 +67,15 @@ def test_the_readme_section_says_in_few_lines_what_matters(load: Load, tmp_path:
     assert all(line.count("|") == 8 for line in rows)
     main = plan.summary(kind, "linear")[0]
     size = f"V {main.V}, D {main.D}, N {main.rows} (H 4), {main.dtype}"
-    # Our time, the ceiling's share, the memory; the loop is the next provider, and takes twice our time.
+    # Our time, the ceiling's share, the memory; the loop comes two providers later, and takes three times our time.
     assert rows[0].startswith(f"| `linear` {main.model}: {size} | 1.00 ms | 50% | ")
-    assert f"| {(main.gradient_bytes + main.logits_bytes // 10) / 2**20:.0f} MiB (10%) | 2.00x, " in rows[0]
-    assert "torch_chunked 5.00x, " in rows[0]
+    assert f"| {(main.gradient_bytes + main.logits_bytes // 10) / 2**20:.0f} MiB (10%) | 3.00x, " in rows[0]
+    assert "torch_chunked 6.00x, " in rows[0]
     assert "40% dead" in rows[1]
+    # Where a GPU is told how many rows are live, that is a second line.
+    dropped = "| 1.00 ms<br>2.00 ms | 50%<br>25% |"
+    assert [dropped in row for row in rows] == [kind == "cuda" and number == 1 for number in range(len(rows))]
+    assert any("given the number of live rows" in line for line in lines) == (kind == "cuda")
     assert "stale" not in report.section(tmp_path)
     (absent,) = [line for line in lines if line.startswith("* Absent")]
     assert absent.endswith("(not installed).")
@@ -175,8 +183,8 @@ def test_a_path_without_points_has_no_plot(load: Load) -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_table_of_a_run_is_whole(load: Load, tmp_path: Path, kind: str) -> None:
-    """Every shape and provider, the ratios, and what is absent and why."""
-    results = load("results")
+    """Every shape and provider, the ratios, each pass's share of the ceiling, and what is absent and why."""
+    results, table = load("results"), load("table")
     path = tmp_path / "device.json"
     run = a_run(load, kind)
     results.write(path, [run])
@@ -186,10 +194,16 @@ def test_the_table_of_a_run_is_whole(load: Load, tmp_path: Path, kind: str) -> N
     lines = done.stdout.splitlines()
     shapes = {str(case["shape"]) for case in run["cases"]}
     timed = {(case["provider"], str(case["shape"])) for case in run["cases"]}
-    assert len(lines) == 2 + len(shapes) + len(timed) + 1 + 2
-    assert max(map(len, lines)) <= 130, max(lines, key=len)
+    reasons = {entry["reason"] for entry in run["absent"]}
+    assert len(lines) == 2 + len(shapes) + len(timed) + len(reasons) + 2
+    narrow = [line for line in lines if not line.startswith("absent: ")]
+    assert max(map(len, narrow)) <= 130, max(narrow, key=len)
     assert sum(line.startswith("  mtp_ce ") and " 1.00x" in line for line in lines) == len(shapes)
     assert sum(line.startswith("  eager_loop ") and "00x" in line for line in lines) == len(shapes)
+    # Of forward, backward and both; the in-place gradient takes twice as long.
+    main = lines.index(table.shape_line(load("plan").summary(kind, "logits")[0].as_dict()))
+    assert lines[main + 1].split()[:8] == ["mtp_ce", "1.00", "1.00", "1.00", "50%", "50%", "50%", "1.00"]
+    assert lines[main + 2].split()[:8] == ["mtp_ce_inplace", "2.00", "2.00", "2.00", "25%", "25%", "25%", "2.00"]
     assert any(line.startswith("absent: liger") and line.endswith(": not installed") for line in lines)
     assert "3000.0 GB/s" in lines[-2]
 

@@ -158,19 +158,26 @@ def test_a_second_visit_costs_its_bytes_only_where_they_come_from_memory(predict
     assert predicted["forward_backward_kernelagain from memory"]["bytes"] == 3 * 100 * V * 2
 
 
-def test_the_table_of_the_log_is_of_these_kernels(load: Load) -> None:
-    """`python -m benchmarks.predict --write` makes it, and takes a minute; until then it must say STALE."""
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_the_tables_of_the_log_are_of_these_kernels(load: Load, version: str) -> None:
+    """`python -m benchmarks.predict --write` makes one, and takes a minute; until then it must say STALE."""
     predict = load("predict")
     page = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
-    shown = page.partition(predict.BEGIN)[2].partition(predict.END)[0].strip()
-    made_of = re.match(r"Kernels `(\w+)`, triton \d+\.\d+\.\d+\S*, sm_90\.\n", shown)
-    assert shown.startswith("STALE") or (made_of and made_of[1] == predict.source_hash()[:16])
+    heading, shown = (text.strip() for text in page.split(predict.markers(version)[0]))
+    assert heading.splitlines()[-1].startswith(f"### Triton {version}, ")
+    shown, end, _ = shown.partition(predict.markers(version)[1])
+    made_of = re.match(r"Kernels `(\w+)`, triton (\S+), sm_90\.\n", shown)
+    assert shown.startswith("STALE") or (made_of and made_of.groups() == (predict.source_hash()[:16], version))
     assert "nothing is measured" in shown
+    assert end
 
 
 def test_writing_the_table_leaves_the_rest_of_the_log_alone(load: Load) -> None:
     predict = load("predict")
-    page = f"before\n\n{predict.BEGIN}\nold\n{predict.END}\n\nafter\n"
-    again = predict.written(page, ["new", "rows"])
-    assert again == f"before\n\n{predict.BEGIN}\nnew\nrows\n{predict.END}\n\nafter\n"
-    assert predict.written(again, ["new", "rows"]) == again
+    (begin, end), others = predict.markers("3.9.0"), "\n".join(predict.markers("3.6.0"))
+    page = f"before\n{others}\n{begin}\nold\n{end}\n\nafter\n"
+    again = predict.written(page, "3.9.0", ["new", "rows"])
+    assert again == f"before\n{others}\n{begin}\nnew\nrows\n{end}\n\nafter\n"
+    assert predict.written(again, "3.9.0", ["new", "rows"]) == again
+    with pytest.raises(ValueError, match=r"no section for triton 4\.0\.0"):
+        predict.written(page, "4.0.0", ["new"])
