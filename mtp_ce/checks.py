@@ -315,10 +315,8 @@ def check_inplace(given: list[Tensor], impl: str) -> None:
             )
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError("inplace_backward is True and logits is expanded; expected memory of its own.")
-    # torch.compile settles both by itself: its tensors have no addresses, and its graphs are free of aliases.
-    if torch.compiler.is_compiling():
-        return
-    if _overlap(given):
+    # Under torch.compile tensors have no addresses, and each graph input is known to be separate.
+    if not torch.compiler.is_compiling() and _overlap(given):
         raise ValueError("inplace_backward is True and two heads of logits share memory; expected separate memory.")
     if any(x.requires_grad for x in given) and saved_tensors_are_hooked():
         raise ValueError(
@@ -328,9 +326,14 @@ def check_inplace(given: list[Tensor], impl: str) -> None:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Something replaces what autograd saves at this point: checkpointing, save_on_cpu, hooks of the user."""
-    # torch asks itself this way; there is no public name for it. True: also while torch.compile traces.
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Something replaces what autograd saves here: checkpointing, save_on_cpu, hooks of the user.
+
+    Not under torch.compile, which decides itself what is saved.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # There is no public name for what torch asks itself. False: no matter whether something else traces.
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _overlap(heads: list[Tensor]) -> bool:

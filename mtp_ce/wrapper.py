@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from mtp_ce.causal import causal_model
-from mtp_ce.checks import check_options
+from mtp_ce.checks import check_options, saved_tensors_are_hooked
 from mtp_ce.documents import packed_documents
 from mtp_ce.heads import CONFIG_FILE, MTPHeads
 from mtp_ce.layer_heads import LayerHeads, decoder_layers, watched
@@ -276,8 +276,8 @@ class MTPWrapper(PreTrainedModel):
                 scaled, output.weight, labels, token_weights, bias=output.bias, return_stats=True, **rule
             )
         logits = [nn.functional.linear(x, output.weight, output.bias) for x in scaled]
-        # Nobody else sees these logits, so the gradient may have their place.
-        inplace = any(x.requires_grad for x in logits)
+        # Nobody else sees these logits, so the gradient may have their place; unless a checkpoint around it all keeps them.
+        inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
         return weighted_mtp_ce(logits, labels, token_weights, inplace_backward=inplace, return_stats=True, **rule)
 
     def generate(self, *arguments: Any, speculative: bool = False, **options: Any) -> Any:

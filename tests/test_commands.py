@@ -56,6 +56,7 @@ ELSEWHERE = {
     "uv run pytest": (".ci/run", "uv run pytest"),
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
+    "python -m benchmarks.targets": ("tests/test_targets.py", 'load("targets")'),
     "python -m benchmarks.report": ("tests/test_benchmark_report.py", 'load("report")'),
     "python -m benchmarks.table": ("tests/test_benchmark_report.py", 'load("table")'),
     "python -m benchmarks.sweep": ("tests/test_sweep.py", "benchmarks.sweep"),

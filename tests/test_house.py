@@ -17,7 +17,7 @@ FLOORS = {
     "mtp_ce": {"torch", "triton", "jaxtyping", "safetensors", "mtp_ce"},
 }
 # What works on models of transformers; loaded when it is first asked for.
-OF_TRANSFORMERS = {"mtp_ce/wrapper.py", "mtp_ce/speculative.py"}
+OF_TRANSFORMERS = {f"mtp_ce/{name}.py" for name in ("causal", "hf_trainer", "saved_heads", "speculative", "wrapper")}
 
 
 def sources(folder: str) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -320,6 +321,24 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
         if checkpointing:
             wrapper.gradient_checkpointing_enable()
         wrapper(tokens, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in wrapper.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_wrapper_changes_no_gradient(reentrant):
+    """The loss is in it, whose gradient takes the place of the logits only where nobody keeps them."""
+    tokens, labels, _ = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        wrapper = wrap(build(), "residual", loss="logits").train()
+
+        def loss(*_, wrapper=wrapper):
+            return wrapper(tokens, labels=labels).loss
+
+        wanted = torch.ones((), requires_grad=True)  # what a reentrant checkpoint looks for among its arguments
+        (checkpoint(loss, wanted, use_reentrant=reentrant) if checkpointing else loss()).backward()
         gradients.append({name: parameter.grad for name, parameter in wrapper.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
