@@ -231,6 +231,21 @@ def test_a_token_classifier_of_transformers_is_a_critic(packed) -> None:
     assert len(weights[packed.scored].unique()) > 5
 
 
+def test_a_critic_as_transformers_makes_it_sees_no_other_document_of_the_row(packed) -> None:
+    """Its configuration asks for a cache, with which transformers would let attention cross the borders."""
+    critic = llama(LlamaForTokenClassification, num_labels=1, initializer_range=0.3)
+    assert critic.config.use_cache
+    positions = torch.arange(24) - torch.tensor([0] * 7 + [7] * 9 + [16] * 8)
+    other = packed.input_ids[:1].clone()
+    other[:, 7:16] = (other[:, 7:16] + 1) % V
+    first, second = (
+        CriticDeltaScorer(critic).explain(x, x, packed.document_ids[:1], position_ids=positions[None])["value"]
+        for x in (packed.input_ids[:1], other)
+    )
+    differs = (first != second)[0]
+    assert differs.tolist() == (packed.document_ids[0] == 1).tolist()
+
+
 class Counting:
     """A scorer whose weights are all different."""
 
