@@ -285,7 +285,8 @@ class TrainConfig(StageTrainConfig):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="of forward and backward; parameters, sums of gradients and the optimizer stay fp32",
+        description="of forward and backward, and of the models that a scorer asks, whose scores bf16 makes coarser; "
+        "parameters, sums of gradients and the optimizer stay fp32",
     )
     activation_checkpointing: bool = Field(
         default=False, description="whether layers compute their activations again in the backward. Changes memory only"

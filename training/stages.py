@@ -225,7 +225,12 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
 
 
 def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
-    settings = {"scorer": recipe.scorer.model_dump(), "row_length": inputs.row_length, "seed": recipe.seed}
+    settings = {
+        "scorer": recipe.scorer.model_dump(),
+        "row_length": inputs.row_length,
+        "seed": recipe.seed,
+        "precision": recipe.train.precision,
+    }
     digests = [*inputs.digests, *map(folder_digest, models.folders())]
     rows = inputs.rows(inputs.tokens.train)
     batch_size = recipe.validation.batch_size
