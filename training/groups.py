@@ -180,7 +180,7 @@ class _ScoreConfig(Group):
     top_fraction: float = Field(default=0.6, gt=0, le=1, description="share of the tokens that topk keeps")
     scope: Literal["sequence", "batch", "global"] = Field(
         default="sequence",
-        description="over which tokens the mean is 1: a document in its row, a micro-batch, all ranks",
+        description="over which tokens the mean is 1: a document in its row, the rows of a forward, those of all ranks",
     )
 
     def normalization(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ ControlName = Literal["shuffled", "random_matched"]
 
 
 class ControlScorerConfig(Group):
-    """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the micro-batch."""
+    """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the rows of a forward."""
 
     name: ControlName = Field(description="which scorer makes the token weights")
     of: ModelScorerConfig = Field(description="the scorer whose weights are moved")
@@ -268,7 +268,8 @@ class StageTrainConfig(Group):
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="rows per forward; divides batch_size; null: all. Changes memory, not results",
+        description="rows per forward; divides batch_size; null: all. Changes memory, not results, unless rows are "
+        "weighed together: by scope batch or global, or random_matched",
     )
     log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
 

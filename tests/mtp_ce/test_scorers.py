@@ -272,10 +272,24 @@ def test_controls_keep_the_weights_and_lose_the_tokens(packed, control) -> None:
         for inside in [supervised[b] & (packed.document_ids[b] == d)]
     ]
     assert all(kept) == (control is ShuffledWeights)
-    assert torch.equal(weights, control(Counting(), seed=3).run(*given).weights), "a batch is always permuted alike"
+    assert torch.equal(weights, control(Counting(), seed=3).run(*given).weights), "a row is always permuted alike"
     assert not torch.equal(weights, control(Counting(), seed=4).run(*given).weights)
     other = (packed.input_ids.flip(1), packed.labels, packed.document_ids)
     assert not torch.equal(weights, control(Counting(), seed=3).run(*other).weights)
+
+
+@pytest.mark.parametrize("scorer", ["scorer", "shuffled"])
+def test_weights_of_a_row_do_not_depend_on_the_rows_beside_it(packed, scorer) -> None:
+    model, rows = llama(initializer_range=0.3), Rho1ExcessScorer(llama(initializer_range=0.2))
+
+    def weigh(part: slice) -> Tensor:
+        ids, labels, documents = (x[part] for x in (packed.input_ids, packed.labels, packed.document_ids))
+        control = ShuffledWeights(rows, seed=3) if scorer == "shuffled" else rows
+        return control.run(ids, labels, documents, current=NextToken.of(model, ids)).weights
+
+    apart = torch.cat([weigh(slice(0, 1)), weigh(slice(1, 2))])
+    torch.testing.assert_close(apart, weigh(slice(0, 2)), rtol=0, atol=1e-5)
+    assert apart.std() > 0.1
 
 
 def test_the_permutation_is_uniform(packed) -> None:

@@ -16,6 +16,7 @@ from mtp_ce.training import pipeline
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
+from mtp_ce.training.run_folder import decided_by
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import documents_of, reference_recipe
 
@@ -100,6 +101,27 @@ def test_a_stage_is_not_made_again_for_what_changes_no_result():
     assert one == other
     assert one != stage_key("critic", {"train": {"steps": 4, "log_every": 1, "device": "cpu"}}, ["texts"])
     assert one != stage_key("critic", {"train": {"steps": 3, "log_every": 1, "device": "cpu"}}, ["other texts"])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "decide"),
+    [
+        ("{name: uniform}", False),
+        ("{name: rho1_excess}", False),
+        ("{name: shuffled, of: {name: rho1_excess}}", False),
+        ("{name: rho1_excess, scope: batch}", True),
+        ("{name: shuffled, of: {name: rho1_excess, scope: global}}", True),
+        ("{name: random_matched, of: {name: rho1_excess}}", True),
+    ],
+)
+def test_rows_per_forward_decide_a_training_where_they_are_weighed_together(rho1, scorer, decide):
+    """What a comparison has kept, and what a run is gone on with; never the reference, which weighs nothing."""
+    whole, parts = (rho1([f"scorer={scorer}", f"train.micro_batch_size={rows}"]) for rows in (4, 2))
+    keys = [stage_key("main", recipe.model_dump(include={"train", "scorer"}), []) for recipe in (whole, parts)]
+    assert (keys[0] != keys[1]) is decide
+    assert (decided_by(whole) != decided_by(parts)) is decide
+    references = [reference_recipe(recipe).model_dump(include={"train", "scorer"}) for recipe in (whole, parts)]
+    assert stage_key("reference", references[0], []) == stage_key("reference", references[1], [])
 
 
 def test_other_texts_are_another_reference(weighted_run, rho1, corpus_folder, tmp_path, monkeypatch):
@@ -191,9 +213,8 @@ def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted
     """The current model is frozen here, so every token has one weight for the whole training."""
     frozen = f"{{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
     scorer = f"scorer={{name: shuffled, of: {frozen}}}" if control else f"scorer={frozen}"
-    shuffled_rows = ["train.batch_size=1"] if control else []  # a control's weights depend on the batch's shape
-    run(rho1([scorer, *shuffled_rows]), tmp_path / "online")
-    before = rho1([scorer, *shuffled_rows, "precompute_weights=true", "validation.batch_size=1"])
+    run(rho1([scorer]), tmp_path / "online")
+    before = rho1([scorer, "precompute_weights=true", "validation.batch_size=3"])
     printed = run(before, tmp_path / "before")
     assert "weights     " in printed
     online, stored = lines(tmp_path / "online"), lines(tmp_path / "before")
