@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
-from mtp_ce.training import pipeline
+from mtp_ce.training import pipeline, stages
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
-from mtp_ce.training.run_folder import decided_by
+from mtp_ce.training.run_folder import decided_by, finished
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import documents_of, reference_recipe
 
@@ -239,3 +240,32 @@ def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, t
     flat = [weight for weights in table["token_weights"] for weight in weights]
     assert sum(flat) / len(flat) == pytest.approx(1, abs=1e-5)
     assert 0.05 <= min(flat) < max(flat) <= 3
+
+
+def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho1, tmp_path, monkeypatch):
+    """In bf16 the model is sharded, also on one process, and its files are loaded for the report."""
+    alive, found = [], {}
+    usual = stages.fit
+
+    def fit(recipe, *arguments, **options):
+        trainer, results = usual(recipe, *arguments, **options)
+        if recipe.reference:  # or it is that of the reference itself
+            alive.extend(map(weakref.ref, (trainer, trainer.model, trainer.optimizer, trainer.weigh.__self__)))
+        return trainer, results
+
+    def decode(model, *_):
+        found.update(finished=finished(tmp_path / "run"), alive=[one() for one in alive])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+    monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr(stages, "decode", decode)
+    printed = run(rho1(["train.precision=bf16", "train.steps=2", "optimizer.warmup_steps=1"]), tmp_path / "run")
+    assert found["finished"], "before the report"
+    assert found["alive"] == [None] * 4
+    warnings = [line for line in printed.splitlines() if "OutOfMemoryError" in line]
+    assert len(warnings) == 1
+    assert "ended in OutOfMemoryError: CUDA out of memory. The model is saved, and eval-mtp" in warnings[0]
+    said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert said["decoding"] is None
+    assert said["heads"][0]["ce"] > 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
