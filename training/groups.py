@@ -235,9 +235,14 @@ class OptimizerConfig(Group):
     heads_lr: float | None = Field(
         default=None, gt=0, description="peak learning rate of the extra heads, which begin untrained; null: lr"
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="steps over which the learning rate rises from 0, that of the first step, to lr"
+    )
     final_lr_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="where the cosine ends, which a step after the last one would have, as a share of lr",
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
