@@ -180,7 +180,7 @@ class _ScoreConfig(Group):
     top_fraction: float = Field(default=0.6, gt=0, le=1, description="share of the tokens that topk keeps")
     scope: Literal["sequence", "batch", "global"] = Field(
         default="sequence",
-        description="over which tokens the mean is 1: a document in its row, a micro-batch, all ranks",
+        description="over which tokens the mean is 1: a document in its row, the rows of a forward, those of all ranks",
     )
 
     def normalization(self) -> dict[str, Any]:
@@ -217,7 +217,7 @@ ControlName = Literal["shuffled", "random_matched"]
 
 
 class ControlScorerConfig(Group):
-    """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the micro-batch."""
+    """Another scorer's weights on other tokens: shuffled within each sequence, or anywhere in the rows of a forward."""
 
     name: ControlName = Field(description="which scorer makes the token weights")
     of: ModelScorerConfig = Field(description="the scorer whose weights are moved")
@@ -235,9 +235,14 @@ class OptimizerConfig(Group):
     heads_lr: float | None = Field(
         default=None, gt=0, description="peak learning rate of the extra heads, which begin untrained; null: lr"
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises from 0 to lr")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="steps over which the learning rate rises from 0, that of the first step, to lr"
+    )
     final_lr_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="learning rate of the last step, as a share of lr"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="where the cosine ends, which a step after the last one would have, as a share of lr",
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
@@ -268,7 +273,8 @@ class StageTrainConfig(Group):
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="rows per forward; divides batch_size; null: all. Changes memory, not results",
+        description="rows per forward; divides batch_size; null: all. Changes memory, not results, unless rows are "
+        "weighed together: by scope batch or global, or random_matched",
     )
     log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics")
 
@@ -285,7 +291,8 @@ class TrainConfig(StageTrainConfig):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="of forward and backward; parameters, sums of gradients and the optimizer stay fp32",
+        description="of forward and backward, and of the models that a scorer asks, whose scores bf16 makes coarser; "
+        "parameters, sums of gradients and the optimizer stay fp32",
     )
     activation_checkpointing: bool = Field(
         default=False, description="whether layers compute their activations again in the backward. Changes memory only"

@@ -61,15 +61,16 @@ def score_heads(
 
     Args:
         model: in eval mode.
-        batches: on the model's device.
+        batches: where the model computes; parameters may wait elsewhere.
         add: adds up a tensor over all that score a part of the batches, in place.
 
     Returns:
         One result per head; of no rows, zeros.
     """
     H = model.horizon
-    sums = torch.zeros(5, H, dtype=torch.float64, device=model.device)  # ce, top1, top5, agrees, rows
+    sums = torch.zeros(5, H, dtype=torch.float64)  # ce, top1, top5, agrees, rows
     for batch in batches:
+        sums = sums.to(batch.labels.device)
         hidden = model.head_hidden_states(input_ids=batch.input_ids, position_ids=batch.position_ids)
         _, label, live = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
         output = Unembedding.of(model.causal)  # of a sharded model, whole only after a forward

@@ -51,7 +51,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
-    """Give a linear rise over the warm-up and a cosine down to `final_lr_ratio * lr` at the last step."""
+    """Give a linear rise over the warm-up and a cosine down to `final_lr_ratio * lr`, as transformers counts steps.
+
+    The first step of a warm-up has the rate 0, and the last step's is a little above the end of the cosine.
+    """
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup_steps, steps, min_lr_rate=config.final_lr_ratio
     )

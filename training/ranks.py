@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -158,16 +158,14 @@ class Ranks:
         layers, _ = decoder_layers(model.causal)
         heads = model.heads.layers if isinstance(model.heads, LayerHeads) else ()
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policies: dict[str, Any] = {
-            "mp_policy": half if train.precision == "bf16" else MixedPrecisionPolicy(),
-            # Memory is pinned for copies to a GPU.
-            "offload_policy": CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
-            if train.cpu_offload
-            else OffloadPolicy(),
-        }
+        precision = half if train.precision == "bf16" else MixedPrecisionPolicy()
+        # Memory is pinned for copies to a GPU.
+        pinned = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
+        where: dict[str, Any] = {"mesh": self.mesh, "offload_policy": pinned if train.cpu_offload else OffloadPolicy()}
         for layer in (*layers, *heads):
-            fully_shard(layer, mesh=self.mesh, **policies)
-        fully_shard(model, mesh=self.mesh, **policies)
+            fully_shard(layer, mp_policy=precision, **where)
+        # What comes from outside are tokens, and numbers of the loss that bf16 would round: weights, and their divisor.
+        fully_shard(model, mp_policy=replace(precision, cast_forward_inputs=False), **where)
         register_fsdp_forward_method(model, "head_hidden_states")
 
     def shard_frozen(self, model: PreTrainedModel) -> None:

@@ -106,12 +106,25 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def results_only(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out of nested settings what changes only where, how fast and in how much memory something is computed."""
-    return {
+    """Leave out of nested settings what changes only where, how fast and in how much memory something is computed.
+
+    Rows per forward are such a thing unless the scorer weighs them together.
+    """
+    kept = {
         name: results_only(value) if isinstance(value, Mapping) else value
         for name, value in settings.items()
         if name not in _NOT_RESULTS
     }
+    if weighs_rows_together(settings.get("scorer")):
+        kept["train"]["micro_batch_size"] = settings["train"]["micro_batch_size"]
+    return kept
+
+
+def weighs_rows_together(scorer: Mapping[str, Any] | None) -> bool:
+    """Whether the weights of a row depend on what other rows a forward has, on this rank or on all."""
+    if scorer is None:
+        return False
+    return scorer["name"] == "random_matched" or scorer.get("of", scorer).get("scope", "sequence") != "sequence"
 
 
 def _find(name_or_path: str) -> Path:

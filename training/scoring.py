@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
@@ -94,12 +94,16 @@ class Weighing:
 
 
 def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device, ranks: Ranks = ALONE) -> Weighing:
-    """Make the recipe's scorer and load its models, sharded over the ranks that ask them together."""
+    """Make the recipe's scorer and load its models, sharded over the ranks that ask them together.
+
+    They are held in the precision of the model in training: losses of two precisions don't compare.
+    """
 
     def load(kind: Any, folder: Path | None) -> PreTrainedModel:
         assert folder is not None
-        model: Any = kind.from_pretrained(folder, dtype=torch.float32)
-        frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
+        hold_in_precision(model, recipe.train.precision)
+        frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
         ranks.shard_frozen(frozen)
         return frozen
 
@@ -118,6 +122,13 @@ def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device, r
                 return CONTROLS[config.name](build(config.of), seed=recipe.seed)
 
     return Weighing(build(recipe.scorer), load(AutoModelForCausalLM, models.current) if models.current else None)
+
+
+def hold_in_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
+    """Hold a model that does not learn in the precision of the training: its parameters, as FSDP casts them."""
+    if precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
 
 
 def stored(recipe: Recipe) -> Weigh:

@@ -9,11 +9,13 @@ A finished stage is kept in the cache by a hash of its settings and inputs, and 
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,12 +43,14 @@ from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.kept import StageKind, folder_digest, keep_stage, kept_stage, stage_key
 from mtp_ce.training.report import Display, say, warn
+from mtp_ce.training.run_folder import finish
 from mtp_ce.training.saved_model import save_model
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.scoring import (
     FrozenModels,
     Weigh,
     build_weighing,
+    hold_in_precision,
     load_weights,
     save_weights,
     stored,
@@ -104,31 +108,62 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
     ):
         trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
+        # The model is saved: whatever becomes of the report, there is nothing to go on with.
+        ranks.lead(lambda: finish(output))
+        trained = Evaluation(results, inputs.unigram, trainer.validations.get(0))
+        whole = None if ranks.sharded else trainer.model
+        # Shards, optimizer and scorer make room for what the report loads.
+        del trainer, weigh
+        _give_memory_back(inputs.device)
 
         def report() -> Evaluation:
-            # Of a sharded model this rank has a part only; the files have all of it.
-            model = trainer.model
-            if ranks.sharded:
-                model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
-                nn.Module.to(model, inputs.device)
-            decoding = decode(model, inputs, recipe.validation.decoding)
-            evaluation = Evaluation(results, inputs.unigram, trainer.validations.get(0), decoding)
-            run.log(recipe.train.steps, evaluation.metrics())
-            for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
-                run.artifact(path)
-            if recipe.scored_by:
-                # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
-                from mtp_ce.training.passages import show_weights
+            evaluation = trained
+            with _warned_of_failure(inputs, output):
+                model = whole
+                # Of a sharded model this rank has a part only; the files have all of it.
+                if model is None:
+                    model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
+                    nn.Module.to(model, inputs.device)
+                evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
+                if recipe.scored_by:
+                    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+                    from mtp_ce.training.passages import show_weights
 
-                # One rank alone can't ask a model that is sharded over all of them.
-                weighing = build_weighing(recipe, models, inputs.device)
-                for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+                    # One rank alone can't ask a model that is sharded over all of them.
+                    weighing = build_weighing(recipe, models, inputs.device)
+                    hold_in_precision(model, recipe.train.precision)
+                    for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+                        run.artifact(path)
+            with _warned_of_failure(inputs, output):
+                run.log(recipe.train.steps, evaluation.metrics())
+                for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
                     run.artifact(path)
             return evaluation
 
         evaluation = ranks.share(ranks.lead(report))
         assert evaluation is not None
         return evaluation
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """Free what nothing but a ring of references holds, as that of a sharded module and its hooks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _warned_of_failure(inputs: Inputs, output: Path) -> Iterator[None]:
+    """Make a failure of the report a line: of one that needs more memory than there is, say."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        warn(
+            inputs.console,
+            f"the report on the trained model ended in {type(error).__name__}: {reason}. The model is saved, and "
+            f"eval-mtp {output} measures it",
+        )
 
 
 def reference_recipe(recipe: Recipe) -> Recipe:
@@ -225,7 +260,12 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
 
 
 def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
-    settings = {"scorer": recipe.scorer.model_dump(), "row_length": inputs.row_length, "seed": recipe.seed}
+    settings = {
+        "scorer": recipe.scorer.model_dump(),
+        "row_length": inputs.row_length,
+        "seed": recipe.seed,
+        "precision": recipe.train.precision,
+    }
     digests = [*inputs.digests, *map(folder_digest, models.folders())]
     rows = inputs.rows(inputs.tokens.train)
     batch_size = recipe.validation.batch_size

@@ -2,8 +2,8 @@
 
     loss = 1/N sum_{b,t} avg(b,t)        N: positions of the whole batch with a target for some head
 
-N is counted before the first forward and handed to every micro-batch, so their gradients add up to the
-gradient of the whole batch, whatever the micro-batch size. Statistics are sums on the device, read by the
+N is counted before the first forward, by each rank in its rows, and handed to every micro-batch, so their gradients add
+up to the gradient of the whole batch, whatever the micro-batch size. Statistics are sums on the device, read by the
 host every `log_every` steps; the one value that the host awaits in each step is the gate's.
 """
 
@@ -181,9 +181,10 @@ class Trainer:
         # Whatever draws random numbers, such as dropout, draws the same ones after a resume.
         torch.manual_seed(seed_of("step", self.recipe.seed, step, self.ranks.rank))
         rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
-        whole = self.rows.batch(rows)
-        positions = scored_positions(whole, self.recipe.model.mtp.horizon).to(self.device)
-        batch = whole.part(self.ranks.slice(train.batch_size)).to(self.device)
+        batch = self.rows.batch(rows[self.ranks.slice(train.batch_size)])
+        positions = scored_positions(batch, self.recipe.model.mtp.horizon).to(self.device)
+        self.ranks.add(positions)
+        batch = batch.to(self.device)
         normalizer = positions.clamp(min=1).to(torch.float32)
 
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
@@ -224,7 +225,7 @@ class Trainer:
             step=step,
             loss=loss * normalizer,
             positions=positions,
-            tokens=whole.labels.numel(),
+            tokens=train.batch_size * self.rows.row_length,
             sums=sums,
             weights=weights,
             grad_norm=norm,

@@ -24,7 +24,8 @@ class CriticDeltaScorer:
     Args:
         critic: called with input_ids [B, S] (and position_ids where they are given), gives values [B, S] or
             [B, S, 1], or an output whose `.logits` are that: transformers' AutoModelForTokenClassification with
-            num_labels=1 is one. It is put into eval mode and never learns here.
+            num_labels=1 is one, whatever its configuration says of caches. It is put into eval mode and never learns
+            here.
         gamma: discount of the next value, 0 < gamma <= 1.
         gae_lambda: 0 (only the change at the token itself) to 1 (all later changes too).
         ignore_index: the label of a token that is not supervised.
@@ -107,7 +108,10 @@ class CriticDeltaScorer:
         return normalize_weights(parts["score"], supervised, document_ids=document_ids, **self.normalization)
 
     def _values(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        given = {} if position_ids is None else {"position_ids": position_ids}
+        given: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if getattr(getattr(self.critic, "config", None), "use_cache", False):
+            # transformers tells the documents of a packed row apart only where it makes no cache.
+            given["use_cache"] = False
         output = self.critic(input_ids, **given)
         values = getattr(output, "logits", output)
         if not isinstance(values, Tensor):

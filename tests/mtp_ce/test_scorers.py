@@ -231,6 +231,21 @@ def test_a_token_classifier_of_transformers_is_a_critic(packed) -> None:
     assert len(weights[packed.scored].unique()) > 5
 
 
+def test_a_critic_as_transformers_makes_it_sees_no_other_document_of_the_row(packed) -> None:
+    """Its configuration asks for a cache, with which transformers would let attention cross the borders."""
+    critic = llama(LlamaForTokenClassification, num_labels=1, initializer_range=0.3)
+    assert critic.config.use_cache
+    positions = torch.arange(24) - torch.tensor([0] * 7 + [7] * 9 + [16] * 8)
+    other = packed.input_ids[:1].clone()
+    other[:, 7:16] = (other[:, 7:16] + 1) % V
+    first, second = (
+        CriticDeltaScorer(critic).explain(x, x, packed.document_ids[:1], position_ids=positions[None])["value"]
+        for x in (packed.input_ids[:1], other)
+    )
+    differs = (first != second)[0]
+    assert differs.tolist() == (packed.document_ids[0] == 1).tolist()
+
+
 class Counting:
     """A scorer whose weights are all different."""
 
@@ -257,10 +272,24 @@ def test_controls_keep_the_weights_and_lose_the_tokens(packed, control) -> None:
         for inside in [supervised[b] & (packed.document_ids[b] == d)]
     ]
     assert all(kept) == (control is ShuffledWeights)
-    assert torch.equal(weights, control(Counting(), seed=3).run(*given).weights), "a batch is always permuted alike"
+    assert torch.equal(weights, control(Counting(), seed=3).run(*given).weights), "a row is always permuted alike"
     assert not torch.equal(weights, control(Counting(), seed=4).run(*given).weights)
     other = (packed.input_ids.flip(1), packed.labels, packed.document_ids)
     assert not torch.equal(weights, control(Counting(), seed=3).run(*other).weights)
+
+
+@pytest.mark.parametrize("scorer", ["scorer", "shuffled"])
+def test_weights_of_a_row_do_not_depend_on_the_rows_beside_it(packed, scorer) -> None:
+    model, rows = llama(initializer_range=0.3), Rho1ExcessScorer(llama(initializer_range=0.2))
+
+    def weigh(part: slice) -> Tensor:
+        ids, labels, documents = (x[part] for x in (packed.input_ids, packed.labels, packed.document_ids))
+        control = ShuffledWeights(rows, seed=3) if scorer == "shuffled" else rows
+        return control.run(ids, labels, documents, current=NextToken.of(model, ids)).weights
+
+    apart = torch.cat([weigh(slice(0, 1)), weigh(slice(1, 2))])
+    torch.testing.assert_close(apart, weigh(slice(0, 2)), rtol=0, atol=1e-5)
+    assert apart.std() > 0.1
 
 
 def test_the_permutation_is_uniform(packed) -> None:

@@ -88,6 +88,15 @@ def test_agreement_counts_positions_at_which_all_heads_so_far_say_what_head_0_sa
     assert 0 < agreed[1] < rows[1], "or this shows nothing"
 
 
+def test_sums_are_where_the_model_computes_and_not_where_its_parameters_wait(monkeypatch):
+    """Parameters that are offloaded say that they are on another device than hidden states and batches."""
+    model, batches = model_of("residual"), batches_of()
+    expected, added = score_heads(model, batches), []
+    monkeypatch.setattr(MTPWrapper, "device", property(lambda model: torch.device("meta")))
+    assert score_heads(model, batches, lambda sums: added.append(sums.device.type)) == expected
+    assert added == ["cpu"]
+
+
 def test_no_rows_at_all_are_zeros_and_not_a_division_by_0():
     batch = batches_of()[0]
     nothing = Batch(batch.input_ids, torch.full_like(batch.labels, -100), batch.document_ids, batch.position_ids)

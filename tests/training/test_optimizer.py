@@ -23,19 +23,20 @@ def test_weight_decay_pulls_on_matrices_alone(small, tied):
         assert value == (0.0 if plain else 0.3), name
 
 
-def test_the_learning_rate_rises_to_its_peak_and_ends_at_its_final_share(small):
+def test_the_learning_rate_rises_to_its_peak_and_comes_down_to_its_final_share(small):
     recipe = small(["optimizer.lr=1e-2", "optimizer.warmup_steps=4", "optimizer.final_lr_ratio=0.1"])
     optimizer = build_optimizer(build_model(recipe), recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, steps=24)
     rates = []
-    for _ in range(25):
+    for _ in range(24):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
     assert rates[:5] == pytest.approx([0, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2])
     assert all(later < earlier for earlier, later in pairwise(rates[4:]))
     assert rates[14] == pytest.approx(0.55e-2), "half way down"
-    assert rates[24] == pytest.approx(0.1e-2)
+    assert rates[23] == pytest.approx(0.1055e-2, rel=1e-3), "of the last step, one before the end"
+    assert schedule.get_last_lr()[0] == pytest.approx(0.1e-2)
 
 
 def test_extra_heads_can_learn_at_a_rate_of_their_own(small):

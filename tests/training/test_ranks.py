@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
@@ -21,8 +22,10 @@ from mtp_ce.training import fitting, pipeline
 from mtp_ce.training.checkpoint import read_checkpoint
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
-from mtp_ce.training.ranks import Ranks, agree_on_round
+from mtp_ce.training.model import build_model
+from mtp_ce.training.ranks import Ranks, agree_on_round, join_ranks
 from mtp_ce.training.schema import Recipe
+from mtp_ce.wrapper import MTPWrapper
 
 # Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
 DRIVER = """
@@ -198,7 +201,7 @@ def test_bf16_on_two_ranks_learns_as_fp32_does(launched, alone):
     ours, theirs = (
         [line["train/loss"] for line in lines(run) if "train/loss" in line] for run in (alone([]), folder / "bf16")
     )
-    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert ours == pytest.approx(theirs, rel=3e-4)  # seen: 5e-5
     assert ours != pytest.approx(theirs, rel=1e-6), "it is another precision"
 
 
@@ -277,3 +280,26 @@ def test_ranks_that_are_started_again_agree_on_a_round_of_their_own():
 
 def test_one_rank_is_a_round():
     assert agree_on_round(HashStore(), 0, 1)
+
+
+def test_bf16_rounds_neither_the_weights_nor_what_the_loss_is_divided_by(small, monkeypatch):
+    """Both come into forward from outside, and have more bits than bf16 has."""
+    recipe = small(["train.precision=bf16"])
+    model = build_model(recipe)
+    tokens = torch.randint(recipe.data.vocab_size, (2, 16))
+    weights, positions = 1 + torch.arange(32).view(2, 16) / 4096, torch.tensor(257.0)
+    given = []
+    usual = MTPWrapper._loss
+
+    def spy(self, hidden, output, rows):
+        given.append((hidden[0].dtype, output.weight.dtype, rows.token_weights, rows.num_items))
+        return usual(self, hidden, output, rows)
+
+    monkeypatch.setattr(MTPWrapper, "_loss", spy)
+    with join_ranks(torch.device("cpu"), recipe.train) as ranks:
+        ranks.shard(model, recipe.train)
+        model(tokens, labels=tokens, token_weights=weights, num_items_in_batch=positions).loss.backward()
+    ((hidden, unembed, *numbers),) = given
+    assert (hidden, unembed) == (torch.bfloat16, torch.bfloat16)
+    for number, expected in zip(numbers, (weights, positions), strict=True):
+        torch.testing.assert_close(number, expected, rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
-from mtp_ce.training import pipeline
+from mtp_ce.training import pipeline, stages
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
+from mtp_ce.training.run_folder import decided_by, finished
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import documents_of, reference_recipe
 
@@ -100,6 +102,27 @@ def test_a_stage_is_not_made_again_for_what_changes_no_result():
     assert one == other
     assert one != stage_key("critic", {"train": {"steps": 4, "log_every": 1, "device": "cpu"}}, ["texts"])
     assert one != stage_key("critic", {"train": {"steps": 3, "log_every": 1, "device": "cpu"}}, ["other texts"])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "decide"),
+    [
+        ("{name: uniform}", False),
+        ("{name: rho1_excess}", False),
+        ("{name: shuffled, of: {name: rho1_excess}}", False),
+        ("{name: rho1_excess, scope: batch}", True),
+        ("{name: shuffled, of: {name: rho1_excess, scope: global}}", True),
+        ("{name: random_matched, of: {name: rho1_excess}}", True),
+    ],
+)
+def test_rows_per_forward_decide_a_training_where_they_are_weighed_together(rho1, scorer, decide):
+    """What a comparison has kept, and what a run is gone on with; never the reference, which weighs nothing."""
+    whole, parts = (rho1([f"scorer={scorer}", f"train.micro_batch_size={rows}"]) for rows in (4, 2))
+    keys = [stage_key("main", recipe.model_dump(include={"train", "scorer"}), []) for recipe in (whole, parts)]
+    assert (keys[0] != keys[1]) is decide
+    assert (decided_by(whole) != decided_by(parts)) is decide
+    references = [reference_recipe(recipe).model_dump(include={"train", "scorer"}) for recipe in (whole, parts)]
+    assert stage_key("reference", references[0], []) == stage_key("reference", references[1], [])
 
 
 def test_other_texts_are_another_reference(weighted_run, rho1, corpus_folder, tmp_path, monkeypatch):
@@ -191,9 +214,8 @@ def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted
     """The current model is frozen here, so every token has one weight for the whole training."""
     frozen = f"{{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
     scorer = f"scorer={{name: shuffled, of: {frozen}}}" if control else f"scorer={frozen}"
-    shuffled_rows = ["train.batch_size=1"] if control else []  # a control's weights depend on the batch's shape
-    run(rho1([scorer, *shuffled_rows]), tmp_path / "online")
-    before = rho1([scorer, *shuffled_rows, "precompute_weights=true", "validation.batch_size=1"])
+    run(rho1([scorer]), tmp_path / "online")
+    before = rho1([scorer, "precompute_weights=true", "validation.batch_size=3"])
     printed = run(before, tmp_path / "before")
     assert "weights     " in printed
     online, stored = lines(tmp_path / "online"), lines(tmp_path / "before")
@@ -218,3 +240,32 @@ def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, t
     flat = [weight for weights in table["token_weights"] for weight in weights]
     assert sum(flat) / len(flat) == pytest.approx(1, abs=1e-5)
     assert 0.05 <= min(flat) < max(flat) <= 3
+
+
+def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho1, tmp_path, monkeypatch):
+    """In bf16 the model is sharded, also on one process, and its files are loaded for the report."""
+    alive, found = [], {}
+    usual = stages.fit
+
+    def fit(recipe, *arguments, **options):
+        trainer, results = usual(recipe, *arguments, **options)
+        if recipe.reference:  # or it is that of the reference itself
+            alive.extend(map(weakref.ref, (trainer, trainer.model, trainer.optimizer, trainer.weigh.__self__)))
+        return trainer, results
+
+    def decode(model, *_):
+        found.update(finished=finished(tmp_path / "run"), alive=[one() for one in alive])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+    monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr(stages, "decode", decode)
+    printed = run(rho1(["train.precision=bf16", "train.steps=2", "optimizer.warmup_steps=1"]), tmp_path / "run")
+    assert found["finished"], "before the report"
+    assert found["alive"] == [None] * 4
+    warnings = [line for line in printed.splitlines() if "OutOfMemoryError" in line]
+    assert len(warnings) == 1
+    assert "ended in OutOfMemoryError: CUDA out of memory. The model is saved, and eval-mtp" in warnings[0]
+    said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert said["decoding"] is None
+    assert said["heads"][0]["ce"] > 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

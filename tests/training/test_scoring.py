@@ -1,0 +1,85 @@
+"""Models that a scorer asks, as a training holds them: in its precision, whole or sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.scorers.weights import TokenWeights
+from mtp_ce.training.critic import build_critic
+from mtp_ce.training.data import Batch, PackedRows
+from mtp_ce.training.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.model import build_model
+from mtp_ce.training.ranks import ALONE, join_ranks
+from mtp_ce.training.scoring import FrozenModels, build_weighing
+
+CPU = torch.device("cpu")
+
+
+def a_batch(vocabulary: int) -> Batch:
+    """Three packed rows."""
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocabulary, (n,), generator=generator) for n in (20, 61, 3, 12)]
+    return PackedRows(documents, 32, 0).batch(torch.arange(3))
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """A model of large weights, whose losses differ from token to token."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_reference_that_is_the_model_in_training_finds_no_excess_loss(small, tmp_path, precision, given):
+    """Of both, to the last bit: a reference of another precision would find the other's rounding."""
+    torch.manual_seed(0)
+    recipe = small([f"train.precision={precision}"])
+    recipe = recipe.model_copy(
+        update={"scorer": Rho1ScorerConfig(name="rho1_excess"), "reference": ReferenceConfig(source="given")}
+    )
+    model = build_model(recipe)
+    folder = saved(model.causal, tmp_path / "model")
+    batch, parts = a_batch(recipe.data.vocab_size), {}
+    with join_ranks(CPU, recipe.train) as ranks:
+        models = FrozenModels(reference=folder, current=folder if given else None)
+        weighing = build_weighing(recipe, models, CPU, ranks)
+        ranks.shard(model, recipe.train)
+
+        def weigh(current: NextToken) -> torch.Tensor:
+            parts.update(weighing.explain(batch, current))
+            return weighing.weigh(batch, current).weights
+
+        model(batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, token_weights=weigh)
+    score = parts["score"][~parts["score"].isnan()]
+    assert (score == 0).all()
+    assert parts["ce"][~parts["ce"].isnan()].std() > 0.1
+    assert len(score) > 80
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_critic_in_bf16_weighs_nearly_as_in_fp32(small, tmp_path, sharded):
+    torch.manual_seed(0)
+    scorer = {"scorer": CriticScorerConfig(name="critic_delta"), "critic": CriticConfig(source="given")}
+    critic = build_critic(small(), end_of_text=0)
+    torch.nn.init.normal_(critic.score.weight)
+    folder, batch = saved(critic, tmp_path / "critic"), a_batch(512)
+
+    def weigh(precision: str) -> TokenWeights:
+        recipe = small([f"train.precision={precision}"]).model_copy(update=scorer)
+        if not sharded:
+            return build_weighing(recipe, FrozenModels(critic=folder), CPU, ALONE).weigh(batch)
+        with join_ranks(CPU, recipe.train) as ranks:
+            return build_weighing(recipe, FrozenModels(critic=folder), CPU, ranks).weigh(batch)
+
+    exact, rounded = weigh("fp32").weights, weigh("bf16").weights
+    assert not torch.equal(exact, rounded), "it is another precision"
+    assert (rounded - exact).abs().mean() < 0.05 < 0.3 < exact.std()
