@@ -276,7 +276,7 @@ class MTPWrapper(PreTrainedModel):
                 scaled, output.weight, labels, token_weights, bias=output.bias, return_stats=True, **rule
             )
         logits = [nn.functional.linear(x, output.weight, output.bias) for x in scaled]
-        # Nobody else sees these logits, so the gradient may have their place; unless a checkpoint around it all keeps them.
+        # Nobody else sees these logits, so the gradient may have their place, if no checkpoint around this keeps them.
         inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
         return weighted_mtp_ce(logits, labels, token_weights, inplace_backward=inplace, return_stats=True, **rule)
 

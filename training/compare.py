@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 from mtp_ce.training.corpus import is_documented
 from mtp_ce.training.fitting import fit
 from mtp_ce.training.head_scores import validation_metrics
-from mtp_ce.training.inputs import Inputs, read_inputs
+from mtp_ce.training.inputs import Inputs, find_device, read_inputs
 from mtp_ce.training.kept import folder_digest, stage_key
+from mtp_ce.training.ranks import Ranks, join_ranks
 from mtp_ce.training.report import say, warn
 from mtp_ce.training.run_folder import RECIPE_FILE, make_folder
 from mtp_ce.training.schema import Recipe
@@ -51,8 +52,13 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
         StepRefusedError, KeyboardInterrupt: as `pipeline.train`.
     """
     transformers_logging.disable_progress_bar()
-    arms, out = recipe.arms(), out or Console()
-    inputs = read_inputs(recipe, out)
+    with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
+        return _compare(recipe, output, seeds, out or Console(), ranks)
+
+
+def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Ranks) -> dict[str, Any]:
+    arms = recipe.arms()
+    inputs = read_inputs(recipe, out, ranks)
     check_stages(recipe, inputs)
     make_folder(output, recipe)
     say(out, f"output      {output}")
@@ -86,7 +92,7 @@ def _run(
     documented = inputs.tokens.held_out.choose([i for i, text in enumerate(held_out) if is_documented(text)])
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        weighing = build_weighing(recipe, models, inputs.device)
+        weighing = build_weighing(recipe, models, inputs.device, inputs.ranks)
         trainer, results = fit(recipe, inputs, inputs.rows(inputs.tokens.train), weighing.weigh, folder, run)
         metrics = validation_metrics(results)
         if documented:

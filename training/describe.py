@@ -219,8 +219,9 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
         own = llama_config(stage.model, data) if stage.model else trunk
         configs["reference" if isinstance(stage, ReferenceConfig) else "critic"] = own
     kind: Any = AutoModelForCausalLM if isinstance(stage, ReferenceConfig) else AutoModelForTokenClassification
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with torch.device("meta"):
-        models = {key: kind.from_config(config, dtype=torch.float32) for key, config in configs.items()}
+        models = {key: kind.from_config(config, dtype=dtype) for key, config in configs.items()}
     return models, [key for key, config in given.items() if config is None]
 
 

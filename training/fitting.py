@@ -23,7 +23,7 @@ from mtp_ce.training.inputs import Inputs
 from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.model import build_model, checkpoint_activations
 from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import to_yaml, without_password
+from mtp_ce.training.recipe import to_yaml, weighs_rows_together, without_password
 from mtp_ce.training.report import Display, say, warn
 from mtp_ce.training.run_folder import decided_by
 from mtp_ce.training.saved_model import save_model
@@ -64,9 +64,10 @@ def fit(
     ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
+    together = {"ranks": ranks.size} if weighs_rows_together(recipe.scorer.model_dump()) else {}
     checkpoints = Checkpoints(
         folder / CHECKPOINTS,
-        decided=decided_by(recipe) | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
+        decided=decided_by(recipe) | together | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
         keep=recipe.checkpoint.keep,
         ranks=ranks,
         warn=partial(warn, inputs.console),

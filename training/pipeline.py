@@ -13,7 +13,7 @@ from mtp_ce.training.head_scores import validation_metrics
 from mtp_ce.training.inputs import find_device, read_inputs
 from mtp_ce.training.ranks import Ranks, join_ranks
 from mtp_ce.training.report import say, say_evaluation, warn
-from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same, finish
+from mtp_ce.training.run_folder import RECIPE_FILE, begin_run, check_same
 from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage import check_writable
@@ -64,7 +64,6 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
         tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
-    ranks.lead(lambda: finish(output))
     say_evaluation(out, evaluation)
     weights = ", weights.html, weights.png" if recipe.scored_by else ""
     say(
