@@ -30,8 +30,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtp_ce.heads import CONFIG_FILE, TENSORS_FILE
+from mtp_ce.unembedding import has_values, undisturbed
 
 LayerKind = Literal["layer", "sequential"]
+
+# Not the final norm, though they stand where it does: of BART's embeddings; of Gemma's per-layer inputs.
+OTHER_NORMS = ("layernorm_embedding", "per_layer_projection_norm")
 
 
 @dataclass
@@ -65,20 +69,23 @@ class LayerHeads(nn.Module):
             head predicted, which training knows.
 
     Raises:
-        ValueError: the model's decoder layers can't be found.
+        ValueError: the model's decoder layers can't be found, or can't be called again on other hidden states.
     """
 
     def __init__(self, model: Any, horizon: int, kind: LayerKind) -> None:
         super().__init__()
         layers, _ = decoder_layers(model)
-        last, config = layers[-1], model.config
+        last, config = layers[-1], model.config.get_text_config(decoder=True)
         unembed = model.get_output_embeddings().weight
         self.hidden_size, self.horizon, self.kind = unembed.shape[1], horizon, kind
         # PEFT keeps a layer's own parameters one level deeper; its adapters stay with the model.
         own = {name.replace(".base_layer.", "."): x for name, x in last.state_dict().items() if "lora_" not in name}
-        self.layers = nn.ModuleList(type(last)(config, len(layers) - 1) for _ in range(horizon - 1))
-        for layer in self.layers:
-            layer.load_state_dict(own)
+        try:
+            self.layers = nn.ModuleList(type(last)(config, len(layers) - 1) for _ in range(horizon - 1))
+            for layer in self.layers:
+                layer.load_state_dict(own)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise _not_these(model, f"a second {type(last).__name__} can't be made") from error
         if kind == "sequential":
             D = self.hidden_size
             self.projections = nn.ModuleList(nn.Linear(2 * D, D, bias=False) for _ in self.layers)
@@ -89,6 +96,28 @@ class LayerHeads(nn.Module):
                     assert isinstance(projection, nn.Linear)
                     projection.weight.copy_(torch.eye(D, 2 * D))
         self.to(device=unembed.device, dtype=unembed.dtype)
+        if has_values(unembed):
+            with undisturbed(model):
+                self._try(model)
+
+    def _try(self, model: Any) -> None:
+        """Run model and heads over two tokens, and look whether they are what the equations above say."""
+        layers, norm = decoder_layers(model)
+        tokens = torch.arange(2, device=model.get_output_embeddings().weight.device)[None]
+        try:
+            with watched(layers[-1]) as call:
+                hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        except (ImportError, RuntimeError, ValueError):
+            return  # the model's kernels are for another device than it is on yet
+        try:
+            z = norm(call.output)
+            outputs = self(hidden, call, norm, model.get_input_embeddings()(tokens))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise _not_these(model, "the last one can't be called again on other hidden states") from error
+        if z.shape != hidden.shape or not torch.allclose(z, hidden, 1e-3, 1e-3, equal_nan=True):
+            raise _not_these(model, "after the last one comes more than a norm")
+        if any(x.shape != hidden.shape for x in outputs):
+            raise _not_these(model, "the last one gives more than hidden states [B, S, D]")
 
     def forward(
         self,
@@ -126,19 +155,27 @@ class LayerHeads(nn.Module):
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _not_these(model: Any, why: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} has decoder layers that can't be heads: {why}; take heads='residual'.")
+
+
 def decoder_layers(model: Any) -> tuple[nn.ModuleList, nn.Module]:
     """Give a causal language model's decoder layers and its final norm.
 
     Raises:
         ValueError: there is no list of as many modules as the configuration has layers.
     """
-    count = model.config.num_hidden_layers
-    for parent in model.base_model.modules():
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for parent in model.get_decoder().modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 after = dict(parent.named_children())
-                norms = [module for other, module in after.items() if other != name and "Norm" in type(module).__name__]
-                # An embedding's norm stands before the final one. Some OPT models have none.
+                norms = [
+                    module
+                    for other, module in after.items()
+                    if other not in OTHER_NORMS and other != name and "Norm" in type(module).__name__
+                ]
+                # Others of embeddings stand before the final one. BART and some OPT models have none.
                 return child, norms[-1] if norms else nn.Identity()
     raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; take heads='residual'.")
 

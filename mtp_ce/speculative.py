@@ -86,8 +86,10 @@ class SpeculativeOutput(NamedTuple):
 def generate_speculatively(
     wrapper: MTPWrapper,
     input_ids: Tensor,  # [1, S]
+    attention_mask: Tensor | None = None,  # [1, S]
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -97,16 +99,21 @@ def generate_speculatively(
 ) -> SpeculativeOutput:
     """Decode with drafts of the wrapper's heads.
 
-    Of the model's generation settings the end of text alone counts: no penalty or other change of logits is applied.
+    Of the model's generation settings the length and the end of text count: no penalty or other change of logits is
+    applied.
 
     Args:
         wrapper: its heads are "residual", "layer" or "sequential".
         input_ids: one prompt, not padded.
-        max_new_tokens: new tokens at most.
+        attention_mask: ones, as a tokenizer gives them.
+        max_new_tokens: new tokens at most; None takes the model's own generation settings, and where they say nothing
+            goes by max_length.
+        max_length: tokens at most, the prompt's included; None takes the model's own generation settings, and where
+            they say nothing 20 new tokens.
         do_sample: whether to sample; else greedy.
         temperature: of sampling, above 0.
-        top_k: sample among so many; None means all.
-        top_p: sample among the likeliest that have this much probability; None means all.
+        top_k: sample among so many; None or 0 means all.
+        top_p: sample among the likeliest that have this much probability, from 0 to 1; None means all.
         eos_token_id: decoding ends with it; None takes the model's own generation settings.
         generator: where samples come from; None means torch's own.
 
@@ -115,18 +122,23 @@ def generate_speculatively(
         forward over several tokens rounds otherwise than over one: where two tokens tie but for that, so may these.
 
     Raises:
-        ValueError: more than one prompt, heads that can't draft, a model whose cache can't forget rejected tokens, or
-            a setting out of its range.
+        ValueError: more than one prompt, a padded one, heads that can't draft, a model whose cache can't forget
+            rejected tokens, or a setting out of its range.
     """
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids is {list(input_ids.shape)}; expected one prompt, [1, S].")
+    if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask.all()):
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)} with {int(attention_mask.sum())} ones; expected ones of "
+            f"{list(input_ids.shape)}: no head drafts for a padded prompt. Give the prompt without its padding."
+        )
     if wrapper.kind not in KINDS or wrapper.horizon == 1:
         raise ValueError(
             f"heads are {wrapper.kind!r} with horizon {wrapper.horizon}; speculative decoding needs heads of one of "
             f"the kinds {', '.join(map(repr, KINDS))} and a horizon above 1."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+    max_new_tokens = _new_tokens(max_new_tokens, max_length, input_ids.shape[1], wrapper.causal)
+    _check_sampling(temperature, top_k, top_p)
     choice = _Sampling(temperature, top_k, top_p, generator) if do_sample else _Greedy()
     causal, H = wrapper.causal, wrapper.horizon
     output, base = Unembedding.of(causal), causal.base_model
@@ -217,6 +229,39 @@ class _Sampling:
     def _sample(self, weights: Tensor) -> Tensor:  # [N, V], need not add up to 1
         # As torch.multinomial does it, which also asks the host whether they are probabilities.
         return (weights / torch.empty_like(weights).exponential_(generator=self.generator)).argmax(-1)
+
+
+def _new_tokens(given: int | None, max_length: int | None, prompt: int, causal: Any) -> int:
+    """How many tokens at most, by the rule of transformers."""
+    settings = causal.generation_config
+    given = settings.max_new_tokens if given is None else given
+    said = settings.max_length if max_length is None else max_length
+    for name, value in (("max_new_tokens", given), ("max_length", said)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} is {value!r}; expected an integer.")
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"max_new_tokens is {given}; expected at least 1.")
+        return given
+    if said is None:
+        positions = getattr(causal.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        said = prompt + 20 if positions is None else min(prompt + 20, positions)
+    if said <= prompt:
+        raise ValueError(
+            f"max_length is {said} and the prompt has {prompt} tokens; expected more. Or set max_new_tokens."
+        )
+    return said - prompt
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature is {temperature}; expected a number above 0. do_sample=False takes the likeliest."
+        )
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise ValueError(f"top_k is {top_k}; expected a whole number of tokens, or None for all.")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected a probability from 0 to 1, or None for all tokens.")
 
 
 def _leading(kept: Tensor) -> Tensor:  # [h]

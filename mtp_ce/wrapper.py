@@ -76,8 +76,9 @@ class MTPWrapper(PreTrainedModel):
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings.
-        ValueError: an encoder-decoder model, one that asks for a router's loss, a horizon below 1, an unknown kind or
-            mode, nothing left to train, or a term of the loss out of its range.
+        ValueError: an encoder-decoder model, one that asks for a router's loss, one whose logits are made by more than
+            a linear layer, a scale and a softcap, a horizon below 1, an unknown kind or mode, nothing left to train, or
+            a term of the loss out of its range.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,7 +123,7 @@ class MTPWrapper(PreTrainedModel):
         self.generation_config = causal.generation_config
         self.horizon, self.kind, self.trunk, self.loss = horizon, heads, trunk, loss
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        unembed = Unembedding.of(causal).weight
+        unembed = Unembedding.checked(causal).weight
         if heads in ("layer", "sequential"):
             self.heads: MTPHeads | LayerHeads = LayerHeads(causal, horizon, heads)
         else:

@@ -30,6 +30,7 @@ from mtp_ce.training.groups import (
 )
 from mtp_ce.training.ranks import ALONE, Ranks
 from mtp_ce.training.schema import Recipe
+from mtp_ce.unembedding import Unembedding
 
 # Takes a micro-batch and the next-token head of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]
@@ -104,6 +105,8 @@ def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device, r
         model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
         hold_in_precision(model, recipe.train.precision)
         frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
+        if kind is AutoModelForCausalLM:
+            Unembedding.checked(frozen)  # before it is sharded, and for the current model too
         ranks.shard_frozen(frozen)
         return frozen
 

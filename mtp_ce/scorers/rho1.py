@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.normalize import check_normalization, normalize_weights
 from mtp_ce.scorers.weights import TokenWeights
+from mtp_ce.unembedding import Unembedding
 
 
 class Rho1ExcessScorer:
@@ -28,7 +29,8 @@ class Rho1ExcessScorer:
             top_fraction, scope, group.
 
     Raises:
-        TypeError, ValueError: the reference can't predict tokens, or an option is wrong.
+        TypeError, ValueError: the reference can't predict tokens, or makes its logits in a way that is not known here,
+            or an option is wrong.
 
     Source: arXiv:2404.07965, equations 2 and 3.
     """
@@ -38,6 +40,7 @@ class Rho1ExcessScorer:
             raise TypeError(
                 f"reference is {type(reference).__name__} without output embeddings; expected a causal language model."
             )
+        Unembedding.checked(reference)
         check_normalization(**normalization)
         self.reference = reference.eval().requires_grad_(False)
         self.ignore_index = ignore_index

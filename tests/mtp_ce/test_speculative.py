@@ -31,6 +31,13 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "gemma2": {"sliding_window": 6, "head_dim": 8},
     "gemma2 with a window in its last layer": {"sliding_window": 6, "head_dim": 8, "num_hidden_layers": 3},
+    "gemma4_text": {
+        "sliding_window": 6,
+        "head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": V,
+        "pad_token_id": 0,
+    },
 }
 ARCHITECTURES = ["llama", "gpt_neox", *OWN]
 KINDS: list[Any] = ["residual", "layer", "sequential"]
@@ -134,6 +141,27 @@ def test_it_stops_at_the_number_of_tokens_asked_for(tokens, kind):
     for prompt in prompts(1, 3, 6):
         expected = plain(wrapper, prompt, tokens)
         assert torch.equal(wrapper.generate(prompt, max_new_tokens=tokens, speculative=True), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_length": 20}, {"max_new_tokens": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_length": 17}, {"max_new_tokens": 6}, {"max_length": 17, "max_new_tokens": 6}]
+)
+@pytest.mark.parametrize("length", [7, 90])
+def test_it_gives_as_many_tokens_as_the_model_is_asked_for(settings, options, length):
+    """By option, by the model's own settings, or 20 as far as there are positions; with what a tokenizer gives."""
+    wrapper = drafting()
+    for name, value in settings.items():
+        setattr(wrapper.causal.generation_config, name, value)
+    (prompt,) = prompts(length)
+    given = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **options}
+    try:
+        expected = wrapper.generate(**given, do_sample=False, pad_token_id=0)
+    except ValueError:  # a maximal length that the prompt has already
+        with pytest.raises(ValueError, match="max_length is"):
+            wrapper.generate(**given, speculative=True)
+        return
+    assert torch.equal(wrapper.generate(**given, speculative=True), expected)
 
 
 def test_the_last_position_of_a_model_is_used_and_none_after_it():
@@ -267,6 +295,19 @@ def refused(kind: Any, horizon: int = 3) -> MTPWrapper:
         (lambda: drafting().generate(torch.zeros(2, 3).long(), max_new_tokens=3, speculative=True), "one prompt"),
         (lambda: drafting().generate(torch.zeros(1, 0).long(), max_new_tokens=3, speculative=True), "one prompt"),
         (lambda: generate_speculatively(drafting(), prompts(1)[0], max_new_tokens=0), "max_new_tokens is 0"),
+        (lambda: generate_speculatively(drafting(), prompts(1)[0], max_new_tokens=4.5), r"max_new_tokens is 4\.5"),
+        (
+            lambda: generate_speculatively(drafting(), prompts(7)[0], max_length=7),
+            "max_length is 7 and the prompt has 7",
+        ),
+        (
+            lambda: generate_speculatively(drafting(), prompts(3)[0], torch.tensor([[0, 1, 1]]), max_new_tokens=3),
+            r"attention_mask is \[1, 3\] with 2 ones; expected ones of \[1, 3\]: no head drafts for a padded prompt",
+        ),
+        (lambda: generate_speculatively(drafting(), prompts(3)[0], torch.ones(1, 4)), r"attention_mask is \[1, 4\]"),
+        (lambda: generate_speculatively(drafting(), prompts(1)[0], do_sample=True, top_p=2.0), r"top_p is 2\.0"),
+        (lambda: generate_speculatively(drafting(), prompts(1)[0], do_sample=True, top_k=-1), "top_k is -1"),
+        (lambda: generate_speculatively(drafting(), prompts(1)[0], temperature=0.0), r"temperature is 0\.0"),
         (
             lambda: generate_speculatively(refused("teacher_forcing"), prompts(1)[0], max_new_tokens=3),
             "heads are 'teacher_forcing' with horizon 3; speculative decoding needs heads of one of the kinds "

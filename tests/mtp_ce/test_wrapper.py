@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from transformers import (
 )
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce
-from mtp_ce.unembedding import Unembedding
 
 V = 61
 SMALL = {
@@ -342,24 +340,6 @@ def test_a_checkpoint_around_the_whole_wrapper_changes_no_gradient(reentrant):
         gradients.append({name: parameter.grad for name, parameter in wrapper.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("config", "scale"),
-    [
-        ({"model_type": "cohere", "logit_scale": 0.25}, 0.25),
-        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.5}, 0.5),
-        ({"model_type": "granite", "logits_scaling": 8.0}, 0.125),
-        ({"model_type": "hyperclovax", "logits_scaling": 8.0}, 8.0),
-        ({"model_type": "mpt", "logit_scale": "inv_sqrt_d_model"}, 1.0),
-        ({"model_type": "llama"}, 1.0),
-    ],
-)
-def test_the_scale_of_the_logits_is_that_of_the_architecture(config, scale):
-    """As transformers' own models have it; Cohere and Granite are compared with their own forward above."""
-    model = build()
-    model.config = SimpleNamespace(**config)
-    assert Unembedding.of(model).scale == scale
 
 
 def test_no_hook_stays_on_the_model():
