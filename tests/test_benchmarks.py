@@ -7,9 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby, pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +26,11 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Load:
     """A module of benchmarks/, which is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
+    # Of benchmarks/conftest.py, which is not that of these tests.
+    pytestconfig.addinivalue_line("markers", "place(n): see benchmarks/conftest.py")
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
@@ -192,10 +198,251 @@ def test_every_peer_says_what_keeps_it_from_a_machine(load: Load, model: str) ->
         assert "has no chunked linear_cross_entropy" in torch_chunked.missing(plain, torch.device("cpu"))
 
 
-def test_no_case_starts_after_the_time_limit(load: Load) -> None:
-    shape = next(load("plan").cases("cpu", "linear")).shape
-    with pytest.raises(load("provider").AbsentError, match="time given"):
-        load("session").Session({}, None, deadline=0.0).problem(shape)
+@pytest.fixture
+def quick(load: Load, model: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A session of four providers on few logits: it notes who is examined, which takes 10 s each; rounds take none.
+
+    `broken` names the provider that breaks the device.
+    """
+    session, clock, plan = load("session"), load("clock"), load("plan")
+    problem = a_problem(load, "logits", model)
+    names = ["eager_loop", "eager_rows", "mtp_ce", "mtp_ce_inplace"]
+    cases = [plan.Case(problem.shape, "both", a_provider(load, "logits", name), 0) for name in names]
+    quick = SimpleNamespace(cases=cases, problem=problem, now=0.0, examined=[], broken=None)
+
+    def examined(provider: Any, inputs: Any) -> Any:
+        quick.examined.append(provider.name)
+        quick.now += 10
+        if provider.name == quick.broken:
+            raise RuntimeError("an illegal memory access was encountered\nand a long story")
+        return right(provider, inputs)
+
+    def synchronize() -> None:
+        if quick.broken in quick.examined:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def monotonic() -> float:
+        quick.now += 1e-6
+        return quick.now
+
+    def begin(deadline: float = float("inf"), path: Path | None = None, resumed: Any = ()) -> Any:
+        run = load("results").new_run("cpu", 1e10)
+        quick.examined.clear()
+        quick.session = session.Session(run, path, deadline, cases, resumed)
+        quick.session._problem = problem
+        problem.outcomes.clear()
+        problem.seconds.clear()
+        return quick.session
+
+    right = session.run_once
+    monkeypatch.setattr(session, "run_once", examined)
+    monkeypatch.setattr(session.time, "monotonic", monotonic)
+    monkeypatch.setattr(clock, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    memory = load("memory")
+    monkeypatch.setattr(memory, "begin_cpu", lambda *_: SimpleNamespace(result=lambda: memory.Peak(0, 0)))
+    monkeypatch.setattr(load("rounds"), "in_turns", lambda calls: {name: [1.0] for name in calls})
+    quick.begin = begin
+    return quick
+
+
+def test_nothing_starts_after_the_time_limit(load: Load, quick: SimpleNamespace) -> None:
+    """No provider, no turn, no shape. Who was examined before is timed: this project first of all."""
+    session, absent = quick.begin(deadline=25), load("provider").AbsentError
+    for case in quick.cases:
+        if case.provider.name == "eager_rows":
+            with pytest.raises(absent, match="time given"):
+                session.seconds(case, quick.problem)
+        else:
+            assert session.seconds(case, quick.problem) == [1.0]
+    assert quick.examined == ["mtp_ce", "mtp_ce_inplace", "eager_loop"]
+    with pytest.raises(absent, match="time given"):
+        session.seconds(quick.cases[0]._replace(which="forward"), quick.problem)
+    session._problem = None
+    with pytest.raises(absent, match="time given"):
+        session.problem(quick.problem.shape)
+
+
+@pytest.mark.parametrize("broken", ["eager_rows", "mtp_ce_inplace"])
+def test_who_breaks_the_gpu_ends_the_session_by_name(
+    load: Load, quick: SimpleNamespace, tmp_path: Path, broken: str
+) -> None:
+    """Nobody else is called absent for it, and the next session goes on without it: a peer on the whole path."""
+    case, results, path = load("case"), load("results"), tmp_path / "file.json"
+    quick.broken = broken
+    benchmark = SimpleNamespace(disabled=False, extra_info={}, pedantic=lambda *_, **__: None)
+    session = quick.begin(path=path)
+    session.run["host_us"] = {"a call": 1.0}
+    words = f"{broken} has broken the GPU: RuntimeError: an illegal memory access was encountered"
+    with pytest.raises(pytest.exit.Exception, match=f"^{words}$"):
+        case.measure(benchmark, session, quick.cases[0])
+    (run,) = results.read(path)
+    assert run["cases"] == []
+    assert [(entry["provider"], entry["reason"]) for entry in run["absent"]] == [(broken, words)]
+
+    for _ in range(2):
+        session = quick.begin(path=path, resumed=results.read(path))
+        for one in quick.cases:
+            refused = pytest.raises((RuntimeError, pytest.skip.Exception), match=words)
+            with refused if one.provider.name == broken else nullcontext():
+                case.measure(benchmark, session, one)
+        assert broken not in quick.examined
+        assert [entry["provider"] for entry in session.run["cases"]] == [
+            one.provider.name for one in quick.cases if one.provider.name != broken
+        ]
+    other = replace(quick.problem.shape, S=41)
+    provider = a_provider(load, "logits", broken)
+    known = load("resume").breaks(provider, other, results.read(path), "cpu")
+    assert known == (None if provider.ours else words)
+
+
+def test_a_gpu_that_breaks_in_the_rounds_ends_all_of_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later providers would be blamed for it."""
+    clock, rounds = load("clock"), load("rounds")
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(clock, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", breaks)
+    monkeypatch.setattr(rounds, "timed", lambda call, *_: call() or 1.0)
+    with pytest.raises(clock.LostDeviceError, match=r"^b has broken the GPU: RuntimeError"):
+        rounds.in_turns({"a": (tuple, lambda: None), "b": (tuple, breaks), "c": (tuple, breaks)})
+
+
+def test_the_time_counts_from_the_start_of_the_process() -> None:
+    """Imports are in it."""
+    program = (
+        "import time; first = time.monotonic(); from benchmarks import clock; "
+        "print(time.monotonic() - first, clock.age(), time.monotonic() - clock.deadline(0), clock.age())"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    whole = time.monotonic() - start
+    readings = [*map(float, done.stdout.split()), whole]
+    # The start of a process is known to a hundredth of a second.
+    assert all(earlier <= later + 0.02 for earlier, later in pairwise(readings)), readings
+
+
+def test_the_copy_is_timed_on_a_warm_device(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is before is thrown away; p20 of the rest, as the cases."""
+    clock = load("clock")
+    seconds: list[float] = []
+    copies: list[int] = []
+
+    def timed(run: Callable[..., Any], *arguments: Any) -> float:
+        run(*arguments)
+        seconds.append(float(1 + len(seconds)))
+        return seconds[-1]
+
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copies.append(len(seconds)) or copy(self, other))
+    for name, value in (("timed", timed), ("COPY_BYTES", 2**10), ("WARM_UP", 7), ("COPIES", 11)):
+        monkeypatch.setattr(clock, name, value)
+    assert clock.copy_bandwidth() == 2 * 2**10 / 3
+    assert copies[:8] == [0] * 8
+    assert len(copies) == 18
+
+
+def a_run_with(load: Load, cases: Any, absent: Any = (), **changed: Any) -> dict[str, Any]:
+    def entries(which: Any, **more: Any) -> list[dict[str, Any]]:
+        return [
+            {"provider": c.provider.name, "pass": c.which, "shape": c.shape.as_dict(), **more} for c in which
+        ]  # fmt: skip
+
+    run = load("results").new_run("cpu", 1e10)
+    return {**run, "cases": entries(cases), "absent": [*entries(absent, reason="needs a card")], **changed}
+
+
+def test_what_is_compared_is_whole_in_one_run_or_measured_again(load: Load) -> None:
+    """All of a shape and a pass: whoever is missing is measured beside all that it is compared with."""
+    left = load("resume").left
+    every = [case for path in PATHS for case in load("plan").cases("cpu", path)]
+    group = [case for case in every if (case.shape, case.which) == (every[0].shape, every[0].which)]
+    rest = {case: case.place for case in every if case not in group}
+    whole = {case: case.place for case in every}
+    assert left(every, [], "cpu") == whole
+    # A reason is an outcome, no time left is none.
+    run = a_run_with(load, group[1:], group[:1])
+    assert left(every, [run], "cpu") == rest
+    run["absent"][0]["reason"] = load("provider").NOT_REACHED
+    assert left(every, [run], "cpu") == whole
+    # Of two runs, of other packages, of another device, of other sources.
+    assert left(every, [a_run_with(load, group[1:]), a_run_with(load, group[:1])], "cpu") == whole
+    versions = {**run["versions"], "torch": "1.0"}
+    hashes = {**run["source_hash"], every[0].shape.path: "0" * 64}
+    for changed in ({"versions": versions}, {"device": "another"}, {"source_hash": hashes}):
+        assert left(every, [a_run_with(load, group, **changed)], "cpu") == whole
+
+
+def test_what_only_lacks_late_cases_is_measured_with_them(load: Load) -> None:
+    """As late as they are, so that what is not there at all comes first; in one turn."""
+    left, plan = load("resume").left, load("plan")
+    cases = [case for case in plan.cases("cuda", "linear") if case.shape == plan.over_vocabularies("cuda", "linear")[0]]
+    early, late = [[case for case in cases if case.place == place] for place in (1, 3)]
+    assert early
+    assert late
+    assert left(cases, [a_run_with(load, early, kind="cpu")], "cpu") == dict.fromkeys(cases, 3)
+    # A turn that was cut is measured in its place.
+    assert left(cases, [a_run_with(load, early[1:])], "cpu") == {case: case.place for case in cases}
+    assert left(cases, [a_run_with(load, early), a_run_with(load, late)], "cpu") == dict.fromkeys(cases, 3)
+
+
+def test_no_time_left_takes_no_reason_away(load: Load) -> None:
+    """A case that was absent for good in an older run is no open one in the next but one."""
+    results, case = load("results"), next(load("plan").cases("cpu", "logits"))
+    older = a_run_with(load, [case], [case._replace(which="forward")])
+    newer = a_run_with(load, [], [case._replace(which="forward")])
+    newer["absent"][0]["reason"] = load("provider").NOT_REACHED
+    assert results.merged([older], newer)[0] == {**older, "host_us": {}, "ce_share": {}}
+
+
+def test_numbers_beside_the_cases_stay_until_they_are_measured_again(load: Load) -> None:
+    """Also of a run that was cut off before its first case."""
+    results = load("results")
+    first, second = ({"cases": [], "absent": [], "host_us": host} for host in ({"a": 1.0, "b": 2.0}, {"b": 3.0}))
+    runs = results.merged([first], second)
+    assert [run["host_us"] for run in runs] == [{"a": 1.0}, {"b": 3.0}]
+    assert len(results.merged([second], {**first, "host_us": {"b": 1.0}})) == 1
+
+
+def test_host_times_are_those_of_the_commit(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    has, results = load("resume").has_host_time, load("results")
+    run = {**results.new_run("cpu", 1e10), "host_us": {"logits both eager": 1.0}}
+    assert has("logits both eager", [run], "cpu")
+    assert not has("logits both compiled", [run], "cpu")
+    assert not has("logits both eager", [{**run, "commit": "another"}], "cpu")
+    assert not has("logits both eager", [{**run, "source_hash": {**run["source_hash"], "linear": "0"}}], "cpu")
+
+
+def test_benchmarks_run_in_the_order_of_the_plan_without_what_is_there(load: Load, tmp_path: Path) -> None:
+    """Host times first, but for those that compile; what was chosen with -k is what is compared."""
+    results, plan = load("results"), load("plan")
+    main = plan.summary("cpu", "logits")[0]
+    chosen = [case for case in plan.cases("cpu", "logits") if case.provider.name == "mtp_ce" and case.shape == main]
+    assert {case.which for case in chosen} == {*plan.PASSES["logits"]}
+    results.write(results.results_path("cpu", tmp_path), [a_run_with(load, chosen)])
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", "--collect-only", "-q"]
+
+    def collected(*options: str) -> list[str]:
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+
+    names = collected(f"--results={tmp_path}", "--resume", "-k", "mtp_ce- or host_time or mtp_ce]")
+    assert not any(str(case) in name for case in chosen for name in names)
+    tests = [name.partition("[")[0] for name in names]
+    assert all("eager" in name for name in names[:4])
+    assert tests[:4] == ["test_host_time"] * 4
+    assert all("compiled" in name for name in names[-4:])
+    assert tests[-4:] == ["test_host_time"] * 4
+    # Places 0 and 1 of both losses, then place 2 of all.
+    first = tests.index("test_token_ce")
+    assert [name for name, _ in groupby(tests[4:first])] == ["test_linear", "test_logits"] * 3
+    assert {*tests[first:-4]} == {"test_token_ce"}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -302,8 +549,8 @@ def test_a_results_file_says_what_was_timed_and_not_where(load: Load, tmp_path: 
     session = load("session").Session(results.new_run("cpu", 1e10), path)
     case = next(load("plan").cases("cpu", "linear"))
     time = results.timing([0.3, 0.1, 0.2], 0.07)
-    session.add("cases", a_provider(load, "linear", "mtp_ce"), "both", case.shape, **time, peak_bytes=1, errors={})
-    session.add("absent", a_provider(load, "linear", "liger"), "both", case.shape, reason="needs a GPU")
+    session.add("cases", "mtp_ce", "both", case.shape, **time, peak_bytes=1, errors={})
+    session.add("absent", "liger", "both", case.shape, reason="needs a GPU")
 
     (run,) = results.read(path)
     assert all(len(run["source_hash"][path]) == 64 for path in PATHS)
