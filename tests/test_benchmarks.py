@@ -592,10 +592,38 @@ def test_a_file_of_another_format_holds_no_results(load: Load, tmp_path: Path) -
     assert load("results").read(tmp_path / "old.json") == []
 
 
-def run_suite(**environment: str) -> subprocess.CompletedProcess[str]:
+def run_suite(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SUITE)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        ["bash", str(SUITE), *parts], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A stand-in for python that notes how it was called: tests fail, benchmarks hang, the training step is absent."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/bin/bash
+echo "$PYTHONPATH ${{*//[[:space:]]/ }}" >>{tmp_path}/calls
+[ -n "${{TRITON_INTERPRET:-}}" ] && echo interpreted && exit 1
+case "$*" in
+    "-c import xdist") exit 1 ;;
+    -c*) echo this-device.json ;;
+    *"-k (gpu or"*) echo "E   first"; for i in {{1..400}}; do echo "E  $i $(printf 'x%.0s' {{1..300}})"; done
+        for i in {{1..500}}; do
+            echo "FAILED tests/test_docs.py::test_$((i / 10))[$i-$(printf 'y%.0s' {{1..80}})] - E"; done
+        echo "500 failed in 2 s"; exit 1 ;;
+    *"-k not gpu"*) echo "[gw3] [ 13%] FAILED tests/test_house.py::test_y "; exec sleep 60 ;;
+    *training_step*) echo "absent: no transformers" ;;
+    *benchmarks.sweep*) echo swept ;;
+    *benchmarks.targets*) for i in {{1..90}}; do echo "target $i $(printf 'z%.0s' {{1..300}})"; done ;;
+    *benchmarks.table*) echo "the table" ;;
+    *) echo "3 passed" ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
 
 
 def test_the_gpu_suite_says_that_it_has_no_gpu() -> None:
@@ -604,33 +632,78 @@ def test_the_gpu_suite_says_that_it_has_no_gpu() -> None:
     assert done.stdout.splitlines() == ["gpu_suite: no GPU that torch can use; nothing was run."]
 
 
-def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Path) -> None:
-    """A stand-in for python: the tests fail, the benchmarks hang, the training step is absent."""
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/bash\n"
-        '[ -n "${TRITON_INTERPRET:-}" ] && echo "interpreted" && exit 1\n'
-        'case "$*" in\n'
-        "    -c*) exit 0 ;;\n"
-        '    *tests/kernels*) echo "FAILED tests/kernels/test_compiled.py::test_y"; echo "1 failed in 2 s"; exit 1 ;;\n'
-        '    *training_step*) [[ "$*" == *"--results --time-limit 60" ]] && echo "absent: no transformers" ;;\n'
-        '    *--results*) echo "3 passed"; exec sleep 60 ;;\n'
-        '    *benchmarks.table) echo "the table" ;;\n'
-        "esac\n"
+def test_the_gpu_suite_says_the_most_in_what_is_read_of_it(python: Path, tmp_path: Path) -> None:
+    """What fails by name, what it said, the last line of every part, the targets; the logs have all of it."""
+    logs, folder = tmp_path / "logs", tmp_path / "results"
+    done = run_suite(
+        PYTHON=str(python), LOGS=str(logs), RESULTS=str(folder), TEST_SECONDS="1", TRITON_INTERPRET="1", PYTHONPATH="/p"
     )
-    python.chmod(0o755)
-    done = run_suite(PYTHON=str(python), BENCHMARK_SECONDS="-44", TRITON_INTERPRET="1")
-    lines = done.stdout.splitlines()
     assert done.returncode == 1
-    assert lines[1:3] == ["FAILED tests/kernels/test_compiled.py::test_y", "1 failed in 2 s"]
-    assert lines[-5] == "benchmarks ran out of its 1 s"
-    assert lines[-4:] == ["== training_step (at most 75 s)", "absent: no transformers", "== results", "the table"]
+    assert len(done.stdout) + len(done.stderr) < 10_000
+    lines = done.stdout.splitlines()
+    heads = {name: lines.index(line) for line in lines if line.startswith("==") for name in [line.split()[1]]}
+    assert [*heads] == ["device", "tests", "benchmarks", "step", "targets"]
+    device = lines[heads["device"] + 1 : heads["tests"]]
+    assert re.fullmatch(r"FAILED tests/test_docs.py::test_0\[1-y+\] and 8 more of it", device[0])
+    assert re.fullmatch(r"FAILED tests/test_docs.py::test_11\[110-y+\] and 9 more of it", device[11])
+    assert device[12:14] == ["failed: 500", "E   first"]
+    assert max(map(len, device)) == 200
+    assert device[-1] == "500 failed in 2 s"
+    # It was killed before it could sum up.
+    assert lines[heads["tests"] + 1 : heads["benchmarks"]][-1] == "tests ran out of its 1 s"
+    assert lines[heads["benchmarks"] + 1] == "3 passed"
+    assert lines[heads["step"] + 1] == "absent: no transformers"
+    assert lines[heads["targets"] + 1].startswith("target 1 z")
+    assert {path.name for path in logs.iterdir()} >= {f"{name}.log" for name in (*heads, "table")} - {"targets.log"}
+    assert len((logs / "device.log").read_text()) > 100_000
+    assert (logs / "table.log").read_text() == "the table\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    # What is installed elsewhere stays within reach, behind this tree.
+    assert all(call.startswith(".:/p -") for call in calls)
+    (benchmarks,) = [call for call in calls if "--benchmark-only" in call]
+    assert f"--results={folder} --resume --time-limit 140" in benchmarks
+    assert any(f"training_step --results {folder} --resume --time-limit 50" in call for call in calls)
+    assert [call.split()[-1] for call in calls[-2:]] == [f"{folder}/this-device.json"] * 2
+    for call in calls:
+        if "tests/mtp_ce" in call:
+            assert call.index("test_gpu.py") < call.index("test_weights.py") < call.index("test_random_cases.py")
+            assert "tests/kernels/test_splits.py" in call
+            assert "test_compiled" not in call
+
+
+def test_the_gpu_suite_names_what_failed_before_a_part_was_killed(python: Path) -> None:
+    done = run_suite("tests", PYTHON=str(python), TEST_SECONDS="1")
+    assert done.stdout.splitlines()[1:3] == ["FAILED tests/test_house.py::test_y", "failed: 1"]
+
+
+def test_the_gpu_suite_runs_the_parts_that_are_asked_for(python: Path, tmp_path: Path) -> None:
+    """In its own order; without the targets where nothing was timed."""
+    done = run_suite("sweep", "step", PYTHON=str(python), RESULTS="here", SWEEP_SECONDS="7")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
+        "== step (at most 70 s)", "== sweep (at most 7 s)", "== targets",
+    ]  # fmt: skip
+    # A folder is where the caller stands.
+    assert f"benchmarks.sweep --results {Path.cwd() / 'here'}\n" in (tmp_path / "calls").read_text()
+    assert run_suite("sweep", PYTHON=str(python)).stdout.splitlines()[1:] == ["swept"]
+    done = run_suite("step", "bench", PYTHON=str(python))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'gpu_suite: no part "bench"; expected device tests benchmarks step sweep.\n'
+
+
+def test_the_device_and_the_tests_are_two_halves() -> None:
+    """What one part leaves out, the other runs."""
+    halves = re.findall(r'-k "(.*?) and not cpu"|-k "(not .*?) and not cpu"', SUITE.read_text())
+    assert [one or other for one, other in halves] == ["(gpu or test_splits)", "not gpu and not test_splits"]
 
 
 def test_the_gpu_suite_ends_within_nine_minutes() -> None:
-    """Its limits together, with what a part has to end and a quarter of a minute for the table."""
+    """Its limits together: the look for a GPU, four parts with what they have to end and to be killed, two tables."""
     text = SUITE.read_text()
-    limits = [int(seconds) for seconds in re.findall(r"_SECONDS:=(\d+)}", text)]
-    graces = [int(seconds) for seconds in re.findall(r"_SECONDS:=\d+} \+ (\d+)", text)]
-    assert (len(limits), len(graces)) == (3, 2)
-    assert sum(limits) + sum(graces) + 15 < 9 * 60
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\{(\w+)_SECONDS:=(\d+)}", text)}
+    del limits["SWEEP"]
+    endings = [int(seconds) for seconds in re.findall(r"_SECONDS:=\d+} \+ (\d+)", text)]
+    others = [int(seconds) for seconds in re.findall(r"timeout (?:--kill-after=1 )?(\d+)", text)]
+    (grace,) = map(int, re.findall(r"--signal=INT --kill-after=(\d+)", text))
+    assert (len(limits), len(endings), len(others)) == (4, 2, 3)
+    assert sum(limits.values()) + sum(endings) + len(limits) * grace + sum(others) <= 530
