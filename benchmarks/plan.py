@@ -27,6 +27,8 @@ PASSES = {"logits": ("forward", "backward", "both"), "linear": ("both",), "token
 # The pass of the summary and of the plots.
 MAIN_PASS = {"logits": "both", "linear": "both", "token_ce": "forward"}
 SWEPT_MODELS = ("Llama-2 7B", "GPT-2", "Llama-3 8B", "Qwen2.5 7B", "Gemma-2 2B")
+# On a GPU, too.
+LARGEST_MODEL = "Gemma-3 4B"
 SWEPT_HORIZONS = (1, 2, 4, 8)
 # Of the sweeps: positions, dtype, and the model whose vocabulary the horizons are swept at.
 SWEEP = {"cpu": (32, "fp32", "Llama-2 7B"), "cuda": (2048, "bf16", "Llama-3 8B")}
@@ -74,7 +76,8 @@ def summary(kind: str, path: str) -> tuple[Shape, ...]:
 def over_vocabularies(kind: str, path: str) -> tuple[Shape, ...]:
     """The points of the plots over V, in its order."""
     S, dtype, _ = SWEEP[kind]
-    models = sorted(SWEPT_MODELS, key=lambda model: MODELS[model].V)
+    names = SWEPT_MODELS if kind == "cpu" else (*SWEPT_MODELS, LARGEST_MODEL)
+    models = sorted(names, key=lambda model: MODELS[model].V)
     return tuple(_swept(kind, path, model, S, 4, dtype) for model in models)
 
 
