@@ -4,6 +4,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import products, results, rounds
+from benchmarks.clock import LostDeviceError
 from benchmarks.plan import Case
 from benchmarks.provider import AbsentError
 from benchmarks.session import Session
@@ -25,11 +26,14 @@ def measure(benchmark: BenchmarkFixture, session: Session, case: Case) -> None:
     benchmark.group = f"{shape.path} {shape} {which}"
     try:
         problem = session.problem(shape)
-        errors, peak = session.qualify(provider, problem)
         seconds = [0.0] if benchmark.disabled else session.seconds(case, problem)
+        errors, peak = session.qualify(provider, problem)
     except AbsentError as absent:
-        session.add("absent", provider, which, shape, reason=str(absent))
+        session.add("absent", provider.name, which, shape, reason=str(absent))
         pytest.skip(str(absent))
+    except LostDeviceError as lost:
+        session.add("absent", lost.provider, which, shape, reason=str(lost))
+        pytest.exit(str(lost), returncode=pytest.ExitCode.TESTS_FAILED)
 
     benchmark.extra_info["peak_mib_above_inputs"] = round(peak().of(which) / 2**20, 1)
     rounds.replay(seconds)
@@ -45,7 +49,7 @@ def measure(benchmark: BenchmarkFixture, session: Session, case: Case) -> None:
     time = results.timing(seconds, ceiling)
     benchmark.extra_info["share_of_ceiling"] = time["share_of_ceiling"]
     session.add(
-        "cases", provider, which, shape, **time, **work,
+        "cases", provider.name, which, shape, **time, **work,
         others_cpu=problem.others[which, case.place], peak_bytes=peak().of(which),
         errors={name: error._asdict() for name, error in errors.items()},
     )  # fmt: skip

@@ -4,12 +4,16 @@ Summary    The shapes that matter most. At the first of them every provider and 
 Sweeps     The points of the plots: over the vocabularies of real models at H = 4, and over H at one vocabulary; forward
            and backward together, and over vocabularies on a GPU ours also apart. On a GPU with the models' own D; on a
            CPU small, so that all end within minutes.
-More       GPU shapes that a tile is chosen by: few rows, H = 1, an aligned vocabulary beside an odd one. No plot and no
+More       GPU shapes that a tile is chosen by: an aligned vocabulary beside an odd one, few rows, H = 1. No plot and no
            table shows them.
 
-The order is that of what would be missed most, since the suite may run out of its time: the summary, the sweeps, the
-rest, and last, on a GPU, the sweeps of torch.compile, which compiles for seconds for each of them. (On a CPU they run
-beside the others, since a shared machine is not the same minutes later.)
+The order is that of what would be missed most, since the suite may run out of its time:
+
+0    the summary of both losses
+1    both losses over vocabularies, and the rest
+2    both losses over H, and the cross entropy of every row
+3    on a GPU, the sweeps of torch.compile, which compiles for seconds for each of them (on a CPU they run beside the
+     others, since a shared machine is not the same minutes later)
 """
 
 from collections.abc import Iterator
@@ -23,6 +27,8 @@ PASSES = {"logits": ("forward", "backward", "both"), "linear": ("both",), "token
 # The pass of the summary and of the plots.
 MAIN_PASS = {"logits": "both", "linear": "both", "token_ce": "forward"}
 SWEPT_MODELS = ("Llama-2 7B", "GPT-2", "Llama-3 8B", "Qwen2.5 7B", "Gemma-2 2B")
+# On a GPU, too.
+LARGEST_MODEL = "Gemma-3 4B"
 SWEPT_HORIZONS = (1, 2, 4, 8)
 # Of the sweeps: positions, dtype, and the model whose vocabulary the horizons are swept at.
 SWEEP = {"cpu": (32, "fp32", "Llama-2 7B"), "cuda": (2048, "bf16", "Llama-3 8B")}
@@ -70,7 +76,8 @@ def summary(kind: str, path: str) -> tuple[Shape, ...]:
 def over_vocabularies(kind: str, path: str) -> tuple[Shape, ...]:
     """The points of the plots over V, in its order."""
     S, dtype, _ = SWEEP[kind]
-    models = sorted(SWEPT_MODELS, key=lambda model: MODELS[model].V)
+    names = SWEPT_MODELS if kind == "cpu" else (*SWEPT_MODELS, LARGEST_MODEL)
+    models = sorted(names, key=lambda model: MODELS[model].V)
     return tuple(_swept(kind, path, model, S, 4, dtype) for model in models)
 
 
@@ -91,9 +98,9 @@ def more(kind: str, path: str) -> tuple[Shape, ...]:
         return ()
     few = [shape_of(kind, path, "Qwen3 8B", S, H, "bf16") for S, H in ((256, 1), (64, 4), (8192, 1))]
     return (
+        shape_of(kind, path, ALIGNED, 2048, 4, "bf16"),
         *few,
         shape_of(kind, path, "Llama-2 7B", 8192, 1, "bf16"),
-        shape_of(kind, path, "GPT-2, padded", 2048, 4, "bf16"),
     )
 
 
@@ -119,15 +126,17 @@ def passes(kind: str, path: str, shape: Shape, provider: Provider) -> tuple[str,
 
 def cases(kind: str, path: str) -> Iterator[Case]:
     """All cases of a path: shape by shape, pass by pass."""
-    first = summary(kind, path)
-    swept = dict.fromkeys((*over_vocabularies(kind, path), *over_horizons(kind, path)))
-    for shape in dict.fromkeys((*first, *swept, *more(kind, path))):
+    first, horizons = summary(kind, path), over_horizons(kind, path)
+    # Neighbours one after the other: they are held against each other.
+    early = sorted((*over_vocabularies(kind, path), *more(kind, path)), key=lambda shape: (shape.V, -shape.rows))
+    for shape in dict.fromkeys((*first, *early, *horizons)):
+        place = 2 if path == "token_ce" else 0 if shape in first else 1 if shape in early else 2
         for which in PASSES[path]:
             for provider in PROVIDERS[path]:
                 if which not in passes(kind, path, shape, provider):
                     continue
-                if shape in first and (shape == first[0] or provider.swept):
-                    yield Case(shape, which, provider, 0)
+                if shape == first[0]:
+                    yield Case(shape, which, provider, place)
                 elif provider.swept:
-                    late = provider.compiled and kind == "cuda"
-                    yield Case(shape, which, provider, 3 if late else 1 if shape in swept else 2)
+                    late = provider.compiled and kind == "cuda" and shape not in first
+                    yield Case(shape, which, provider, 3 if late else place)

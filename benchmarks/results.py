@@ -1,10 +1,11 @@
 """The results files: benchmarks/results/<device>.json, written with --results.
 
 A file holds runs. A run is one session: when, with which versions, commit and kernel sources, the copy bandwidth of the
-device in that session, its cases, the providers that were absent, and its training steps (`steps`, see
-training_step.py). Cases are compared within a run only, since only there they share a machine in one state. A new run
-takes the place of older results of the same cases (provider, pass, shape), and one with steps of all older steps; older
-runs keep the rest, and vanish when nothing is left of them. Paths and host names are nowhere in a file.
+device in that session, its cases, the providers that were absent, numbers beside them (`BESIDE`), and its training
+steps (`steps`, see training_step.py). Cases are compared within a run only, since only there they share a
+machine in one state. A new run takes the place of older results of the same cases (provider, pass, shape), of the same
+numbers, and one with steps of all older steps; older runs keep the rest, and vanish when nothing is left of them.
+Paths and host names are nowhere in a file.
 
 A case holds p20, p50 and p80 of its rounds. Ratios and shares are of p20: what disturbs a round only ever makes it
 longer, by a factor of 4 where a shared machine has to find fresh pages.
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.provider import NOT_REACHED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +46,8 @@ SOURCES = {
 }
 PATHS = ("linear", "logits", "token_ce")
 STEP = "step"
+# What a run has beside its cases: numbers by name.
+BESIDE = ("host_us", "ce_share")
 
 Run = dict[str, Any]
 Key = tuple[str, ...]
@@ -109,13 +114,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str | None]:
+    """Of everything that is timed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
 def new_run(kind: str, copy_bandwidth: float) -> Run:
     """A run without cases and steps."""
     return {
         "device": device_name(kind),
         "kind": kind,
         "measured": datetime.now(UTC).isoformat(timespec="minutes"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "commit": commit(kind),
         "source_hash": {path: source_hash(kind, path) for path in (*PATHS, STEP)},
         "copy_bytes_per_s": round(copy_bandwidth),
@@ -167,14 +177,20 @@ def stale_parts(run: Run) -> list[str]:
 def merged(runs: list[Run], run: Run) -> list[Run]:
     """The runs of a file once `run` has joined them."""
     measured = {key(case) for case in run["cases"]}
-    known = measured | {key(entry) for entry in run["absent"]}
+    # No time left says nothing about a reason.
+    known = measured | {key(entry) for entry in run["absent"] if entry["reason"] != NOT_REACHED}
     kept = []
     for old in runs:
         cases = [case for case in old["cases"] if key(case) not in measured]
-        absent = [entry for entry in old["absent"] if cases and key(entry) not in known]
         steps = [] if steps_of(run) else steps_of(old)
-        if cases or steps:
-            kept.append({**old, "cases": cases, "absent": absent, "steps": steps})
+        beside = {
+            part: {name: value for name, value in old.get(part, {}).items() if name not in run.get(part, {})}
+            for part in BESIDE
+        }
+        any_case = cases or any(beside.values())
+        absent = [entry for entry in old["absent"] if any_case and key(entry) not in known]
+        if any_case or steps:
+            kept.append({**old, "cases": cases, "absent": absent, "steps": steps, **beside})
     return [*kept, run]
 
 

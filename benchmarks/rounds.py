@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import products
-from benchmarks.clock import HAS_GPU, cool_caches, timed
+from benchmarks.clock import HAS_GPU, cool_caches, hold_on, timed
 from benchmarks.provider import Provider
 from benchmarks.shapes import Inputs, Shape
 
@@ -52,7 +52,10 @@ def calls(provider: Provider, which: str, shape: Shape, inputs: Inputs) -> tuple
 
 
 def in_turns(by_name: dict[str, tuple[Prepare, Call]]) -> dict[str, list[float] | Exception]:
-    """Seconds of every provider's rounds, as many for each; or what one of them raised, which ends its rounds."""
+    """Seconds of every provider's rounds, as many for each; or what one of them raised, which ends its rounds.
+
+    LostDeviceError where that has ended everybody's.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in by_name}
     failed: dict[str, Exception] = {}
 
@@ -64,6 +67,7 @@ def in_turns(by_name: dict[str, tuple[Prepare, Call]]) -> dict[str, list[float] 
                 except Exception as error:
                     # The frames of the traceback would keep gigabytes of tensors alive.
                     traceback.clear_frames(error.__traceback__)
+                    hold_on(name, error)
                     failed[name] = error
 
     gc.collect()

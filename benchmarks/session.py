@@ -1,6 +1,5 @@
 """One benchmark session: the problem at hand, the check and the memory of each provider on it, and the record."""
 
-import contextlib
 import os
 import time
 import traceback
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import memory, oracle, results, rounds
-from benchmarks.clock import DEVICE, HAS_GPU, busy_elsewhere
+from benchmarks import memory, oracle, results, resume, rounds
+from benchmarks.clock import DEVICE, HAS_GPU, LostDeviceError, busy_elsewhere, hold_on
 from benchmarks.plan import Case
 from benchmarks.provider import NOT_REACHED, AbsentError, Provider
 from benchmarks.shapes import Inputs, Shape, make_inputs
@@ -79,19 +78,26 @@ def examine(provider: Provider, problem: Problem) -> Qualified | Exception:
         return Qualified({}, lambda: memory.Peak(0, 0))
     truth = problem.truth(provider.weighted)
     try:
-        found = run_once(provider, problem.inputs)
-        if HAS_GPU:
-            torch.cuda.synchronize()
+        return _checked(provider, problem, truth)
+    except (AbsentError, WrongResultError) as error:
+        return error
     except Exception as error:
         # The frames of the traceback would keep gigabytes of tensors alive.
         traceback.clear_frames(error.__traceback__)
+        hold_on(provider.name, error)
         return failure(provider, error)
+
+
+def _checked(provider: Provider, problem: Problem, truth: list[oracle.Expected]) -> Qualified:
+    found = run_once(provider, problem.inputs)
+    if HAS_GPU:
+        torch.cuda.synchronize()
     errors = oracle.check(truth, found, problem.shape.torch_dtype if provider.rounds else torch.float32)
     del found
     for name, (distance, allowed) in errors.items():
         if not errors[name].acceptable:
             words = f"is wrong: its {name} errs by {distance:.3g}, and {allowed:.3g} is allowed"
-            return WrongResultError(f"{provider.name} {words}") if provider.ours else AbsentError(words)
+            raise WrongResultError(f"{provider.name} {words}") if provider.ours else AbsentError(words)
     if HAS_GPU:
         peak = memory.measure_gpu(provider, problem.inputs)
         return Qualified(errors, lambda: peak)
@@ -102,21 +108,31 @@ class Session:
     """The run that is being measured, written after every case where it has a path."""
 
     def __init__(
-        self, run: results.Run, path: Path | None, deadline: float = float("inf"), selected: Sequence[Case] = ()
+        self,
+        run: results.Run,
+        path: Path | None,
+        deadline: float = float("inf"),
+        selected: Sequence[Case] = (),
+        resumed: Sequence[results.Run] = (),
     ) -> None:
         self.run = run
         self.path = path
         self.deadline = deadline
         self.selected = selected
+        self.resumed = resumed
         self.older = results.read(path) if path is not None else []
         self._problem: Problem | None = None
         self._ceilings: dict[Shape, float] = {}
 
+    def look_at_the_time(self) -> None:
+        """AbsentError where none is left."""
+        if time.monotonic() > self.deadline:
+            raise AbsentError(NOT_REACHED)
+
     def problem(self, shape: Shape) -> Problem:
         """The problem of a shape; the one before it is dropped. AbsentError where no time is left for a new one."""
         if self._problem is None or self._problem.shape != shape:
-            if time.monotonic() > self.deadline:
-                raise AbsentError(NOT_REACHED)
+            self.look_at_the_time()
             self._problem = None
             if HAS_GPU:
                 torch.cuda.empty_cache()
@@ -128,16 +144,25 @@ class Session:
     def qualify(self, provider: Provider, problem: Problem) -> Qualified:
         """A provider's errors and peak memory on a problem; raises what kept it from them."""
         if provider.name not in problem.outcomes:
-            problem.outcomes[provider.name] = examine(provider, problem)
+            self.look_at_the_time()
+            reason = resume.breaks(provider, problem.shape, self.resumed, DEVICE.type)
+            if reason is not None:
+                problem.outcomes[provider.name] = RuntimeError(reason) if provider.ours else AbsentError(reason)
+            else:
+                problem.outcomes[provider.name] = examine(provider, problem)
         outcome = problem.outcomes[provider.name]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     def seconds(self, case: Case, problem: Problem) -> list[float]:
-        """The rounds of a case, timed in turns with the others that were selected of its problem and pass."""
+        """The rounds of a case, timed in turns with the others that were selected of its problem and pass.
+
+        Those that the time was enough to qualify; none where there was no time left to begin with.
+        """
         turn = case.which, case.place
         if turn not in problem.seconds:
+            self.look_at_the_time()
             together = [
                 other for other in self.selected if (other.shape, other.which, other.place) == (case.shape, *turn)
             ]
@@ -148,11 +173,16 @@ class Session:
 
     def _time(self, cases: list[Case], problem: Problem) -> tuple[dict[str, list[float]], float]:
         able: dict[str, Provider] = {}
-        for case in cases:
-            # An exception is raised again in the test of the provider that it belongs to.
-            with contextlib.suppress(Exception):
+        # Peers last: what one of them breaks, or the time that it takes, is not to be ours.
+        for case in sorted(cases, key=lambda case: not (case.provider.ours or case.provider.ceiling)):
+            try:
                 self.qualify(case.provider, problem)
-                able[case.provider.name] = case.provider
+            except LostDeviceError:
+                raise
+            except Exception:
+                # Raised again in the test of the provider that it belongs to.
+                continue
+            able[case.provider.name] = case.provider
         for name, provider in [*able.items()]:
             # Nothing else runs while the clock does.
             try:
@@ -177,9 +207,9 @@ class Session:
         """Seconds of the bare products of a shape, p20, where they were timed."""
         return self._ceilings.get(shape)
 
-    def add(self, part: str, provider: Provider, which: str, shape: Shape, **entry: Any) -> None:
+    def add(self, part: str, provider: str, which: str, shape: Shape, **entry: Any) -> None:
         """Put an entry under "cases" or "absent", and the run into its file."""
-        self.run[part].append({"provider": provider.name, "pass": which, "shape": shape.as_dict(), **entry})
+        self.run[part].append({"provider": provider, "pass": which, "shape": shape.as_dict(), **entry})
         self.save()
 
     def save(self) -> None:

@@ -15,7 +15,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import resume
 from benchmarks.clock import DEVICE, HAS_GPU
+from benchmarks.provider import AbsentError
 from benchmarks.rounds import recorded, replay
 from benchmarks.session import Session
 from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
@@ -56,11 +58,25 @@ def wait() -> None:
 
 
 @pytest.mark.benchmark(group="host time", timer=recorded, warmup=False)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        pytest.param(False, id="eager"),
+        # It compiles for seconds, for a time that no ratio is of.
+        pytest.param(True, id="compiled", marks=pytest.mark.place(3)),
+    ],
+)
 @pytest.mark.parametrize("which", ["forward", "both"])
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_host_time(benchmark: BenchmarkFixture, session: Session, path: str, which: str, compiled: bool) -> None:
     """One path, as it is or under torch.compile."""
+    name = f"{path} {which} {'compiled' if compiled else 'eager'}"
+    if resume.has_host_time(name, session.resumed, DEVICE.type):
+        pytest.skip("it is in the results")
+    try:
+        session.look_at_the_time()
+    except AbsentError as absent:
+        pytest.skip(str(absent))
     torch._dynamo.reset()
     run = step(path, which, compiled)
     seconds = []
@@ -79,5 +95,5 @@ def test_host_time(benchmark: BenchmarkFixture, session: Session, path: str, whi
         return
     microseconds = round(statistics.median(seconds) * 1e6, 1)
     benchmark.extra_info["median_us"] = microseconds
-    session.run.setdefault("host_us", {})[f"{path} {which} {'compiled' if compiled else 'eager'}"] = microseconds
+    session.run.setdefault("host_us", {})[name] = microseconds
     session.save()

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import clock, memory, oracle, results, rounds, step
+from benchmarks import clock, memory, oracle, results, resume, rounds, step
 from benchmarks.provider import NOT_REACHED, OUT_OF_MEMORY, AbsentError
 from benchmarks.shapes import Inputs, Shape
 from benchmarks.table import table, timed_steps
@@ -253,20 +253,27 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument(
         "--time-limit", type=float, default=float("inf"), metavar="SECONDS",
-        help="look for no larger micro-batch after this time",
+        help="look for no larger micro-batch after this time, counted from the start of the process",
     )  # fmt: skip
+    made.add_argument(
+        "--resume", action="store_true", help="do nothing where that file has all of it, of these sources and versions"
+    )
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 where a path failed or is wrong, 0 where the whole is absent with a reason."""
-    begin = time.monotonic()
     options = parser().parse_args(arguments)
     if options.results and options.results.exists() and not options.results.is_dir():
         parser().error(f"argument --results: {options.results} is no folder")
+    if options.resume and not options.results:
+        parser().error("argument --resume: it needs --results, the folder whose file is gone on with")
     kind = clock.DEVICE.type
     path = results.results_path(kind, options.results) if options.results else None
     older = results.read(path) if path else []
+    if options.resume and resume.has_steps(older, kind):
+        print(f"all of it is in {path.name}")
+        return EXIT_DONE
     try:
         run = results.new_run(kind, clock.copy_bandwidth())
 
@@ -275,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path and timed_steps(run):
                 results.write(path, results.merged(older, run))
 
-        measure(step.SIZES[kind], run, begin + options.time_limit, record)
+        measure(step.SIZES[kind], run, clock.deadline(options.time_limit), record)
     except AbsentError as absent:
         print(f"absent: {absent}")
         return EXIT_DONE

@@ -7,9 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby, pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +26,11 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Load:
     """A module of benchmarks/, which is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
+    # Of benchmarks/conftest.py, which is not that of these tests.
+    pytestconfig.addinivalue_line("markers", "place(n): see benchmarks/conftest.py")
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
@@ -192,10 +198,251 @@ def test_every_peer_says_what_keeps_it_from_a_machine(load: Load, model: str) ->
         assert "has no chunked linear_cross_entropy" in torch_chunked.missing(plain, torch.device("cpu"))
 
 
-def test_no_case_starts_after_the_time_limit(load: Load) -> None:
-    shape = next(load("plan").cases("cpu", "linear")).shape
-    with pytest.raises(load("provider").AbsentError, match="time given"):
-        load("session").Session({}, None, deadline=0.0).problem(shape)
+@pytest.fixture
+def quick(load: Load, model: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A session of four providers on few logits: it notes who is examined, which takes 10 s each; rounds take none.
+
+    `broken` names the provider that breaks the device.
+    """
+    session, clock, plan = load("session"), load("clock"), load("plan")
+    problem = a_problem(load, "logits", model)
+    names = ["eager_loop", "eager_rows", "mtp_ce", "mtp_ce_inplace"]
+    cases = [plan.Case(problem.shape, "both", a_provider(load, "logits", name), 0) for name in names]
+    quick = SimpleNamespace(cases=cases, problem=problem, now=0.0, examined=[], broken=None)
+
+    def examined(provider: Any, inputs: Any) -> Any:
+        quick.examined.append(provider.name)
+        quick.now += 10
+        if provider.name == quick.broken:
+            raise RuntimeError("an illegal memory access was encountered\nand a long story")
+        return right(provider, inputs)
+
+    def synchronize() -> None:
+        if quick.broken in quick.examined:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def monotonic() -> float:
+        quick.now += 1e-6
+        return quick.now
+
+    def begin(deadline: float = float("inf"), path: Path | None = None, resumed: Any = ()) -> Any:
+        run = load("results").new_run("cpu", 1e10)
+        quick.examined.clear()
+        quick.session = session.Session(run, path, deadline, cases, resumed)
+        quick.session._problem = problem
+        problem.outcomes.clear()
+        problem.seconds.clear()
+        return quick.session
+
+    right = session.run_once
+    monkeypatch.setattr(session, "run_once", examined)
+    monkeypatch.setattr(session.time, "monotonic", monotonic)
+    monkeypatch.setattr(clock, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    memory = load("memory")
+    monkeypatch.setattr(memory, "begin_cpu", lambda *_: SimpleNamespace(result=lambda: memory.Peak(0, 0)))
+    monkeypatch.setattr(load("rounds"), "in_turns", lambda calls: {name: [1.0] for name in calls})
+    quick.begin = begin
+    return quick
+
+
+def test_nothing_starts_after_the_time_limit(load: Load, quick: SimpleNamespace) -> None:
+    """No provider, no turn, no shape. Who was examined before is timed: this project first of all."""
+    session, absent = quick.begin(deadline=25), load("provider").AbsentError
+    for case in quick.cases:
+        if case.provider.name == "eager_rows":
+            with pytest.raises(absent, match="time given"):
+                session.seconds(case, quick.problem)
+        else:
+            assert session.seconds(case, quick.problem) == [1.0]
+    assert quick.examined == ["mtp_ce", "mtp_ce_inplace", "eager_loop"]
+    with pytest.raises(absent, match="time given"):
+        session.seconds(quick.cases[0]._replace(which="forward"), quick.problem)
+    session._problem = None
+    with pytest.raises(absent, match="time given"):
+        session.problem(quick.problem.shape)
+
+
+@pytest.mark.parametrize("broken", ["eager_rows", "mtp_ce_inplace"])
+def test_who_breaks_the_gpu_ends_the_session_by_name(
+    load: Load, quick: SimpleNamespace, tmp_path: Path, broken: str
+) -> None:
+    """Nobody else is called absent for it, and the next session goes on without it: a peer on the whole path."""
+    case, results, path = load("case"), load("results"), tmp_path / "file.json"
+    quick.broken = broken
+    benchmark = SimpleNamespace(disabled=False, extra_info={}, pedantic=lambda *_, **__: None)
+    session = quick.begin(path=path)
+    session.run["host_us"] = {"a call": 1.0}
+    words = f"{broken} has broken the GPU: RuntimeError: an illegal memory access was encountered"
+    with pytest.raises(pytest.exit.Exception, match=f"^{words}$"):
+        case.measure(benchmark, session, quick.cases[0])
+    (run,) = results.read(path)
+    assert run["cases"] == []
+    assert [(entry["provider"], entry["reason"]) for entry in run["absent"]] == [(broken, words)]
+
+    for _ in range(2):
+        session = quick.begin(path=path, resumed=results.read(path))
+        for one in quick.cases:
+            refused = pytest.raises((RuntimeError, pytest.skip.Exception), match=words)
+            with refused if one.provider.name == broken else nullcontext():
+                case.measure(benchmark, session, one)
+        assert broken not in quick.examined
+        assert [entry["provider"] for entry in session.run["cases"]] == [
+            one.provider.name for one in quick.cases if one.provider.name != broken
+        ]
+    other = replace(quick.problem.shape, S=41)
+    provider = a_provider(load, "logits", broken)
+    known = load("resume").breaks(provider, other, results.read(path), "cpu")
+    assert known == (None if provider.ours else words)
+
+
+def test_a_gpu_that_breaks_in_the_rounds_ends_all_of_them(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later providers would be blamed for it."""
+    clock, rounds = load("clock"), load("rounds")
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(clock, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", breaks)
+    monkeypatch.setattr(rounds, "timed", lambda call, *_: call() or 1.0)
+    with pytest.raises(clock.LostDeviceError, match=r"^b has broken the GPU: RuntimeError"):
+        rounds.in_turns({"a": (tuple, lambda: None), "b": (tuple, breaks), "c": (tuple, breaks)})
+
+
+def test_the_time_counts_from_the_start_of_the_process() -> None:
+    """Imports are in it."""
+    program = (
+        "import time; first = time.monotonic(); from benchmarks import clock; "
+        "print(time.monotonic() - first, clock.age(), time.monotonic() - clock.deadline(0), clock.age())"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    whole = time.monotonic() - start
+    readings = [*map(float, done.stdout.split()), whole]
+    # The start of a process is known to a hundredth of a second.
+    assert all(earlier <= later + 0.02 for earlier, later in pairwise(readings)), readings
+
+
+def test_the_copy_is_timed_on_a_warm_device(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is before is thrown away; p20 of the rest, as the cases."""
+    clock = load("clock")
+    seconds: list[float] = []
+    copies: list[int] = []
+
+    def timed(run: Callable[..., Any], *arguments: Any) -> float:
+        run(*arguments)
+        seconds.append(float(1 + len(seconds)))
+        return seconds[-1]
+
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copies.append(len(seconds)) or copy(self, other))
+    for name, value in (("timed", timed), ("COPY_BYTES", 2**10), ("WARM_UP", 7), ("COPIES", 11)):
+        monkeypatch.setattr(clock, name, value)
+    assert clock.copy_bandwidth() == 2 * 2**10 / 3
+    assert copies[:8] == [0] * 8
+    assert len(copies) == 18
+
+
+def a_run_with(load: Load, cases: Any, absent: Any = (), **changed: Any) -> dict[str, Any]:
+    def entries(which: Any, **more: Any) -> list[dict[str, Any]]:
+        return [
+            {"provider": c.provider.name, "pass": c.which, "shape": c.shape.as_dict(), **more} for c in which
+        ]  # fmt: skip
+
+    run = load("results").new_run("cpu", 1e10)
+    return {**run, "cases": entries(cases), "absent": [*entries(absent, reason="needs a card")], **changed}
+
+
+def test_what_is_compared_is_whole_in_one_run_or_measured_again(load: Load) -> None:
+    """All of a shape and a pass: whoever is missing is measured beside all that it is compared with."""
+    left = load("resume").left
+    every = [case for path in PATHS for case in load("plan").cases("cpu", path)]
+    group = [case for case in every if (case.shape, case.which) == (every[0].shape, every[0].which)]
+    rest = {case: case.place for case in every if case not in group}
+    whole = {case: case.place for case in every}
+    assert left(every, [], "cpu") == whole
+    # A reason is an outcome, no time left is none.
+    run = a_run_with(load, group[1:], group[:1])
+    assert left(every, [run], "cpu") == rest
+    run["absent"][0]["reason"] = load("provider").NOT_REACHED
+    assert left(every, [run], "cpu") == whole
+    # Of two runs, of other packages, of another device, of other sources.
+    assert left(every, [a_run_with(load, group[1:]), a_run_with(load, group[:1])], "cpu") == whole
+    versions = {**run["versions"], "torch": "1.0"}
+    hashes = {**run["source_hash"], every[0].shape.path: "0" * 64}
+    for changed in ({"versions": versions}, {"device": "another"}, {"source_hash": hashes}):
+        assert left(every, [a_run_with(load, group, **changed)], "cpu") == whole
+
+
+def test_what_only_lacks_late_cases_is_measured_with_them(load: Load) -> None:
+    """As late as they are, so that what is not there at all comes first; in one turn."""
+    left, plan = load("resume").left, load("plan")
+    cases = [case for case in plan.cases("cuda", "linear") if case.shape == plan.over_vocabularies("cuda", "linear")[0]]
+    early, late = [[case for case in cases if case.place == place] for place in (1, 3)]
+    assert early
+    assert late
+    assert left(cases, [a_run_with(load, early, kind="cpu")], "cpu") == dict.fromkeys(cases, 3)
+    # A turn that was cut is measured in its place.
+    assert left(cases, [a_run_with(load, early[1:])], "cpu") == {case: case.place for case in cases}
+    assert left(cases, [a_run_with(load, early), a_run_with(load, late)], "cpu") == dict.fromkeys(cases, 3)
+
+
+def test_no_time_left_takes_no_reason_away(load: Load) -> None:
+    """A case that was absent for good in an older run is no open one in the next but one."""
+    results, case = load("results"), next(load("plan").cases("cpu", "logits"))
+    older = a_run_with(load, [case], [case._replace(which="forward")])
+    newer = a_run_with(load, [], [case._replace(which="forward")])
+    newer["absent"][0]["reason"] = load("provider").NOT_REACHED
+    assert results.merged([older], newer)[0] == {**older, "host_us": {}, "ce_share": {}}
+
+
+def test_numbers_beside_the_cases_stay_until_they_are_measured_again(load: Load) -> None:
+    """Also of a run that was cut off before its first case."""
+    results = load("results")
+    first, second = ({"cases": [], "absent": [], "host_us": host} for host in ({"a": 1.0, "b": 2.0}, {"b": 3.0}))
+    runs = results.merged([first], second)
+    assert [run["host_us"] for run in runs] == [{"a": 1.0}, {"b": 3.0}]
+    assert len(results.merged([second], {**first, "host_us": {"b": 1.0}})) == 1
+
+
+def test_host_times_are_those_of_the_commit(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    has, results = load("resume").has_host_time, load("results")
+    run = {**results.new_run("cpu", 1e10), "host_us": {"logits both eager": 1.0}}
+    assert has("logits both eager", [run], "cpu")
+    assert not has("logits both compiled", [run], "cpu")
+    assert not has("logits both eager", [{**run, "commit": "another"}], "cpu")
+    assert not has("logits both eager", [{**run, "source_hash": {**run["source_hash"], "linear": "0"}}], "cpu")
+
+
+def test_benchmarks_run_in_the_order_of_the_plan_without_what_is_there(load: Load, tmp_path: Path) -> None:
+    """Host times first, but for those that compile; what was chosen with -k is what is compared."""
+    results, plan = load("results"), load("plan")
+    main = plan.summary("cpu", "logits")[0]
+    chosen = [case for case in plan.cases("cpu", "logits") if case.provider.name == "mtp_ce" and case.shape == main]
+    assert {case.which for case in chosen} == {*plan.PASSES["logits"]}
+    results.write(results.results_path("cpu", tmp_path), [a_run_with(load, chosen)])
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", "--collect-only", "-q"]
+
+    def collected(*options: str) -> list[str]:
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+
+    names = collected(f"--results={tmp_path}", "--resume", "-k", "mtp_ce- or host_time or mtp_ce]")
+    assert not any(str(case) in name for case in chosen for name in names)
+    tests = [name.partition("[")[0] for name in names]
+    assert all("eager" in name for name in names[:4])
+    assert tests[:4] == ["test_host_time"] * 4
+    assert all("compiled" in name for name in names[-4:])
+    assert tests[-4:] == ["test_host_time"] * 4
+    # Places 0 and 1 of both losses, then place 2 of all.
+    first = tests.index("test_token_ce")
+    assert [name for name, _ in groupby(tests[4:first])] == ["test_linear", "test_logits"] * 3
+    assert {*tests[first:-4]} == {"test_token_ce"}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -215,7 +462,7 @@ def test_the_plan_covers_models_heads_and_providers(load: Load, kind: str) -> No
     ours = {(c.shape.V, c.which) for c in plan.cases(kind, "logits") if c.provider.name == "mtp_ce" and c.shape.H == 4}
     apart = {V for V, which in ours if {(V, "forward"), (V, "backward")} <= ours}
     # Each kernel has its share of the ceiling at every vocabulary, aligned or not.
-    assert apart >= ({32000, 50257, 50304, 128256, 151936, 256000} if kind == "cuda" else {32000})
+    assert apart >= ({32000, 50257, 50304, 128256, 151936, 256000, 262144} if kind == "cuda" else {32000})
     main = next(load("plan").cases(kind, "linear")).shape
     wanted = (2048, 512, 32000, "fp32") if kind == "cpu" else (8192, 4096, 151936, "bf16")
     assert (main.rows, main.D, main.V, main.dtype) == wanted
@@ -302,8 +549,8 @@ def test_a_results_file_says_what_was_timed_and_not_where(load: Load, tmp_path: 
     session = load("session").Session(results.new_run("cpu", 1e10), path)
     case = next(load("plan").cases("cpu", "linear"))
     time = results.timing([0.3, 0.1, 0.2], 0.07)
-    session.add("cases", a_provider(load, "linear", "mtp_ce"), "both", case.shape, **time, peak_bytes=1, errors={})
-    session.add("absent", a_provider(load, "linear", "liger"), "both", case.shape, reason="needs a GPU")
+    session.add("cases", "mtp_ce", "both", case.shape, **time, peak_bytes=1, errors={})
+    session.add("absent", "liger", "both", case.shape, reason="needs a GPU")
 
     (run,) = results.read(path)
     assert all(len(run["source_hash"][path]) == 64 for path in PATHS)
@@ -345,10 +592,38 @@ def test_a_file_of_another_format_holds_no_results(load: Load, tmp_path: Path) -
     assert load("results").read(tmp_path / "old.json") == []
 
 
-def run_suite(**environment: str) -> subprocess.CompletedProcess[str]:
+def run_suite(*parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SUITE)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        ["bash", str(SUITE), *parts], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A stand-in for python that notes how it was called: tests fail, benchmarks hang, the training step is absent."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"""#!/bin/bash
+echo "$PYTHONPATH ${{*//[[:space:]]/ }}" >>{tmp_path}/calls
+[ -n "${{TRITON_INTERPRET:-}}" ] && echo interpreted && exit 1
+case "$*" in
+    "-c import xdist") exit 1 ;;
+    -c*) echo this-device.json ;;
+    *"-k (gpu or"*) echo "E   first"; for i in {{1..400}}; do echo "E  $i $(printf 'x%.0s' {{1..300}})"; done
+        for i in {{1..500}}; do
+            echo "FAILED tests/test_docs.py::test_$((i / 10))[$i-$(printf 'y%.0s' {{1..80}})] - E"; done
+        echo "500 failed in 2 s"; exit 1 ;;
+    *"-k not gpu"*) echo "[gw3] [ 13%] FAILED tests/test_house.py::test_y "; exec sleep 60 ;;
+    *training_step*) echo "absent: no transformers" ;;
+    *benchmarks.sweep*) echo swept ;;
+    *benchmarks.targets*) for i in {{1..90}}; do echo "target $i $(printf 'z%.0s' {{1..300}})"; done ;;
+    *benchmarks.table*) echo "the table" ;;
+    *) echo "3 passed" ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    return path
 
 
 def test_the_gpu_suite_says_that_it_has_no_gpu() -> None:
@@ -357,33 +632,78 @@ def test_the_gpu_suite_says_that_it_has_no_gpu() -> None:
     assert done.stdout.splitlines() == ["gpu_suite: no GPU that torch can use; nothing was run."]
 
 
-def test_the_gpu_suite_ends_with_the_table_whatever_happens_before(tmp_path: Path) -> None:
-    """A stand-in for python: the tests fail, the benchmarks hang, the training step is absent."""
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/bash\n"
-        '[ -n "${TRITON_INTERPRET:-}" ] && echo "interpreted" && exit 1\n'
-        'case "$*" in\n'
-        "    -c*) exit 0 ;;\n"
-        '    *tests/kernels*) echo "FAILED tests/kernels/test_compiled.py::test_y"; echo "1 failed in 2 s"; exit 1 ;;\n'
-        '    *training_step*) [[ "$*" == *"--results --time-limit 60" ]] && echo "absent: no transformers" ;;\n'
-        '    *--results*) echo "3 passed"; exec sleep 60 ;;\n'
-        '    *benchmarks.table) echo "the table" ;;\n'
-        "esac\n"
+def test_the_gpu_suite_says_the_most_in_what_is_read_of_it(python: Path, tmp_path: Path) -> None:
+    """What fails by name, what it said, the last line of every part, the targets; the logs have all of it."""
+    logs, folder = tmp_path / "logs", tmp_path / "results"
+    done = run_suite(
+        PYTHON=str(python), LOGS=str(logs), RESULTS=str(folder), TEST_SECONDS="1", TRITON_INTERPRET="1", PYTHONPATH="/p"
     )
-    python.chmod(0o755)
-    done = run_suite(PYTHON=str(python), BENCHMARK_SECONDS="-44", TRITON_INTERPRET="1")
-    lines = done.stdout.splitlines()
     assert done.returncode == 1
-    assert lines[1:3] == ["FAILED tests/kernels/test_compiled.py::test_y", "1 failed in 2 s"]
-    assert lines[-5] == "benchmarks ran out of its 1 s"
-    assert lines[-4:] == ["== training_step (at most 75 s)", "absent: no transformers", "== results", "the table"]
+    assert len(done.stdout) + len(done.stderr) < 10_000
+    lines = done.stdout.splitlines()
+    heads = {name: lines.index(line) for line in lines if line.startswith("==") for name in [line.split()[1]]}
+    assert [*heads] == ["device", "tests", "benchmarks", "step", "targets"]
+    device = lines[heads["device"] + 1 : heads["tests"]]
+    assert re.fullmatch(r"FAILED tests/test_docs.py::test_0\[1-y+\] and 8 more of it", device[0])
+    assert re.fullmatch(r"FAILED tests/test_docs.py::test_11\[110-y+\] and 9 more of it", device[11])
+    assert device[12:14] == ["failed: 500", "E   first"]
+    assert max(map(len, device)) == 200
+    assert device[-1] == "500 failed in 2 s"
+    # It was killed before it could sum up.
+    assert lines[heads["tests"] + 1 : heads["benchmarks"]][-1] == "tests ran out of its 1 s"
+    assert lines[heads["benchmarks"] + 1] == "3 passed"
+    assert lines[heads["step"] + 1] == "absent: no transformers"
+    assert lines[heads["targets"] + 1].startswith("target 1 z")
+    assert {path.name for path in logs.iterdir()} >= {f"{name}.log" for name in (*heads, "table")} - {"targets.log"}
+    assert len((logs / "device.log").read_text()) > 100_000
+    assert (logs / "table.log").read_text() == "the table\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    # What is installed elsewhere stays within reach, behind this tree.
+    assert all(call.startswith(".:/p -") for call in calls)
+    (benchmarks,) = [call for call in calls if "--benchmark-only" in call]
+    assert f"--results={folder} --resume --time-limit 140" in benchmarks
+    assert any(f"training_step --results {folder} --resume --time-limit 50" in call for call in calls)
+    assert [call.split()[-1] for call in calls[-2:]] == [f"{folder}/this-device.json"] * 2
+    for call in calls:
+        if "tests/mtp_ce" in call:
+            assert call.index("test_gpu.py") < call.index("test_weights.py") < call.index("test_random_cases.py")
+            assert "tests/kernels/test_splits.py" in call
+            assert "test_compiled" not in call
+
+
+def test_the_gpu_suite_names_what_failed_before_a_part_was_killed(python: Path) -> None:
+    done = run_suite("tests", PYTHON=str(python), TEST_SECONDS="1")
+    assert done.stdout.splitlines()[1:3] == ["FAILED tests/test_house.py::test_y", "failed: 1"]
+
+
+def test_the_gpu_suite_runs_the_parts_that_are_asked_for(python: Path, tmp_path: Path) -> None:
+    """In its own order; without the targets where nothing was timed."""
+    done = run_suite("sweep", "step", PYTHON=str(python), RESULTS="here", SWEEP_SECONDS="7")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
+        "== step (at most 70 s)", "== sweep (at most 7 s)", "== targets",
+    ]  # fmt: skip
+    # A folder is where the caller stands.
+    assert f"benchmarks.sweep --results {Path.cwd() / 'here'}\n" in (tmp_path / "calls").read_text()
+    assert run_suite("sweep", PYTHON=str(python)).stdout.splitlines()[1:] == ["swept"]
+    done = run_suite("step", "bench", PYTHON=str(python))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'gpu_suite: no part "bench"; expected device tests benchmarks step sweep.\n'
+
+
+def test_the_device_and_the_tests_are_two_halves() -> None:
+    """What one part leaves out, the other runs."""
+    halves = re.findall(r'-k "(.*?) and not cpu"|-k "(not .*?) and not cpu"', SUITE.read_text())
+    assert [one or other for one, other in halves] == ["(gpu or test_splits)", "not gpu and not test_splits"]
 
 
 def test_the_gpu_suite_ends_within_nine_minutes() -> None:
-    """Its limits together, with what a part has to end and a quarter of a minute for the table."""
+    """Its limits together: the look for a GPU, four parts with what they have to end and to be killed, two tables."""
     text = SUITE.read_text()
-    limits = [int(seconds) for seconds in re.findall(r"_SECONDS:=(\d+)}", text)]
-    graces = [int(seconds) for seconds in re.findall(r"_SECONDS:=\d+} \+ (\d+)", text)]
-    assert (len(limits), len(graces)) == (3, 2)
-    assert sum(limits) + sum(graces) + 15 < 9 * 60
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\{(\w+)_SECONDS:=(\d+)}", text)}
+    del limits["SWEEP"]
+    endings = [int(seconds) for seconds in re.findall(r"_SECONDS:=\d+} \+ (\d+)", text)]
+    others = [int(seconds) for seconds in re.findall(r"timeout (?:--kill-after=1 )?(\d+)", text)]
+    (grace,) = map(int, re.findall(r"--signal=INT --kill-after=(\d+)", text))
+    assert (len(limits), len(endings), len(others)) == (4, 2, 3)
+    assert sum(limits.values()) + sum(endings) + len(limits) * grace + sum(others) <= 530

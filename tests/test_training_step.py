@@ -264,6 +264,32 @@ def test_a_file_holds_cases_and_steps_beside_each_other(
     assert [(len(run["cases"]), len(results.steps_of(run))) for run in runs] == [(0, 4), (1, 0)]
 
 
+def test_steps_that_are_in_the_file_are_not_measured_again(
+    load: Load, pretended_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """With --resume: where all of them went as far as memory goes, of these sources and versions."""
+    training_step, results = load("training_step"), load("results")
+    monkeypatch.setitem(load("step").SIZES, "cpu", a_size(load))
+    command = ["--results", str(tmp_path), "--resume"]
+    assert training_step.main([*command, "--time-limit", "0"]) == 0
+    path = results.results_path("cpu", tmp_path)
+    cut = path.read_text()
+    # Not so far yet.
+    assert training_step.main(command) == 0
+    whole = path.read_text()
+    assert whole != cut
+    capsys.readouterr()
+    assert training_step.main(command) == 0
+    assert capsys.readouterr().out == f"all of it is in {path.name}\n"
+    assert path.read_text() == whole
+    (run,) = results.read(path)
+    has_steps = load("resume").has_steps
+    assert has_steps([run], "cpu")
+    assert not has_steps([{**run, "source_hash": {**run["source_hash"], "step": "0" * 64}}], "cpu")
+    assert not has_steps([{**run, "steps": [{**run["steps"][0], "reason": "is wrong"}]}], "cpu")
+    assert not has_steps([{**run, "steps": []}], "cpu")
+
+
 @pytest.fixture
 def file(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A results file with steps, of a GPU: the n-th path takes n times 100 ms and 4 / n rows more."""
@@ -360,6 +386,7 @@ def test_a_wrong_argument_is_one_line(load: Load, tmp_path: Path, capsys: pytest
     file.touch()
     for arguments, words in (
         (["--paths"], "unrecognized arguments: --paths"),
+        (["--resume"], "--resume: it needs --results"),
         (["--time-limit", "long"], "invalid float value: 'long'"),
         (["--results", str(file)], "file is no folder"),
     ):
