@@ -33,8 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker of what is no case; what can't be resumed."""
-    config.addinivalue_line("markers", "place(n): of a benchmark that is no case, among those of plan.py; -1 without")
+    """Refuse what can't be resumed."""
     if config.getoption("--resume") and not config.getoption("--results"):
         raise pytest.UsageError("--resume needs --results, the folder whose file is gone on with")
 

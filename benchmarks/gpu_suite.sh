@@ -17,10 +17,10 @@
 #     PYTHON               the interpreter; default .venv/bin/python where there is one, else python3
 #     RESULTS              the folder of the results; default benchmarks/results
 #     LOGS                 a folder that keeps <part>.log, the whole output of each part, and table.log; default: none
-#     DEVICE_SECONDS       limit of the part device (90)
-#     TEST_SECONDS         limit of the part tests (65)
-#     BENCHMARK_SECONDS    no case is started after this time (140); one in flight has 45 s to end
-#     STEP_SECONDS         the training step looks for no larger micro-batch after this time (50), and has 20 s to end
+#     DEVICE_SECONDS       limit of the part device (80)
+#     TEST_SECONDS         limit of the part tests (150)
+#     BENCHMARK_SECONDS    no case is started after this time (80); one in flight has 45 s to end
+#     STEP_SECONDS         the training step looks for no larger micro-batch after this time (30), and has 20 s to end
 #     SWEEP_SECONDS        limit of the sweep (500)
 #     MTP_CE_COMMIT        the commit to record where this tree is a copy without git
 #
@@ -116,12 +116,12 @@ tests=("${pytest[@]}" "${workers[@]}" tests/kernels/test_!(compiled).py tests/mt
     tests/mtp_ce/test_random_cases.py)
 # By file, name and marker. "cpu" is the parameter of the tests that run on the host, which is not what this suite is
 # for; nor are the kernels that are compiled for other devices.
-part device "${DEVICE_SECONDS:=90}" "${tests[@]}" -k "(gpu or test_splits) and not cpu"
-part tests "${TEST_SECONDS:=65}" "${tests[@]}" -k "not gpu and not test_splits and not cpu"
+part device "${DEVICE_SECONDS:=80}" "${tests[@]}" -k "(gpu or test_splits) and not cpu"
+part tests "${TEST_SECONDS:=150}" "${tests[@]}" -k "not gpu and not test_splits and not cpu"
 # With "=", or pytest takes the folder for one of tests, and looks for its settings above both.
-part benchmarks "$((${BENCHMARK_SECONDS:=140} + 45))" "${pytest[@]}" benchmarks --benchmark-only --benchmark-quiet \
+part benchmarks "$((${BENCHMARK_SECONDS:=80} + 45))" "${pytest[@]}" benchmarks --benchmark-only --benchmark-quiet \
     --results="$results" --resume --time-limit "$BENCHMARK_SECONDS"
-part step "$((${STEP_SECONDS:=50} + 20))" -m benchmarks.training_step --results "$results" --resume \
+part step "$((${STEP_SECONDS:=30} + 20))" -m benchmarks.training_step --results "$results" --resume \
     --time-limit "$STEP_SECONDS"
 part sweep "${SWEEP_SECONDS:=500}" -m benchmarks.sweep --results "$results"
 

@@ -63,7 +63,7 @@ def test_the_readme_section_says_in_few_lines_what_matters(load: Load, tmp_path:
     results.write(tmp_path / "device.json", [a_run(load, kind)])
     lines = report.section(tmp_path).splitlines()
     rows = [line for line in lines if line.startswith("| `")]
-    assert len(rows) == sum(len(plan.shown(kind, path)) for path in PATHS) <= 11
+    assert len(rows) == sum(len(plan.shown(kind, path)) for path in PATHS) <= 12
     assert all(line.count("|") == 8 for line in rows)
     main = plan.summary(kind, "linear")[0]
     size = f"V {main.V}, D {main.D}, N {main.rows} (H 4), {main.dtype}"

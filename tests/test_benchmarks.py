@@ -26,11 +26,9 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Load:
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
     """A module of benchmarks/, which is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
-    # Of benchmarks/conftest.py, which is not that of these tests.
-    pytestconfig.addinivalue_line("markers", "place(n): see benchmarks/conftest.py")
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 

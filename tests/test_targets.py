@@ -340,10 +340,9 @@ def test_liger_takes_the_chunks_that_it_is_asked_for(
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_the_share_of_the_kernel_is_of_the_call_that_it_is_part_of(
-    load: Load, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, impl: str
+    load: Load, monkeypatch: pytest.MonkeyPatch, impl: str
 ) -> None:
     """Every launch is timed and still does its work, on a CPU and through the kernel's launcher."""
-    pytestconfig.addinivalue_line("markers", "place: of the benchmarks, in their order of importance")
     ce_share, shapes = load("test_ce_share"), load("shapes")
     device = load("clock").DEVICE
     monkeypatch.setitem(shapes.MODELS, "small", shapes.Model(301, 16))
