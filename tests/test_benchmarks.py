@@ -659,8 +659,8 @@ def test_the_gpu_suite_says_the_most_in_what_is_read_of_it(python: Path, tmp_pat
     # What is installed elsewhere stays within reach, behind this tree.
     assert all(call.startswith(".:/p -") for call in calls)
     (benchmarks,) = [call for call in calls if "--benchmark-only" in call]
-    assert f"--results={folder} --resume --time-limit 140" in benchmarks
-    assert any(f"training_step --results {folder} --resume --time-limit 50" in call for call in calls)
+    assert f"--results={folder} --resume --time-limit 80" in benchmarks
+    assert any(f"training_step --results {folder} --resume --time-limit 30" in call for call in calls)
     assert [call.split()[-1] for call in calls[-2:]] == [f"{folder}/this-device.json"] * 2
     for call in calls:
         if "tests/mtp_ce" in call:
@@ -679,7 +679,7 @@ def test_the_gpu_suite_runs_the_parts_that_are_asked_for(python: Path, tmp_path:
     done = run_suite("sweep", "step", PYTHON=str(python), RESULTS="here", SWEEP_SECONDS="7")
     assert done.returncode == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
-        "== step (at most 70 s)", "== sweep (at most 7 s)", "== targets",
+        "== step (at most 50 s)", "== sweep (at most 7 s)", "== targets",
     ]  # fmt: skip
     # A folder is where the caller stands.
     assert f"benchmarks.sweep --results {Path.cwd() / 'here'}\n" in (tmp_path / "calls").read_text()
