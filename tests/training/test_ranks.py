@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
-from mtp_ce.training import fitting, pipeline
+from mtp_ce.training import cli, fitting, pipeline
 from mtp_ce.training.checkpoint import read_checkpoint
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
@@ -33,7 +34,7 @@ import json, os, signal, sys
 import torch
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training import fitting
+from mtp_ce.training import fitting, pipeline
 from mtp_ce.training.cli import main
 
 RANK = int(os.environ["RANK"])
@@ -61,6 +62,14 @@ def stop_rank_1(number=signal.SIGINT):
 def terminate_rank_1():
     stop_rank_1(signal.SIGTERM)
 
+def lose_corpus_of_rank_1():
+    usual = pipeline.read_inputs
+    def read(recipe, *others):
+        if RANK == 1:
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": "lost"})})
+        return usual(recipe, *others)
+    pipeline.read_inputs = read
+
 # One group for all of them: to leave one and join another needs another process.
 torch.distributed.init_process_group("gloo")
 codes = []
@@ -82,6 +91,7 @@ SHARDED = {
     "uniform, rows one by one": ["train.micro_batch_size=1"],
     "rho1": RHO1,
     "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
+    "rho1, the mean over all ranks is 1": ["scorer={name: rho1_excess, scope: global}", *RHO1[1:]],
     "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
@@ -92,6 +102,7 @@ ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
     "terminate": ("terminate_rank_1", 143, []),
     "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
+    "lost": ("lose_corpus_of_rank_1", 2, []),
 }
 
 
@@ -153,7 +164,7 @@ def launched(small, tmp_path_factory):
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as run:  # fmt: skip
         try:
-            said, _ = run.communicate(timeout=120)
+            said, _ = run.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             run.terminate()  # then torchrun ends its workers; killed, it would leave them
             said, _ = run.communicate()
@@ -248,6 +259,24 @@ def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):
     assert codes["uneven"] == (2, 2)
     assert said.count("train.batch_size 7 can't be dealt out to 2 ranks") == 1
     assert not (folder / "uneven").exists()
+
+
+def test_a_mistake_that_only_another_rank_meets_is_said_once_and_ends_all(launched):
+    folder, codes, said = launched
+    assert codes["lost"] == (2, 2)
+    assert said.count(f"train-mtp: error: rank 1 on {socket.gethostname()}: data.corpus is 'lost'") == 1
+    assert not (folder / "lost").exists()
+
+
+def test_the_first_rank_of_another_machine_says_what_its_machine_lacks(monkeypatch, capsys):
+    said = {}
+    for rank, local in {8: 0, 9: 1}.items():
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert cli.main(["tiny", "data.corpus=lost"]) == 2
+        said[rank] = capsys.readouterr().err
+    assert said[8].startswith(f"train-mtp: error: rank 8 on {socket.gethostname()}: data.corpus is 'lost', which is")
+    assert said[9] == "", "it has the same to say"
 
 
 def test_micro_batches_must_divide_what_a_rank_gets():
