@@ -319,9 +319,9 @@ def test_bf16_rounds_neither_the_weights_nor_what_the_loss_is_divided_by(small, 
     given = []
     usual = MTPWrapper._loss
 
-    def spy(self, hidden, output, rows):
-        given.append((hidden[0].dtype, output.weight.dtype, rows.token_weights, rows.num_items))
-        return usual(self, hidden, output, rows)
+    def spy(self, hidden, output, labels, token_weights, **options):
+        given.append((hidden[0].dtype, output.weight.dtype, token_weights, options["normalizer"]))
+        return usual(self, hidden, output, labels, token_weights, **options)
 
     monkeypatch.setattr(MTPWrapper, "_loss", spy)
     with join_ranks(torch.device("cpu"), recipe.train) as ranks:
