@@ -11,9 +11,11 @@ import errno
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -55,6 +57,7 @@ exit codes:
   0 done   1 a crash   2 a mistake in the call or the recipe, nothing was trained
   3 loss, gradient or token weights out of bounds; the step was not taken
   130 Ctrl-C   143 SIGTERM: a checkpoint was written first, --resume goes on from it
+torchrun itself ends with 1 for any of them but 0
 """
 
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED)
+        return _complain("interrupted", EXIT_INTERRUPTED, speaks=_leads())
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -137,30 +140,43 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
         describe(recipe, output)
         return EXIT_DONE
     from mtp_ce.training.compare import compare
-    from mtp_ce.training.interrupt import StoppedError, terminate_in_order
+    from mtp_ce.training.interrupt import terminate_in_order
     from mtp_ce.training.pipeline import train
-    from mtp_ce.training.ranks import LeaderFailedError
-    from mtp_ce.training.trainer import StepRefusedError
 
-    try:
-        with terminate_in_order():
+    answer = partial(_answer, output=output, seeds=seeds)
+    with terminate_in_order():
+        try:
             if seeds:
                 compare(recipe, output, seeds)
             else:
-                train(recipe, output, resume=resume)
-    except StepRefusedError as error:
-        return _complain(str(error), EXIT_REFUSED)
-    except LeaderFailedError:
-        return EXIT_USAGE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _complain(f"{error.strerror}: {error.filename or output}{_left(output, seeds)}", EXIT_CRASH)
-    except KeyboardInterrupt as error:
-        if isinstance(error, StoppedError) and error.signal == signal.SIGTERM:
-            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED)
-        return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED)
+                train(recipe, output, resume=resume, answer=answer)
+        except BaseException as error:
+            return answer(error)
     return EXIT_DONE
+
+
+def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
+    """Say why a run ends early and give the exit code; a crash is raised."""
+    from mtp_ce.training.groups import RecipeError
+    from mtp_ce.training.interrupt import StoppedError
+    from mtp_ce.training.ranks import LeaderFailedError
+    from mtp_ce.training.trainer import StepRefusedError
+
+    match error:
+        case RecipeError():
+            return _complain(str(error), EXIT_USAGE)
+        case LeaderFailedError():
+            return EXIT_USAGE
+        case StepRefusedError():
+            return _complain(str(error), EXIT_REFUSED, speaks=_leads())
+        case StoppedError(signal=signal.SIGTERM):
+            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED, speaks=_leads())
+        case KeyboardInterrupt():
+            return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED, speaks=_leads())
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            full = f"{error.strerror}: {error.filename or output}"
+            return _complain(f"{full}{_left(output, seeds)}", EXIT_CRASH, speaks=True)
+    raise error
 
 
 def _left(output: Path, seeds: int | None) -> str:
@@ -302,11 +318,20 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _complain(message: str, code: int) -> int:
-    if not _leads():
-        return code
-    asked_for = code in (EXIT_INTERRUPTED, EXIT_TERMINATED)
-    print(f"train-mtp: {'' if asked_for else 'error: '}{message}", file=sys.stderr)
+def _complain(message: str, code: int, speaks: bool | None = None) -> int:
+    """Say what is wrong and give the exit code.
+
+    Of several processes those of one machine find the same mistakes, and one of them says so.
+
+    Args:
+        message: one line.
+        code: which decides how the line begins.
+        speaks: whether this process does; None means the first one of a machine.
+    """
+    if speaks if speaks is not None else os.environ.get("LOCAL_RANK", "0") == "0":
+        error = "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
+        who = "" if _leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
+        print(f"train-mtp: {error}{who}{message}", file=sys.stderr)
     return code
 
 

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM as a question that the loop asks between two steps.
 
 outside a loop    the exception is raised at once, as Python does for Ctrl-C by itself
-inside a loop     the first signal is noted, and the loop ends after the step; a second one ends it at once
+inside a loop     the first signal is noted, and the loop ends after the step; a second Ctrl-C ends it at once
+
+A second SIGTERM says nothing new: a scheduler sends one to torchrun and to its workers, and torchrun passes its own on.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Stop:
 
 @contextmanager
 def terminate_in_order() -> Iterator[None]:
-    """Have SIGTERM raise StoppedError, so that what has begun is ended as after Ctrl-C.
+    """Have the first SIGTERM raise StoppedError, so that what has begun is ended as after Ctrl-C; more do nothing.
 
     Schedulers send it when they want a machine back, and torchrun to the ranks that are left when one has died.
     """
@@ -60,26 +62,44 @@ def terminate_in_order() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Give a flag that the first Ctrl-C or SIGTERM sets; a second one of the same kind acts at once.
+    """Give a flag that the first Ctrl-C or SIGTERM sets; a second Ctrl-C acts at once.
+
+    It is set from the beginning where SIGTERM came in the last step of an earlier loop, which then came to its end.
 
     An exception thrown into the middle of a step could land inside a C++ callback, where it is printed and
     forgotten, or between an optimizer's two writes.
     """
     stop = Stop()
-    at_once: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _raise_stopped}
+    if signal.getsignal(signal.SIGTERM) is _has_come:
+        stop.set(signal.SIGTERM)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set(number)
-        signal.signal(number, at_once[number])
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _has_come)
 
+    usual: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _raise_stopped}
     with ExitStack() as handlers:
-        for number, handler in at_once.items():
+        for number, handler in usual.items():
             handlers.enter_context(_handled(number, handler, request))
         yield stop
 
 
+def ignore_sigterm() -> None:
+    """Have SIGTERM do nothing up to the end of `terminate_in_order`: what is under way is an end already.
+
+    torchrun sends one to the ranks that are left when one has failed, while they fail too.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is _raise_stopped:
+        signal.signal(signal.SIGTERM, _has_come)
+
+
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, _has_come)
     raise StoppedError(number)
+
+
+def _has_come(number: int, frame: FrameType | None) -> None:
+    """Take a SIGTERM that is not the first."""
 
 
 @contextmanager
@@ -91,5 +111,10 @@ def _handled(number: int, usual: Handler, handler: Handler) -> Iterator[None]:
     signal.signal(number, handler)
     try:
         yield
+    except BaseException:
+        # What leaves a loop ends the run.
+        usual = _has_come if usual is _raise_stopped else usual
+        raise
     finally:
-        signal.signal(number, usual)
+        if not (signal.getsignal(number) is _has_come and usual is _raise_stopped):
+            signal.signal(number, usual)

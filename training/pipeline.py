@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,17 @@ from mtp_ce.training.schema import Recipe
 from mtp_ce.training.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage import check_writable
 from mtp_ce.training.tracking import METRICS_FILE, Tracking, shown_by
+from mtp_ce.training.trainer import StepRefusedError
 
 
-def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: bool = False) -> Evaluation:
+def train(
+    recipe: Recipe,
+    output: Path,
+    out: Console | None = None,
+    *,
+    resume: bool = False,
+    answer: Callable[[BaseException], int] | None = None,
+) -> Evaluation:
     """Run a recipe from the corpus to the saved model.
 
     Args:
@@ -28,6 +37,7 @@ def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: b
         output: folder to make; it must not exist, unless `resume` is set.
         out: where to say what happens; None means the terminal.
         resume: whether to go on with the unfinished run of the same recipe that `output` has.
+        answer: as of `join_ranks`.
 
     Returns:
         The heads on held-out text after the last step.
@@ -39,7 +49,8 @@ def train(recipe: Recipe, output: Path, out: Console | None = None, *, resume: b
     """
     # transformers would draw bars of its own for files that take milliseconds.
     transformers_logging.disable_progress_bar()
-    with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
+    device = find_device(recipe.train.device, "train.device")
+    with join_ranks(device, recipe.train, answer, agreed=(StepRefusedError,)) as ranks:
         output, resume = ranks.share((output, resume))
         return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, resume)
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
 import torch
@@ -37,16 +40,21 @@ from transformers import PreTrainedModel
 
 from mtp_ce.layer_heads import LayerHeads, decoder_layers
 from mtp_ce.training.groups import RecipeError, TrainConfig
+from mtp_ce.training.interrupt import StoppedError, ignore_sigterm
 from mtp_ce.wrapper import MTPWrapper
 
 T = TypeVar("T")
 
-# What one rank does alone, such as training a critic, the others await in a collective.
+# What one rank does alone, such as training a critic, the others await in a collective of gloo.
 LONGEST_WAIT = timedelta(hours=12)
+# A collective of a step; gloo knows by itself that a rank is gone, NCCL by this alone.
+LONGEST_STEP = timedelta(minutes=10)
+# The end of a run that failed: what rank 0 has for MLflow and S3.
+LONGEST_END = timedelta(minutes=3)
 
 
 class LeaderFailedError(RuntimeError):
-    """Rank 0 has said what is wrong; the others end without a word."""
+    """Rank 0 says what is wrong; the others end without a word."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,30 @@ class Ranks:
         return result
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do what fills a cache, and then every other rank the same."""
-        result = self.lead(work)
+        """Have rank 0 do what fills a cache, and then every other rank the same.
+
+        Raises:
+            RecipeError: on rank 0, also a mistake that only another rank meets, such as a file that its machine lacks.
+            LeaderFailedError: on the other ranks, for any of them.
+        """
+        result, mistake = self.lead(work), None
         if not self.leads:
-            result = work()
-        self.share(None)
+            try:
+                result = work()
+            except RecipeError as error:
+                mistake = f"{name_of(self.rank)}: {error}"
+        if mistakes := [found for found in self._collect(mistake) if found]:
+            raise RecipeError(mistakes[0]) if self.leads else LeaderFailedError
         assert result is not None
         return result
+
+    def _collect(self, value: T) -> list[T]:
+        """What every rank gave, which can be pickled."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def shard(self, model: MTPWrapper, train: TrainConfig) -> None:
         """Shard a model's parameters over the ranks, which hold the same ones.
@@ -200,8 +225,18 @@ def local(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def name_of(rank: int) -> str:
+    """How a message calls this process."""
+    return f"rank {rank} on {socket.gethostname()}"
+
+
 @contextmanager
-def join_ranks(device: torch.device, train: TrainConfig) -> Iterator[Ranks]:
+def join_ranks(
+    device: torch.device,
+    train: TrainConfig,
+    answer: Callable[[BaseException], int] | None = None,
+    agreed: tuple[type[BaseException], ...] = (),
+) -> Iterator[Ranks]:
     """Join the processes that were started together, as the environment says; without it, be alone.
 
     A process group that is there already is used and left as it is.
@@ -209,6 +244,9 @@ def join_ranks(device: torch.device, train: TrainConfig) -> Iterator[Ranks]:
     Args:
         device: "cpu" or "cuda"; each rank takes the GPU of its local number.
         train: where it asks for what FSDP does, one process is a group of its own.
+        answer: says what an exception means and gives the exit code, or raises it. One of several processes ends in
+            here with it; without this the exception is raised.
+        agreed: exceptions that all ranks end with, beside mistakes, signals and those of this file.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and train.precision == "fp32" and not train.cpu_offload:
@@ -220,12 +258,54 @@ def join_ranks(device: torch.device, train: TrainConfig) -> Iterator[Ranks]:
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         rank, store = _meeting_place(size)
-        dist.init_process_group(backend, timeout=LONGEST_WAIT, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=LONGEST_STEP, store=store, rank=rank, world_size=size)
+        assert dist.group.WORLD is not None
+        dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
-    finally:
-        if ours:
+    except BaseException as error:
+        if ours and size == 1:
             dist.destroy_process_group()
+        elif ours and answer:
+            _leave(rank, store, error, answer, (*agreed, LeaderFailedError, RecipeError, StoppedError))
+        raise
+    if ours:
+        dist.destroy_process_group()
+
+
+def _leave(
+    rank: int,
+    store: dist.Store,
+    error: BaseException,
+    answer: Callable[[BaseException], int],
+    agreed: tuple[type[BaseException], ...],
+) -> NoReturn:
+    """End one of several processes after a failure.
+
+    The group does not end with it: NCCL would wait for collectives that the other ranks never come to. Where all ranks
+    end for one reason, rank 0 goes first, because launchers end those that are left when one is gone; the others take
+    its exit code.
+    """
+    ignore_sigterm()
+    try:
+        code = answer(error)
+    except BaseException:
+        print(f"{name_of(rank)} crashed:", file=sys.stderr)
+        traceback.print_exception(error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        # Where the store is gone, rank 0 had it and is gone too.
+        with suppress(dist.DistError):
+            if rank == 0:
+                store.set("ended", str(code))
+            elif isinstance(error, agreed):
+                store.wait(["ended"], LONGEST_END)
+                code = int(store.get("ended"))
+    finally:
+        # No destructor of the group runs.
+        os._exit(code)
 
 
 def _meeting_place(size: int) -> tuple[int, dist.Store]:

@@ -29,6 +29,7 @@ from mtp_ce.training.critic import train_critic
 from mtp_ce.training.evaluation import Evaluation, decode
 from mtp_ce.training.fitting import fit, log_and_show
 from mtp_ce.training.groups import (
+    ControlScorerConfig,
     LlamaModelConfig,
     MTPConfig,
     PretrainedModelConfig,
@@ -129,8 +130,8 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                     # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
                     from mtp_ce.training.passages import show_weights
 
-                    # One rank alone can't ask a model that is sharded over all of them.
-                    weighing = build_weighing(recipe, models, inputs.device)
+                    # One rank alone can't ask a model that is sharded over all of them, nor for the others' scores.
+                    weighing = build_weighing(_weighed_alone(recipe), models, inputs.device)
                     hold_in_precision(model, recipe.train.precision)
                     for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                         run.artifact(path)
@@ -143,6 +144,16 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         evaluation = ranks.share(ranks.lead(report))
         assert evaluation is not None
         return evaluation
+
+
+def _weighed_alone(recipe: Recipe) -> Recipe:
+    """The recipe with the scope "batch" where it says "global": what that is to a single rank."""
+    scored, scorer = recipe.scored_by, recipe.scorer
+    if scored is None or scored.scope != "global":
+        return recipe
+    alone = scored.model_copy(update={"scope": "batch"})
+    moved = isinstance(scorer, ControlScorerConfig)
+    return recipe.model_copy(update={"scorer": scorer.model_copy(update={"of": alone}) if moved else alone})
 
 
 def _give_memory_back(device: torch.device) -> None:

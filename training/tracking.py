@@ -26,6 +26,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.recipe import flatten, without_password
 from mtp_ce.training.schema import EvaluationRecipe, Recipe
 
@@ -166,6 +167,8 @@ class Tracking:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the run with the status that the exception calls for."""
+        if error is not None:
+            ignore_sigterm()
         if self._file:
             self._file.close()
         if self._run is None:

@@ -29,8 +29,8 @@ STOPPED_S = 90.0
 def copies(address: str | None, warn: Callable[[str], None], keep: int) -> Iterator[Callable[[Path], None]]:
     """Give what sends a finished folder to S3 under its own name; without an address, what does nothing.
 
-    The end of the block waits for what is left: long, or where it is left by an exception, as long as those who stop a
-    run commonly wait.
+    The end of the block waits for what is left: long, or where it is left by an exception, for a while. Who has sent
+    SIGTERM may not wait as long: torchrun ends its workers after 30 seconds.
 
     Args:
         address: s3://bucket/prefix.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +36,38 @@ node left 10.9.0.1 1
 wait $!
 """
 
-# The second rank is killed in its fourth step, once.
+# The second rank fails in its fourth step, once. The end of the group never comes then, as NCCL's where the other rank
+# still waits for this one.
 MORTAL = """
-import os, signal, sys
+import os, sys, time
+import torch.distributed
 from mtp_ce.training import fitting
 from mtp_ce.training.cli import main
 
 class Mortal(fitting.Trainer):
     def _step(self, step, window):
-        if step == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 4 and os.environ["RANK"] == "1":
+            raise RuntimeError("out of memory")
         super()._step(step, window)
 
-fitting.Trainer = Mortal
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    fitting.Trainer = Mortal
+    torch.distributed.destroy_process_group = lambda: time.sleep(100000)
+sys.exit(main())
+"""
+
+# The end of the MLflow run takes longer than torchrun does to find that a rank is gone.
+SLOW = """
+import sys, time
+from mtp_ce.training import tracking
+from mtp_ce.training.cli import main
+
+class Slow(tracking.MlflowConnection):
+    def close(self):
+        time.sleep(1)
+        super().close()
+
+tracking.MlflowConnection = Slow
 sys.exit(main())
 """
 
@@ -65,19 +85,19 @@ def alone(recipe, tmp_path_factory) -> Path:
     return folder
 
 
-def start(command: list[str], where: Path, recipe: Recipe, **environment: str) -> str:
-    """Run a command to its end; give what it said."""
+def start(command: list[str], where: Path, recipe: Recipe, code: int = 0, **environment: str) -> str:
+    """Run a command to its end, which has this exit code; give what it said."""
     (where / "recipe.yaml").write_text(to_yaml(recipe))
     with subprocess.Popen(
         command, cwd=where, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as run:  # fmt: skip
         try:
-            said, _ = run.communicate(timeout=200)
+            said, _ = run.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             run.terminate()  # then a launcher ends its workers; killed, it would leave them
             said, _ = run.communicate()
-    assert run.returncode == 0, said[-3000:]
+    assert run.returncode == code, said[-3000:]
     return said
 
 
@@ -91,9 +111,30 @@ def test_workers_that_torchrun_starts_again_go_on_with_the_run_they_began(recipe
     (tmp_path / "mortal.py").write_text(MORTAL)
     torchrun = [*TORCHRUN.split(), "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     said = start([*torchrun, "mortal.py", "recipe.yaml"], tmp_path, recipe)
+    assert f"rank 1 on {socket.gethostname()} crashed:\nTraceback" in said
+    assert "RuntimeError: out of memory" in said
+    assert "terminated" not in said, "torchrun's SIGTERM finds a rank that is ending already"
     assert "resumed     after step 2, from" in said
     (folder,) = (tmp_path / "runs").iterdir()
     same_training(alone, folder, steps=5)
+
+
+def test_ranks_that_refuse_a_step_leave_when_the_first_has_said_so_everywhere(small, finished_run, tmp_path):
+    options = ["optimizer.lr=1e30", "tracking.kind=mlflow", f"tracking.uri={finished_run.database}"]
+    (tmp_path / "slow.py").write_text(SLOW)
+    torchrun = [*TORCHRUN.split(), "--standalone", "--nproc-per-node", "2"]
+    recipe = small([*options, "tracking.experiment=refused by ranks"])
+    said = start([*torchrun, "slow.py", "recipe.yaml", "--output", "out"], tmp_path, recipe, code=1)
+    assert said.count("expected a finite number; the step was not taken") == 1, "one rank speaks for all"
+    assert said.count("train-mtp: ") == 1
+    assert said.count("exitcode  : 3 ") == 2, "torchrun reports the codes of both; its own is 1"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished_run.database)
+    runs = client.search_runs([client.get_experiment_by_name("refused by ranks").experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED", "FAILED"], "the run and its stage"
+    assert all(run.data.tags["stop.value"] in ("nan", "inf") for run in runs)
 
 
 def test_accelerate_launch_trains_as_one_process_does(recipe, alone, same_training, tmp_path):

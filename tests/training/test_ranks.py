@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from torch.distributed import HashStore
 
-from mtp_ce.training import fitting, pipeline
+from mtp_ce.training import cli, fitting, pipeline
 from mtp_ce.training.checkpoint import read_checkpoint
 from mtp_ce.training.groups import RecipeError
 from mtp_ce.training.interrupt import StoppedError
@@ -33,7 +34,7 @@ import json, os, signal, sys
 import torch
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training import fitting
+from mtp_ce.training import fitting, pipeline
 from mtp_ce.training.cli import main
 
 RANK = int(os.environ["RANK"])
@@ -61,6 +62,14 @@ def stop_rank_1(number=signal.SIGINT):
 def terminate_rank_1():
     stop_rank_1(signal.SIGTERM)
 
+def lose_corpus_of_rank_1():
+    usual = pipeline.read_inputs
+    def read(recipe, *others):
+        if RANK == 1:
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": "lost"})})
+        return usual(recipe, *others)
+    pipeline.read_inputs = read
+
 # One group for all of them: to leave one and join another needs another process.
 torch.distributed.init_process_group("gloo")
 codes = []
@@ -80,7 +89,7 @@ PAIRS += ["data.vocab_size=300", "reference.documents=all"]
 SHARDED = {
     "uniform, whole batches": [],
     "uniform, rows one by one": ["train.micro_batch_size=1"],
-    "rho1": RHO1,
+    "rho1, the mean over all ranks is 1": ["scorer={name: rho1_excess, scope: global}", *RHO1[1:]],
     "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
     "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
@@ -92,6 +101,7 @@ ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
     "terminate": ("terminate_rank_1", 143, []),
     "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
+    "lost": ("lose_corpus_of_rank_1", 2, []),
 }
 
 
@@ -153,7 +163,7 @@ def launched(small, tmp_path_factory):
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as run:  # fmt: skip
         try:
-            said, _ = run.communicate(timeout=120)
+            said, _ = run.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             run.terminate()  # then torchrun ends its workers; killed, it would leave them
             said, _ = run.communicate()
@@ -250,6 +260,24 @@ def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):
     assert not (folder / "uneven").exists()
 
 
+def test_a_mistake_that_only_another_rank_meets_is_said_once_and_ends_all(launched):
+    folder, codes, said = launched
+    assert codes["lost"] == (2, 2)
+    assert said.count(f"train-mtp: error: rank 1 on {socket.gethostname()}: data.corpus is 'lost'") == 1
+    assert not (folder / "lost").exists()
+
+
+def test_the_first_rank_of_another_machine_says_what_its_machine_lacks(monkeypatch, capsys):
+    said = {}
+    for rank, local in {8: 0, 9: 1}.items():
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert cli.main(["tiny", "data.corpus=lost"]) == 2
+        said[rank] = capsys.readouterr().err
+    assert said[8].startswith(f"train-mtp: error: rank 8 on {socket.gethostname()}: data.corpus is 'lost', which is")
+    assert said[9] == "", "it has the same to say"
+
+
 def test_micro_batches_must_divide_what_a_rank_gets():
     Ranks(size=2).check_batch(8, 4)
     with pytest.raises(RecipeError, match="micro_batch_size 8 does not divide the 4 rows that each of 2 ranks gets"):
@@ -291,9 +319,9 @@ def test_bf16_rounds_neither_the_weights_nor_what_the_loss_is_divided_by(small, 
     given = []
     usual = MTPWrapper._loss
 
-    def spy(self, hidden, output, rows):
-        given.append((hidden[0].dtype, output.weight.dtype, rows.token_weights, rows.num_items))
-        return usual(self, hidden, output, rows)
+    def spy(self, hidden, output, labels, token_weights, **options):
+        given.append((hidden[0].dtype, output.weight.dtype, token_weights, options["normalizer"]))
+        return usual(self, hidden, output, labels, token_weights, **options)
 
     monkeypatch.setattr(MTPWrapper, "_loss", spy)
     with join_ranks(torch.device("cpu"), recipe.train) as ranks:

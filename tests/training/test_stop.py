@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtp_ce.training import cli, fitting
-from mtp_ce.training.interrupt import stop_on_signal
+from mtp_ce.training.interrupt import StoppedError, stop_on_signal, terminate_in_order
 from mtp_ce.training.recipe import to_yaml
 
 
@@ -49,13 +49,13 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
     )
     metrics = tmp_path / "out" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == code
@@ -136,6 +136,51 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def usual_sigterm():
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_more_of_sigterm_says_nothing_new_until_all_has_ended(usual_sigterm):
+    """A scheduler sends it to torchrun and to its workers, and torchrun sends its own to the workers."""
+    with terminate_in_order():
+        with stop_on_signal() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with terminate_in_order():
+        with pytest.raises(StoppedError):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_to_a_run_that_fails_already_changes_nothing(usual_sigterm):
+    """torchrun sends it to the ranks that are left when one has failed."""
+
+    def fail():
+        with stop_on_signal():
+            raise RuntimeError("another rank is gone")
+
+    with terminate_in_order():
+        with pytest.raises(RuntimeError, match="another rank is gone"):
+            fail()
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_in_the_last_step_of_a_loop_ends_the_next_one_before_its_first(usual_sigterm):
+    with terminate_in_order():
+        with stop_on_signal():
+            signal.raise_signal(signal.SIGTERM)
+        with stop_on_signal() as stop:
+            assert stop.signal == signal.SIGTERM
+    with stop_on_signal() as stop:
+        assert not stop.is_set()
 
 
 def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
