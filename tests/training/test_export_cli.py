@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from mtp_ce import MTPWrapper
 from mtp_ce.training.export_cli import main
 
 MISTAKES = {
@@ -109,10 +111,12 @@ def test_a_medusa_folder_comes_with_the_words_for_vllm(checkpoint, tmp_path, cap
     }
 
 
-def test_what_only_the_model_can_say_is_one_line_too_and_leaves_nothing(checkpoint, tmp_path, capsys):
-    shutil.copytree(checkpoint / "model", tmp_path / "capped")
-    config = json.loads((tmp_path / "capped" / "config.json").read_text())
-    (tmp_path / "capped" / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 5.0}))
+def test_what_only_the_model_can_say_is_one_line_too_and_leaves_nothing(tmp_path, capsys):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **attention, final_logit_softcapping=5.0))
+    MTPWrapper(capped, 2).save_pretrained(tmp_path / "capped")
+    capsys.readouterr()
     assert main([str(tmp_path / "capped"), "medusa", str(tmp_path / "medusa")]) == 2
     complained = capsys.readouterr().err
     assert complained.startswith("export-mtp: error: wrapper.model's logits have a softcap of 5.0")
