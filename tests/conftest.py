@@ -65,6 +65,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     if whole and not HAS_GPU and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
         option.numprocesses, option.dist = (0, "no") if option.usepdb else (WORKERS, "loadfile")
+        # By itself xdist begins with the files of most tests, and its end waits for those of few and long ones.
+        option.loadscopereorder = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "training" not in item.path.parts)  # the longest first
     needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
