@@ -5,6 +5,7 @@ result is right when its error against the oracle in float64 is at most three ti
 dtype, plus the last bits of the terms that it sums (`UNITS_IN_LAST_PLACE`).
 """
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -75,12 +76,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "training" not in item.path.parts)  # the longest first
     needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(needs_gpu)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_collected() -> None:
+    """Collections pass by what is there by now: the modules of torch and transformers cost a sixth of all time else."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", "triton"])

@@ -56,8 +56,7 @@ REASONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_dead_rows_are_never_read(impl, draw, reason: str, poison: float) -> None:
+def test_dead_rows_are_never_read(impl, draw, reason: str) -> None:
     """NaN and Inf planted in every dead row reach neither loss nor gradients nor statistics, not by one bit."""
     labels, logits = draw.integers(V, B, S), draw.normal(B, S, H, V)
     options = REASONS[reason](labels)
@@ -67,7 +66,7 @@ def test_dead_rows_are_never_read(impl, draw, reason: str, poison: float) -> Non
     assert not bool(dead.all())
 
     results = []
-    for planted in (0.0, poison):
+    for planted in (0.0, torch.nan, torch.inf, -torch.inf):
         leaf = torch.where(dead[..., None], planted, logits).requires_grad_()
         loss, stats = weighted_mtp_ce(
             leaf, labels, softcap=9.0, z_loss=0.1, label_smoothing=0.1, impl=impl, return_stats=True, **options
@@ -79,8 +78,8 @@ def test_dead_rows_are_never_read(impl, draw, reason: str, poison: float) -> Non
         assert bool((stats.lse[dead] == 0).all())
         assert bool((stats.top1[dead] == -1).all())
         results.append((loss.detach(), gradient, *stats))
-    for clean, poisoned in zip(*results, strict=True):
-        assert torch.equal(clean, poisoned)
+    for clean, *poisoned in zip(*results, strict=True):
+        assert all(torch.equal(clean, x) for x in poisoned)
 
 
 D = 9
