@@ -12,7 +12,7 @@ def causal_model(model: Any) -> Any:
 
     Raises:
         TypeError: it is none of transformers, or has no output embeddings over a base model.
-        ValueError: an encoder-decoder, or one that asks for a router's loss.
+        ValueError: an encoder-decoder.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(causal, PreTrainedModel):
@@ -23,10 +23,5 @@ def causal_model(model: Any) -> Any:
         raise TypeError(
             f"model is {type(causal).__name__} without output embeddings over a base model; expected a causal "
             "language model, such as AutoModelForCausalLM gives."
-        )
-    if getattr(causal.config, "output_router_logits", False):
-        raise ValueError(
-            "config.output_router_logits is True, which asks for the router's balancing loss; MTPWrapper does not add "
-            "it. Set it to False, and balance the experts elsewhere."
         )
     return causal

@@ -73,8 +73,9 @@ class MTPTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """Ask for logits where they are looked at; arguments as Trainer's."""
         inputs = {**inputs, "return_logits": not prediction_loss_only}
-        step: tuple[Tensor | None, Any, Any] = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return step
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # With the routers' loss behind them.
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

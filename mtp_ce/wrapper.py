@@ -31,6 +31,7 @@ from mtp_ce.heads import CONFIG_FILE, MTPHeads
 from mtp_ce.layer_heads import LayerHeads, decoder_layers, watched
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, weighted_mtp_ce
+from mtp_ce.router_loss import coefficient, routed, wants_router_loss
 from mtp_ce.saved_heads import SavedHeads
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.speculative import generate_speculatively
@@ -47,14 +48,16 @@ class MTPOutput(ModelOutput):
     """What `MTPWrapper.forward` gives for labels.
 
     Attributes:
-        loss: [] fp32, weighted, over all heads.
+        loss: [] fp32, weighted, over all heads; with the routers' loss times the model's coefficient.
         logits: [B, S, V] of head 0, where they were asked for.
         stats: per-head statistics, where they were asked for.
+        aux_loss: [] balancing loss of the model's routers, where its configuration asks for it.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     stats: MTPStats | None = None
+    aux_loss: Tensor | None = None
 
 
 class MTPWrapper(PreTrainedModel):
@@ -76,9 +79,10 @@ class MTPWrapper(PreTrainedModel):
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings.
-        ValueError: an encoder-decoder model, one that asks for a router's loss, one whose logits are made by more than
-            a linear layer, a scale and a softcap, a horizon below 1, an unknown kind or mode, nothing left to train, or
-            a term of the loss out of its range.
+        ValueError: an encoder-decoder model, one whose logits are made by more than a linear layer, a scale and a
+            softcap, a horizon below 1, an unknown kind or mode, nothing left to train, a term of the loss out of its
+            range, or output_router_logits in the configuration of a model without that loss, or with heads that have
+            routers of their own.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,6 +133,8 @@ class MTPWrapper(PreTrainedModel):
         else:
             self.heads = MTPHeads(unembed.shape[1], horizon if heads == "residual" else 1)
             self.heads.to(device=unembed.device, dtype=unembed.dtype)
+        if wants_router_loss(causal, self.heads):
+            coefficient(causal)
         if trunk == "frozen":
             model.requires_grad_(False)
 
@@ -197,7 +203,7 @@ class MTPWrapper(PreTrainedModel):
         normalizer = _normalizer(num_items_in_batch, targets)
         if targets is None:
             return self.model(**inputs)
-        hidden = self._hidden_states(**inputs)
+        hidden, router_loss = self._hidden_states(**inputs)
         output = Unembedding.of(self.causal)
         if document_ids is None:
             document_ids = packed_documents(targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
@@ -208,10 +214,14 @@ class MTPWrapper(PreTrainedModel):
             hidden, output, targets, weights,
             shift=shift, weight_alignment=weight_alignment, document_ids=document_ids, normalizer=normalizer,
         )  # fmt: skip
+        if router_loss is not None:
+            share = 1 if normalizer is None else stats.live.any(-1).sum() / normalizer
+            loss = loss + share * coefficient(self.causal) * router_loss.to(loss)
         return MTPOutput(
             loss=loss,
             logits=output.logits(hidden[0]) if return_logits else None,
             stats=stats if return_stats else None,
+            aux_loss=router_loss,
         )
 
     def head_hidden_states(self, **inputs: Any) -> list[Tensor]:
@@ -220,18 +230,24 @@ class MTPWrapper(PreTrainedModel):
         Args:
             **inputs: what the model's forward takes.
         """
-        return self._hidden_states(**inputs)
+        return self._hidden_states(**inputs)[0]
 
     # Apart from the public method, around which sharded parameters are gathered: forward has gathered them already.
-    def _hidden_states(self, **inputs: Any) -> list[Tensor]:
+    def _hidden_states(self, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Those of the heads, and the routers' loss where the trunk is to feel it."""
         inputs.setdefault("use_cache", False)
         causal, reaches = self.causal, self.trunk == "joint"
         learns = torch.is_grad_enabled() and reaches
+        router_loss = None
+        balances = wants_router_loss(causal, self.heads, inputs.get("output_router_logits"))
         if isinstance(self.heads, MTPHeads):
             with torch.set_grad_enabled(learns):
-                hidden = causal.base_model(**inputs).last_hidden_state
+                if reaches and balances:
+                    hidden, router_loss = routed(causal, inputs)
+                else:
+                    hidden = causal.base_model(**inputs).last_hidden_state
             side_by_side: list[Tensor] = self.heads(hidden)
-            return side_by_side
+            return side_by_side, router_loss
         layers, norm = decoder_layers(causal)
         with torch.set_grad_enabled(learns), watched(layers[-1]) as call:
             hidden = causal.base_model(**inputs).last_hidden_state
@@ -239,7 +255,7 @@ class MTPWrapper(PreTrainedModel):
             if tokens is None:
                 tokens = causal.get_input_embeddings()(inputs["input_ids"])
         layered: list[Tensor] = self.heads(hidden, call, norm if reaches else _detached(norm), tokens)
-        return layered
+        return layered, None
 
     def head_logits(self, **inputs: Any) -> list[Tensor]:
         """Give the logits of every head, H tensors [B, S, V]; one for "teacher_forcing". Arguments as in forward."""

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from mtp_ce import MTPWrapper
 
@@ -41,6 +49,8 @@ def build(folder: Path, made: str = "plain", **options: Any) -> MTPWrapper:
     """A wrapper of one of the ways in which a model comes."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=made == "tied"))
+    if made == "experts":
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, output_router_logits=True))
     if made in ("adapters", "reloaded adapters"):
         from peft import LoraConfig, get_peft_model
 
@@ -190,8 +200,9 @@ def _saved(model: Any, folder: Path) -> Path:
     return folder / "alone"
 
 
-def test_predictions_are_the_next_token_heads(tmp_path):
-    trainer = train(MTPTrainer, build(tmp_path), tmp_path / "out")
+@pytest.mark.parametrize("made", ["plain", "experts"])
+def test_predictions_are_the_next_token_heads(tmp_path, made):
+    trainer = train(MTPTrainer, build(tmp_path, made), tmp_path / "out")
     tokens = torch.stack([row["input_ids"] for row in HELD_OUT])
     predicted = trainer.predict(HELD_OUT)
     with torch.no_grad():

@@ -409,11 +409,6 @@ MISTAKES = {
         ValueError,
         "an encoder-decoder",
     ),
-    "a router that wants a loss": (
-        lambda: MTPWrapper(LlamaForCausalLM(LlamaConfig(**SMALL, output_router_logits=True)), 2),
-        ValueError,
-        r"config\.output_router_logits is True",
-    ),
     "an adapter on the output layer": (adapted_output, ValueError, "an adapter on its output embeddings"),
 }
 

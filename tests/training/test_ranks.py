@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,10 +19,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch.distributed import HashStore
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mtp_ce.training import cli, fitting, pipeline
 from mtp_ce.training.checkpoint import read_checkpoint
 from mtp_ce.training.groups import RecipeError
+from mtp_ce.training.inputs import read_inputs
 from mtp_ce.training.interrupt import StoppedError
 from mtp_ce.training.model import build_model
 from mtp_ce.training.ranks import Ranks, agree_on_round, join_ranks
@@ -96,6 +99,8 @@ SHARDED = {
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
+# A mixture of experts, whose routers are balanced over what lies in one micro-batch.
+EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data.vocab_size=null"]
 # What one rank does, the exit code of both, overrides.
 ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
@@ -110,7 +115,8 @@ def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str
 
 
 def located(overrides: list[str], folder: Path) -> list[str]:
-    return [override.replace("=PAIRS", f"={folder / 'pairs.jsonl'}") for override in overrides]
+    places = {"PAIRS": folder / "pairs.jsonl", "EXPERTS": folder / "experts"}
+    return [re.sub("|".join(places), lambda found: str(places[found[0]]), override) for override in overrides]
 
 
 def write_pairs(path: Path) -> None:
@@ -121,6 +127,16 @@ def write_pairs(path: Path) -> None:
         for i in range(len(code) - 40)
     ]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def save_experts(recipe: Recipe, folder: Path) -> None:
+    """A tiny mixture of experts that asks for its routers' loss, with the recipe's tokenizer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=512, **sizes, **experts, output_router_logits=True)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    read_inputs(recipe, Console(quiet=True)).tokenizer.save_pretrained(folder)
 
 
 def begin_alone(recipe: Recipe, folder: Path) -> None:
@@ -149,6 +165,8 @@ def launched(small, tmp_path_factory):
     write_pairs(folder / "pairs.jsonl")
     calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
     calls["bf16"] = arguments(folder / "recipe.yaml", folder / "bf16", ["train.precision=bf16"])
+    save_experts(small(COMMON), folder / "experts")
+    calls["experts"] = arguments(folder / "recipe.yaml", folder / "experts on two", EXPERTS)
     begin_alone(small(COMMON), folder / "begun alone")
     calls["begun alone"] = ["--resume", str(folder / "begun alone")]
     calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
@@ -203,6 +221,15 @@ def test_rows_one_by_one_train_as_a_whole_batch_does_in_one_process(launched, al
     same_training(alone(own), alone([*own, "train.micro_batch_size=1"], tmp_path / "rows"), steps=5)
     inputs = (line["train/valid_token_ratio"] for line in lines(tmp_path / "rows") if "train/loss" in line)
     assert all(0 < ratio < 0.9 for ratio in inputs)
+
+
+def test_experts_on_two_ranks_are_balanced_as_in_two_micro_batches(launched, alone, same_training, tmp_path):
+    folder, codes, _ = launched
+    assert codes["experts"] == (0, 0)
+    own = located([*EXPERTS, "train.micro_batch_size=4"], folder)
+    same_training(alone(own), folder / "experts on two", steps=5)
+    (first, *_) = lines(folder / "experts on two")
+    assert first["train/loss"] > first["train/ce_mean"] + 2, "the coefficient is 1, and 2 of 4 experts are taken"
 
 
 def test_bf16_on_two_ranks_learns_as_fp32_does(launched, alone):
