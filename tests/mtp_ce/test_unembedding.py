@@ -178,12 +178,13 @@ def test_neither_layers_nor_attention_are_run():
     model = build("llama", SIZES)
     for module in model.base_model.modules():
         module.forward = None
-    Unembedding.checked(model)
+    assert Unembedding.checked(model).weight is model.lm_head.weight
 
 
 def test_a_model_without_values_is_wrapped_unseen():
     with torch.device("meta"):
-        MTPWrapper(LlamaForCausalLM(LlamaConfig(**SIZES)), 2, heads="layer")
+        wrapper = MTPWrapper(LlamaForCausalLM(LlamaConfig(**SIZES)), 2, heads="layer")
+    assert all(parameter.is_meta for parameter in wrapper.parameters())
 
 
 # Heads that are decoder layers are held to the model likewise.
