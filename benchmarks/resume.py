@@ -71,6 +71,11 @@ def has_host_time(name: str, runs: Sequence[results.Run], kind: str) -> bool:
     return any(run["commit"] == now and name in run.get("host_us", {}) for run in known)
 
 
+def has_ce_share(shape: Shape, runs: Sequence[results.Run], kind: str) -> bool:
+    """The cross-entropy kernel's share of a linear call of this shape."""
+    return any(str(shape) in run.get("ce_share", {}) for run in comparable(runs, kind, shape.path))
+
+
 def has_steps(runs: Sequence[results.Run], kind: str) -> bool:
     """The training steps of all paths that memory lets be, with the largest micro-batch of each."""
 

@@ -413,6 +413,15 @@ def test_host_times_are_those_of_the_commit(load: Load, monkeypatch: pytest.Monk
     assert not has("logits both eager", [{**run, "source_hash": {**run["source_hash"], "linear": "0"}}], "cpu")
 
 
+def test_a_share_of_the_kernel_is_that_of_the_sources(load: Load) -> None:
+    has, results, plan = load("resume").has_ce_share, load("results"), load("plan")
+    one, other = plan.summary("cpu", "linear")[:2]
+    run = {**results.new_run("cpu", 1e10), "ce_share": {str(one): 0.1}}
+    assert has(one, [run], "cpu")
+    assert not has(other, [run], "cpu")
+    assert not has(one, [{**run, "source_hash": {**run["source_hash"], "linear": "0"}}], "cpu")
+
+
 def test_benchmarks_run_in_the_order_of_the_plan_without_what_is_there(load: Load, tmp_path: Path) -> None:
     """Host times first, but for those that compile; what was chosen with -k is what is compared."""
     results, plan = load("results"), load("plan")
