@@ -185,7 +185,7 @@ class MTPWrapper(PreTrainedModel):
                 documents, too.
 
         Returns:
-            `MTPOutput`, or the model's own output where there are no labels.
+            `MTPOutput`, or the model's own output where there are no labels; a tuple where `return_dict=False`.
 
         Raises:
             TypeError, ValueError: as the loss; both labels and shift_labels; or num_items_in_batch without labels.
@@ -217,12 +217,13 @@ class MTPWrapper(PreTrainedModel):
         if router_loss is not None:
             share = 1 if normalizer is None else stats.live.any(-1).sum() / normalizer
             loss = loss + share * coefficient(self.causal) * router_loss.to(loss)
-        return MTPOutput(
+        found = MTPOutput(
             loss=loss,
             logits=output.logits(hidden[0]) if return_logits else None,
             stats=stats if return_stats else None,
             aux_loss=router_loss,
         )
+        return found if self._returns_dict(inputs) else found.to_tuple()
 
     def head_hidden_states(self, **inputs: Any) -> list[Tensor]:
         """Give the hidden states of every head, H tensors [B, S, D]; one for "teacher_forcing".
@@ -236,6 +237,8 @@ class MTPWrapper(PreTrainedModel):
     def _hidden_states(self, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
         """Those of the heads, and the routers' loss where the trunk is to feel it."""
         inputs.setdefault("use_cache", False)
+        if not self._returns_dict(inputs):
+            inputs["return_dict"] = True
         causal, reaches = self.causal, self.trunk == "joint"
         learns = torch.is_grad_enabled() and reaches
         router_loss = None
@@ -256,6 +259,10 @@ class MTPWrapper(PreTrainedModel):
                 tokens = causal.get_input_embeddings()(inputs["input_ids"])
         layered: list[Tensor] = self.heads(hidden, call, norm if reaches else _detached(norm), tokens)
         return layered, None
+
+    def _returns_dict(self, inputs: dict[str, Any]) -> bool:
+        asked = inputs.get("return_dict")
+        return bool(self.config.return_dict if asked is None else asked)
 
     def head_logits(self, **inputs: Any) -> list[Tensor]:
         """Give the logits of every head, H tensors [B, S, V]; one for "teacher_forcing". Arguments as in forward."""

@@ -145,6 +145,26 @@ def test_the_loss_is_the_contracts_on_the_models_own_logits(architecture, kind):
     torch.testing.assert_close(wrapper(tokens).logits, logits[0])
 
 
+@pytest.mark.parametrize("kind", ["residual", "layer"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tuple_has_what_the_output_has(architecture, kind):
+    """Where the call asks for one, or the configuration."""
+    tokens, labels, weights = batch()
+    wrapper = wrap(build(architecture), kind)
+    arguments = {"labels": labels, "token_weights": weights, "return_logits": True}
+    wanted = wrapper(tokens, **arguments)
+    tuples = [wrapper(tokens, **arguments, return_dict=False)]
+    if architecture != "opt":  # which fails by itself
+        wrapper.config.return_dict = False
+        tuples.append(wrapper(tokens, **arguments))
+    for found in tuples:
+        assert isinstance(found, tuple)
+        loss, logits = found
+        assert torch.equal(loss, wanted.loss)
+        assert torch.equal(logits, wanted.logits)
+    assert torch.equal(wrapper(tokens, **arguments, return_dict=True).loss, wanted.loss)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_those_of_the_loss_on_full_logits(architecture, kind):
