@@ -336,7 +336,15 @@ class MTPWrapper(PreTrainedModel):
             state_dict: of the wrapper, where it was gathered from elsewhere; None takes the wrapper's own. An empty one
                 writes no heads.
             **options: for the model's `save_pretrained`.
+
+        Raises:
+            ValueError: `push_to_hub`, which is another method here.
         """
+        if options.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub is True; expected False: the model would be on the hub before its heads are written. "
+                "The wrapper's push_to_hub(repo_id) uploads both."
+            )
         parts: dict[str, dict[str, Tensor] | None] = {"model.": None, "heads.": None}
         if state_dict is not None:
             parts = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import hub
 
 import mtp_ce.saved_heads
 from mtp_ce import MTPHeads, MTPWrapper
@@ -147,3 +151,26 @@ def test_reloaded_adapters_learn_on_where_the_model_learns(whole, tmp_path):
     assert torch.equal(third(TOKENS, labels=TOKENS).loss, wrapper(TOKENS, labels=TOKENS).loss)
     frozen = MTPWrapper.from_pretrained(tmp_path / "saved", trunk="frozen")
     assert not any(x.requires_grad for x in frozen.model.parameters())
+
+
+def test_model_and_heads_go_to_the_hub_together(tmp_path, monkeypatch):
+    """In one upload; the model alone is refused."""
+    wrapper = wrap()
+    with pytest.raises(ValueError, match=r"push_to_hub is True; .* push_to_hub\(repo_id\) uploads both"):
+        wrapper.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert not (tmp_path / "out").exists()
+
+    class Hub:
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+    def upload(self: Any, folder: str, name: str, **_: Any) -> str:
+        shutil.copytree(folder, tmp_path / name)
+        return "the commit"
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    monkeypatch.setattr(MTPWrapper, "_upload_modified_files", upload)
+    assert wrapper.push_to_hub("somebody") == "the commit"
+    there = MTPWrapper.from_pretrained(tmp_path / "somebody").eval()
+    assert torch.equal(there(TOKENS, labels=TOKENS).loss, wrapper(TOKENS, labels=TOKENS).loss)
