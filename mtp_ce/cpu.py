@@ -113,9 +113,9 @@ class _Sums(NamedTuple):
 
     @classmethod
     def zeros(cls, rows: int, like: Tensor, *, smooth: bool, with_top1: bool) -> "_Sums":
-        z_label, maximum, sums, total = (like.new_zeros(rows, 1) for _ in range(4))
-        best = like.new_zeros(rows, dtype=torch.int64) if with_top1 else None
-        return cls(z_label, maximum, sums, total if smooth else None, best)
+        z_label, maximum, sums = (like.new_zeros(rows, 1) for _ in range(3))
+        total = like.new_zeros(rows, 1) if smooth else None
+        return cls(z_label, maximum, sums, total, like.new_zeros(rows, dtype=torch.int64) if with_top1 else None)
 
     def split(self, sizes: list[int]) -> "Iterator[_Sums]":
         return (_Sums(*parts) for parts in zip(*(_split(column, sizes) for column in self), strict=True))
@@ -296,11 +296,9 @@ def backward(
     columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, label_smoothing)))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
     for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
-        d_runs = _runs(d_sequences[block.head], block)
-        z = _workplace(d_runs, dtype)
-        z = _load(
-            _runs(sequences[block.head], block), block, buffer.narrow(0, 0, block.size) if z is None else z, softcap
-        )
+        runs, d_runs = (_runs(x[block.head], block) for x in (sequences, d_sequences))
+        workplace = _workplace(d_runs, dtype)
+        z = _load(runs, block, buffer.narrow(0, 0, block.size) if workplace is None else workplace, softcap)
         slope = _slope(z, softcap)
         dz = terms_.gradient(z.sub_(maximum_).exp_(), y_, scale_, slope)
         _copy(d_runs, _split_runs(dz, block))
