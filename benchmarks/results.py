@@ -33,16 +33,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 # What is timed on a path, by the kind of device. Input checks in front of it are not part of it.
-_LINEAR = ("mtp_ce/linear.py", "mtp_ce/linear_ops.py", "mtp_ce/operators.py", "mtp_ce/slabs.py")
-_LOGITS = ("mtp_ce/operators.py", "mtp_ce/ops.py")
-_STEP = (*_LINEAR, "mtp_ce/ops.py", "mtp_ce/heads.py", "mtp_ce/unembedding.py", "mtp_ce/wrapper.py")
+_LINEAR = ("mtp_ce/linear.py", "mtp_ce/ops/linear.py", "mtp_ce/ops/register.py", "mtp_ce/ops/chunks.py")
+_LOGITS = ("mtp_ce/ops/register.py", "mtp_ce/ops/logits.py")
+_STEP = (*_LINEAR, "mtp_ce/ops/logits.py", "mtp_ce/heads/residual.py", "mtp_ce/unembedding.py", "mtp_ce/hf/wrapper.py")
 SOURCES = {
     kind: {
-        "logits": (engine, "mtp_ce/operators.py", "mtp_ce/ops.py"),
+        "logits": (engine, "mtp_ce/ops/register.py", "mtp_ce/ops/logits.py"),
         "linear": (engine, *_LINEAR),
         "step": (engine, *_STEP),
     }
-    for kind, engine in (("cpu", "mtp_ce/cpu.py"), ("cuda", "kernels/*.py"))
+    for kind, engine in (("cpu", "mtp_ce/ops/cpu.py"), ("cuda", "kernels/*.py"))
 }
 PATHS = ("linear", "logits", "token_ce")
 STEP = "step"

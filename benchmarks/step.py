@@ -105,7 +105,7 @@ def build_model(size: Size) -> Any:
     try:
         from transformers import AutoModelForCausalLM, LlamaConfig
 
-        from mtp_ce.wrapper import MTPWrapper
+        from mtp_ce.hf.wrapper import MTPWrapper
     except (ImportError, RuntimeError) as error:
         raise AbsentError(f"a training step needs transformers: {error}") from error
     config = LlamaConfig(

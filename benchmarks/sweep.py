@@ -25,7 +25,7 @@ from benchmarks import results
 from benchmarks.clock import DEVICE, HAS_GPU, cool_caches, copy_bandwidth, timed
 from benchmarks.shapes import MODELS
 from mtp_ce.kernels import backward, forward, forward_backward, tiles
-from mtp_ce.slabs import make_slab
+from mtp_ce.ops.chunks import make_slab
 
 STRIPS, THREADS = (1, 2, 4, 8), (128, 256, 512, 1024)
 PROGRAMS = (4, 8, 16, 32, 64)

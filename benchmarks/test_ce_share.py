@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-only -k ce_share
 
 Each launch of the kernel is timed where it stands, between the products, and so is the whole call: on a GPU by events,
-which say nothing of the host. On a CPU the kernel is the function of mtp_ce/cpu.py.
+which say nothing of the host. On a CPU the kernel is the function of mtp_ce/ops/cpu.py.
 """
 
 import statistics
@@ -23,10 +23,10 @@ from benchmarks.rounds import recorded, replay
 from benchmarks.session import Session
 from benchmarks.shapes import Inputs, Shape
 from benchmarks.targets import LINEAR
-from mtp_ce import cpu
 from mtp_ce.kernels import forward_backward
+from mtp_ce.ops import cpu
 
-# Where mtp_ce/slabs.py finds the kernel when it is called.
+# Where mtp_ce/ops/chunks.py finds the kernel when it is called.
 KERNEL = (forward_backward, "launch_forward_backward") if HAS_GPU else (cpu, "forward_backward")
 SHAPES = LINEAR if HAS_GPU else plan.summary("cpu", "linear")[:1]
 ROUNDS = 10 if HAS_GPU else 3

@@ -58,7 +58,7 @@ def figures(windows: list[dict[str, Any]]) -> Figures:
 
 
 def _train(folder: str, words: list[str], kind: str) -> Figures:
-    from mtp_ce.training.cli import main
+    from mtp_ce.training.cli.train import main
 
     os.chdir(folder)
     with open(os.devnull, "w") as nowhere:
@@ -71,7 +71,7 @@ def _train(folder: str, words: list[str], kind: str) -> Figures:
 def run_once(words: list[str], kind: str) -> Figures:
     """Train in a fresh process and a folder of its own, tracked or not."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mtp_ce.training.compare", "mtp_ce.training.pipeline"])
+    context.set_forkserver_preload(["mtp_ce.training.run.compare", "mtp_ce.training.run.pipeline"])
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_train, folder, words, kind).result()
 

@@ -41,7 +41,7 @@ from benchmarks import clock, memory, oracle, results, resume, rounds, step
 from benchmarks.provider import NOT_REACHED, OUT_OF_MEMORY, AbsentError
 from benchmarks.shapes import Inputs, Shape
 from benchmarks.table import table, timed_steps
-from mtp_ce.training.cli import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, Parser
+from mtp_ce.training.cli.train import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, Parser
 
 SHARES = 3
 # A step of more rows than this many doublings is not looked for.
@@ -145,7 +145,7 @@ def peak_bytes(training: step.Training, size: step.Size, path: step.Path, batch:
         training.step(path, batch)
         return torch.cuda.max_memory_allocated()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.step", "mtp_ce.wrapper", "transformers.models.llama"])
+    context.set_forkserver_preload(["benchmarks.step", "mtp_ce.hf.wrapper", "transformers.models.llama"])
     # Ctrl-C is for the process that waits: what is started while it is ignored goes on ignoring it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()

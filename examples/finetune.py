@@ -22,9 +22,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from mtp_ce import MTPTrainer, MTPWrapper
-from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.groups import DataConfig
-from mtp_ce.training.tokenizer import load_tokenizer
+from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.tokenizer import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtp_ce.heads import MTPHeads
-    from mtp_ce.hf_trainer import MTPTrainer
+    from mtp_ce.heads.residual import MTPHeads
+    from mtp_ce.hf.trainer import MTPTrainer
+    from mtp_ce.hf.wrapper import MTPOutput, MTPWrapper
     from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
     from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
@@ -19,16 +20,15 @@ if TYPE_CHECKING:
     from mtp_ce.scorers.normalize import normalize_weights
     from mtp_ce.scorers.rho1 import Rho1ExcessScorer
     from mtp_ce.scorers.uniform import UniformScorer
-    from mtp_ce.wrapper import MTPOutput, MTPWrapper
 
 _HOME = {
     "CriticDeltaScorer": "mtp_ce.scorers.critic",
-    "MTPHeads": "mtp_ce.heads",
+    "MTPHeads": "mtp_ce.heads.residual",
     "MTPLoss": "mtp_ce.loss",
-    "MTPOutput": "mtp_ce.wrapper",
+    "MTPOutput": "mtp_ce.hf.wrapper",
     "MTPStats": "mtp_ce.loss",
-    "MTPTrainer": "mtp_ce.hf_trainer",
-    "MTPWrapper": "mtp_ce.wrapper",
+    "MTPTrainer": "mtp_ce.hf.trainer",
+    "MTPWrapper": "mtp_ce.hf.wrapper",
     "NextToken": "mtp_ce.scorers.next_token",
     "RandomMatchedWeights": "mtp_ce.scorers.controls",
     "Rho1ExcessScorer": "mtp_ce.scorers.rho1",

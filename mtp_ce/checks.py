@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ce.rows import check_labels
+from mtp_ce.ops.rows import check_labels
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

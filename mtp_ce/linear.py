@@ -19,10 +19,10 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.linear_ops import linear_loss
 from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, reference_loss
-from mtp_ce.ops import split_heads
-from mtp_ce.slabs import COUNT, GPU_ROWS, KEEP_ALL
+from mtp_ce.ops.chunks import COUNT, GPU_ROWS, KEEP_ALL
+from mtp_ce.ops.linear import linear_loss
+from mtp_ce.ops.logits import split_heads
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -18,9 +18,9 @@ from mtp_ce.checks import (
     check_values,
     choose_impl,
 )
-from mtp_ce.ops import logits_loss, split_heads
+from mtp_ce.ops.logits import logits_loss, split_heads
+from mtp_ce.ops.rows import check_labels
 from mtp_ce.reference import reference_weighted_mtp_ce
-from mtp_ce.rows import check_labels
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

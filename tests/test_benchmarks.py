@@ -539,7 +539,7 @@ def test_the_hash_of_a_path_follows_the_sources_that_are_timed(load: Load, tmp_p
     assert hashes() == first
     (tmp_path / "mtp_ce" / "slabs.py").write_text("")
     assert {path for path in PATHS if results.is_stale(run, path, tmp_path)} == {"linear", "token_ce"}
-    shared = tmp_path / {"cpu": "mtp_ce/cpu.py", "cuda": "kernels/rows.py"}[kind]
+    shared = tmp_path / {"cpu": "mtp_ce/ops/cpu.py", "cuda": "kernels/rows.py"}[kind]
     shared.write_text("")
     assert all(results.is_stale(run, path, tmp_path) for path in PATHS)
 

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtp_ce.training import cli, eval_cli, export_cli
+from mtp_ce.training.cli import evaluate as eval_cli
+from mtp_ce.training.cli import export as export_cli
+from mtp_ce.training.cli import train as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

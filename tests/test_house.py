@@ -17,7 +17,9 @@ FLOORS = {
     "mtp_ce": {"torch", "triton", "jaxtyping", "safetensors", "mtp_ce"},
 }
 # What works on models of transformers; loaded when it is first asked for.
-OF_TRANSFORMERS = {f"mtp_ce/{name}.py" for name in ("causal", "hf_trainer", "saved_heads", "speculative", "wrapper")}
+OF_TRANSFORMERS = {
+    f"mtp_ce/{name}.py" for name in ("hf/causal", "hf/trainer", "hf/saved_heads", "decoding/speculative", "hf/wrapper")
+}
 
 
 def sources(folder: str) -> list[Path]:

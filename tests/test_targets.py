@@ -286,7 +286,7 @@ def test_the_number_of_live_rows_is_enough_to_drop_the_others(
 ) -> None:
     """It passes the check of a loss, and no row too many is worked on."""
     shapes, session, oracle = load("shapes"), load("session"), load("oracle")
-    providers, slabs = load("providers"), importlib.import_module("mtp_ce.slabs")
+    providers, slabs = load("providers"), importlib.import_module("mtp_ce.ops.chunks")
     monkeypatch.setitem(shapes.MODELS, "small", shapes.Model(301, 16, softcap=20.0))
     shape = shapes.Shape("linear", "small", S, 3, "fp32", 16, shapes.PROMPT, 2)
     problem = session.Problem(shape, shapes.make_inputs(shape, torch.device("cpu")))

@@ -366,9 +366,15 @@ def test_the_readme_section_has_a_table_of_the_steps(load: Load, file: tuple[Pat
 
 def test_the_source_hash_of_a_step_follows_the_wrapper(load: Load, tmp_path: Path) -> None:
     results = load("results")
-    for kind, more in (("cpu", "mtp_ce/cpu.py"), ("cuda", "kernels/forward.py")):
+    for kind, more in (("cpu", "mtp_ce/ops/cpu.py"), ("cuda", "kernels/forward.py")):
         files = {file.relative_to(ROOT).as_posix() for file in results.source_files(kind, results.STEP)}
-        assert {"mtp_ce/wrapper.py", "mtp_ce/heads.py", "mtp_ce/linear.py", "mtp_ce/ops.py", more} <= files
+        assert {
+            "mtp_ce/hf/wrapper.py",
+            "mtp_ce/heads/residual.py",
+            "mtp_ce/linear.py",
+            "mtp_ce/ops/logits.py",
+            more,
+        } <= files
 
 
 def test_a_training_step_without_transformers_is_absent(

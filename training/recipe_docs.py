@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mtp_ce.training.recipe import shipped_recipes
-from mtp_ce.training.schema import EvaluationRecipe, Recipe
+from mtp_ce.training.config.recipe import shipped_recipes
+from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 
 _HEAD = """\
 <!-- Made by python -m mtp_ce.training.recipe_docs; a test compares. -->

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mtp_ce import WeightedMTPLoss, ops, weighted_mtp_ce
+from mtp_ce import WeightedMTPLoss, weighted_mtp_ce
+from mtp_ce.ops import logits as ops
 
 B, S, H, V = 2, 5, 3, 37
 

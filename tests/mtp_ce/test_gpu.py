@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
-from mtp_ce.slabs import GPU_ROWS
+from mtp_ce.ops.chunks import GPU_ROWS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("impl", ["triton"])]
 

@@ -47,7 +47,7 @@ def test_where_nobody_looks_its_rows_on_hidden_states_are_nan(
     impl, draw, monkeypatch, label: int, reduction: str, drop: bool | int
 ) -> None:
     """As on a GPU, which is not asked: here the check is taken away. NaN in loss and gradient, no illegal read."""
-    monkeypatch.setattr("mtp_ce.linear_ops.check_labels", lambda *_, **__: None)
+    monkeypatch.setattr("mtp_ce.ops.linear.check_labels", lambda *_, **__: None)
     _, labels = batch(draw, label)
     hidden, unembed = draw.normal(2, 5, 2, 3).requires_grad_(), draw.normal(V, 3).requires_grad_()
     loss, stats = weighted_mtp_linear_ce(

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from mtp_ce import linear_ops, token_ce, weighted_mtp_linear_ce
-from mtp_ce.slabs import COUNT, KEEP_ALL
+from mtp_ce import token_ce, weighted_mtp_linear_ce
+from mtp_ce.ops import linear as linear_ops
+from mtp_ce.ops.chunks import COUNT, KEEP_ALL
 
 B, S, H, D, V = 2, 5, 3, 8, 37
 FEW = 4 * V * 4  # bytes of four rows of fp32 logits

@@ -168,7 +168,7 @@ def test_the_cost_falls_with_the_dead_rows(impl, draw, watch) -> None:
 
 def test_the_slab_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_it_on_a_cpu(impl, device) -> None:
     """What chunk_bytes promises."""
-    from mtp_ce.slabs import make_slab, rows_at_once
+    from mtp_ce.ops.chunks import make_slab, rows_at_once
 
     for vocabulary, dtype in ((1000, torch.float32), (50257, torch.bfloat16), (32000, torch.bfloat16), (1, torch.half)):
         row = vocabulary * dtype.itemsize

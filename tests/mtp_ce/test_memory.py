@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import cpu, weighted_mtp_ce
+from mtp_ce import weighted_mtp_ce
+from mtp_ce.ops import cpu
 
 
 def small_change(impl: str, rows: int) -> int:

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.drafting import drafter
-from mtp_ce.speculative import Speculation, _Sampling, generate_speculatively
+from mtp_ce.decoding.drafting import drafter
+from mtp_ce.decoding.speculative import Speculation, _Sampling, generate_speculatively
 
 V = 23
 SMALL = {
@@ -120,7 +120,7 @@ def test_heads_draft_with_caches_what_they_say_of_the_whole_text(monkeypatch, ar
             heads.draft = draft
             yield heads
 
-    monkeypatch.setattr("mtp_ce.speculative.drafter", noting)
+    monkeypatch.setattr("mtp_ce.decoding.speculative.drafter", noting)
     for prompt in prompts(1, 4, 11):
         rounds.clear()
         text = generate_speculatively(wrapper, prompt, max_new_tokens=16).sequences

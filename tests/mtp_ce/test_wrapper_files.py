@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import hub
 
-import mtp_ce.saved_heads
+import mtp_ce.hf.saved_heads
 from mtp_ce import MTPHeads, MTPWrapper
 
 V = 61
@@ -108,7 +108,7 @@ def test_heads_are_sought_where_the_model_is(tmp_path, monkeypatch):
         "proxies": {},
     }
     seen = []
-    monkeypatch.setattr(mtp_ce.saved_heads, "cached_file", lambda source, name, **given: seen.append((name, given)))
+    monkeypatch.setattr(mtp_ce.hf.saved_heads, "cached_file", lambda source, name, **given: seen.append((name, given)))
     with pytest.raises(FileNotFoundError):
         MTPWrapper.from_pretrained("org/model", dtype=torch.bfloat16, **options)
     assert [name for name, _ in seen] == ["mtp_heads.json", "mtp_heads.safetensors"]

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.evaluation import Evaluation
-from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.report.evaluation import Evaluation
 
 SMALL = [
     "name=small",
@@ -295,7 +295,7 @@ def run_tracked(recipe: Recipe, where: Path) -> FinishedRun:
     """Run a recipe in a folder of its own, which becomes the working directory."""
     from rich.console import Console
 
-    from mtp_ce.training import pipeline
+    from mtp_ce.training.run import pipeline
 
     with pytest.MonkeyPatch.context() as patch, (where / "printed.txt").open("w") as printed:
         patch.chdir(where)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.recipe import load_recipe
+from mtp_ce.training.config.recipe import load_recipe
 
 # Runs the command line in a fresh interpreter and says on the last line of stdout what it has imported.
 PROGRAM = """
 import sys
 {before}
-from mtp_ce.training.cli import main
+from mtp_ce.training.cli.train import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as exit:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
-from mtp_ce.training.groups import DataConfig, RecipeError
+from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.data.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
+from mtp_ce.training.errors import RecipeError
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> DataConfig:
@@ -147,8 +148,8 @@ def test_warnings_about_a_corpus_are_not_shown_and_filters_stay_as_they_are():
     """In a process of its own: the test runner has filters of its own."""
     program = (
         "import warnings\n"
-        "from mtp_ce.training.corpus import parse_python\n"
-        "from mtp_ce.training.functions import compiles\n"
+        "from mtp_ce.training.data.corpus import parse_python\n"
+        "from mtp_ce.training.critic.functions import compiles\n"
         "before = list(warnings.filters)\n"
         "text = 'x = \\'\\\\d\\' is 1'\n"
         "assert compiles(text) and parse_python(text) is not None\n"

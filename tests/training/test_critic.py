@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from mtp_ce.scorers.critic import CriticDeltaScorer
-from mtp_ce.training import critic as module
-from mtp_ce.training.corpus import Corpus, Document, read_corpus, texts
-from mtp_ce.training.critic import build_critic, train_critic
-from mtp_ce.training.critic_loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
-from mtp_ce.training.functions import Pair, PairRows, encode_functions, find_functions, make_pair
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.interrupt import Stop
-from mtp_ce.training.schema import Recipe
-from mtp_ce.training.tokenizer import load_tokenizer, train_tokenizer
-from mtp_ce.training.trainer import StepRefusedError
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.critic import training as module
+from mtp_ce.training.critic.functions import Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.critic.loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
+from mtp_ce.training.critic.training import build_critic, train_critic
+from mtp_ce.training.data.corpus import Corpus, Document, read_corpus, texts
+from mtp_ce.training.data.tokenizer import load_tokenizer, train_tokenizer
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.interrupt import Stop
+from mtp_ce.training.loop.trainer import StepRefusedError
 
 CPU = torch.device("cpu")
 CRITIC = [

@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from mtp_ce.training import data as module
-from mtp_ce.training import tokens
-from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.data import PackedRows, PaddedRows, rows_of_step
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.tokenizer import load_tokenizer
-from mtp_ce.training.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.data import rows as module
+from mtp_ce.training.data import tokens
+from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.rows import PackedRows, PaddedRows, rows_of_step
+from mtp_ce.training.data.tokenizer import load_tokenizer
+from mtp_ce.training.data.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.run.inputs import read_inputs
 
 PAD = 99
 

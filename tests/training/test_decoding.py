@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.training.decoding import choose_prompts, measure_decoding
+from mtp_ce.training.metrics.decoding import choose_prompts, measure_decoding
 
 
 def starts(lengths: list[int], count: int, tokens: int) -> list[tuple[int, int]]:

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_ce.training import cli, describe
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import dry_run as describe
 
 SEVEN_BILLION = [
     "model.hidden_size=4096",

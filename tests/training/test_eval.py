@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mtp_ce.training.evaluate import evaluate
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.recipe import load_evaluation
-from mtp_ce.training.sources import find_checkpoint
+from mtp_ce.training.config.recipe import load_evaluation
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.models.sources import find_checkpoint
+from mtp_ce.training.run.evaluate import evaluate
 
 QUIET = Console(quiet=True)
 SMALL = ["tracking.kind=none", "validation.decoding={prompts: 2, prompt_tokens: 16, new_tokens: 12}"]

@@ -11,7 +11,7 @@ import pytest
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.training.export_cli import main
+from mtp_ce.training.cli.export import main
 
 MISTAKES = {
     "no checkpoint": (["nowhere", "base", "new"], ["nowhere is not a folder", "MTPWrapper.save_pretrained"]),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mtp_ce.training.corpus import Corpus, Document, read_corpus, texts
-from mtp_ce.training.functions import SWAP_REACH, PairRows, compiles, encode_functions, find_functions, make_pair
-from mtp_ce.training.tokenizer import load_tokenizer
+from mtp_ce.training.critic.functions import SWAP_REACH, PairRows, compiles, encode_functions, find_functions, make_pair
+from mtp_ce.training.data.corpus import Corpus, Document, read_corpus, texts
+from mtp_ce.training.data.tokenizer import load_tokenizer
 
 SOURCE = '''
 from __future__ import annotations

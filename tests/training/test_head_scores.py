@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.training import head_scores
-from mtp_ce.training.data import Batch, PackedRows
-from mtp_ce.training.head_scores import HeadResult, score_heads, validation_metrics
+from mtp_ce.training.data.rows import Batch, PackedRows
+from mtp_ce.training.metrics import head_scores
+from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
 
 V = 40
 

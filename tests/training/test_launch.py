@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_ce.training import pipeline
-from mtp_ce.training.recipe import to_yaml
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.config.recipe import to_yaml
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.run import pipeline
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run"
 TRAIN = f"{Path(sys.executable).parent / 'train-mtp'} recipe.yaml"
@@ -41,8 +41,8 @@ wait $!
 MORTAL = """
 import os, sys, time
 import torch.distributed
-from mtp_ce.training import fitting
-from mtp_ce.training.cli import main
+from mtp_ce.training.run import fitting
+from mtp_ce.training.cli.train import main
 
 class Mortal(fitting.Trainer):
     def _step(self, step, window):
@@ -59,8 +59,8 @@ sys.exit(main())
 # The end of the MLflow run takes longer than torchrun does to find that a rank is gone.
 SLOW = """
 import sys, time
-from mtp_ce.training import tracking
-from mtp_ce.training.cli import main
+from mtp_ce.training.tracking import mlflow as tracking
+from mtp_ce.training.cli.train import main
 
 class Slow(tracking.MlflowConnection):
     def close(self):

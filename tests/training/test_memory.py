@@ -17,9 +17,9 @@ import pytest
 PROGRAM = """
 import resource, sys
 from rich.console import Console
-from mtp_ce.training.data import rows_of_step
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.recipe import load_recipe
+from mtp_ce.training.data.rows import rows_of_step
+from mtp_ce.training.run.inputs import read_inputs
+from mtp_ce.training.config.recipe import load_recipe
 
 small = ["data.vocab_size=512", "data.sequence_length=256", "train.batch_size=8", "tracking.kind=none"]
 for file in sys.argv[1:]:

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce
-from mtp_ce.training.data import PackedRows
-from mtp_ce.training.model import build_model
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.data.rows import PackedRows
+from mtp_ce.training.models.build import build_model
 
 
 @pytest.fixture

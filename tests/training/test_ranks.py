@@ -21,15 +21,16 @@ from rich.console import Console
 from torch.distributed import HashStore
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mtp_ce.training import cli, fitting, pipeline
-from mtp_ce.training.checkpoint import read_checkpoint
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.interrupt import StoppedError
-from mtp_ce.training.model import build_model
-from mtp_ce.training.ranks import Ranks, agree_on_round, join_ranks
-from mtp_ce.training.schema import Recipe
-from mtp_ce.wrapper import MTPWrapper
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.checkpoint import read_checkpoint
+from mtp_ce.training.loop.interrupt import StoppedError
+from mtp_ce.training.loop.ranks import Ranks, agree_on_round, join_ranks
+from mtp_ce.training.models.build import build_model
+from mtp_ce.training.run import fitting, pipeline
+from mtp_ce.training.run.inputs import read_inputs
 
 # Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
 DRIVER = """
@@ -37,8 +38,9 @@ import json, os, signal, sys
 import torch
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training import fitting, pipeline
-from mtp_ce.training.cli import main
+from mtp_ce.training.run import fitting
+from mtp_ce.training.run import pipeline
+from mtp_ce.training.cli.train import main
 
 RANK = int(os.environ["RANK"])
 USUAL = fitting.Trainer
@@ -157,7 +159,7 @@ def begin_alone(recipe: Recipe, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def launched(small, tmp_path_factory):
     """Everything that two ranks do in this file, from one start: folder, exit codes of both by name, what was said."""
-    from mtp_ce.training.recipe import to_yaml
+    from mtp_ce.training.config.recipe import to_yaml
 
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.recipe import flatten, load_recipe, shipped_recipes, to_yaml, without_password
-from mtp_ce.training.schema import Recipe
+from mtp_ce.training.config.recipe import flatten, load_recipe, shipped_recipes, to_yaml, without_password
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.errors import RecipeError
 
 
 def groups(model: type[BaseModel]):

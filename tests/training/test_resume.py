@@ -19,12 +19,15 @@ from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
 
-from mtp_ce.training import checkpoint, cli, fitting, pipeline, storage
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.interrupt import StoppedError
-from mtp_ce.training.recipe import to_yaml
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.recipe import to_yaml
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop import checkpoint
+from mtp_ce.training.loop.interrupt import StoppedError
+from mtp_ce.training.run import fitting, pipeline
+from mtp_ce.training.storage import folders as storage
 
-PROGRAM = "import sys; from mtp_ce.training.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from mtp_ce.training.cli.train import main; sys.exit(main())"
 
 SHORT = ["train.steps=12", "train.log_every=1", "validation.every=5", "validation.decoding.prompts=0"]
 SHORT += ["checkpoint.every=3", "validation.at_start=true", "validation.rows=8"]

@@ -14,13 +14,15 @@ import torch
 from moto import mock_aws
 from rich.console import Console
 
-from mtp_ce.training import pipeline, row_corpus
-from mtp_ce.training.corpus import Corpus, read_corpus, texts
-from mtp_ce.training.data import IGNORE, PackedRows, PaddedRows
-from mtp_ce.training.groups import DataConfig, RecipeError
-from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.tokenizer import train_tokenizer
-from mtp_ce.training.tokens import tokenise
+from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.data import row_corpus
+from mtp_ce.training.data.corpus import Corpus, read_corpus, texts
+from mtp_ce.training.data.rows import IGNORE, PackedRows, PaddedRows
+from mtp_ce.training.data.tokenizer import train_tokenizer
+from mtp_ce.training.data.tokens import tokenise
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import pipeline
 
 TEXTS = [f"text number {i}, {'é' * (i % 5)}" for i in range(250)]
 

@@ -11,13 +11,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce import MTPWrapper
-from mtp_ce.training import fitting, pipeline
-from mtp_ce.training.corpus import read_corpus, texts
-from mtp_ce.training.data import PackedRows
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.recipe import load_recipe, to_yaml
-from mtp_ce.training.tokenizer import load_tokenizer
-from mtp_ce.training.tokens import tokenise, unigram_cross_entropy
+from mtp_ce.training.config.recipe import load_recipe, to_yaml
+from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.rows import PackedRows
+from mtp_ce.training.data.tokenizer import load_tokenizer
+from mtp_ce.training.data.tokens import tokenise, unigram_cross_entropy
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import fitting, pipeline
 
 TRAIN_METRICS = {
     *("train/loss", "train/ce_mean", "train/ce_head_0", "train/ce_head_1", "train/ce_head_2"),

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from mtp_ce.training.atomic import whole_folder
-from mtp_ce.training.model import build_model
-from mtp_ce.training.saved_model import save_model
+from mtp_ce.training.models.build import build_model
+from mtp_ce.training.models.saved import save_model
+from mtp_ce.training.storage.atomic import whole_folder
 
 
 def test_a_folder_appears_only_when_its_block_has_ended(tmp_path):

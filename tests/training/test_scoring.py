@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training.critic import build_critic
-from mtp_ce.training.data import Batch, PackedRows
-from mtp_ce.training.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
-from mtp_ce.training.model import build_model
-from mtp_ce.training.ranks import ALONE, join_ranks
-from mtp_ce.training.scoring import FrozenModels, build_weighing
+from mtp_ce.training.config.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.critic.training import build_critic
+from mtp_ce.training.data.rows import Batch, PackedRows
+from mtp_ce.training.loop.ranks import ALONE, join_ranks
+from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
+from mtp_ce.training.models.build import build_model
 
 CPU = torch.device("cpu")
 

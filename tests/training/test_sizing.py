@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce, weighted_mtp_linear_ce
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.training.model import checkpoint_activations
-from mtp_ce.training.sizing import (
+from mtp_ce.training.models.build import checkpoint_activations
+from mtp_ce.training.models.sizing import (
     forward_products,
     kept_for_backward,
     loss_bytes,

@@ -11,13 +11,13 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from mtp_ce.speculative import generate_speculatively
-from mtp_ce.training import pipeline
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.model import build_model
-from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import Recipe
-from mtp_ce.training.sources import fetch_source, local_source
+from mtp_ce.decoding.speculative import generate_speculatively
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.models.build import build_model
+from mtp_ce.training.models.sources import fetch_source, local_source
+from mtp_ce.training.run import pipeline
+from mtp_ce.training.run.inputs import read_inputs
 
 SHORT = [
     "data.sequence_length=64",

@@ -12,11 +12,12 @@ from moto import mock_aws
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
 
-from mtp_ce import heads
-from mtp_ce.training import export_cli, pipeline
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.sources import HEADS_FILE, fetch_source, find_sources
+from mtp_ce.heads import residual as heads
+from mtp_ce.training.cli import export as export_cli
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.models.sources import HEADS_FILE, fetch_source, find_sources
+from mtp_ce.training.run import pipeline
+from mtp_ce.training.run.inputs import read_inputs
 
 QUIET = Console(quiet=True)
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
-from mtp_ce.training import pipeline, stages
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.inputs import read_inputs
-from mtp_ce.training.kept import keep_stage, kept_stage, stage_key
-from mtp_ce.training.run_folder import decided_by, finished
-from mtp_ce.training.schema import Recipe
-from mtp_ce.training.stages import documents_of, reference_recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import pipeline, stages
+from mtp_ce.training.run.folder import decided_by, finished
+from mtp_ce.training.run.inputs import read_inputs
+from mtp_ce.training.run.stage_cache import keep_stage, kept_stage, stage_key
+from mtp_ce.training.run.stages import documents_of, reference_recipe
 
 
 def run(recipe: Recipe, folder: Path) -> str:
@@ -135,7 +135,7 @@ def test_other_texts_are_another_reference(weighted_run, rho1, corpus_folder, tm
 
 def test_a_stage_that_did_not_finish_is_not_kept(rho1, empty_cache, tmp_path):
     """The learning rate explodes in the reference; nothing of it may be found later."""
-    from mtp_ce.training.trainer import StepRefusedError
+    from mtp_ce.training.loop.trainer import StepRefusedError
 
     recipe = rho1(["reference.optimizer={lr: 1.0e+30, clip_norm: null}"])
     with pytest.raises(StepRefusedError):
@@ -190,8 +190,8 @@ def test_a_corpus_without_documented_files_is_refused_before_anything_is_written
 def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run, rho1):
     """The whole way: stage, cache, scorer. The model is made again from the seed, the reference read from disk."""
     from mtp_ce.scorers.next_token import NextToken
-    from mtp_ce.training.data import rows_of_step
-    from mtp_ce.training.model import build_model
+    from mtp_ce.training.data.rows import rows_of_step
+    from mtp_ce.training.models.build import build_model
 
     recipe = weighted_run.recipe
     inputs = read_inputs(recipe, Console(quiet=True))

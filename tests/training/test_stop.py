@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 
-from mtp_ce.training import cli, fitting
-from mtp_ce.training.interrupt import StoppedError, stop_on_signal, terminate_in_order
-from mtp_ce.training.recipe import to_yaml
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.recipe import to_yaml
+from mtp_ce.training.loop.interrupt import StoppedError, stop_on_signal, terminate_in_order
+from mtp_ce.training.run import fitting
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
     # A test runner in the background may have Ctrl-C ignored, and children inherit that.
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mtp_ce.training.cli import main\n"
+        "from mtp_ce.training.cli.train import main\n"
         "sys.exit(main(['long.yaml', '--output', 'out']))"
     )
     process = subprocess.Popen(

@@ -12,10 +12,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from mtp_ce.training import objects
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.s3 import READ_S, connected
-from mtp_ce.training.storage import check_address, check_writable, fetch_file, fetch_folder
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage import objects
+from mtp_ce.training.storage.folders import check_address, check_writable, fetch_file, fetch_folder
+from mtp_ce.training.storage.s3 import READ_S, connected
 
 BODY = os.urandom(3 << 20)
 
@@ -217,7 +217,7 @@ def test_a_machine_that_does_not_answer_is_given_up_in_seconds(s3, monkeypatch):
     """It takes connections and says nothing: the first attempt ends after READ_S, and so on."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("mtp_ce.training.s3.READ_S", 0.2)
+        monkeypatch.setattr("mtp_ce.training.storage.s3.READ_S", 0.2)
         began = time.monotonic()
         with pytest.raises(RecipeError, match="no answer; look at AWS_ENDPOINT_URL_S3 and the network"):
             check_address("model.source", "s3://models/model")

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training import cli, eval_cli, export_cli
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.recipe import load_recipe, to_yaml
-from mtp_ce.training.storage import MANIFEST, check_address, fetch_file, fetch_folder, upload_folder
+from mtp_ce.training.cli import evaluate as eval_cli
+from mtp_ce.training.cli import export as export_cli
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.recipe import load_recipe, to_yaml
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.folders import MANIFEST, check_address, fetch_file, fetch_folder, upload_folder
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "s3.md").read_text(encoding="utf-8")
 PROGRAMS = {"train-mtp": cli.main, "eval-mtp": eval_cli.main, "export-mtp": export_cli.main}
@@ -107,7 +109,7 @@ def test_a_recipe_in_s3_is_read_and_its_mistakes_are_named_without_torch(s3, pre
     s3.put_object(Bucket="models", Key=f"{prefix}/good.yaml", Body=to_yaml(load_recipe("tiny")).encode())
     s3.put_object(Bucket="models", Key=f"{prefix}/bad.yaml", Body=b"train:\n  steps: 1\n  steps: 2\n")
     program = (
-        "import sys; from mtp_ce.training.cli import main\n"
+        "import sys; from mtp_ce.training.cli.train import main\n"
         "codes = [main([f's3://models/{sys.argv[1]}/{name}.yaml', 'train.steps=777', '--print-config'])"
         " for name in ('good', 'bad', 'none')]\n"
         "print(codes, [name for name in ('torch', 'transformers') if name in sys.modules])"
@@ -129,8 +131,8 @@ def workplace(s3, small, corpus_folder, tmp_path, monkeypatch) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mtp_ce import MTPWrapper
-    from mtp_ce.training.corpus import read_corpus, texts
-    from mtp_ce.training.tokenizer import load_tokenizer
+    from mtp_ce.training.data.corpus import read_corpus, texts
+    from mtp_ce.training.data.tokenizer import load_tokenizer
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(corpus_folder, "my/texts")

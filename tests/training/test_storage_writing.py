@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.s3 import READ_S
-from mtp_ce.training.storage import (
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.folders import (
     MANIFEST,
     UNFINISHED,
     check_free,
@@ -25,7 +24,8 @@ from mtp_ce.training.storage import (
     fetch_folder,
     upload_folder,
 )
-from mtp_ce.training.uploads import Uploads
+from mtp_ce.training.storage.s3 import READ_S
+from mtp_ce.training.storage.uploads import Uploads
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, pref
 def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the_end(s3, proxy, prefix, tmp_path):
     small(tmp_path, 1)
     program = (
-        "import sys; from pathlib import Path; from mtp_ce.training.uploads import Uploads\n"
+        "import sys; from pathlib import Path; from mtp_ce.training.storage.uploads import Uploads\n"
         "uploads = Uploads(sys.argv[1], print, keep=1); uploads.send(Path(sys.argv[2]), 'step-1')\n"
         "input(); uploads.close(0.3)"
     )

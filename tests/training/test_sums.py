@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_ce import weighted_mtp_ce
-from mtp_ce.training.sums import HeadSums
+from mtp_ce.training.metrics.sums import HeadSums
 
 CPU = torch.device("cpu")
 

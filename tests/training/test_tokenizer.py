@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_ce.training import tokenizer as module
-from mtp_ce.training.groups import RecipeError
-from mtp_ce.training.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from mtp_ce.training.data import tokenizer as module
+from mtp_ce.training.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from mtp_ce.training.errors import RecipeError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "import os\nprint(os.sep)\n" * 20]
 

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import pytest
 
-from mtp_ce.training import cli
-from mtp_ce.training import tracking as module
-from mtp_ce.training.recipe import to_yaml
-from mtp_ce.training.tracking import METRICS_FILE, Tracking
-from mtp_ce.training.trainer import StepRefusedError
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.config.recipe import to_yaml
+from mtp_ce.training.loop.trainer import StepRefusedError
+from mtp_ce.training.tracking import mlflow as module
+from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking
 
 
 @pytest.fixture

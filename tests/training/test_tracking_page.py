@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from mtp_ce.training.critic_loss import PairSums
+from mtp_ce.training.critic.loss import PairSums
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tracking.md"
 

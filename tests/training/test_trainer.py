@@ -15,14 +15,14 @@ from mtp_ce import Rho1ExcessScorer, ShuffledWeights, weighted_mtp_ce
 from mtp_ce.linear import CPU_CHUNK_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
-from mtp_ce.training.data import PackedRows, rows_of_step
-from mtp_ce.training.interrupt import Stop
-from mtp_ce.training.model import build_model
-from mtp_ce.training.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.recipe import load_recipe
-from mtp_ce.training.schema import Recipe
-from mtp_ce.training.scoring import Weighing
-from mtp_ce.training.trainer import StepRefusedError, Trainer, scored_positions
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.data.rows import PackedRows, rows_of_step
+from mtp_ce.training.loop.interrupt import Stop
+from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.loop.trainer import StepRefusedError, Trainer, scored_positions
+from mtp_ce.training.loop.weighing import Weighing
+from mtp_ce.training.models.build import build_model
 
 
 def make_trainer(recipe: Recipe, log, **parts) -> Trainer:

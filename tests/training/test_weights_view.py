@@ -13,10 +13,10 @@ import pytest
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.image import imread
 
-from mtp_ce.training.tokenizer import END_OF_TEXT, train_tokenizer
-from mtp_ce.training.weights_passage import SCALE, Passage, token_texts, weight_norm
-from mtp_ce.training.weights_plot import draw_weights
-from mtp_ce.training.weights_view import write_page
+from mtp_ce.training.data.tokenizer import END_OF_TEXT, train_tokenizer
+from mtp_ce.training.report.weights_passage import SCALE, Passage, token_texts, weight_norm
+from mtp_ce.training.report.weights_plot import draw_weights
+from mtp_ce.training.report.weights_view import write_page
 
 NAN = math.nan
 HOSTILE = [

@@ -1,0 +1,1 @@
+"""Models of transformers: the wrapper, its trainer, reading and writing checkpoints."""

@@ -1,0 +1,1 @@
+"""Layouts in which serving engines read prediction heads."""

@@ -1,0 +1,1 @@
+"""Command lines: train-mtp, eval-mtp, export-mtp."""

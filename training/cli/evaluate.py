@@ -1,0 +1,117 @@
+"""`eval-mtp`: what the heads of a trained checkpoint are worth on held-out text, and in decoding.
+
+Every mistake that can be seen without the model is answered before torch is loaded, as by `train-mtp`: one line on
+stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtp_ce.training.cli.train import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Parser,
+    missing_packages,
+    output_folder,
+    sort_out,
+)
+
+_EPILOG = """\
+a checkpoint is a run's folder, the model's folder in it, another folder or GGUF file, package:NAME/FILE, an s3://
+address, or a hub name. A run's own recipe says which text is held out; for others the defaults below hold.
+
+examples:
+  eval-mtp runs/first
+  eval-mtp runs/first validation.rows=16 validation.decoding.new_tokens=128
+  eval-mtp HuggingFaceTB/SmolLM2-135M data.corpus=my/texts data.suffix=.txt tracking.kind=none --output here
+
+exit codes:
+  0 done   1 a crash   2 a mistake in the call, nothing was measured   130 Ctrl-C
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes them from the process.
+    """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_INTERRUPTED)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    if missing := missing_packages():
+        return _complain(missing, EXIT_USAGE)
+    from mtp_ce.training.config.recipe import load_evaluation, to_yaml
+    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.errors import RecipeError
+    from mtp_ce.training.models.sources import find_checkpoint
+
+    try:
+        checkpoints, overrides = sort_out(arguments.what)
+        if len(checkpoints) != 1:
+            raise RecipeError(f"expected one checkpoint and overrides a.b=c, got {len(checkpoints)} checkpoints")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError("eval-mtp measures in one process; start it without a launcher")
+        source, beside = find_checkpoint(checkpoints[0])
+        recipe = load_evaluation(beside, overrides)
+        if arguments.print_config:
+            print(to_yaml(recipe), end="")
+            return EXIT_DONE
+        if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
+            return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
+        output = output_folder("eval", arguments.output)
+        find_files(recipe.data)
+        # Only here do torch and transformers load; everything above has been answered by then.
+        from mtp_ce.training.run.evaluate import evaluate
+
+        evaluate(source, recipe, output)
+    except RecipeError as error:
+        return _complain(str(error), EXIT_USAGE)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="eval-mtp",
+        usage="eval-mtp CHECKPOINT [a.b=c ...] [--print-config] [--output DIR]",
+        description="Measure every prediction head of a checkpoint: cross entropy, accuracy, and speculative decoding.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="CHECKPOINT | a.b=c",
+        help="where the model is, and overrides of data, validation, tracking and device, read as YAML",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print what would be measured on, with every default, as YAML"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for evaluation.json and evaluation.png; must not exist (default: runs/eval-<UTC time>)",
+    )
+    return parser
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"eval-mtp: {'error: ' if code != EXIT_INTERRUPTED else ''}{message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

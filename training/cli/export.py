@@ -1,0 +1,217 @@
+"""`export-mtp`: a part of a trained checkpoint as a folder that other programs read.
+
+What the folders hold is described in mtp_ce/serving/medusa.py. Mistakes that can be seen without the model are reported
+before torch is loaded, as by `train-mtp`: one line on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mtp_ce.training.cli.train import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.storage.atomic import whole_folder
+
+if TYPE_CHECKING:
+    from mtp_ce.hf.wrapper import MTPWrapper
+
+# As mtp_ce/heads/residual.py has them, which imports torch.
+_CONFIG, _TENSORS = "mtp_heads.json", "mtp_heads.safetensors"
+# As training/storage/s3.py has it, which imports pydantic.
+_S3 = "s3://"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+# Kinds of heads that there is something to write of.
+_KINDS = {"heads": ("residual", "layer", "sequential"), "medusa": ("residual",)}
+
+_EPILOG = """\
+parts:
+  base      the model alone with its tokenizer, adapters merged: AutoModelForCausalLM.from_pretrained
+  heads     the heads alone: inside a base's folder MTPWrapper.from_pretrained; MTPHeads.from_pretrained if "residual"
+  medusa    "residual" heads as a draft model, which vLLM serves beside the base
+
+examples:
+  export-mtp runs/first base served/model
+  export-mtp runs/first medusa served/medusa
+  export-mtp runs/first base s3://bucket/models/first
+  vllm serve served/model --speculative-config \\
+    '{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}'
+
+exit codes:
+  0 done   1 a crash   2 a mistake in the call, nothing was written   130 Ctrl-C
+"""
+
+
+class ExportError(ValueError):
+    """A mistake that the caller can put right; its text names it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes them from the process.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        print(_export(arguments.checkpoint, arguments.part, arguments.folder))
+    except ExportError as error:
+        print(f"export-mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("export-mtp: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="export-mtp",
+        description="Write a part of a checkpoint as a folder that other programs read.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote, here or at an s3:// address",
+    )
+    parser.add_argument("part", choices=("base", "heads", "medusa"), help="what to write")
+    parser.add_argument("folder", metavar="DIR", help="where to write it, or an s3:// address; must not exist")
+    return parser
+
+
+def _export(checkpoint: str, part: str, folder: str) -> str:
+    source = _model_folder(_fetch(checkpoint))
+    heads = _read_heads(source, part)
+    if folder.startswith(_S3):
+        with _storage() as storage, tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
+            storage.check_free("DIR", folder)
+            _write_whole(source, part, Path(here) / "export")
+            storage.upload_folder("DIR", Path(here) / "export", folder)
+    else:
+        _check_new(Path(folder))
+        _write_whole(source, part, Path(folder))
+    if part != "medusa":
+        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {checkpoint}"
+    speculation = {"method": "medusa", "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
+    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
+
+
+def _fetch(checkpoint: str) -> Path:
+    if not checkpoint.startswith(_S3):
+        return Path(checkpoint)
+    with _storage() as storage:
+        return Path(storage.fetch_folder("CHECKPOINT", checkpoint))
+
+
+@contextmanager
+def _storage() -> Iterator[ModuleType]:
+    """What reads and writes S3; whoever exports from folder to folder needs none of its packages."""
+    if missing := missing_packages("boto3", "pydantic"):
+        raise ExportError(missing)
+    from mtp_ce.training.errors import RecipeError
+    from mtp_ce.training.storage import folders as storage
+
+    try:
+        yield storage
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
+
+
+def _write_whole(source: Path, part: str, folder: Path) -> None:
+    wrapper = None if part == "heads" else _load(source)
+    try:
+        with whole_folder(folder) as aside:
+            if wrapper is None:
+                for name in (_CONFIG, _TENSORS):
+                    shutil.copyfile(source / name, aside / name)
+            else:
+                _write(wrapper, part, source, aside)
+    except (FileExistsError, ValueError) as error:
+        raise ExportError(str(error)) from None
+
+
+def _model_folder(checkpoint: Path) -> Path:
+    written = "a folder that train-mtp or MTPWrapper.save_pretrained wrote"
+    if not checkpoint.is_dir():
+        raise ExportError(f"checkpoint {checkpoint} is not a folder; expected {written}")
+    for folder in (checkpoint, checkpoint / "model"):
+        if (folder / _CONFIG).is_file():
+            return folder
+    raise ExportError(f"checkpoint {checkpoint} has no {_CONFIG}, and no model/{_CONFIG}; expected {written}")
+
+
+def _read_heads(source: Path, part: str) -> dict[str, Any]:
+    """What the checkpoint says of its heads, which are such as `part` can be made of."""
+    try:
+        heads: dict[str, Any] = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
+        kind, horizon = heads["kind"], int(heads["horizon"])
+    except (ValueError, KeyError, TypeError):
+        raise ExportError(f"{source / _CONFIG} is damaged; expected kind, hidden_size and horizon as JSON") from None
+    if part in _KINDS and (kind not in _KINDS[part] or horizon < 2):
+        expected = " or ".join(map(repr, _KINDS[part]))
+        raise ExportError(
+            f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {expected} heads and a horizon above 1, "
+            "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
+        )
+    models = () if part == "heads" else (("config.json", "adapter_config.json"),)
+    for names in ((_TENSORS,), *models):
+        if not any((source / name).is_file() for name in names):
+            raise ExportError(f"{source} has {_CONFIG} but no {names[0]}; it is no whole checkpoint")
+    return heads
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ExportError(f"folder {folder} exists and is left alone; name another one")
+    for parent in folder.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ExportError(f"folder {folder} can't be made: {parent} is a file; name another one")
+
+
+def _load(source: Path) -> MTPWrapper:
+    packages = {"transformers": "'mtp_ce[train]'", "safetensors": "'mtp_ce[train]'"}
+    if (source / "adapter_config.json").is_file():
+        packages["peft"] = "peft"
+    for name, cure in packages.items():
+        if find_spec(name) is None:
+            raise ExportError(f"exporting {source} needs {name}: pip install {cure}")
+    # Only here do torch and transformers load; everything above has been answered by then.
+    from transformers.utils import logging
+
+    from mtp_ce.hf.wrapper import MTPWrapper
+
+    logging.disable_progress_bar()
+    try:
+        return MTPWrapper.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{source} can't be loaded: {error}") from error
+
+
+def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from mtp_ce.serving.medusa import export_base, export_medusa
+
+    if part == "medusa":
+        export_medusa(wrapper, folder)
+        return
+    export_base(wrapper, folder)
+    if any((source / name).is_file() for name in _TOKENIZER):
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

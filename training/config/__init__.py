@@ -1,0 +1,1 @@
+"""Recipes: their schema, defaults, overrides and errors."""

@@ -1,0 +1,109 @@
+"""What a person sees while a command runs: lines, warnings, and a bar that moves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """The progress of a run.
+
+    On a terminal, one line that is redrawn. Elsewhere (a file, a pipe, a CI log), one line each time
+    metrics arrive, which stays readable because nothing is redrawn.
+
+    Args:
+        console: where to write.
+        steps: how many steps the run has.
+        done: how many of them an earlier process has done.
+    """
+
+    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
+        self._console = console
+        self._steps = steps
+        self._before = done
+        self._done = done
+        self._started = time.monotonic()
+        self._bar = Progress(
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done, numbers="")
+
+    def tick(self) -> None:
+        """Count one step."""
+        self._done += 1
+        self._bar.advance(self._task)
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the newest metrics of a model or of a critic, of training or of validation."""
+        if "train/loss" in metrics:
+            loss, rate = metrics["train/loss"], metrics["perf/tokens_per_s"]
+            numbers = f"loss {loss:.3f}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
+        elif "critic/loss" in metrics:
+            numbers = f"loss {metrics['critic/loss']:.3f}  {metrics['critic/accuracy']:.1%} of pairs in order"
+        else:
+            found = f"{_heads(metrics, 'val')} nats"
+            if "critic/val_loss" in metrics:
+                found = f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
+            self._line(f"step {step:>5}  validation  {found}")
+            if self._done == self._before:
+                # What came before the first step says nothing about how long steps take.
+                self._started = time.monotonic()
+            return
+        if self._console.is_terminal:
+            self._bar.update(self._task, numbers=numbers)
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed / max(self._done - self._before, 1) * (self._steps - self._done)
+        self._line(f"step {step:>5}/{self._steps}  {numbers}  {_clock(left)} left")
+
+    def warn(self, message: str) -> None:
+        """Show a warning above the bar."""
+        warn(self._console, message)
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._started = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._bar.stop()
+
+    def _line(self, text: str) -> None:
+        say(self._console, text)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def warn(console: Console, message: str) -> None:
+    """Print a warning; above the bar where one is shown."""
+    console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+
+
+def _heads(metrics: Mapping[str, float], side: str) -> str:
+    prefix = f"{side}/ce_head_"
+    return "CE " + " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith(prefix))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

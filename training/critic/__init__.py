@@ -1,0 +1,1 @@
+"""The critic of critic_delta and its training."""

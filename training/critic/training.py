@@ -1,0 +1,234 @@
+"""Trains the critic of critic_delta: a value at every token that says whether the function will compile.
+
+    V = score(trunk(ids))               [R, T]          a value head of width 1 on a random or trained trunk
+
+It learns from the functions of the training files, intact and corrupted; what corrupting one does is decided by
+Python. The losses are in critic_loss. It is an ordinary transformers model for token classification with one
+label, so the scorer reads it like any other.
+
+Most of what a corruption can do to a text leaves it valid, so a corruption is drawn again until one breaks the
+function. Half of what is learnt from compiles, then, and the values of regression are chances under that half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    LlamaForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from mtp_ce.training.config.groups import PretrainedModelConfig
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
+from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
+from mtp_ce.training.data.corpus import Corpus
+from mtp_ce.training.data.rows import rows_of_step
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.interrupt import Stop, StoppedError
+from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.loop.trainer import Log, StepRefusedError
+from mtp_ce.training.models.build import llama_config
+
+# Pairs of each held-out function: a corpus of a few hundred files holds out few functions.
+_HELD_OUT_PAIRS = 4
+
+# A function that these many draws all leave valid is learnt from as it is.
+_DRAWS = 8
+
+
+def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = None) -> PreTrainedModel:
+    """Build a critic with values 0, on the default device; a random trunk comes from torch's global seed.
+
+    Args:
+        recipe: sizes come from `recipe.critic.model` or `recipe.model`, the vocabulary and the longest row from
+            `recipe.data`.
+        end_of_text: token id that opens and closes a function.
+        pretrained: folder of the trained model that the trunk begins with, where `recipe.model` is one and
+            `recipe.critic` has no sizes of its own.
+    """
+    sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
+    config: Any
+    if isinstance(sizes, PretrainedModelConfig):
+        assert pretrained is not None
+        config = AutoConfig.from_pretrained(pretrained)
+    else:
+        config = llama_config(sizes, recipe.data, end_of_text)
+    config.num_labels = 1
+    # Without this transformers drops a tenth of the hidden states before the value head.
+    config.classifier_dropout = 0.0
+    # The scorer reads packed rows, and transformers tells their documents apart only where it makes no cache.
+    config.use_cache = False
+    critic: PreTrainedModel
+    if isinstance(sizes, PretrainedModelConfig) and pretrained:
+        critic = AutoModelForTokenClassification.from_pretrained(pretrained, config=config, dtype=torch.float32)
+    else:
+        critic = LlamaForTokenClassification(config)
+    # Values begin alike everywhere. Random ones differ by far more than the rewards do, and regression would
+    # spend its first steps on taking them back.
+    for head in critic.children():
+        if isinstance(head, nn.Linear):
+            nn.init.zeros_(head.weight)
+    return critic
+
+
+def train_critic(
+    recipe: Recipe,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    *,
+    pretrained: Path | None = None,
+    log: Log,
+    tick: Callable[[], None] = lambda: None,
+    stop: Stop | None = None,
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """Train a critic on the functions of the corpus, and validate it on those of the held-out files.
+
+    Args:
+        recipe: `recipe.critic` says how; its seed decides the initial weights, the order and the corruptions.
+        corpus: where the functions are from.
+        tokenizer: a fast one; it has an end-of-text token.
+        device: where to train.
+        pretrained: see `build_critic`.
+        log: takes metrics by name: critic/loss and critic/accuracy over the steps since the last line, optim/lr
+            and optim/grad_norm (before clipping) of the last step.
+        tick: called after every step.
+        stop: set from outside; the loop ends with StoppedError before the next step.
+
+    Returns:
+        The critic in eval mode, and what the validation found: critic/val_loss and critic/val_accuracy.
+
+    Raises:
+        RecipeError: the corpus has too few functions.
+        StepRefusedError: loss or gradient was not finite; the step was not taken.
+        StoppedError: `stop` was set.
+    """
+    stop = stop or Stop()
+    config = recipe.critic
+    assert config is not None
+    assert config.train is not None
+    train, objective = config.train, OBJECTIVES[config.objective]
+    functions, held_out = _functions(recipe, corpus, tokenizer)
+    optimizer_config = config.optimizer or recipe.optimizer
+    clip_norm = math.inf if optimizer_config.clip_norm is None else optimizer_config.clip_norm
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        critic = build_critic(recipe, tokenizer.eos_token_id, pretrained)
+    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    critic = nn.Module.to(critic, device)
+    optimizer = build_optimizer(critic, optimizer_config)
+    schedule = build_schedule(optimizer, optimizer_config, train.steps)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def micro_batches(pairs: Sequence[Pair]) -> list[PairRows]:
+        size = train.micro_batch_size or train.batch_size
+        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return [PairRows.of(part, tokenizer.eos_token_id, device) for part in parts]
+
+    critic.train()
+    window = _Window()
+    try:
+        for step in range(1, train.steps + 1):
+            stop.check()
+            chosen = rows_of_step(step - 1, train.batch_size, len(functions), config.seed).tolist()
+            pairs = [_broken_pair(functions[i], config.corruption, tokenizer, generator) for i in chosen]
+            # Functions of like length share a micro-batch, which needs less padding.
+            pairs.sort(key=lambda pair: len(pair.intact))
+            optimizer.zero_grad(set_to_none=True)
+            sums = score_pairs(critic, micro_batches(pairs), objective)
+            norm = float(clip_grad_norm_(critic.parameters(), clip_norm))
+            _gate(step, sums.loss, norm)
+            optimizer.step()
+            window.add(step, sums, {"optim/lr": float(schedule.get_last_lr()[0]), "optim/grad_norm": norm})
+            schedule.step()
+            tick()
+            if step in (1, train.steps) or step % train.log_every == 0:
+                log(step, window.metrics())
+                window = _Window()
+    except (StepRefusedError, StoppedError):
+        # The steps that were taken since the last line are part of the record too.
+        if window.step:
+            log(window.step, window.metrics())
+        raise
+
+    critic.eval()
+    sums = PairSums()
+    with torch.no_grad():
+        for rows in micro_batches(held_out):
+            stop.check()
+            sums += score_pairs(critic, [rows], objective)
+    results = sums.metrics("critic/val_")
+    log(train.steps, results)
+    return critic, results
+
+
+def _functions(
+    recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[list[int]], list[Pair]]:
+    """Give the training functions, and held-out pairs that are the same for every seed, short ones first."""
+    config = recipe.critic
+    assert config is not None
+    assert config.train is not None
+    longest = recipe.data.sequence_length
+    sources = find_functions(corpus.train)
+    known = set(sources)
+    functions = encode_functions(sources, tokenizer, longest)
+    new = [source for source in find_functions(corpus.held_out) if source not in known]
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        _broken_pair(ids, config.corruption, tokenizer, generator)
+        for ids in encode_functions(new, tokenizer, longest)
+        for _ in range(_HELD_OUT_PAIRS)
+    ]
+    broken = sum(pair.differs for pair in pairs)
+    if len(functions) < config.train.batch_size or not broken:
+        raise RecipeError(
+            f"the critic has {len(functions)} functions of at most {longest - 2} tokens to learn from and "
+            f"{broken} broken ones to be tested with; it needs critic.train.batch_size "
+            f"{config.train.batch_size} and 1: raise data.sequence_length or data.holdout_fraction, take more "
+            "Python files as data.corpus, or give a trained critic as critic.source"
+        )
+    return functions, sorted(pairs, key=lambda pair: len(pair.intact))
+
+
+def _broken_pair(
+    ids: list[int], corruption: Corruption, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
+) -> Pair:
+    for _ in range(_DRAWS):
+        pair = make_pair(ids, corruption, tokenizer, generator)
+        if pair.differs:
+            break
+    return pair
+
+
+def _gate(step: int, loss: float, norm: float) -> None:
+    for quantity, value in (("critic/loss", loss), ("optim/grad_norm", norm)):
+        if not math.isfinite(value):
+            raise StepRefusedError(step, quantity, value)
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of metrics."""
+
+    step: int = 0
+    sums: PairSums = field(default_factory=PairSums)
+    last: dict[str, float] = field(default_factory=dict)
+
+    def add(self, step: int, sums: PairSums, last: dict[str, float]) -> None:
+        self.step, self.sums, self.last = step, self.sums + sums, last
+
+    def metrics(self) -> dict[str, float]:
+        return self.sums.metrics("critic/") | self.last

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, tokens and rows."""

@@ -1,0 +1,103 @@
+"""A byte-level BPE tokenizer, trained on the training documents alone and kept in a cache.
+
+It is an ordinary transformers tokenizer. The one special token `<|endoftext|>` opens and closes a document
+(both begin- and end-of-sequence, as in GPT-2) and fills the end of the last row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.cache import cache_folder
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Part of every cache key: raise it when the code below changes what comes out.
+_FORMAT = "1"
+
+
+def tokenizer_key(texts: Sequence[str], vocab_size: int) -> str:
+    """Hash everything that decides the tokenizer."""
+    hasher = hashlib.sha256(f"{_FORMAT}\0{vocab_size}\0".encode())
+    for text in texts:
+        hasher.update(hashlib.sha256(text.encode()).digest())
+    return hasher.hexdigest()[:32]
+
+
+def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of these texts from the cache, or train it and put it there.
+
+    Args:
+        texts: the training documents.
+        vocab_size: entries, the 256 bytes and the special token included.
+
+    Raises:
+        RecipeError: the texts are too few for that many entries.
+    """
+    folder = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
+    if not folder.exists():
+        tokenizer = train_tokenizer(texts, vocab_size)
+        try:
+            with whole_folder(folder) as aside:
+                tokenizer.save_pretrained(aside)
+        except FileExistsError:
+            pass  # another process trained the same tokenizer meanwhile
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Read a tokenizer that is there already.
+
+    Args:
+        folder: where its files are.
+        key: the recipe's key that names it.
+        source: how the recipe calls it.
+        vocab_size: entries of the model, at least those of the tokenizer.
+
+    Raises:
+        RecipeError: there is none, or it does not fit.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{key} '{source}' has no tokenizer that can be read: {reason}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
+    if len(tokenizer) > vocab_size:
+        raise RecipeError(
+            f"{key} '{source}' has a tokenizer of {len(tokenizer)} entries, but the model's vocabulary has "
+            f"{vocab_size} (data.vocab_size)"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train the tokenizer; the same texts give the same entries every time."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        raise RecipeError(
+            f"data.vocab_size is {vocab_size}, but the training files have text for {bpe.get_vocab_size()} "
+            f"entries only; give data.vocab_size={bpe.get_vocab_size()} or more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )

@@ -1,0 +1,1 @@
+"""The training loop, its ranks, checkpoints and signals."""

@@ -1,0 +1,1 @@
+"""What is measured on heads: cross entropy, accuracy, acceptance."""

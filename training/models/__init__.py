@@ -1,0 +1,1 @@
+"""Models: built, found, converted, sized and saved."""

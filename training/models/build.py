@@ -1,0 +1,85 @@
+"""The model of a run: a Llama with random weights or a trained model, in the wrapper that gives it prediction heads."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig, TrunkConfig
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.errors import RecipeError
+
+
+def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
+    """Build the model, on the default device; what is random comes from torch's global seed.
+
+    Args:
+        recipe: sizes and heads come from `recipe.model`, vocabulary and longest row from `recipe.data`.
+        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+        pretrained: folder of the trained model that a recipe of kind "pretrained" begins with. Heads that are saved
+            beside it are read with it.
+    """
+    heads = recipe.model.mtp
+    # A model of one head, such as a reference, needs none of those that are saved.
+    if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
+        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
+        wrapper.loss = heads.loss
+        return wrapper
+    trunk = _trunk(recipe, end_of_text, pretrained)
+    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+
+
+def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:
+    if not isinstance(recipe.model, PretrainedModelConfig):
+        return LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
+    assert pretrained is not None
+    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    return trunk
+
+
+def checkpoint_activations(model: MTPWrapper) -> None:
+    """Have every decoder layer, of the trunk and of the heads, compute its activations again in the backward.
+
+    Raises:
+        RecipeError: the architecture's layers can't.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(model.causal).__name__
+        raise RecipeError(f"train.activation_checkpointing is true, but the layers of {name} can't; give false")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:
+    """Give the configuration of a Llama that reads the recipe's rows.
+
+    Args:
+        sizes: widths and depth.
+        data: the vocabulary and the longest row.
+        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+    """
+    assert data.vocab_size is not None
+    return LlamaConfig(
+        vocab_size=data.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.attention_heads,
+        num_key_value_heads=sizes.kv_heads,
+        max_position_embeddings=data.sequence_length,
+        initializer_range=sizes.init_std,
+        tie_word_embeddings=sizes.tie_embeddings,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+    )

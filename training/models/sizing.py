@@ -1,0 +1,293 @@
+"""What a training step costs, from shapes alone: products of a token, bytes that a rank holds.
+
+FLOPs of one token, forward and backward, a multiplication and an addition being two:
+
+    matrices       6 P          P: entries of the parameters that multiply, embedding tables aside
+    attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked places too
+    unembedding    6 H V D      every head's product with the unembedding; once for "teacher_forcing"
+
+A forward alone is a third of each. Where the trunk does not learn it has no backward, the unembedding's gradient is not
+made (4 H V D), and nor is that of the input of residual heads (4 P). What is computed twice to save memory counts once,
+rows without a target count, and so do all experts of a mixture.
+
+Bytes of a rank: weights, gradients and AdamW's two means of what learns, each divided by the ranks; the groups that are
+gathered while they compute; models that only score, sharded but for their output layer; what autograd keeps of one
+micro-batch, which a forward on tensors without memory shows; and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate.utils import compute_module_sizes
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from mtp_ce.heads.layers import LayerHeads, decoder_layers
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.linear import _chunk_rows
+from mtp_ce.ops.chunks import rows_at_once
+from mtp_ce.unembedding import Unembedding
+
+
+@dataclass(frozen=True)
+class Products:
+    """FLOPs of one token in a training step.
+
+    Attributes:
+        trunk: matrices of the model without its unembedding.
+        attention: scores and values, of trunk and heads.
+        heads: matrices of the extra heads.
+        unembedding: the logits of all heads, and their gradients.
+        scoring: forwards of the models that a scorer asks.
+    """
+
+    trunk: int
+    attention: int
+    heads: int
+    unembedding: int
+    scoring: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """What the loss of one micro-batch holds besides hidden states and statistics, by the way it is computed.
+
+    Attributes:
+        linear: one slab of logits; the gradients of hidden states and unembedding until backward.
+        logits: the logits of all heads, whose place their gradient takes; then the same two gradients.
+        eager: torch's cross entropy in a loop over the heads: log-probabilities of all, two gradients of one, fp32.
+        slab_rows: rows of logits that the linear path holds at a time.
+    """
+
+    linear: int
+    logits: int
+    eager: int
+    slab_rows: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank in a training step; their sum is reached, or nearly, where micro-batches follow each other.
+
+    Attributes:
+        weights: this rank's part of the parameters.
+        gradients: likewise.
+        optimizer: AdamW's two means of what learns, likewise.
+        gathered: groups that are whole while they compute, in the precision in which they do.
+        scoring: models that a scorer asks.
+        activations: what autograd keeps of a micro-batch.
+        loss: what the loss of a micro-batch holds.
+        offloaded: weights, gradients and optimizer that wait in main memory; no part of the total.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    scoring: int
+    activations: int
+    loss: int
+    offloaded: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them that are on the device."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
+
+
+def step_products(model: MTPWrapper, row_length: int) -> Products:
+    """Count what one token costs the model in training.
+
+    Args:
+        model: on any device, meta included.
+        row_length: S.
+    """
+    causal, reaches = model.causal, model.trunk == "joint"
+    V, D = Unembedding.of(causal).weight.shape
+    layers = len(model.heads.layers) if isinstance(model.heads, LayerHeads) else 0
+    attention = attention_products(causal, row_length)
+    per_layer = attention // max(1, len(decoder_layers(causal)[0]))
+    # The input of a residual head is the trunk's output; layers begin with norms that learn.
+    heads = 6 if reaches or layers else 4
+    return Products(
+        trunk=(6 if reaches else 2) * multiplying(causal.base_model),
+        attention=(3 if reaches else 1) * attention + 3 * layers * per_layer,
+        heads=heads * multiplying(model.heads),
+        unembedding=_unembedding_products(model) * V * D,
+    )
+
+
+def _unembedding_products(model: MTPWrapper) -> int:
+    horizon = 1 if model.kind == "teacher_forcing" else model.horizon
+    if model.trunk == "joint":
+        return 6 * horizon
+    # The linear path walks the rows of all heads alike; separate products leave out head 0, which does not learn.
+    return 4 * horizon - (2 if model.loss == "logits" else 0)
+
+
+def forward_products(model: PreTrainedModel, row_length: int) -> int:
+    """Count what one token costs a model that only scores."""
+    output = model.get_output_embeddings()
+    matrices = multiplying(model.base_model) + (output.weight.numel() if output is not None else 0)
+    return 2 * matrices + attention_products(model, row_length)
+
+
+def attention_products(model: Any, row_length: int) -> int:
+    """FLOPs of a token's scores and values in all layers, forward."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    return 4 * int(config.num_hidden_layers * heads * width * row_length)
+
+
+def multiplying(module: nn.Module) -> int:
+    """Entries of the parameters that multiply: matrices that are no embedding table."""
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    return sum(x.numel() for x in module.parameters() if x.ndim >= 2 and id(x) not in tables)
+
+
+def step_memory(
+    model: MTPWrapper,
+    scoring: Iterable[PreTrainedModel],
+    rows: int,
+    row_length: int,
+    device: torch.device,
+    ranks: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+) -> tuple[Memory, LossBytes]:
+    """Say what one rank holds.
+
+    Args:
+        model: on the meta device.
+        scoring: models that only score, likewise.
+        rows: of a micro-batch on this rank.
+        row_length: S.
+        device: where it would compute.
+        ranks: over how many the model is sharded.
+        dtype: of forward and backward.
+        offload: whether the rank's part of the model waits in main memory.
+    """
+    sizes = compute_module_sizes(model)
+    learning: nn.Module = model if model.trunk == "joint" else model.heads
+    gradients = _bytes(x for x in learning.parameters() if x.requires_grad)
+    own = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
+    own = {name: -(-size // ranks) for name, size in own.items()}
+    loss = loss_bytes(model, rows, row_length, device, dtype)
+    # One rank is a group of its own where parameters are cast or moved before they compute.
+    grouped = ranks > 1 or offload or dtype != torch.float32
+    return Memory(
+        **(dict.fromkeys(own, 0) | {"offloaded": sum(own.values())} if offload else own),
+        gathered=_gathered(model, sizes[""]) * dtype.itemsize // 4 if grouped else 0,
+        scoring=sum(_scoring_bytes(part, ranks) for part in scoring),
+        activations=kept_for_backward(model, rows, row_length, device, dtype),
+        loss=loss.linear if model.loss == "linear" else loss.logits,
+    ), loss
+
+
+def _scoring_bytes(model: PreTrainedModel, ranks: int) -> int:
+    """A model that only scores is sharded, too, but for its output layer; two layers of it are whole at a time."""
+    whole = compute_module_sizes(model)[""]
+    if ranks == 1:
+        return int(whole)
+    layers = sum(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
+    return (
+        -(-layers // ranks)
+        + 2 * max(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
+        + (whole - layers)
+    )
+
+
+def _gathered(model: MTPWrapper, whole: int) -> int:
+    """Bytes of the groups that are whole on a rank: the root's all along, a layer in work and the next one.
+
+    Their gradients are whole, too, until they are dealt out: the root's and those of the layer in work.
+    """
+    layers = [*decoder_layers(model.causal)[0], *(model.heads.layers if isinstance(model.heads, LayerHeads) else ())]
+    sizes = [compute_module_sizes(layer)[""] for layer in layers]
+    root, largest = whole - sum(sizes), max(sizes)
+    learns = model.trunk == "joint"
+    return int(root + 2 * largest + (root + largest if learns else 0))
+
+
+def loss_bytes(
+    model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> LossBytes:
+    """Say what the loss of a micro-batch of `rows` rows of `row_length` tokens holds, on each of the paths."""
+    (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
+    horizon = 1 if model.kind == "teacher_forcing" else model.horizon
+    N = rows * row_length * horizon
+    d_hidden = N * D * item
+    d_unembed = V * D * 4 if model.trunk == "joint" else 0
+    # A CPU makes the product of half types into fp32 sums from a copy.
+    wide = 4 if device.type == "cpu" and item < 4 else 0
+    slab = rows_at_once(N, _chunk_rows(None, V * item, device), device)
+    # A CPU gathers the rows that are live.
+    gathered = N * D * item if device.type == "cpu" else 0
+    whole = N * V * item
+    return LossBytes(
+        linear=min(slab, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
+        logits=whole + d_hidden + d_unembed,
+        eager=N * V * 4 + 2 * rows * row_length * V * 4,
+        slab_rows=min(slab, N),
+    )
+
+
+def kept_for_backward(
+    model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> int:
+    """Measure the bytes that autograd keeps of one micro-batch, parameters aside: a forward without any memory.
+
+    Args:
+        model: on the meta device.
+        rows: of the micro-batch.
+        row_length: S.
+        device: what the tensors pretend to be on; operators differ in what they keep.
+        dtype: of forward and backward, to which parameters are cast.
+    """
+    # What the loss keeps is said by `loss_bytes`; the linear path keeps nothing that autograd sees.
+    chosen, model.loss = model.loss, "linear"
+    with FakeTensorMode():
+        own = {
+            name: torch.empty(
+                x.shape, dtype=dtype if isinstance(x, nn.Parameter) else x.dtype, device=device
+            ).requires_grad_(x.requires_grad)
+            for name, x in chain(model.named_parameters(), model.named_buffers())
+        }
+        tokens = torch.zeros(rows, row_length, dtype=torch.int64, device=device)
+        batch = {"position_ids": tokens, "labels": tokens, "document_ids": tokens, "return_stats": True}
+        batch["num_items_in_batch"] = torch.ones((), device=device)
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            torch.func.functional_call(model, own, (tokens,), batch)
+        model.loss = chosen
+        return storage_bytes(kept, own.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
+    """Bytes of the memory behind tensors, each piece once, without that behind others."""
+    aside = {x.untyped_storage()._cdata for x in without}
+    pieces = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(size for piece, size in pieces.items() if piece not in aside)
+
+
+def _bytes(tensors: Iterator[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

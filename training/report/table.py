@@ -1,0 +1,59 @@
+"""What a person sees of a run: a bar that moves, or plain lines where there is no terminal, and a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mtp_ce.training.console import say
+
+if TYPE_CHECKING:
+    from mtp_ce.training.report.evaluation import Evaluation
+
+
+def results_table(evaluation: Evaluation) -> Table:
+    """Lay out an evaluation, one line per head, beside what token frequencies alone would score."""
+    title = f"held-out text: {evaluation.heads[0].rows:,} tokens; cross entropies in nats"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    before, decoding = evaluation.before, evaluation.decoding
+    columns = ["head", *(["before"] if before else []), "CE", "unigram", "perplexity", "top-1", "top-5"]
+    for column in (*columns, "agrees", *(["kept"] if decoding else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for h, result in enumerate(evaluation.heads):
+        table.add_row(
+            f"{h} (+{h + 1})",
+            *([f"{before[h].ce:.3f}"] if before else []),
+            f"{result.ce:.3f}",
+            f"{evaluation.unigram:.3f}",
+            f"{result.perplexity:,.1f}",
+            f"{result.top1:.1%}",
+            f"{result.top5:.1%}",
+            "" if h == 0 or result.agrees is None else f"{result.agrees:.1%}",
+            *(["" if h == 0 else f"{decoding.kept[h - 1]:.1%}"] if decoding else []),
+        )
+    return table
+
+
+def say_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Show the table, what its columns mean, and what decoding found."""
+    console.print(results_table(evaluation))
+    lines = ["unigram: cross entropy of the held-out tokens under the training tokens' frequencies, add-one smoothed"]
+    if evaluation.tokens_per_forward:
+        lines.append(
+            "agrees: this head and all before it say what head 0 says later, in the held-out text; "
+            f"{evaluation.tokens_per_forward:.2f} tokens per forward, if decoding went like that"
+        )
+    if decoding := evaluation.decoding:
+        found = decoding.speculation
+        lines += [
+            "kept: rounds of decoding in which this head's token and all before it were kept",
+            f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, {found.tokens:,} new tokens: "
+            f"{found.tokens_per_forward:.2f} tokens per forward (acceptance length {found.acceptance_length:.2f}), "
+            f"{decoding.speedup:.2f} times the speed of plain generate; the same text for {decoding.identical} of "
+            f"{decoding.prompts}",
+        ]
+    for line in lines:
+        say(console, line)

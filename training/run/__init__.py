@@ -1,0 +1,1 @@
+"""Runs: stages, resume, dry run, comparison, evaluation."""

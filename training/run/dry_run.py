@@ -1,0 +1,262 @@
+"""`train-mtp --dry-run`: what a run would do, need and reach, said in seconds and without writing anything."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import torch
+from rich.console import Console
+from rich.filesize import decimal, pick_unit_and_suffix
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.groups import CriticConfig, PretrainedModelConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.config.recipe import flatten, without_password
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.console import say
+from mtp_ce.training.data.corpus import find_files
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.ranks import Ranks
+from mtp_ce.training.models.build import checkpoint_activations, llama_config
+from mtp_ce.training.models.gguf import converted_folder
+from mtp_ce.training.models.sizing import forward_products, step_memory, step_products
+from mtp_ce.training.models.sources import local_source, sources_of
+from mtp_ce.training.run.fitting import parameters
+from mtp_ce.training.run.inputs import find_device
+from mtp_ce.training.tracking.mlflow import METRICS_FILE, shown_by
+
+# A server that takes longer to say that it is well would hold up a dry run, and never training.
+MLFLOW_TIMEOUT_S = 3.0
+
+FLOPS = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"]
+
+
+def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
+    """Print what `train` would do, without memory for the model and without writing anything.
+
+    Of several ranks the first one speaks, for all of them.
+
+    Args:
+        recipe: what would be done.
+        output: the folder that would be made.
+        out: where to speak; None means the terminal.
+
+    Raises:
+        RecipeError: a text can't be read, an address in S3 can't be reached, or the ranks can't share a batch.
+    """
+    ranks = Ranks(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
+    if not ranks.leads:
+        return
+    out = out or Console()
+    train, data = recipe.train, recipe.data
+    ranks.check_batch(train.batch_size, train.micro_batch_size)
+    if recipe.reference and recipe.reference.train:
+        ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
+    device = find_device(train.device, "train.device")
+    # What may end the run comes first, so that a mistake is one line and not the last of many.
+    corpus, addresses = _corpus(recipe), _addresses(recipe)
+    say(out, f"recipe      {recipe.name}: {recipe.description}")
+    say(out, f"corpus      {corpus}")
+    for key, (source, kind) in sources_of(recipe).items():
+        say(out, f"given       {key}: {kind} {source}")
+    for key, address in addresses.items():
+        say(out, f"reachable   {key}: {address}")
+    for line in _stages(recipe):
+        say(out, line)
+    say(out, f"scorer      {recipe.scorer.name}{', before training' if recipe.precompute_weights else ''}")
+    step_tokens = train.batch_size * data.sequence_length
+    say(
+        out,
+        f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
+        f"tokens: {train.steps * step_tokens:,} in all, for {recipe.model.mtp.horizon} heads",
+    )
+    say(out, f"device      {device}{f', {ranks.size} ranks' if ranks.size > 1 else ''}")
+    _say_sizes(out, recipe, device, ranks)
+    say(out, f"output      {output}")
+    say(out, f"tracking    {_tracking(recipe)}")
+    say(out, "dry run: nothing was written")
+
+
+def _corpus(recipe: Recipe) -> str:
+    data = recipe.data
+    source = find_files(data)
+    for path in source.paths:
+        if not os.access(source.root / path, os.R_OK):
+            raise RecipeError(f"{source.key} has {source.root / path}, which can't be read; see its permissions")
+    return f"{source}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
+
+
+def _addresses(recipe: Recipe) -> dict[str, str]:
+    """The addresses in S3 that a recipe names, all of which answer."""
+    found = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
+    if found:
+        # boto3 takes a second to load, and most recipes name nothing in S3.
+        from mtp_ce.training.storage.folders import check_address, check_writable
+
+        for key, address in found.items():
+            (check_writable if key == "checkpoint.upload" else check_address)(key, address)
+    return found
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    stage = _scoring_stage(recipe)
+    if stage is None or stage.source or stage.train is None:
+        return []
+    name = "reference" if isinstance(stage, ReferenceConfig) else "critic"
+    steps = f"{stage.train.steps:,} steps of {stage.train.batch_size}"
+    return [f"{name:<11} {steps}, where not there already"]
+
+
+def _scoring_stage(recipe: Recipe) -> ReferenceConfig | CriticConfig | None:
+    """The group of the model that the scorer asks."""
+    if recipe.scored_by is None:
+        return None
+    return recipe.reference if isinstance(recipe.scored_by, Rho1ScorerConfig) else recipe.critic
+
+
+def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
+    config = _trunk_config(recipe)
+    if config is None:
+        say(out, "model       sized when it has been read; a dry run fetches nothing")
+        return
+    heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+    scoring, unknown = _scoring_models(recipe, config)
+    still = "" if heads.trunk == "joint" else "; the heads alone learn"
+    say(out, f"model       {parameters(model)}{still}")
+    for key in unknown:
+        say(out, f"            {key} is not counted below: a dry run fetches nothing")
+
+    if recipe.precompute_weights:
+        scoring = {}
+    products = replace(step_products(model, S), scoring=_scoring_products(recipe, config, scoring))
+    tokens = train.steps * train.batch_size * S
+    parts = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
+    say(out, f"compute     {_flops(products.total)} per token: {', '.join(parts)}")
+    say(out, f"            {_flops(products.total * tokens)} in all, of the last stage")
+
+    rows = train.micro_batch_size or train.batch_size // ranks.size
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    if train.activation_checkpointing:
+        checkpoint_activations(model)
+    memory, loss = step_memory(
+        model, scoring.values(), rows, S, device, ranks.size, dtype=dtype, offload=train.cpu_offload
+    )
+    parts = (f"{name} {decimal(value)}" for name, value in vars(memory).items() if value)
+    whose = f"a rank of {ranks.size}" if ranks.size > 1 else "one process"
+    say(out, f"memory      {decimal(memory.total)} for {whose}, {rows} x {S} tokens at a time: {', '.join(parts)}")
+    say(
+        out,
+        f"loss        linear {decimal(loss.linear)} ({loss.slab_rows:,} rows of logits at a time), "
+        f"logits {decimal(loss.logits)}, torch's own loop {decimal(loss.eager)}; the recipe says {heads.loss}",
+    )
+    if device.type == "cuda":
+        say(out, f"fits        {_fits(memory.total)}")
+
+
+def _scoring_products(recipe: Recipe, trunk: PreTrainedConfig, scoring: dict[str, PreTrainedModel]) -> int:
+    """FLOPs of one token's weight."""
+    asked = sum(forward_products(model, recipe.data.sequence_length) for model in scoring.values())
+    if scoring and isinstance(recipe.scored_by, Rho1ScorerConfig) and not recipe.scored_by.current:
+        # The next-token loss of the model in training, from hidden states that are there.
+        sizes = trunk.get_text_config()
+        asked += 2 * sizes.vocab_size * sizes.hidden_size
+    return asked
+
+
+def _fits(needed: int) -> str:
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    free, _ = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    if needed < free:
+        return f"yes: {decimal(free)} are free on {name}"
+    return f"no: {decimal(free)} are free on {name}; lower train.micro_batch_size, or start more ranks"
+
+
+def _trunk_config(recipe: Recipe) -> PreTrainedConfig | None:
+    """What the model in training looks like; None where that is not on this machine."""
+    if not isinstance(recipe.model, PretrainedModelConfig):
+        return llama_config(recipe.model, recipe.data)
+    return _config_of("model.source", recipe.model.source)
+
+
+def _config_of(key: str, source: str) -> PreTrainedConfig | None:
+    place = local_source(key, source)
+    options: dict[str, Any] = {}
+    if place and place.is_file():
+        converted = converted_folder(place)
+        place, options = (converted, {}) if converted.exists() else (place.parent, {"gguf_file": place.name})
+    if place is None:
+        return None
+    config: PreTrainedConfig = AutoConfig.from_pretrained(place, **options)
+    return config
+
+
+def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, PreTrainedModel], list[str]]:
+    """The models that the scorer asks, without memory, and the keys of those that are not on this machine."""
+    stage = _scoring_stage(recipe)
+    if stage is None:
+        return {}, []
+    given = {key: _config_of(key, source) for key, (source, _) in sources_of(recipe).items() if key != "model.source"}
+    configs = {key: config for key, config in given.items() if config}
+    if not stage.source:
+        # Its vocabulary is that of the model in training, whose sizes it has, too, unless it says otherwise.
+        data = recipe.data.model_copy(update={"vocab_size": trunk.get_text_config().vocab_size})
+        own = llama_config(stage.model, data) if stage.model else trunk
+        configs["reference" if isinstance(stage, ReferenceConfig) else "critic"] = own
+    kind: Any = AutoModelForCausalLM if isinstance(stage, ReferenceConfig) else AutoModelForTokenClassification
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        models = {key: kind.from_config(config, dtype=dtype) for key, config in configs.items()}
+    return models, [key for key, config in given.items() if config is None]
+
+
+def _tracking(recipe: Recipe) -> str:
+    why = None if recipe.tracking.kind == "none" else _unreachable(recipe.tracking.uri)
+    if why is None:
+        return shown_by(recipe)
+    shown = without_password(recipe).tracking.uri
+    return f"MLflow at {shown} is not reachable: {why}; training would go on with {METRICS_FILE}"
+
+
+def _unreachable(uri: str) -> str | None:
+    """Say why MLflow can't be written to; None where it can, or where only MLflow itself could tell."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        # A password belongs into a header, and this question needs none.
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
+        try:
+            urlopen(address, timeout=MLFLOW_TIMEOUT_S).close()
+        except HTTPError as error:
+            return f"it answers {error.code} {error.reason}" if error.code >= 500 else None
+        except (OSError, HTTPException) as error:
+            return str(getattr(error, "reason", error))
+        return None
+    if parts.scheme == "sqlite" and parts.path not in ("", "/"):
+        # sqlite:///relative, sqlite:////absolute
+        file = Path(parts.path.removeprefix("/"))
+        place = file if file.exists() else file.parent
+        if not place.exists():
+            return f"there is no folder {place}"
+        return None if os.access(place, os.W_OK) else f"{place} can't be written to"
+    return None
+
+
+def _flops(count: int) -> str:
+    unit, suffix = pick_unit_and_suffix(count, FLOPS, 1000)
+    return f"{count / unit:,.1f} {suffix}"

@@ -1,0 +1,73 @@
+"""Measures a checkpoint as the report at the end of a training does, on text that it was not trained on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.schema import EvaluationRecipe
+from mtp_ce.training.console import say, warn
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
+from mtp_ce.training.report.evaluation import Evaluation, decode
+from mtp_ce.training.report.table import say_evaluation
+from mtp_ce.training.run.folder import make_folder
+from mtp_ce.training.run.inputs import read_held_out
+from mtp_ce.training.tracking.mlflow import Tracking
+
+
+def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console | None = None) -> Evaluation:
+    """Measure a checkpoint's heads on held-out text and in decoding; write evaluation.json and evaluation.png.
+
+    Args:
+        source: where the checkpoint is, as in recipes. One without heads has its own next-token head alone.
+        recipe: the text, how much of it, and MLflow.
+        output: folder to make; it must not exist.
+        out: where to say what happens; None means the terminal.
+
+    Raises:
+        RecipeError: the checkpoint, the corpus or the output folder is not there or does not fit.
+    """
+    transformers_logging.disable_progress_bar()
+    out = out or Console()
+    inputs = read_held_out(recipe, source, out)
+    model = load_checkpoint(source, inputs.given["CHECKPOINT"])
+    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    nn.Module.to(model, inputs.device).eval()
+    say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
+    make_folder(output, recipe)
+    with Tracking(recipe, output, partial(warn, out)) as tracking:
+        tracking.tags({"checkpoint": source})
+        rows = inputs.rows(inputs.tokens.held_out)
+        batches = rows.in_order(recipe.validation.batch_size, recipe.validation.rows)
+        heads = score_heads(model, (batch.to(inputs.device) for batch in batches))
+        evaluation = Evaluation(heads, inputs.unigram, None, decode(model, inputs, recipe.validation.decoding))
+        tracking.log(0, validation_metrics(heads) | evaluation.metrics())
+        for path in evaluation.write(output, f"{source}: the heads on held-out text"):
+            tracking.artifact(path)
+    say_evaluation(out, evaluation)
+    say(out, f"saved       {output}/evaluation.json, evaluation.png, metrics.jsonl, recipe.yaml")
+    return evaluation
+
+
+def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
+    """Load a model with its heads, in fp32; one without heads becomes a model of one head.
+
+    Raises:
+        RecipeError: what is saved does not fit together.
+    """
+    try:
+        if (folder / CONFIG_FILE).exists():
+            return MTPWrapper.from_pretrained(folder, dtype=torch.float32)
+        return MTPWrapper(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 1, heads="none")
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"CHECKPOINT '{source}' can't be loaded: {reason}") from None

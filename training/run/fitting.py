@@ -1,0 +1,150 @@
+"""One training of a model with prediction heads: its parts put together, gone on with where it was stopped, saved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.groups import PretrainedModelConfig
+from mtp_ce.training.config.recipe import to_yaml, weighs_rows_together, without_password
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.console import Display, say, warn
+from mtp_ce.training.data.rows import PackedRows
+from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.loop.checkpoint import Checkpoint, Checkpoints
+from mtp_ce.training.loop.interrupt import stop_on_signal
+from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.loop.trainer import Trainer
+from mtp_ce.training.loop.weighing import (
+    Weigh,
+    weight_bounds,
+)
+from mtp_ce.training.metrics.head_scores import HeadResult
+from mtp_ce.training.models.build import build_model, checkpoint_activations
+from mtp_ce.training.models.saved import save_model
+from mtp_ce.training.run.folder import decided_by
+from mtp_ce.training.run.inputs import Inputs
+from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking
+
+
+def fit(
+    recipe: Recipe,
+    inputs: Inputs,
+    rows: PackedRows,
+    weigh: Weigh,
+    folder: Path,
+    run: Tracking,
+    copy: Callable[[Path], None] = lambda folder: None,
+) -> tuple[Trainer, list[HeadResult]]:
+    """Train one model with prediction heads; save it and the picture of its losses.
+
+    Where the folder has checkpoints of this training, it goes on from the newest. `copy` takes the folder of each that
+    is written, and that of the model.
+    """
+    torch.manual_seed(recipe.seed)
+    begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
+    model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
+    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    nn.Module.to(model, inputs.device)
+    ranks = inputs.ranks
+    where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
+    say(inputs.console, f"model       {parameters(model)}; on {where}")
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(model)
+    ranks.shard(model, recipe.train)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
+    together = {"ranks": ranks.size} if weighs_rows_together(recipe.scorer.model_dump()) else {}
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS,
+        decided=decided_by(recipe) | together | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
+        keep=recipe.checkpoint.keep,
+        ranks=ranks,
+        warn=partial(warn, inputs.console),
+        written=copy,
+    )
+    found = checkpoints.newest()
+    with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
+        trainer = Trainer(
+            recipe=recipe,
+            model=model,
+            weigh=weigh,
+            optimizer=optimizer,
+            schedule=schedule,
+            rows=rows,
+            held_out=inputs.rows(inputs.tokens.held_out),
+            device=inputs.device,
+            log=log_and_show(run, display),
+            tick=display.tick,
+            stop=stop,
+            weight_bounds=weight_bounds(recipe),
+            ranks=ranks,
+            keep=lambda trainer: checkpoints.save(trainer.done, model, optimizer, lambda: _notes(trainer, run)),
+        )
+        if found:
+            checkpoints.load(found, model, optimizer)
+            _continue(trainer, found, run)
+            say(inputs.console, f"resumed     after step {found.step:,}, from {found.folder}")
+        results = trainer.fit()
+    tensors = ranks.whole(model)
+
+    def save() -> None:
+        # A resumed run may have come this far before.
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+        copy(folder / "model")
+        from mtp_ce.training.report.plot import draw_losses
+
+        title = f"{folder.name}: cross entropy of each head"
+        draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
+        run.artifact(folder / "losses.png")
+
+    ranks.lead(save)
+    return trainer, results
+
+
+def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
+    return {
+        "recipe": to_yaml(without_password(trainer.recipe)),
+        "schedule": trainer.schedule.state_dict(),
+        "metrics_bytes": run.size,
+        "validations": validations,
+    }
+
+
+def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:
+    """Have a loop whose model and optimizer were loaded go on where the checkpoint was written."""
+    trainer.done = found.step
+    trainer.schedule.load_state_dict(found.notes["schedule"])
+    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+        group["lr"] = lr
+    validations = found.notes["validations"]
+    trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
+    run.rewind(found.notes["metrics_bytes"])
+
+
+def parameters(model: MTPWrapper) -> str:
+    """Count a model's parameters, in words."""
+    trunk = sum(parameter.numel() for parameter in model.causal.parameters())
+    heads = sum(parameter.numel() for parameter in model.heads.parameters())
+    return f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}"
+
+
+def log_and_show(run: Tracking, display: Display) -> Callable[[int, dict[str, float]], None]:
+    """Give what takes metrics for both: the record and the screen."""
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        run.log(step, metrics)
+        display.show(step, metrics)
+
+    return log

@@ -1,0 +1,171 @@
+"""What all stages of a run have in common: texts, tokenizer, tokens, and the trained models that the recipe names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig
+from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
+from mtp_ce.training.console import say
+from mtp_ce.training.data.corpus import Corpus, read_corpus, texts
+from mtp_ce.training.data.rows import PackedRows, PaddedRows
+from mtp_ce.training.data.tokenizer import load_tokenizer, read_tokenizer
+from mtp_ce.training.data.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.ranks import ALONE, Ranks
+from mtp_ce.training.models.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
+
+# Characters of training text that a tokenizer is trained on, about: what it counts is held in memory. The stride that
+# gives them is a whole number, so a corpus of less than this is read as a whole.
+TOKENIZER_CHARACTERS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every stage reads.
+
+    Attributes:
+        console: where the run speaks.
+        device: where it computes.
+        corpus: texts.
+        tokenizer: how texts become tokens.
+        tokens: the texts' tokens, document by document.
+        unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
+        given: folders of the models that are named as trained, by the recipe's key.
+        row_length: S.
+        vocab_size: V of the model in training.
+        ranks: who takes part.
+        packing: how documents become rows.
+    """
+
+    console: Console
+    device: torch.device
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerFast
+    tokens: TokenisedCorpus
+    unigram: float
+    given: dict[str, Path]
+    row_length: int
+    vocab_size: int
+    ranks: Ranks
+    packing: Literal["packed", "padded"] = "packed"
+
+    def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
+        """Lay documents into rows."""
+        pad: Any = self.tokenizer.pad_token_id
+        kind = PackedRows if self.packing == "packed" else PaddedRows
+        return kind(documents, self.row_length, pad, token_weights)
+
+    @property
+    def digests(self) -> list[str]:
+        """What decides the rows but their length: hashes of the texts with their split and of the tokenizer."""
+        vocabulary = self.tokenizer.backend_tokenizer.to_str()
+        return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest(), self.packing]
+
+
+def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Inputs:
+    """Read everything, and look whether it fits, before a run writes anything.
+
+    Raises:
+        RecipeError: the corpus, the tokenizer, a trained model or the device is not there or does not fit.
+    """
+    device, V, sources = find_device(recipe.train.device, "train.device"), recipe.data.vocab_size, sources_of(recipe)
+    given: dict[str, Path] = {}
+    # What may need a network comes first: it fails in seconds, and a tokenizer takes longer. So does the model in
+    # training, whose vocabulary the others must have.
+    for key, (source, kind) in sources.items():
+        say(console, f"given       {key}: {kind} {source}")
+        given[key] = fetch_source(key, source)
+        theirs = check_config(key, source, given[key], kind, V)
+        if key == "model.source":
+            V = theirs
+            check_heads(source, given[key], recipe.model.mtp)
+    assert V is not None
+    tokenizer = _named_tokenizer(recipe, given, V)
+    corpus = read_corpus(recipe.data)
+    _say_corpus(console, corpus)
+    stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
+    tokenizer = tokenizer or load_tokenizer(texts(corpus.train[::stride]), V)
+    for key, folder in given.items():
+        if key != "model.source":
+            check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, given, ranks)
+
+
+def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> Inputs:
+    """Read a checkpoint's files, and the text that it is to be measured on.
+
+    Args:
+        recipe: says which text.
+        source: where the checkpoint is; `given["CHECKPOINT"]` is its folder.
+        console: where to speak.
+
+    Raises:
+        RecipeError: the checkpoint, its tokenizer, the corpus or the device is not there or does not fit.
+    """
+    device = find_device(recipe.device, "device")
+    say(console, f"checkpoint  {source}")
+    folder = fetch_source("CHECKPOINT", source)
+    V = check_config("CHECKPOINT", source, folder, "language model", None)
+    tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
+    corpus = read_corpus(recipe.data)
+    _say_corpus(console, corpus)
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
+
+
+def _say_corpus(console: Console, corpus: Corpus) -> None:
+    say(
+        console,
+        f"corpus      {len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out, "
+        f"{corpus.skipped:,} skipped, {corpus.characters / 1e6:.1f} million characters",
+    )
+
+
+def _inputs(
+    console: Console,
+    device: torch.device,
+    data: DataConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    given: dict[str, Path],
+    ranks: Ranks,
+) -> Inputs:
+    tokens = tokenise(corpus, tokenizer)
+    train, held_out = tokens.train.token_count, tokens.held_out.token_count
+    say(console, f"tokens      {train:,} to train on, {held_out:,} held out, {len(tokenizer):,} entries")
+    if data.packing == "padded":
+        longer = tokens.train.longer_than(data.sequence_length)
+        say(console, f"rows        {longer:,} of {len(tokens.train):,} documents cut at {data.sequence_length} tokens")
+    unigram = unigram_cross_entropy(tokens, vocab_size)
+    S = data.sequence_length
+    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, S, vocab_size, ranks, data.packing)
+
+
+def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that the recipe names, or the pretrained model's; None where one is to be trained."""
+    if named := recipe.data.tokenizer:
+        return read_tokenizer(fetch_source("data.tokenizer", named), "data.tokenizer", named, vocab_size)
+    if isinstance(recipe.model, PretrainedModelConfig):
+        return read_tokenizer(given["model.source"], "model.source", recipe.model.source, vocab_size)
+    return None
+
+
+def find_device(wanted: str, key: str) -> torch.device:
+    """Give the device that a recipe asks for under a key: "auto", "cpu" or "cuda".
+
+    Raises:
+        RecipeError: it asks for a GPU and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"{key} is 'cuda', but torch finds no GPU; give {key}=auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,93 @@
+"""From a recipe to a trained model on disk: reads the inputs, runs the stages, says what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.console import say, warn
+from mtp_ce.training.loop.ranks import Ranks, join_ranks
+from mtp_ce.training.loop.trainer import StepRefusedError
+from mtp_ce.training.metrics.head_scores import validation_metrics
+from mtp_ce.training.report.evaluation import Evaluation
+from mtp_ce.training.report.table import say_evaluation
+from mtp_ce.training.run.folder import RECIPE_FILE, begin_run, check_same
+from mtp_ce.training.run.inputs import find_device, read_inputs
+from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
+from mtp_ce.training.storage.folders import check_writable
+from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking, shown_by
+
+
+def train(
+    recipe: Recipe,
+    output: Path,
+    out: Console | None = None,
+    *,
+    resume: bool = False,
+    answer: Callable[[BaseException], int] | None = None,
+) -> Evaluation:
+    """Run a recipe from the corpus to the saved model.
+
+    Args:
+        recipe: what to do.
+        output: folder to make; it must not exist, unless `resume` is set.
+        out: where to say what happens; None means the terminal.
+        resume: whether to go on with the unfinished run of the same recipe that `output` has.
+        answer: as of `join_ranks`.
+
+    Returns:
+        The heads on held-out text after the last step.
+
+    Raises:
+        RecipeError: the corpus, a trained model or the output folder does not fit the recipe.
+        StepRefusedError: loss, gradient or weights were out of bounds; the step was not taken.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint and the metrics so far are kept.
+    """
+    # transformers would draw bars of its own for files that take milliseconds.
+    transformers_logging.disable_progress_bar()
+    device = find_device(recipe.train.device, "train.device")
+    with join_ranks(device, recipe.train, answer, agreed=(StepRefusedError,)) as ranks:
+        output, resume = ranks.share((output, resume))
+        return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, resume)
+
+
+def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: bool) -> Evaluation:
+    ranks.lead(lambda: _check_batches(recipe, ranks))
+    inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
+
+    def begin() -> None:
+        check_stages(recipe, inputs)
+        if recipe.checkpoint.upload:
+            check_writable("checkpoint.upload", recipe.checkpoint.upload)
+        if resume:
+            check_same(output, recipe)
+        else:
+            begin_run(output, recipe)
+
+    ranks.lead(begin)
+    say(out, f"output      {output}")
+    with Tracking(recipe, output, partial(warn, out), records=ranks.leads) as tracking:
+        tracking.artifact(output / RECIPE_FILE)
+        models = scoring_stages(recipe, inputs, output, tracking)
+        evaluation = main_stage(recipe, inputs, models, output, tracking)
+        tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
+    say_evaluation(out, evaluation)
+    weights = ", weights.html, weights.png" if recipe.scored_by else ""
+    say(
+        out,
+        f"saved       {output}/model (model, tokenizer, heads), losses.png, evaluation.json, evaluation.png{weights}, "
+        f"{METRICS_FILE}, recipe.yaml",
+    )
+    say(out, f"tracking    {shown_by(recipe)}")
+    return evaluation
+
+
+def _check_batches(recipe: Recipe, ranks: Ranks) -> None:
+    ranks.check_batch(recipe.train.batch_size, recipe.train.micro_batch_size)
+    if recipe.reference and recipe.reference.train:
+        ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)

@@ -1,0 +1,66 @@
+"""Finished stages, kept by a hash of what decides them, so that nothing is trained twice.
+
+    key = sha256(kind, the stage's part of the recipe, its inputs)
+
+What changes only memory, place or words of a stage (micro-batches, device, names, logging) is not in the hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mtp_ce.training.config.recipe import results_only
+from mtp_ce.training.data.tokenizer import cache_folder
+from mtp_ce.training.storage.atomic import whole_folder
+
+StageKind = Literal["reference", "critic", "weights", "main"]
+
+# Part of every key: raise it when the code of a stage changes what comes out.
+_FORMAT = "3"
+
+
+def stage_key(kind: StageKind, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
+    """Hash everything that decides a stage.
+
+    Args:
+        kind: which stage it is.
+        settings: its part of the recipe, as plain values.
+        inputs: hashes of what it reads.
+    """
+    said = json.dumps([_FORMAT, kind, results_only(settings), list(inputs)], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+def kept_stage(kind: StageKind, key: str) -> Path | None:
+    """Give the folder of a stage that was finished before, if there is one."""
+    folder = _folder(kind, key)
+    return folder if folder.exists() else None
+
+
+def keep_stage(kind: StageKind, key: str, folder: Path) -> Path:
+    """Copy a finished stage's folder into the cache; the copy appears as a whole or not at all."""
+    try:
+        with whole_folder(_folder(kind, key)) as aside:
+            shutil.copytree(folder, aside, dirs_exist_ok=True)
+    except FileExistsError:
+        pass  # another process finished the same stage meanwhile
+    return _folder(kind, key)
+
+
+def folder_digest(folder: Path) -> str:
+    """Hash the names and contents of a folder's files."""
+    hasher = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        hasher.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return hasher.hexdigest()
+
+
+def _folder(kind: StageKind, key: str) -> Path:
+    return cache_folder() / "stages" / kind / key

@@ -1,0 +1,361 @@
+"""The stages of a run. Each writes a folder of its own and is a child of the run in MLflow.
+
+    reference, critic   a model that only scores; trained, or found finished, or given by the recipe
+    weights             every token weighed once, where the recipe asks for it
+    main                the model itself, weighted by the scorer
+
+A finished stage is kept in the cache by a hash of its settings and inputs, and taken from there the next time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.groups import (
+    ControlScorerConfig,
+    LlamaModelConfig,
+    MTPConfig,
+    PretrainedModelConfig,
+    ReferenceConfig,
+    Rho1ScorerConfig,
+    TrunkConfig,
+    UniformScorerConfig,
+)
+from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.console import Display, say, warn
+from mtp_ce.training.critic.training import train_critic
+from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.tokens import DocumentTokens
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.loop.interrupt import stop_on_signal
+from mtp_ce.training.loop.weighing import (
+    FrozenModels,
+    Weigh,
+    build_weighing,
+    hold_in_precision,
+    load_weights,
+    save_weights,
+    stored,
+    weigh_rows,
+)
+from mtp_ce.training.metrics.head_scores import validation_metrics
+from mtp_ce.training.models.saved import save_model
+from mtp_ce.training.report.evaluation import Evaluation, decode
+from mtp_ce.training.run.fitting import fit, log_and_show
+from mtp_ce.training.run.folder import finish
+from mtp_ce.training.run.inputs import Inputs
+from mtp_ce.training.run.stage_cache import StageKind, folder_digest, keep_stage, kept_stage, stage_key
+from mtp_ce.training.storage.uploads import copies
+from mtp_ce.training.tracking.mlflow import Tracking
+
+# What a finished stage says of itself, beside its model.
+STAGE_FILE = "stage.json"
+WEIGHTS_FOLDER = "token_weights"
+
+
+def check_stages(recipe: Recipe, inputs: Inputs) -> None:
+    """Look for what would stop a stage that has not begun.
+
+    Raises:
+        RecipeError: the reference has nothing to learn from.
+    """
+    if isinstance(recipe.scored_by, Rho1ScorerConfig) and recipe.reference and not recipe.reference.source:
+        documents_of(recipe.reference, inputs)
+
+
+def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> FrozenModels:
+    """Give the models that the recipe's scorer asks, trained where they are not there yet."""
+    scored, given = recipe.scored_by, inputs.given
+    if scored is None:
+        return FrozenModels()
+    # A model of sizes of its own has the vocabulary of the pretrained model beside it.
+    data = recipe.data.model_copy(update={"vocab_size": inputs.vocab_size})
+    recipe = recipe.model_copy(update={"data": data})
+    if isinstance(scored, Rho1ScorerConfig):
+        return FrozenModels(
+            reference=given.get("reference.source") or _reference(recipe, inputs, output, tracking) / "model",
+            current=next((folder for key, folder in given.items() if key.endswith(".current")), None),
+        )
+    return FrozenModels(critic=given.get("critic.source") or _critic(recipe, inputs, output, tracking) / "model")
+
+
+def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
+    """Train the model itself, measure what its heads are worth, and where tokens are weighted, show their weights."""
+    rows = inputs.rows(inputs.tokens.train)
+    weigh: Weigh
+    if recipe.precompute_weights:
+        made = _weights(recipe, inputs, models, output, tracking)
+        rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
+    else:
+        weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
+    ranks = inputs.ranks
+    address = f"{recipe.checkpoint.upload.rstrip('/')}/{output.name}" if recipe.checkpoint.upload else None
+    with (
+        Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run,
+        copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
+    ):
+        trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
+        # The model is saved: whatever becomes of the report, there is nothing to go on with.
+        ranks.lead(lambda: finish(output))
+        trained = Evaluation(results, inputs.unigram, trainer.validations.get(0))
+        whole = None if ranks.sharded else trainer.model
+        # Shards, optimizer and scorer make room for what the report loads.
+        del trainer, weigh
+        _give_memory_back(inputs.device)
+
+        def report() -> Evaluation:
+            evaluation = trained
+            with _warned_of_failure(inputs, output):
+                model = whole
+                # Of a sharded model this rank has a part only; the files have all of it.
+                if model is None:
+                    model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
+                    nn.Module.to(model, inputs.device)
+                evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
+                if recipe.scored_by:
+                    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+                    from mtp_ce.training.report.passages import show_weights
+
+                    # One rank alone can't ask a model that is sharded over all of them, nor for the others' scores.
+                    weighing = build_weighing(_weighed_alone(recipe), models, inputs.device)
+                    hold_in_precision(model, recipe.train.precision)
+                    for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
+                        run.artifact(path)
+            with _warned_of_failure(inputs, output):
+                run.log(recipe.train.steps, evaluation.metrics())
+                for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
+                    run.artifact(path)
+            return evaluation
+
+        evaluation = ranks.share(ranks.lead(report))
+        assert evaluation is not None
+        return evaluation
+
+
+def _weighed_alone(recipe: Recipe) -> Recipe:
+    """The recipe with the scope "batch" where it says "global": what that is to a single rank."""
+    scored, scorer = recipe.scored_by, recipe.scorer
+    if scored is None or scored.scope != "global":
+        return recipe
+    alone = scored.model_copy(update={"scope": "batch"})
+    moved = isinstance(scorer, ControlScorerConfig)
+    return recipe.model_copy(update={"scorer": scorer.model_copy(update={"of": alone}) if moved else alone})
+
+
+def _give_memory_back(device: torch.device) -> None:
+    """Free what nothing but a ring of references holds, as that of a sharded module and its hooks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _warned_of_failure(inputs: Inputs, output: Path) -> Iterator[None]:
+    """Make a failure of the report a line: of one that needs more memory than there is, say."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        warn(
+            inputs.console,
+            f"the report on the trained model ended in {type(error).__name__}: {reason}. The model is saved, and "
+            f"eval-mtp {output} measures it",
+        )
+
+
+def reference_recipe(recipe: Recipe) -> Recipe:
+    """Give the recipe of the reference stage: a next-token model, uniform weights, its own loop and seed."""
+    stage = recipe.reference
+    assert stage is not None
+    assert stage.train is not None
+    next_token = MTPConfig(horizon=1, loss=recipe.model.mtp.loss)
+    own = LlamaModelConfig(**stage.model.model_dump()) if stage.model else recipe.model
+    return recipe.model_copy(
+        update={
+            "name": "reference",
+            "description": f"next-token model of the {stage.documents} files",
+            "seed": stage.seed,
+            "model": own.model_copy(update={"mtp": next_token}),
+            "scorer": UniformScorerConfig(),
+            "precompute_weights": False,
+            "reference": None,
+            "critic": None,
+            "optimizer": stage.optimizer or recipe.optimizer,
+            "train": recipe.train.model_copy(update=stage.train.model_dump()),
+            "validation": recipe.validation.model_copy(update={"every": None}),
+        }
+    )
+
+
+def documents_of(stage: ReferenceConfig, inputs: Inputs) -> DocumentTokens:
+    """Give the tokens of the documents that a reference is trained on.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    if stage.documents == "all":
+        return inputs.tokens.train
+    documents = inputs.tokens.train.choose([i for i, text in enumerate(inputs.corpus.train) if is_documented(text)])
+    if not documents:
+        raise RecipeError(
+            "reference.documents is 'documented', but no training file is a public module with a docstring; "
+            "give reference.documents=all or reference.source"
+        )
+    return documents
+
+
+def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    own, stage = reference_recipe(recipe), recipe.reference
+    assert stage is not None
+    documents = documents_of(stage, inputs)
+    settings = own.model_dump(include={"seed", "model", "optimizer", "train"}) | {"row_length": inputs.row_length}
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        weighing = build_weighing(own, FrozenModels(), inputs.device)
+        _, results = fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
+        return validation_metrics(results)
+
+    what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
+    digests = [*inputs.digests, *_begun_with(own.model, inputs)]
+    key = stage_key("reference", {**settings, "documents": stage.documents}, digests)
+    return run_stage(Stage("reference", "reference", what, key, own, work, together=True), inputs, output, tracking)
+
+
+def _begun_with(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
+    """The hash of the trained model that a stage begins with, if it does."""
+    return [folder_digest(inputs.given["model.source"])] if isinstance(model, PretrainedModelConfig) else []
+
+
+def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    stage = recipe.critic
+    assert stage is not None
+    assert stage.train is not None
+    sizes = stage.model or recipe.model
+    settings = {
+        **stage.model_dump(),
+        "row_length": inputs.row_length,
+        # Python decides the rewards.
+        "python": sys.version_info[:2],
+        "model": sizes.model_dump(exclude={"mtp"}),
+        "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
+    }
+    steps = stage.train.steps
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        with Display(inputs.console, steps) as display, stop_on_signal() as stop:
+            model, results = train_critic(
+                recipe, inputs.corpus, inputs.tokenizer, inputs.device,
+                pretrained=inputs.given.get("model.source"),
+                log=log_and_show(run, display), tick=display.tick, stop=stop,
+            )  # fmt: skip
+        save_model(folder / "model", model, inputs.tokenizer)
+        return results
+
+    what = f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps"
+    key = stage_key("critic", settings, [*inputs.digests, *_begun_with(sizes, inputs)])
+    return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
+
+
+def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
+    settings = {
+        "scorer": recipe.scorer.model_dump(),
+        "row_length": inputs.row_length,
+        "seed": recipe.seed,
+        "precision": recipe.train.precision,
+    }
+    digests = [*inputs.digests, *map(folder_digest, models.folders())]
+    rows = inputs.rows(inputs.tokens.train)
+    batch_size = recipe.validation.batch_size
+
+    def work(folder: Path, run: Tracking) -> dict[str, float]:
+        parts = []
+        weighing = build_weighing(recipe, models, inputs.device)
+        with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
+            for part in weigh_rows(weighing, rows, batch_size, inputs.device):
+                parts.append(part)
+                display.tick()
+                stop.check()
+        weights = torch.cat(parts)[: inputs.tokens.train.token_count]
+        paths = [document.path for document in inputs.corpus.train]
+        save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
+        return {
+            "weights/mean": float(weights.mean()),
+            "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
+        }
+
+    what = f"{inputs.tokens.train.token_count:,} tokens weighed by {recipe.scorer.name}"
+    key = stage_key("weights", settings, digests)
+    return run_stage(Stage("weights", "weights", what, key, recipe, work), inputs, output, tracking)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing to do, once.
+
+    Attributes:
+        together: whether all ranks do it; else one does.
+        kind: what it is, to the cache.
+        name: its folder in the run's, and its run in MLflow.
+        what: one line for people.
+        key: hash of everything that decides the result.
+        recipe: its own.
+        work: does it in a folder, tracked, and gives the results by name.
+    """
+
+    kind: StageKind
+    name: str
+    what: str
+    key: str
+    recipe: Recipe
+    work: Callable[[Path, Tracking], dict[str, float]]
+    together: bool = False
+
+
+def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
+    """Run a stage and keep it, or find that it was kept; give the kept folder."""
+    folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
+    ranks.lead(lambda: folder.mkdir(exist_ok=True))
+    with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
+        kept = ranks.share(kept_stage(stage.kind, stage.key))
+        reused = kept is not None
+        if kept is None:
+            say(console, f"{stage.name:<11} {stage.what}")
+            results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
+            kept = ranks.share(ranks.lead(lambda: _keep(stage, folder, results or {})))
+        assert kept is not None
+        said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
+        how = f"reused, unchanged since {said['finished']}" if reused else "done"
+        say(console, f"{stage.name:<11} {how}: {_shown(said['results'])}")
+        say(console, f"            {kept}")
+        if ranks.leads:
+            (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
+        run.summary(0, said["results"])
+        run.tags({"stage.key": stage.key, "stage.finished": said["finished"]})
+        run.artifact(folder / STAGE_FILE)
+    return kept
+
+
+def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
+    (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return keep_stage(stage.kind, stage.key, folder)
+
+
+def _shown(results: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(results.items())[:2])

@@ -1,0 +1,1 @@
+"""Files, folders and the cache, on disk and in S3."""
