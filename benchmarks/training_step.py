@@ -41,7 +41,7 @@ from benchmarks import clock, memory, oracle, results, resume, rounds, step
 from benchmarks.provider import NOT_REACHED, OUT_OF_MEMORY, AbsentError
 from benchmarks.shapes import Inputs, Shape
 from benchmarks.table import table, timed_steps
-from mtp_ce.training.cli.train import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, Parser
+from mtp_ce.training.cli.command import EXIT_CRASH, EXIT_DONE, EXIT_INTERRUPTED, Parser
 
 SHARES = 3
 # A step of more rows than this many doublings is not looked for.

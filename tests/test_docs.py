@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from mtp_ce.training import recipe_docs
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.run.compare import comparison_table
+from mtp_ce.training.report.comparison import comparison_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

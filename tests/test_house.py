@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,45 @@ FLOORS = {
 OF_TRANSFORMERS = {
     f"mtp_ce/{name}.py" for name in ("hf/causal", "hf/trainer", "hf/saved_heads", "decoding/speculative", "hf/wrapper")
 }
+CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
+
+# Package -> the packages that it may import, over the floor's own packages and top-level modules.
+ARROWS = {
+    "training": {
+        "recipe_docs": {"config"},
+        "cli": {"run", "models", "data", "storage", "config", "interrupt", "errors"},
+        "run": {
+            *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
+            *("console", "interrupt", "errors"),
+        },
+        "loop": {"metrics", "data", "config", "interrupt", "errors"},
+        "report": {"metrics", "console"},
+        "critic": {"models", "data", "config", "interrupt", "errors"},
+        "metrics": {"data"},
+        "models": {"storage", "config", "errors"},
+        "data": {"storage", "config", "errors"},
+        "tracking": {"config", "interrupt", "errors"},
+        "config": {"storage", "errors"},
+        "storage": {"errors"},
+        "interrupt": {"errors"},
+        "console": {"errors"},
+        "errors": set(),
+    },
+    # `loss` stands for the modules of the public functions and what they are made of.
+    "mtp_ce": {
+        "hf": {"heads", "decoding", "serving", "scorers", "loss", "ops", "options", "registry"},
+        "decoding": {"heads", "loss", "registry"},
+        "serving": {"heads", "loss", "registry"},
+        "heads": {"loss", "ops", "options", "registry"},
+        "scorers": {"loss", "options", "registry"},
+        "loss": {"ops", "kernels", "options"},
+        "ops": {"kernels", "options"},
+        "kernels": set(),
+        "options": set(),
+        "registry": set(),
+    },
+}
+LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding"}
 
 
 def sources(folder: str) -> list[Path]:
@@ -27,16 +67,24 @@ def sources(folder: str) -> list[Path]:
     return [path for path in (ROOT / folder).rglob("*.py") if not any(part.is_symlink() for part in path.parents)]
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports from outside the standard library, wherever the statement stands."""
-    found = set()
+def statements(path: Path) -> list[tuple[int, str]]:
+    """Line and module of every import statement of a file: at the top, lazy, or for type checkers alone."""
+    imported = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import hides its floor"
-            found.add(node.module or "")
-    return {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+            imported += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Constant) and CLASS_PATH.fullmatch(str(node.value)):
+            # A table of parts imports them by name.
+            imported.append((node.lineno, str(node.value).replace(":", ".")))
+    return imported
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports from outside the standard library, wherever the statement stands."""
+    return {name for _, name in statements(path) if name.partition(".")[0] not in sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("floor", FLOORS)
@@ -50,6 +98,40 @@ def test_imports_point_down(floor):
             allowed = any(name == root or name.startswith(root + ".") for root in roots)
             upward = floor == "mtp_ce" and (name + ".").startswith("mtp_ce.training.")
             assert allowed > upward, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def package(floor: str, name: str) -> str | None:
+    """The package or top-level module of a floor that a dotted name lies in; None for names outside the floor."""
+    prefix = "mtp_ce.training." if floor == "training" else "mtp_ce."
+    first = name.removeprefix(prefix).partition(".")[0]
+    if not name.startswith(prefix) or (floor == "mtp_ce" and first == "training"):
+        return None
+    return "loss" if floor == "mtp_ce" and first in LOSS_MODULES else first
+
+
+@pytest.mark.parametrize("floor", ARROWS)
+def test_packages_import_along_the_listed_arrows(floor):
+    """Lazy imports, those under TYPE_CHECKING and class paths in tables count like any other."""
+    arrows = ARROWS[floor]
+    files = [ROOT / "mtp_ce" / path.relative_to(ROOT) for path in sources("training")]
+    if floor == "mtp_ce":
+        files = [ROOT / "mtp_ce" / path.relative_to(ROOT) for path in sources("kernels")]
+        # The package's own __init__ exports every floor above.
+        files += [path for path in sources("mtp_ce") if path != ROOT / "mtp_ce" / "__init__.py"]
+    offences = []
+    for path in files:
+        importer = package(floor, ".".join(path.relative_to(ROOT).with_suffix("").parts))
+        assert importer in arrows, f"{path.relative_to(ROOT)} lies in a package without a list of arrows"
+        for line, name in statements(path):
+            imported = package(floor, name)
+            if imported not in (None, importer, *arrows[importer]):
+                offences.append(f"{path.relative_to(ROOT)}:{line} imports {name}: {importer} -> {imported}")
+    assert not offences, "\n".join(offences)
+
+
+@pytest.mark.parametrize("floor", ARROWS)
+def test_the_arrows_make_no_cycle(floor):
+    TopologicalSorter(ARROWS[floor]).prepare()
 
 
 def test_importing_the_library_loads_no_training_package():

@@ -21,7 +21,7 @@ import pytest
 
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.report.evaluation import Evaluation
+from mtp_ce.training.metrics.evaluation import Evaluation
 
 SMALL = [
     "name=small",

@@ -10,8 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.report.comparison import comparison_table, differences
 from mtp_ce.training.run import compare as module
-from mtp_ce.training.run.compare import compare, comparison_table, differences
+from mtp_ce.training.run.compare import compare
 
 # A reference of its own: the cache is one for the whole session, and other tests look at how theirs is trained.
 REFERENCE = "reference.train.steps=7"

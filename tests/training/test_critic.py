@@ -17,9 +17,8 @@ from mtp_ce.training.critic.loss import CENTRE, OBJECTIVES, ranking_loss, regres
 from mtp_ce.training.critic.training import build_critic, train_critic
 from mtp_ce.training.data.corpus import Corpus, Document, read_corpus, texts
 from mtp_ce.training.data.tokenizer import load_tokenizer, train_tokenizer
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.loop.interrupt import Stop
-from mtp_ce.training.loop.trainer import StepRefusedError
+from mtp_ce.training.errors import RecipeError, StepRefusedError
+from mtp_ce.training.interrupt import Stop
 
 CPU = torch.device("cpu")
 CRITIC = [

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.models.build import build_model
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])

@@ -24,9 +24,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, StoppedError
 from mtp_ce.training.loop.checkpoint import read_checkpoint
-from mtp_ce.training.loop.interrupt import StoppedError
 from mtp_ce.training.loop.ranks import Ranks, agree_on_round, join_ranks
 from mtp_ce.training.models.build import build_model
 from mtp_ce.training.run import fitting, pipeline

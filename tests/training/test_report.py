@@ -9,9 +9,9 @@ from rich.console import Console
 from mtp_ce.decoding.speculative import Speculation
 from mtp_ce.training.console import Display
 from mtp_ce.training.metrics.decoding import DecodingResult
+from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import HeadResult
-from mtp_ce.training.report.evaluation import Evaluation
-from mtp_ce.training.report.table import say_evaluation
+from mtp_ce.training.report.evaluation import say_evaluation
 
 METRICS = {
     "train/loss": 4.5,

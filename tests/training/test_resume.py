@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, StoppedError
 from mtp_ce.training.loop import checkpoint
-from mtp_ce.training.loop.interrupt import StoppedError
 from mtp_ce.training.run import fitting, pipeline
 from mtp_ce.training.storage import folders as storage
 

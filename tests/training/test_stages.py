@@ -135,7 +135,7 @@ def test_other_texts_are_another_reference(weighted_run, rho1, corpus_folder, tm
 
 def test_a_stage_that_did_not_finish_is_not_kept(rho1, empty_cache, tmp_path):
     """The learning rate explodes in the reference; nothing of it may be found later."""
-    from mtp_ce.training.loop.trainer import StepRefusedError
+    from mtp_ce.training.errors import StepRefusedError
 
     recipe = rho1(["reference.optimizer={lr: 1.0e+30, clip_norm: null}"])
     with pytest.raises(StepRefusedError):

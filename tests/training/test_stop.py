@@ -13,7 +13,8 @@ import torch
 
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
-from mtp_ce.training.loop.interrupt import StoppedError, stop_on_signal, terminate_in_order
+from mtp_ce.training.errors import StoppedError
+from mtp_ce.training.interrupt import stop_on_signal, terminate_in_order
 from mtp_ce.training.run import fitting
 
 

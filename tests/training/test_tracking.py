@@ -16,7 +16,7 @@ import pytest
 
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
-from mtp_ce.training.loop.trainer import StepRefusedError
+from mtp_ce.training.errors import StepRefusedError
 from mtp_ce.training.tracking import mlflow as module
 from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking
 

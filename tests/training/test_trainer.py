@@ -18,11 +18,12 @@ from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import PackedRows, rows_of_step
-from mtp_ce.training.loop.interrupt import Stop
-from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.loop.trainer import StepRefusedError, Trainer, scored_positions
+from mtp_ce.training.errors import StepRefusedError
+from mtp_ce.training.interrupt import Stop
+from mtp_ce.training.loop.trainer import Trainer, scored_positions
 from mtp_ce.training.loop.weighing import Weighing
 from mtp_ce.training.models.build import build_model
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 
 
 def make_trainer(recipe: Recipe, log, **parts) -> Trainer:

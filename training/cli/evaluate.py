@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_ce.training.cli.train import (
+from mtp_ce.training.cli.command import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
@@ -21,6 +21,7 @@ from mtp_ce.training.cli.train import (
     output_folder,
     sort_out,
 )
+from mtp_ce.training.errors import RecipeError
 
 _EPILOG = """\
 a checkpoint is a run's folder, the model's folder in it, another folder or GGUF file, package:NAME/FILE, an s3://
@@ -54,7 +55,6 @@ def _main(argv: Sequence[str] | None) -> int:
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_evaluation, to_yaml
     from mtp_ce.training.data.corpus import find_files
-    from mtp_ce.training.errors import RecipeError
     from mtp_ce.training.models.sources import find_checkpoint
 
     try:

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mtp_ce.training.cli.train import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.cli.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
 
 if TYPE_CHECKING:
@@ -121,7 +122,6 @@ def _storage() -> Iterator[ModuleType]:
     """What reads and writes S3; whoever exports from folder to folder needs none of its packages."""
     if missing := missing_packages("boto3", "pydantic"):
         raise ExportError(missing)
-    from mtp_ce.training.errors import RecipeError
     from mtp_ce.training.storage import folders as storage
 
     try:

@@ -9,36 +9,33 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import re
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from mtp_ce.training.cli.command import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    Parser,
+    leads,
+    missing_packages,
+    output_folder,
+    sort_out,
+)
+from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
 
 if TYPE_CHECKING:
     from mtp_ce.training.config.schema import Recipe
 
-EXIT_DONE = 0
-EXIT_CRASH = 1
-EXIT_USAGE = 2
-EXIT_REFUSED = 3
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-
 DEFAULT_RECIPE = "rho1"
-
-# What floor 2 imports sooner or later; mlflow only where the recipe asks for it.
-_TRAIN_EXTRA = (
-    *("datasets", "matplotlib", "pydantic", "rich"),
-    *("safetensors", "tokenizers", "transformers", "yaml"),
-)
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 _EPILOG = """\
 shipped recipes:
@@ -61,14 +58,6 @@ torchrun itself ends with 1 for any of them but 0
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """One that answers a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line; argparse would print the whole usage before it."""
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -78,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED, speaks=_leads())
+        return _complain("interrupted", EXIT_INTERRUPTED, speaks=leads())
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -88,7 +77,6 @@ def _main(argv: Sequence[str] | None) -> int:
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
     from mtp_ce.training.data.corpus import find_files
-    from mtp_ce.training.errors import RecipeError
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
 
@@ -120,7 +108,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if begun:
             check_same(begun, recipe)
             if when := finished(begun):
-                if _leads():
+                if leads():
                     print(f"run {begun} finished {when}; its model is in {begun}/model")
                 return EXIT_DONE
         output = begun or output_folder(recipe.name, arguments.output)
@@ -139,7 +127,7 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
 
         describe(recipe, output)
         return EXIT_DONE
-    from mtp_ce.training.loop.interrupt import terminate_in_order
+    from mtp_ce.training.interrupt import terminate_in_order
     from mtp_ce.training.run.compare import compare
     from mtp_ce.training.run.pipeline import train
 
@@ -157,22 +145,17 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
 
 def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
     """Say why a run ends early and give the exit code; a crash is raised."""
-    from mtp_ce.training.errors import RecipeError
-    from mtp_ce.training.loop.interrupt import StoppedError
-    from mtp_ce.training.loop.ranks import LeaderFailedError
-    from mtp_ce.training.loop.trainer import StepRefusedError
-
     match error:
         case RecipeError():
             return _complain(str(error), EXIT_USAGE)
         case LeaderFailedError():
             return EXIT_USAGE
         case StepRefusedError():
-            return _complain(str(error), EXIT_REFUSED, speaks=_leads())
+            return _complain(str(error), EXIT_REFUSED, speaks=leads())
         case StoppedError(signal=signal.SIGTERM):
-            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED, speaks=_leads())
+            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED, speaks=leads())
         case KeyboardInterrupt():
-            return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED, speaks=_leads())
+            return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED, speaks=leads())
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             full = f"{error.strerror}: {error.filename or output}"
             return _complain(f"{full}{_left(output, seeds)}", EXIT_CRASH, speaks=True)
@@ -199,7 +182,6 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
     Raises:
         RecipeError: there is no such run, or "auto" does not say which.
     """
-    from mtp_ce.training.errors import RecipeError
     from mtp_ce.training.run.folder import RECIPE_FILE, RUN_FILE, fetch_run, is_run, restarted_run
 
     if wanted is None:
@@ -281,43 +263,6 @@ def _headline(recipe: Path) -> str:
         return file.readline().lstrip("# ").rstrip()
 
 
-def sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Tell names from overrides of the form a.b=c."""
-    overrides = [word for word in words if _OVERRIDE.match(word)]
-    return [word for word in words if not _OVERRIDE.match(word)], overrides
-
-
-def output_folder(name: str, wanted: Path | None) -> Path:
-    """Give the folder that a command writes to: the one asked for, or a new one under runs/ that begins with `name`.
-
-    Raises:
-        RecipeError: it is there already, or can't be made.
-    """
-    from mtp_ce.training.errors import RecipeError
-
-    # Of several ranks the first one decides, and may have made the folder already.
-    if not _leads():
-        return wanted or Path("runs") / name
-    output = wanted or Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    if output.exists() or output.is_symlink():
-        raise RecipeError(f"output folder {output} exists and is left alone; name another one with --output")
-    for parent in output.parents:
-        if parent.exists() and not parent.is_dir():
-            raise RecipeError(f"output folder {output} can't be made: {parent} is a file; name another one")
-    return output
-
-
-def missing_packages(*names: str) -> str:
-    """Say what has to be installed, or nothing; without names, of what every command of this floor needs."""
-    missing = [name for name in names or _TRAIN_EXTRA if find_spec(name) is None]
-    return f"training needs {', '.join(missing)}: pip install 'mtp_ce[train]'" if missing else ""
-
-
-def _leads() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _complain(message: str, code: int, speaks: bool | None = None) -> int:
     """Say what is wrong and give the exit code.
 
@@ -330,7 +275,7 @@ def _complain(message: str, code: int, speaks: bool | None = None) -> int:
     """
     if speaks if speaks is not None else os.environ.get("LOCAL_RANK", "0") == "0":
         error = "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
-        who = "" if _leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
+        who = "" if leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
         print(f"train-mtp: {error}{who}{message}", file=sys.stderr)
     return code
 

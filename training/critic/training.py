@@ -35,11 +35,10 @@ from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.rows import rows_of_step
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.loop.interrupt import Stop, StoppedError
-from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
-from mtp_ce.training.loop.trainer import Log, StepRefusedError
+from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError
+from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 
 # Pairs of each held-out function: a corpus of a few hundred files holds out few functions.
 _HELD_OUT_PAIRS = 4
@@ -90,7 +89,7 @@ def train_critic(
     device: torch.device,
     *,
     pretrained: Path | None = None,
-    log: Log,
+    log: Callable[[int, dict[str, float]], None],
     tick: Callable[[], None] = lambda: None,
     stop: Stop | None = None,
 ) -> tuple[PreTrainedModel, dict[str, float]]:

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.loop.ranks import LeaderFailedError, Ranks, without_ties
+from mtp_ce.training.errors import LeaderFailedError, RecipeError
+from mtp_ce.training.loop.ranks import Ranks, without_ties
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"

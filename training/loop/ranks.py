@@ -41,8 +41,8 @@ from transformers import PreTrainedModel
 from mtp_ce.heads.layers import LayerHeads, decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.groups import TrainConfig
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.loop.interrupt import StoppedError, ignore_sigterm
+from mtp_ce.training.errors import LeaderFailedError, RecipeError, StoppedError
+from mtp_ce.training.interrupt import ignore_sigterm
 
 T = TypeVar("T")
 
@@ -52,10 +52,6 @@ LONGEST_WAIT = timedelta(hours=12)
 LONGEST_STEP = timedelta(minutes=10)
 # The end of a run that failed: what rank 0 has for MLflow and S3.
 LONGEST_END = timedelta(minutes=3)
-
-
-class LeaderFailedError(RuntimeError):
-    """Rank 0 says what is wrong; the others end without a word."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows, rows_of_step, seed_of
-from mtp_ce.training.loop.interrupt import Stop, StoppedError
+from mtp_ce.training.errors import StepRefusedError, StoppedError
+from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.loop.ranks import Ranks, local
 from mtp_ce.training.loop.weighing import Weigh
 from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
@@ -41,26 +42,6 @@ MEAN_TOLERANCE = 1e-3
 
 # Takes the steps done and the metrics of the last log_every of them.
 Log = Callable[[int, dict[str, float]], None]
-
-
-class StepRefusedError(RuntimeError):
-    """Loss, gradient or token weights were out of bounds; the optimizer step was not taken.
-
-    Attributes:
-        step: which step it was, counted from 1.
-        quantity: the metric that was out of its bounds.
-        value: what it was.
-    """
-
-    def __init__(self, step: int, quantity: str, value: float, expected: str = "a finite number") -> None:
-        advice = "" if math.isfinite(value) else ". A lower learning rate or a longer warm-up usually helps"
-        super().__init__(
-            f"{quantity} is {value} at step {step}, expected {expected}; the step was not taken and the run ends "
-            f"FAILED{advice}"
-        )
-        self.step = step
-        self.quantity = quantity
-        self.value = value
 
 
 @dataclass

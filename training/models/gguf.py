@@ -16,9 +16,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtp_ce.training.data.tokenizer import cache_folder
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.cache import cache_folder
 
 
 def converted_folder(file: Path) -> Path:

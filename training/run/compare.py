@@ -10,7 +10,6 @@ are what the reference of the recipe `rho1` was made of.
 from __future__ import annotations
 
 import json
-import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from mtp_ce.training.data.corpus import is_documented
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
 from mtp_ce.training.metrics.head_scores import validation_metrics
+from mtp_ce.training.report.comparison import comparison_table, write_comparison
 from mtp_ce.training.run.fitting import fit
 from mtp_ce.training.run.folder import RECIPE_FILE, make_folder
 from mtp_ce.training.run.inputs import Inputs, find_device, read_inputs
@@ -78,7 +78,7 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
             for name, arm in arms.items():
                 own = arm.model_copy(update={"seed": seed})
                 found["results"][name].append(_run(name, own, inputs, models, output, tracking))
-        for path in _write(found, output):
+        for path in write_comparison(found, output):
             tracking.artifact(path)
     out.print(comparison_table(found), soft_wrap=True, highlight=False, markup=False)
     say(out, f"saved       {output}/comparison.json, comparison.md, comparison.png")
@@ -114,76 +114,3 @@ def _run(
     kept = run_stage(stage, inputs, output, tracking)
     results: dict[str, float] = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))["results"]
     return results
-
-
-def differences(found: dict[str, Any], arm: str, metric: str) -> list[float]:
-    """Give an arm's metric minus that of uniform weights, seed by seed."""
-    pairs = zip(found["results"][arm], found["results"]["uniform"], strict=True)
-    return [ours[metric] - uniform[metric] for ours, uniform in pairs]
-
-
-def comparison_table(found: dict[str, Any]) -> str:
-    """Lay a comparison out as a Markdown table: levels of uniform weights, differences of the other arms.
-
-    Args:
-        found: what comparison.json holds.
-    """
-    first = found["results"]["uniform"][0]
-    sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
-    heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != "uniform"]
-    lines = [
-        "| held-out files | head | uniform, CE in nats | " + " | ".join(f"{arm} - uniform" for arm in arms) + " |",
-        "| --- | ---: | ---: |" + " ---: |" * len(arms),
-    ]
-    for side in sides:
-        for h in range(heads):
-            metric = f"{side}/ce_head_{h}"
-            uniform = [result[metric] for result in found["results"]["uniform"]]
-            cells = [_spread(uniform), *(_spread(differences(found, arm, metric), "+") for arm in arms)]
-            where = "all" if side == "val" else side
-            lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
-    lines += ["", f"Mean ± standard deviation over {len(found['seeds'])} seeds; {found['steps']:,} steps each."]
-    return "\n".join(lines)
-
-
-def draw_comparison(found: dict[str, Any], picture: Path) -> None:
-    """Draw the differences to uniform weights, a point for each seed."""
-    # matplotlib writes a font cache when it is first imported; a wrong recipe writes nothing.
-    from mtp_ce.training.report.plot import COLOURS, open_figure
-
-    first = found["results"]["uniform"][0]
-    sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
-    heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != "uniform"]
-    figure = open_figure((4.6 * len(sides), 4.2))
-    panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
-    for side, axes in zip(sides, panels, strict=True):
-        for place, arm in enumerate(arms):
-            x = [h + (place - (len(arms) - 1) / 2) * 0.22 for h in range(heads)]
-            points = [differences(found, arm, f"{side}/ce_head_{h}") for h in range(heads)]
-            for at, values in zip(x, points, strict=True):
-                axes.plot([at] * len(values), values, "o", color=COLOURS[place], markersize=4, alpha=0.5)
-            means = [statistics.fmean(values) for values in points]
-            axes.plot(x, means, "_", color=COLOURS[place], markersize=16, markeredgewidth=2.5, label=arm)
-        axes.axhline(0, color="black", linewidth=1)
-        axes.set_xticks(range(heads), [f"head {h}" for h in range(heads)])
-        axes.set_title(f"{'all' if side == 'val' else side} held-out files", loc="left")
-        axes.grid(axis="y", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("CE minus that of uniform weights [nats]\nbelow 0: better")
-    panels[-1].legend(frameon=False, title=f"bar: mean of {len(found['seeds'])} seeds")
-    figure.savefig(picture)
-
-
-def _write(found: dict[str, Any], output: Path) -> list[Path]:
-    results, table, picture = (output / f"comparison.{suffix}" for suffix in ("json", "md", "png"))
-    results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    table.write_text(comparison_table(found) + "\n", encoding="utf-8")
-    draw_comparison(found, picture)
-    return [results, table, picture]
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.3f}{spread}"

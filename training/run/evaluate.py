@@ -11,16 +11,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from mtp_ce.decoding.drafting import KINDS as DRAFTING
 from mtp_ce.heads.residual import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.config.groups import DecodingConfig
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
+from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
-from mtp_ce.training.report.evaluation import Evaluation, decode
-from mtp_ce.training.report.table import say_evaluation
+from mtp_ce.training.report.evaluation import say_evaluation, write_evaluation
 from mtp_ce.training.run.folder import make_folder
-from mtp_ce.training.run.inputs import read_held_out
+from mtp_ce.training.run.inputs import Inputs, read_held_out
 from mtp_ce.training.tracking.mlflow import Tracking
 
 
@@ -51,7 +54,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
         heads = score_heads(model, (batch.to(inputs.device) for batch in batches))
         evaluation = Evaluation(heads, inputs.unigram, None, decode(model, inputs, recipe.validation.decoding))
         tracking.log(0, validation_metrics(heads) | evaluation.metrics())
-        for path in evaluation.write(output, f"{source}: the heads on held-out text"):
+        for path in write_evaluation(evaluation, output, f"{source}: the heads on held-out text"):
             tracking.artifact(path)
     say_evaluation(out, evaluation)
     say(out, f"saved       {output}/evaluation.json, evaluation.png, metrics.jsonl, recipe.yaml")
@@ -71,3 +74,21 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"CHECKPOINT '{source}' can't be loaded: {reason}") from None
+
+
+def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> DecodingResult | None:
+    """Decode from held-out text with the heads drafting; None where nothing drafts or no prompt is asked for.
+
+    Prompt and continuation are cut to the positions that the model knows, half of them each.
+    """
+    if not config.prompts or model.horizon == 1 or model.kind not in DRAFTING:
+        return None
+    most = getattr(model.causal.config, "max_position_embeddings", None) or config.prompt_tokens + config.new_tokens
+    prompt_tokens = min(config.prompt_tokens, most // 2)
+    prompts = choose_prompts(inputs.tokens.held_out, config.prompts, prompt_tokens)
+    if not prompts:
+        say(inputs.console, f"decoding    no held-out document has {prompt_tokens} tokens for a prompt")
+        return None
+    new_tokens = min(config.new_tokens, most - prompt_tokens)
+    model.eval()
+    return measure_decoding(model, [prompt.to(inputs.device) for prompt in prompts], new_tokens)

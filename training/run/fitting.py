@@ -18,10 +18,9 @@ from mtp_ce.training.config.recipe import to_yaml, weighs_rows_together, without
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.data.rows import PackedRows
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
 from mtp_ce.training.loop.checkpoint import Checkpoint, Checkpoints
-from mtp_ce.training.loop.interrupt import stop_on_signal
-from mtp_ce.training.loop.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import (
     Weigh,
@@ -29,6 +28,7 @@ from mtp_ce.training.loop.weighing import (
 )
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model, checkpoint_activations
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.models.saved import save_model
 from mtp_ce.training.run.folder import decided_by
 from mtp_ce.training.run.inputs import Inputs

@@ -11,11 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
+from mtp_ce.training.errors import StepRefusedError
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
-from mtp_ce.training.loop.trainer import StepRefusedError
+from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
-from mtp_ce.training.report.evaluation import Evaluation
-from mtp_ce.training.report.table import say_evaluation
+from mtp_ce.training.report.evaluation import say_evaluation
 from mtp_ce.training.run.folder import RECIPE_FILE, begin_run, check_same
 from mtp_ce.training.run.inputs import find_device, read_inputs
 from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_ce.training.config.recipe import results_only
-from mtp_ce.training.data.tokenizer import cache_folder
 from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.cache import cache_folder
 
 StageKind = Literal["reference", "critic", "weights", "main"]
 

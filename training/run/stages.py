@@ -40,8 +40,8 @@ from mtp_ce.training.critic.training import train_critic
 from mtp_ce.training.data.corpus import is_documented
 from mtp_ce.training.data.tokens import DocumentTokens
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
-from mtp_ce.training.loop.interrupt import stop_on_signal
 from mtp_ce.training.loop.weighing import (
     FrozenModels,
     Weigh,
@@ -52,9 +52,11 @@ from mtp_ce.training.loop.weighing import (
     stored,
     weigh_rows,
 )
+from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
 from mtp_ce.training.models.saved import save_model
-from mtp_ce.training.report.evaluation import Evaluation, decode
+from mtp_ce.training.report.evaluation import write_evaluation
+from mtp_ce.training.run.evaluate import decode
 from mtp_ce.training.run.fitting import fit, log_and_show
 from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
@@ -128,7 +130,7 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                 evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
                 if recipe.scored_by:
                     # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
-                    from mtp_ce.training.report.passages import show_weights
+                    from mtp_ce.training.run.passages import show_weights
 
                     # One rank alone can't ask a model that is sharded over all of them, nor for the others' scores.
                     weighing = build_weighing(_weighed_alone(recipe), models, inputs.device)
@@ -137,7 +139,7 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                         run.artifact(path)
             with _warned_of_failure(inputs, output):
                 run.log(recipe.train.steps, evaluation.metrics())
-                for path in evaluation.write(output, f"{output.name}: the heads on held-out text"):
+                for path in write_evaluation(evaluation, output, f"{output.name}: the heads on held-out text"):
                     run.artifact(path)
             return evaluation
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mtp_ce.training.config.recipe import flatten, without_password
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
-from mtp_ce.training.loop.interrupt import ignore_sigterm
+from mtp_ce.training.interrupt import ignore_sigterm
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

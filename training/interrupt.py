@@ -15,19 +15,9 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+from mtp_ce.training.errors import StoppedError
+
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
-
-
-class StoppedError(KeyboardInterrupt):
-    """The run was asked to end. Like Ctrl-C, it passes by every `except Exception`.
-
-    Attributes:
-        signal: SIGINT or SIGTERM.
-    """
-
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = signal.Signals(number)
 
 
 class Stop:
