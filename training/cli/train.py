@@ -79,6 +79,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.data.corpus import find_files
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
+    from mtp_ce.training.tracking.tracker import build_tracker
 
     try:
         comparing = arguments.what[:1] == ["compare"]
@@ -103,8 +104,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
-        if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
-            return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
+        build_tracker(recipe.tracking)
         if begun:
             check_same(begun, recipe)
             if when := finished(begun):

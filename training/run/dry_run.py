@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import torch
 from rich.console import Console
@@ -24,7 +20,7 @@ from transformers import (
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.groups import CriticConfig, PretrainedModelConfig, ReferenceConfig, Rho1ScorerConfig
-from mtp_ce.training.config.recipe import flatten, without_password
+from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.corpus import find_files
@@ -36,10 +32,7 @@ from mtp_ce.training.models.sizing import forward_products, step_memory, step_pr
 from mtp_ce.training.models.sources import local_source, sources_of
 from mtp_ce.training.run.fitting import parameters
 from mtp_ce.training.run.inputs import find_device
-from mtp_ce.training.tracking.mlflow import METRICS_FILE, shown_by
-
-# A server that takes longer to say that it is well would hold up a dry run, and never training.
-MLFLOW_TIMEOUT_S = 3.0
+from mtp_ce.training.tracking.composite import describe_tracking
 
 FLOPS = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"]
 
@@ -86,7 +79,7 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     say(out, f"device      {device}{f', {ranks.size} ranks' if ranks.size > 1 else ''}")
     _say_sizes(out, recipe, device, ranks)
     say(out, f"output      {output}")
-    say(out, f"tracking    {_tracking(recipe)}")
+    say(out, f"tracking    {describe_tracking(recipe.tracking)}")
     say(out, "dry run: nothing was written")
 
 
@@ -224,37 +217,6 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
     with torch.device("meta"):
         models = {key: kind.from_config(config, dtype=dtype) for key, config in configs.items()}
     return models, [key for key, config in given.items() if config is None]
-
-
-def _tracking(recipe: Recipe) -> str:
-    why = None if recipe.tracking.kind == "none" else _unreachable(recipe.tracking.uri)
-    if why is None:
-        return shown_by(recipe)
-    shown = without_password(recipe).tracking.uri
-    return f"MLflow at {shown} is not reachable: {why}; training would go on with {METRICS_FILE}"
-
-
-def _unreachable(uri: str) -> str | None:
-    """Say why MLflow can't be written to; None where it can, or where only MLflow itself could tell."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        # A password belongs into a header, and this question needs none.
-        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
-        try:
-            urlopen(address, timeout=MLFLOW_TIMEOUT_S).close()
-        except HTTPError as error:
-            return f"it answers {error.code} {error.reason}" if error.code >= 500 else None
-        except (OSError, HTTPException) as error:
-            return str(getattr(error, "reason", error))
-        return None
-    if parts.scheme == "sqlite" and parts.path not in ("", "/"):
-        # sqlite:///relative, sqlite:////absolute
-        file = Path(parts.path.removeprefix("/"))
-        place = file if file.exists() else file.parent
-        if not place.exists():
-            return f"there is no folder {place}"
-        return None if os.access(place, os.W_OK) else f"{place} can't be written to"
-    return None
 
 
 def _flops(count: int) -> str:

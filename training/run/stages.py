@@ -62,7 +62,7 @@ from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, folder_digest, keep_stage, kept_stage, stage_key
 from mtp_ce.training.storage.uploads import copies
-from mtp_ce.training.tracking.mlflow import Tracking
+from mtp_ce.training.tracking.composite import Tracking
 
 # What a finished stage says of itself, beside its model.
 STAGE_FILE = "stage.json"
