@@ -27,7 +27,7 @@ CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
 ARROWS = {
     "training": {
         "recipe_docs": {"config"},
-        "cli": {"run", "models", "data", "storage", "config", "interrupt", "errors"},
+        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors"},
         "run": {
             *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
             *("console", "interrupt", "errors"),
