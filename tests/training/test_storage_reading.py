@@ -1,4 +1,4 @@
-"""Reads from S3: each object is downloaded once, is complete or absent, and is one version; against a server, by a proxy."""
+"""Reads from S3, of a server behind a proxy: an object is downloaded once, is complete or absent, and is one version."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def strays() -> list[Path]:
-    """Partial files and folders in the cache: all that is neither an object, nor a complete folder, nor an empty lock."""
+    """What is in the cache beside complete objects and folders, and locks."""
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "mtp_ce" / "s3"
-    return [path for path in cache.glob("*") if path.suffix != ".lock" and path.name.startswith(".")] + [
-        path for path in cache.glob("objects/*") if path.suffix
-    ]
+    complete = re.compile(r"objects|[0-9a-f]{32}(\.lock)?")
+    return [path for path in (*cache.glob("*"), *cache.glob("objects/*")) if not complete.fullmatch(path.name)]
 
 
 def test_a_folder_is_downloaded_once_and_afterwards_what_has_changed(s3, proxy, prefix):
@@ -113,7 +112,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_ended_leaves_no_partial_files(s3, proxy, prefix, number):
-    """Its server has fallen silent; Ctrl-C does not wait for the retries, and the next process cleans up after a kill."""
+    """Its server has fallen silent; Ctrl-C does not wait for retries, and the next process cleans up after a kill."""
     s3.put_object(Bucket="models", Key=f"{prefix}/model.bin", Body=LARGE)
     s3.put_object(Bucket="texts", Key=f"{prefix}/text", Body=b"text")
     address = f"s3://models/{prefix}"
