@@ -1,4 +1,4 @@
-"""Reads from S3, of a server behind a proxy: an object is downloaded once, is complete or absent, and is one version."""
+"""Reads from a server behind a proxy: an object is downloaded once, is complete or absent, and is one version."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ STOPPED_S = 90.0
 def copies(address: str | None, warn: Callable[[str], None], keep: int) -> Iterator[Callable[[Path], None]]:
     """Yield a function that uploads a finished folder under its own name; without an address, it does nothing.
 
-    The end of the block waits for the remaining uploads: FINISHED_S seconds, or STOPPED_S after an exception. The sender
-    of a SIGTERM may not wait as long: torchrun kills its workers after 30 seconds.
+    The end of the block waits for the remaining uploads: FINISHED_S seconds, or STOPPED_S after an exception. Whoever
+    sent SIGTERM may not wait as long: torchrun kills its workers after 30 seconds.
 
     Args:
         address: s3://bucket/prefix.
