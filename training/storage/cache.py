@@ -24,7 +24,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for lock in folder.parent.glob("*.lock"):
         # Whoever writes with `whole_folder` holds the lock, so that these folders are nobody's.
-        with suppress(BlockingIOError), _locked(lock, fcntl.LOCK_NB):
+        with suppress(OSError), _locked(lock, fcntl.LOCK_NB):
             for aside in folder.parent.glob(f".{lock.stem}.*"):
                 shutil.rmtree(aside, ignore_errors=True)
     with _locked(folder.with_name(f"{folder.name}.lock")):

@@ -84,7 +84,7 @@ def download(client: Any, bucket: str, objects: dict[str, StoredObject], folder:
             transfers.download(bucket, one.item.key, str(one.file), {"IfMatch": one.item.etag}, [one])
         for _ in downloads:
             one, transfer = done.get()
-            with _explained(one.item):
+            with _translated(one.item):
                 transfer.result()
                 in_parts = one.item.size >= transfers.config.multipart_threshold
                 _verify(client, bucket, one.item, one.file, in_parts)
@@ -139,8 +139,8 @@ def _transfers(client: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _explained(item: StoredObject) -> Iterator[None]:
-    """Raise s3transfer's errors as those of `connected`."""
+def _translated(item: StoredObject) -> Iterator[None]:
+    """Translate the errors of s3transfer into those that `connected` reports."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
