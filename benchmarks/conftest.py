@@ -152,7 +152,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session = config.stash.get(SESSION, None)
     if session is not None and (session.run["cases"] or session.run["absent"]):
         terminalreporter.section("weighted multi-token cross entropy")
-        for line in report.text(session.run):
+        for line in report.device_section(measure.DEVICE.type, [session.run]):
             terminalreporter.write_line(line)
         if session.path is not None:
             terminalreporter.write_line(f"written to {session.path.name}")

@@ -288,13 +288,15 @@ class Session:
             work = {"operations": shape.operations}
             ceiling = results.percentile(seconds, 0.2) if provider.ceiling else self.products_seconds(shape)
         timing = results.timing(seconds, ceiling)
+        peak_bytes = checked.forward_bytes if which == "forward" else checked.both_bytes
         self.add(
             "cases", case, **timing, **work, others_cpu=others_used,
-            peak_bytes=checked.forward_bytes if which == "forward" else checked.both_bytes,
+            peak_bytes=peak_bytes,
             errors={name: error._asdict() for name, error in checked.errors.items()},
         )  # fmt: skip
         share = timing["share_of_ceiling"]
-        return f"{timing['p20_ms']:.4g} ms" + (f", {share:.0%} of the ceiling" if share else "")
+        words = f"{timing['p20_ms']:.4g} ms" + (f", {share:.0%} of the ceiling" if share else "")
+        return words + ("" if provider.ceiling else f", {peak_bytes / 2**20:.0f} MiB")
 
     def add(self, part: str, case: Case, **entry: Any) -> None:
         """Append an entry to "cases" or "absent", and save the run."""

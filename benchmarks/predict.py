@@ -138,7 +138,7 @@ class Prediction(NamedTuple):
     def per_element(self, pipe: str = "") -> float:
         """Issue slots an element, of all visits; of one pipe where it is named."""
         return sum(
-            (loop.pipes()[pipe] if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
+            (loop.count(pipe) if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
             for loop in self.visits
         )
 
@@ -158,11 +158,10 @@ class Prediction(NamedTuple):
         clocks = {"issue": 0.0, "mufu": 0.0, "alu": 0.0, "wait": first, "in step": first}
         for loop in self.visits:
             passes = self.passes(loop)
-            pipes = loop.pipes()
             of_a_warp = {
                 "issue": float(len(loop.instructions)),
-                "mufu": pipes["mufu"] * WARP * SCHEDULERS / MUFU_LANES,
-                "alu": pipes["alu"] * WARP * SCHEDULERS / ALU_LANES,
+                "mufu": loop.count("mufu") * WARP * SCHEDULERS / MUFU_LANES,
+                "alu": loop.count("alu") * WARP * SCHEDULERS / ALU_LANES,
             }
             sharing = blocks * self.warps / SCHEDULERS
             for name, busy in of_a_warp.items():
@@ -264,7 +263,6 @@ HEAD = (
     "instructions, MUFU, ALU an element", "KB in flight an SM", "GB", *(f"{name}, ms" for name in BOUNDS),
     "expected, ms", "of the ceiling", "bound by",
 )  # fmt: skip
-AGAIN = ("V", "R", "rows in flight", "MB in flight", "of them in L2, at best")
 
 
 def line(cells: Iterable[object]) -> str:
@@ -300,14 +298,6 @@ def table_row(found: Prediction) -> str:
     return line(cells)
 
 
-def second_visit_row(found: Prediction) -> str:
-    """How much of what a second visit reads may still be in L2, when rows are read back from their end."""
-    row = found.problem.V * DTYPE.itemsize
-    rows = min(found.launch.programs, found.slots)
-    held = min(1.0, found.gpu.l2_bytes / (rows * row))
-    return line([found.problem.V, found.problem.rows, rows, f"{rows * row / 1e6:.0f}", f"{held:.0%}"])
-
-
 def source_hash() -> str:
     """SHA-256 of the names and the bytes of the kernels' files."""
     digest = hashlib.sha256()
@@ -327,15 +317,7 @@ def section(target: str) -> Iterator[str]:
     )
     yield ""
     yield head(HEAD)
-    found = list(predictions(target, PROBLEMS))
-    yield from map(table_row, found)
-    again = [one for one in found if one.case == "again from memory"]
-    if again:
-        yield ""
-        yield f"Rows in flight against {gpu.l2_bytes / 1e6:.0f} MB of L2: from where `forward_backward` reads again."
-        yield ""
-        yield head(AGAIN)
-        yield from map(second_visit_row, again)
+    yield from map(table_row, predictions(target, PROBLEMS))
 
 
 def markers(version: str) -> tuple[str, str]:

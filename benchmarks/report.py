@@ -2,7 +2,6 @@
 
     python -m benchmarks.report            write docs/benchmarks.md and README.md between their markers, and the plots
     python -m benchmarks.report --check    write nothing; exit code 1 where something would change
-    python -m benchmarks.report --text     print every case of every file
 
 A row of a table is a shape of `cases.shown`, of the newest run that measured mtp_ce at it. Every ratio is of that one
 run, and of p20.
@@ -149,14 +148,14 @@ def percent(share: float | None) -> str:
     return f"{share:.0%}" if share else "-"
 
 
-def absences(run: results.Run) -> dict[str, dict[str, int]]:
-    """Return reason -> peer -> number of cases that it was absent from."""
-    reasons: dict[str, dict[str, int]] = {}
+def absences(run: results.Run) -> Iterator[str]:
+    """Yield each reason once, with the peers that were absent for it."""
+    reasons: dict[str, dict[str, None]] = {}
     for entry in run["absent"]:
+        # One of ours is absent where it has nothing to do.
         if not entry["provider"].startswith("mtp_ce"):
-            peers = reasons.setdefault(entry["reason"], {})
-            peers[entry["provider"]] = peers.get(entry["provider"], 0) + 1
-    return reasons
+            reasons.setdefault(entry["reason"], {})[entry["provider"]] = None
+    yield from (f"* Absent: {', '.join(peers)} ({reason})." for reason, peers in reasons.items())
 
 
 def steps_of(runs: list[results.Run]) -> results.Run | None:
@@ -203,9 +202,7 @@ def device_section(slug: str, runs: list[results.Run]) -> Iterator[str]:
         yield "* † has no token weights and does less work: the plain mean over rows."
     if any(name in row.cases for row in found for name in OURS[1:]):
         yield "* The second line of a row is mtp_ce given the number of valid rows (`drop_dead_rows`)."
-    yield from dict.fromkeys(
-        f"* Absent: {', '.join(peers)} ({reason})." for run in used for reason, peers in absences(run).items()
-    )
+    yield from dict.fromkeys(line for run in used for line in absences(run))
     for run in used:
         yield f"* {measured(run)}"
     for place, path in enumerate(drawn(runs)):
@@ -266,58 +263,8 @@ def replaced(text: str, name: str, new: str) -> str:
     return f"{before}{begin}\n\n{new}{end}{after}"
 
 
-def text(run: results.Run) -> Iterator[str]:
-    """Yield every case of a run as text: medians of the passes, and of the main pass p20, ratio and memory."""
-    yield f"{'':24}{'forward':>9}{'backward':>9}{'both':>9} ms{'ceiling':>9}{'p20 ms':>9}{'mtp_ce is':>11}{'MiB':>9}"
-    by_shape: dict[str, list[dict[str, Any]]] = {}
-    for case in run["cases"]:
-        by_shape.setdefault(shape_line(case["shape"]), []).append(case)
-    for line, entries in by_shape.items():
-        yield line + "; NOISY: other processes used the CPU" * is_noisy(entries)
-        path = entries[0]["shape"]["path"]
-        main = {case["provider"]: case for case in entries if case["pass"] == cases.MAIN_PASS[path]}
-        for provider in dict.fromkeys(case["provider"] for case in entries):
-            medians = {case["pass"]: f"{case['p50_ms']:.2f}" for case in entries if case["provider"] == provider}
-            shown = "".join(f"{medians.get(which, '-'):>9}" for which in ("forward", "backward", "both"))
-            case, ours = main.get(provider), main.get("mtp_ce")
-            rest = ""
-            if case:
-                ratio = f"{case['p20_ms'] / ours['p20_ms']:.2f}x" if ours else "-"
-                share, peak = percent(case["share_of_ceiling"]), case["peak_bytes"] / MIB
-                rest = f"   {share:>9}{case['p20_ms']:9.2f}{ratio:>11}{peak:9.1f}"
-            yield f"  {label(path, provider):22}{shown}{rest}"
-    for reason, peers in absences(run).items():
-        yield f"absent: {', '.join(f'{name} ({count})' for name, count in peers.items())}: {reason}"
-    if run.get("host_us"):
-        host = ", ".join(f"{name} {value:.0f}" for name, value in run["host_us"].items())
-        yield f"host time of a small call, us: {host}"
-    for step in run["steps"]:
-        size = f"{step['p20_ms']:.1f} ms, {step['peak_bytes'] / MIB:.0f} MiB"
-        yield f"training step, {step['provider']}: {step['tokens_per_s']:.0f} tokens/s, {size}"
-    yield f"{run['device']}, copies {run['copy_bytes_per_s'] / 1e9:.1f} GB/s. {measured(run)}"
-    if results.is_stale(run):
-        yield "STALE: the sources have changed since this run"
-
-
-def shape_line(shape: dict[str, Any]) -> str:
-    """Return a problem in one line."""
-    width = f" D={shape['D']}" if shape["D"] else ""
-    masked = f", {shape['rows'] - shape['live_rows']} rows masked" if shape["prompt"] else ""
-    softcap = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
-    distribution = f", {shape['distribution']}" if "distribution" in shape else ""
-    size = f"V={shape['V']}{width} H={shape['H']} N={shape['rows']} {shape['dtype']}"
-    gradients, logits = shape["gradient_bytes"] / MIB, shape["logits_bytes"] / MIB
-    rest = f"{masked}{softcap}{distribution}; MiB: gradients {gradients:.0f}, logits {logits:.0f}"
-    return f"{shape['path']}: {shape['model']} {size}{rest}"
-
-
 def main(arguments: list[str]) -> int:
-    """Write, check or print."""
-    if arguments == ["--text"]:
-        for runs in devices().values():
-            for run in runs:
-                print(*text(run), sep="\n")
-        return 0
+    """Write, or check."""
     files = {page: replaced(page.read_text(), name, make()).encode() for page, (name, make) in PAGES.items()}
     with tempfile.TemporaryDirectory() as folder:
         for slug, runs in devices().items():

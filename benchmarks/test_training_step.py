@@ -16,7 +16,7 @@ against the float64 oracle on the same hidden states. Without transformers the t
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -155,7 +155,6 @@ class Training:
         found, unit_of = self.results(path), torch.float32 if path == "linear" else shape.torch_dtype
         return oracle.check(self.truth(), found, unit_of)
 
-    @cache
     def truth(self) -> list[oracle.Expected]:
         """Return the oracle's results on this batch."""
         with torch.no_grad():
