@@ -239,6 +239,9 @@ class Session:
 
         An absent peer is recorded with its reason, and the test is skipped.
         """
+        entries = (*self.run["cases"], *self.run["absent"])
+        if results.key(self.entry(case)) in map(results.key, entries):
+            pytest.skip("in the resumed run")
         self.skip_after_deadline()
         benchmark.group = f"{case.shape.path} {case.shape} {case.which}"
         try:
@@ -298,10 +301,14 @@ class Session:
         words = f"{timing['p20_ms']:.4g} ms" + (f", {share:.0%} of the ceiling" if share else "")
         return words + ("" if provider.ceiling else f", {peak_bytes / 2**20:.0f} MiB")
 
-    def add(self, part: str, case: Case, **entry: Any) -> None:
+    @staticmethod
+    def entry(case: Case) -> dict[str, Any]:
+        """Return what identifies a case in the results."""
+        return {"provider": case.provider.name, "pass": case.which, "shape": case.shape.as_dict()}
+
+    def add(self, part: str, case: Case, **figures: Any) -> None:
         """Append an entry to "cases" or "absent", and save the run."""
-        entry = {"provider": case.provider.name, "pass": case.which, "shape": case.shape.as_dict(), **entry}
-        self.run[part].append(entry)
+        self.run[part].append({**self.entry(case), **figures})
         self.save()
 
     def save(self) -> None:

@@ -31,6 +31,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 SOURCES = {
     "cpu": {"loss": ("mtp_ce/ops/*.py",), "step": ("mtp_ce/ops/*.py", "mtp_ce/heads/*.py", "mtp_ce/hf/*.py")},
     "cuda": {
+        "kernels": ("kernels/*.py",),
         "loss": ("kernels/*.py", "mtp_ce/ops/*.py"),
         "step": ("kernels/*.py", "mtp_ce/ops/*.py", "mtp_ce/heads/*.py", "mtp_ce/hf/*.py"),
     },
@@ -114,10 +115,10 @@ def new_run(kind: str, copy_bandwidth: float) -> Run:
     }
 
 
-def resumable(older: list[Run], run: Run) -> Run | None:
-    """Return the newest run, where it was of this device, with these versions, sources and commit."""
+def is_resumable(older: list[Run], run: Run) -> bool:
+    """Whether the newest run was of the same device, with the same versions, sources and commit."""
     same = ("device", "versions", "commit", "source_hash")
-    return older[-1] if older and all(older[-1][name] == run[name] for name in same) else None
+    return bool(older) and all(older[-1][name] == run[name] for name in same)
 
 
 def percentile(values: list[float], share: float) -> float:

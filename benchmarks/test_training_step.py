@@ -45,6 +45,16 @@ class Size(NamedTuple):
     kv_heads: int
     intermediate: int
 
+    def config(self) -> Any:
+        """Return the configuration of the trunk."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.shape.V, hidden_size=self.shape.D, max_position_embeddings=self.shape.S,
+            intermediate_size=self.intermediate, num_hidden_layers=self.layers, tie_word_embeddings=True,
+            num_attention_heads=self.attention_heads, num_key_value_heads=self.kv_heads,
+        )  # fmt: skip
+
 
 SIZES = {
     "cuda": Size("Llama-3.2 1B", Shape("linear", "Llama-3.2 1B", 2048, 4, "bf16", 2048, B=2), 16, 32, 8, 8192),
@@ -83,29 +93,18 @@ class Training:
     """A model with its optimizer and one batch, shared by all paths: the values of its weights change no time."""
 
     def __init__(self, size: Size) -> None:
-        from transformers import AutoModelForCausalLM, LlamaConfig
+        from transformers import AutoModelForCausalLM
 
         from mtp_ce import MTPWrapper
 
-        self.size = size
-        shape = size.shape
-        config = LlamaConfig(
-            vocab_size=shape.V,
-            hidden_size=shape.D,
-            intermediate_size=size.intermediate,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.attention_heads,
-            num_key_value_heads=size.kv_heads,
-            max_position_embeddings=shape.S,
-            tie_word_embeddings=True,
-        )
+        self.size, shape = size, size.shape
         torch.manual_seed(0)
         with DEVICE:
-            trunk = AutoModelForCausalLM.from_config(config, dtype=shape.torch_dtype)
+            trunk = AutoModelForCausalLM.from_config(size.config(), dtype=shape.torch_dtype)
             self.model = MTPWrapper(trunk, shape.H, heads="residual").train()
             # Residual heads start at zero, where all heads are equal: exchanged heads would pass the check.
             for parameter in self.model.heads.parameters():
-                torch.nn.init.normal_(parameter, std=config.initializer_range)
+                torch.nn.init.normal_(parameter, std=0.02)
             self.tokens = torch.randint(shape.V, (shape.B, shape.S))
             self.token_weights = torch.rand(shape.B, shape.S) + 0.1
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=HAS_GPU or None)
@@ -149,18 +148,13 @@ class Training:
         return {"loss": loss, "d_hidden": torch.stack(d_hidden, dim=2), "d_unembed": d_unembed}
 
     def errors(self, path: str) -> dict[str, oracle.Error]:
-        """Return the errors against the oracle."""
-        shape = self.size.shape
-        # Autograd adds the heads' gradients of unembed in their dtype, except on the linear path.
-        found, unit_of = self.results(path), torch.float32 if path == "linear" else shape.torch_dtype
-        return oracle.check(self.truth(), found, unit_of)
-
-    def truth(self) -> list[oracle.Expected]:
-        """Return the oracle's results on this batch."""
+        """Return the errors against the oracle, on the hidden states of the batch."""
         with torch.no_grad():
             values = {"hidden": torch.stack(self.hidden(), dim=2), "unembed": self.unembed.detach()}
         inputs = Inputs("linear", values, self.tokens, self.token_weights, None)
-        return oracle.find_truth(self.size.shape, inputs)
+        # Autograd adds the heads' gradients of unembed in their dtype, except on the linear path.
+        unit_of = torch.float32 if path == "linear" else self.size.shape.torch_dtype
+        return oracle.check(oracle.find_truth(self.size.shape, inputs), self.results(path), unit_of)
 
     def described(self) -> dict[str, Any]:
         """Return the model and batch for the results file; held_bytes are weights and optimizer states."""

@@ -1,6 +1,7 @@
 """The benchmark suite: what it measures, records and refuses. No test here depends on how fast anything is."""
 
 import importlib
+import json
 import os
 import re
 import socket
@@ -260,7 +261,7 @@ def test_who_breaks_the_gpu_ends_the_session_by_name(
     case = load("cases").Case(
         a_problem(load, "logits", model).shape, "both", load("providers").Provider("peer", breaks)
     )
-    with pytest.raises(pytest.exit.Exception, match="^peer broke the GPU: RuntimeError: an illegal memory access"):
+    with pytest.raises(pytest.exit.Exception, match=r"^peer broke the GPU: RuntimeError: an illegal memory access"):
         session.measure(case, benchmark_like)
     assert session.run["absent"][0]["provider"] == "peer"
 
@@ -303,7 +304,7 @@ def test_the_host_time_is_that_of_a_call_with_its_backward(
     assert seen == [[(B, S, H, V)] if path == "logits" else [(B, S, H, D), (V, D)]]
 
 
-def test_the_paths_of_a_training_step_compute_the_same(load: Load, model: str) -> None:
+def test_the_paths_of_a_training_step_compute_the_same(load: Load, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of hidden states and output layer pass the check; a wrong path would not be timed."""
     pytest.importorskip("transformers")
     step, shapes = load("test_training_step"), load("shapes")
@@ -313,8 +314,8 @@ def test_the_paths_of_a_training_step_compute_the_same(load: Load, model: str) -
     for path in step.PATHS:
         assert all(error.acceptable for error in training.errors(path).values()), path
         training.step(path)
-    training.token_weights = training.token_weights * 2
-    assert not training.errors("linear")["loss"].acceptable
+    monkeypatch.setitem(step.PATHS, "eager", lambda *inputs: 1.01 * step.eager_loss(*inputs))
+    assert not any(error.acceptable for error in training.errors("eager").values())
     assert training.described()["held_bytes"] >= 3 * 4 * training.described()["parameters"]
 
 
@@ -354,15 +355,14 @@ def test_a_run_shows_its_progress_and_is_resumed(tmp_path: Path) -> None:
     first = run_pytest("--full", f"--results={tmp_path}", "-k", chosen)
     assert first.returncode == 0, first.stdout + first.stderr
     lines = [line for line in first.stdout.splitlines() if re.match(r"\[\d/2\]", line)]
-    wanted = r"\[1/2\] test_loss\[token_ce-.*-bare_products\]: \S+ ms, 100% of the ceiling; \d+:\d\d elapsed, about \d+:\d\d left"
+    name = r"\[1/2\] test_loss\[token_ce-.*-bare_products\]"
+    wanted = name + r": \S+ ms, 100% of the ceiling; \d+:\d\d elapsed, about .* left"
     assert re.fullmatch(wanted, lines[0]), lines
     assert len(lines) == 2
     assert "written to cpu-" in first.stdout
     second = run_pytest("--full", f"--results={tmp_path}", "--resume", "-k", chosen.replace("eager_loop", "mtp_ce"))
-    assert "[1/1] test_loss[token_ce-" in second.stdout, second.stdout
+    assert "-bare_products]: in the resumed run;" in second.stdout, second.stdout
     (file,) = tmp_path.glob("*.json")
-    import json
-
     (run,) = json.loads(file.read_text())["runs"]
     assert [case["provider"] for case in run["cases"]] == ["bare_products", "eager_loop", "mtp_ce"]
     assert run["cases"][2]["share_of_ceiling"] > 0
@@ -416,10 +416,10 @@ def test_a_new_run_replaces_the_cases_it_measured(load: Load) -> None:
 def test_only_the_same_device_versions_and_sources_are_resumed(load: Load) -> None:
     results = load("results")
     run = results.new_run("cpu", 1e10)
-    assert results.resumable([run], {**run, "measured": "later"}) is run
-    assert results.resumable([], run) is None
+    assert results.is_resumable([run], {**run, "measured": "later"})
+    assert not results.is_resumable([], run)
     for name in ("device", "versions", "commit", "source_hash"):
-        assert results.resumable([{**run, name: "another"}], run) is None, name
+        assert not results.is_resumable([{**run, name: "another"}], run), name
 
 
 def test_a_file_of_another_format_holds_no_results(load: Load, tmp_path: Path) -> None:
