@@ -1,100 +1,121 @@
-"""The session of a benchmark run: its options, its order, its record, and the table at its end."""
+"""The session of a benchmark run: its options, its cases, its progress, its record, and the table at its end."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-# For the processes that memory is measured in; at the end, so that it hides nothing that is installed.
+# At the end, so that this tree hides nothing that is installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import clock, results, resume
-from benchmarks.plan import Case
-from benchmarks.session import Session
-from benchmarks.table import table
+from benchmarks import measure, report, results
+from benchmarks.cases import Case, cases
 
-SESSION = pytest.StashKey[Session]()
+SESSION = pytest.StashKey[measure.Session]()
+KIND = measure.DEVICE.type
+START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--results, --resume and --time-limit."""
+    """--full, --results, --resume and --time-limit."""
     group = parser.getgroup("mtp_ce benchmarks")
+    group.addoption("--full", action="store_true", help="every shape: the sweeps over V and H of the plots, too")
     group.addoption(
         "--results", nargs="?", type=Path, const=results.RESULTS, metavar="FOLDER",
         help="write FOLDER/<device>.json; FOLDER is benchmarks/results/ where none is named, else --results=FOLDER",
     )  # fmt: skip
     group.addoption(
-        "--resume", action="store_true", help="leave out what that file has of this device, these sources and versions"
-    )
-    group.addoption(
-        "--time-limit", type=float, default=float("inf"), metavar="SECONDS",
-        help="start nothing that takes seconds after this time, counted from the start of the process",
+        "--resume", action="store_true",
+        help="resume the newest run of that file where device, versions, commit and sources are the same",
     )  # fmt: skip
+    group.addoption(
+        "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse what can't be resumed."""
+    """Show progress, and refuse --resume without a file."""
+    config.pluginmanager.register(Progress(config))
     if config.getoption("--resume") and not config.getoption("--results"):
-        raise pytest.UsageError("--resume needs --results, the folder whose file is gone on with")
+        raise pytest.UsageError("--resume needs --results, the folder of the file to resume")
 
 
-def resumed(config: pytest.Config) -> list[results.Run]:
-    """The runs that this one goes on with; none without --resume."""
-    if not config.getoption("--resume"):
-        return []
-    return results.read(results.results_path(clock.DEVICE.type, config.getoption("--results")))
-
-
-def case_of(item: pytest.Item) -> Case | None:
-    """The case that a benchmark is about."""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    case = parameters.get("case")
-    return case if isinstance(case, Case) else None
-
-
-def place_of(item: pytest.Item) -> int:
-    """Where a benchmark stands among the others; those of one place keep the order of their files."""
-    case, mark = case_of(item), item.get_closest_marker("place")
-    if case is not None:
-        return case.place
-    return -1 if mark is None else int(mark.args[0])
-
-
-# After -k and -m, which decide what is compared with what.
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is left to measure, in the order of its importance over all paths: see plan.py."""
-    cases = [case for item in items if (case := case_of(item)) is not None]
-    places = resume.left(cases, resumed(config), clock.DEVICE.type)
-    done = [item for item in items if (case := case_of(item)) is not None and case not in places]
-    config.hook.pytest_deselected(items=done)
-    items[:] = [item for item in items if item not in done]
-    for item in items:
-        if (case := case_of(item)) is not None:
-            item.callspec.params["case"] = case._replace(place=places[case])
-    items.sort(key=place_of)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize a test of cases with those of this device."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", [*cases(KIND, metafunc.config.getoption("--full"))], ids=str)
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Session:
-    """What the cases of this run share; the copy bandwidth is measured before the first of them."""
-    kind = clock.DEVICE.type
+def session(pytestconfig: pytest.Config) -> measure.Session:
+    """What the cases of this run share; the copy bandwidth is measured before the first."""
     folder = pytestconfig.getoption("--results")
-    path = results.results_path(kind, folder) if folder else None
-    deadline = clock.deadline(pytestconfig.getoption("--time-limit"))
-    run = results.new_run(kind, clock.copy_bandwidth())
-    cases = [case for item in request.session.items if (case := case_of(item)) is not None]
-    pytestconfig.stash[SESSION] = Session(run, path, deadline, cases, resumed(pytestconfig))
+    path = results.results_path(KIND, folder) if folder else None
+    run, older = results.new_run(KIND, measure.copy_bandwidth()), results.read(path) if path else []
+    if pytestconfig.getoption("--resume") and results.is_resumable(older, run):
+        run = older.pop()
+    deadline = START + pytestconfig.getoption("--time-limit")
+    pytestconfig.stash[SESSION] = measure.Session(run, path, older, deadline)
     return pytestconfig.stash[SESSION]
+
+
+class Progress:
+    """A line for every test that ends: which of how many, what it measured, time elapsed, time expected."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.left: dict[str, float] = {}
+        self.count = 0
+        self.done = 0.0
+
+    # After -k and -m.
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Estimate the time of each test, in elements of logits times the work on each."""
+        for item in items:
+            case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+            elements = case.shape.rows * case.shape.V * (case.shape.D + 300) if isinstance(case, Case) else 5e9
+            self.left[item.nodeid] = 5e9 + elements
+        self.count = len(items)
+
+    def line(self, test: pytest.TestReport, elapsed: float) -> str:
+        """Return the line of a test that has ended."""
+        weight = self.left.pop(test.nodeid, 0.0)
+        words = dict(test.user_properties).get("measured", test.outcome)
+        if test.skipped and isinstance(test.longrepr, tuple):
+            words = test.longrepr[2].removeprefix("Skipped: ")
+        else:
+            # A skipped test takes no time, so the rest is not estimated from it.
+            self.done += weight
+        left = f", about {_minutes(elapsed * sum(self.left.values()) / self.done)} left" if self.done else ""
+        name = test.nodeid.rpartition("::")[2]
+        return f"[{self.count - len(self.left)}/{self.count}] {name}: {words}; {_minutes(elapsed)} elapsed{left}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Print the line."""
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None and (report.when == "call" or (report.when == "setup" and not report.passed)):
+            terminal.write_line(self.line(report, time.monotonic() - START))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Print no dot beside the line."""
+        return None if report.failed else (report.outcome, "", "")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table, last."""
+    """Print the table, last."""
     session = config.stash.get(SESSION, None)
-    if session is not None and (session.run["cases"] or session.run["absent"]):
+    if session is not None and session.run["cases"]:
         terminalreporter.section("weighted multi-token cross entropy")
-        for line in table(session.run):
+        for line in report.device_section(KIND, [session.run]):
             terminalreporter.write_line(line)
         if session.path is not None:
             terminalreporter.write_line(f"written to {session.path.name}")

@@ -1,11 +1,10 @@
-"""The loss in plain torch, as people write it, for all three paths; and torch.compile of it.
+"""The loss in plain torch, as it is usually written, for all three paths.
 
-bf16 logits are raised to fp32, as transformers does: torch's cross entropy of bf16 returns bf16, wrong in the third
-digit of every row.
+bf16 logits are cast to fp32, as transformers does: torch's cross entropy of bf16 returns bf16, wrong in the third digit
+of every row.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 from benchmarks.shapes import IGNORED, head_targets
 
 
-def weighted_mean(total: Tensor, live_heads: Tensor, token_weights: Tensor) -> Tensor:
-    """The loss [] from the sum of ce over live heads [B, S] and their number [B, S]."""
-    return (token_weights * total / live_heads.clamp(min=1)).sum() / (live_heads > 0).sum()
+def weighted_mean(total: Tensor, valid_heads: Tensor, token_weights: Tensor) -> Tensor:
+    """Return the loss [] from the sum of ce over valid heads [B, S] and their number [B, S]."""
+    return (token_weights * total / valid_heads.clamp(min=1)).sum() / (valid_heads > 0).sum()
 
 
 def row_ce(logits: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    """Cross entropy of every row [..., V] against its target [...], 0 where that is IGNORED."""
+    """Return the cross entropy of every row [..., V] against its target [...], 0 where that is IGNORED."""
     z = logits.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -32,30 +31,30 @@ def row_ce(logits: Tensor, target: Tensor, softcap: float | None) -> Tensor:
 def loop_over_heads(
     rows_of: Callable[[int, int], Tensor], H: int, labels: Tensor, weights: Tensor, softcap: float | None
 ) -> Any:
-    """For every head, its rows against the labels moved along; `rows_of` gives the logits of head h up to t.
+    """Compute the loss head by head against shifted labels; `rows_of(h, end)` returns the logits of head h before end.
 
-    The losses are padded rather than written into a buffer: torch.compile makes three times as much of it.
+    The losses are padded rather than written into a buffer: torch.compile is three times as fast with that.
     """
     S = labels.shape[1]
-    total = live_heads = torch.zeros_like(weights)
+    total = valid_heads = torch.zeros_like(weights)
     for h in range(H):
         k = h + 1
         target = labels[:, k:]
         total = total + F.pad(row_ce(rows_of(h, S - k), target, softcap), (0, k))
-        live_heads = live_heads + F.pad((target != IGNORED).float(), (0, k))
-    return weighted_mean(total, live_heads, weights)
+        valid_heads = valid_heads + F.pad((target != IGNORED).float(), (0, k))
+    return weighted_mean(total, valid_heads, weights)
 
 
 def logits_loop(logits: Tensor, labels: Tensor, token_weights: Tensor, softcap: float | None) -> Tensor:
-    """What people write: a loop over the heads, each a view of the logits.
+    """The usual loop over the heads, each a view of the logits.
 
-    The slices cost in backward: autograd adds up one gradient of the size of all logits for each head.
+    The slices cost time in backward: autograd adds one gradient of the size of all logits for each head.
     """
     return loop_over_heads(lambda h, end: logits[:, :end, h], logits.shape[2], labels, token_weights, softcap)
 
 
 def logits_rows(logits: Tensor, labels: Tensor, token_weights: Tensor, softcap: float | None) -> Tensor:
-    """The best that eager torch can do: no loop and no slice, one cross entropy of all rows with padded labels."""
+    """The fastest in eager torch: no loop and no slice, one cross entropy of all rows with padded labels."""
     target = head_targets(labels, logits.shape[2])
     total = row_ce(logits, target, softcap).sum(-1)
     return weighted_mean(total, (target != IGNORED).sum(-1), token_weights)
@@ -64,7 +63,7 @@ def logits_rows(logits: Tensor, labels: Tensor, token_weights: Tensor, softcap: 
 def linear_loop(
     hidden: Tensor, unembed: Tensor, labels: Tensor, token_weights: Tensor, softcap: float | None
 ) -> Tensor:
-    """What people write: every head's logits by the output layer, then their cross entropy."""
+    """The usual loop: every head's logits by the output layer, then their cross entropy."""
     return loop_over_heads(
         lambda h, end: hidden[:, :end, h] @ unembed.t(), hidden.shape[2], labels, token_weights, softcap
     )
@@ -78,15 +77,9 @@ def linear_rows(
 
 
 def token_loop(hidden: Tensor, unembed: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """Head by head, so that the logits of one head are alive at a time."""
+    """Return ce head by head, so that the logits of one head exist at a time."""
     ce = []
     for h in range(hidden.shape[2]):
         rows = hidden[:, : -(h + 1), h] @ unembed.t()
         ce.append(F.pad(row_ce(rows, labels[:, h + 1 :], softcap), (0, h + 1)))
     return torch.stack(ce, dim=2)
-
-
-@cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile of one of these when it is first called; static shapes, which suit it best."""
-    return torch.compile(function, dynamic=False)

@@ -1,38 +1,33 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one go and within 9 minutes: tests, benchmarks, a training step. No installation: torch, triton,
-# pytest, hypothesis and pytest-benchmark are enough, the package is imported from this tree; with pytest-xdist the tests
-# take every core. The peers (liger-kernel, cut-cross-entropy, quack-kernels) are found on PYTHONPATH, too, after this
-# tree. The training step needs transformers, and says so where it is missing.
+# What needs a GPU: tests, then benchmarks. Needs torch, triton, pytest, hypothesis and pytest-benchmark, and installs
+# nothing: the package is imported from this tree. With pytest-xdist the tests use every core. The peers (liger-kernel,
+# cut-cross-entropy, quack-kernels) are found on PYTHONPATH, after this tree; one that is missing is absent.
 #
-#     bash benchmarks/gpu_suite.sh [part ...]      without a part: all but the sweep
+#     bash benchmarks/gpu_suite.sh [part ...]      without a part: all of them
 #
 # Parts, which run in this order:
 #     device       the tests that only a GPU can run, and those of rows that several programs share
 #     tests        the other tests of kernels and losses, random cases last
-#     benchmarks   pytest benchmarks: writes RESULTS/<device>.json, and goes on where the last call was cut off
-#     step         python -m benchmarks.training_step: likewise
-#     sweep        python -m benchmarks.sweep: writes RESULTS/tiles/<device>.json
+#     benchmarks   pytest benchmarks --full: writes RESULTS/<device>.json, and resumes the last call if it was cut off
 #
 # Environment:
 #     PYTHON               the interpreter; default .venv/bin/python where there is one, else python3
 #     RESULTS              the folder of the results; default benchmarks/results
-#     LOGS                 a folder that keeps <part>.log, the whole output of each part, and table.log; default: none
-#     DEVICE_SECONDS       limit of the part device (80)
+#     LOGS                 a folder that keeps <part>.log, the whole output of each part; default: none
+#     DEVICE_SECONDS       limit of the part device (100)
 #     TEST_SECONDS         limit of the part tests (150)
-#     BENCHMARK_SECONDS    no case is started after this time (80); one in flight has 45 s to end
-#     STEP_SECONDS         the training step looks for no larger micro-batch after this time (30), and has 20 s to end
-#     SWEEP_SECONDS        limit of the sweep (500)
+#     BENCHMARK_SECONDS    no case is started after this time (150); one that runs has 45 s to end
 #     MTP_CE_COMMIT        the commit to record where this tree is a copy without git
 #
-# A part that is at its limit is interrupted and has 10 s to say what it found. Results are written case by case.
+# A part at its limit is interrupted, and has 10 s to report. Results are written case by case.
 #
-# Exit code: 0 all passed, 1 a test or a case failed or ran out of time, 2 no such part, 3 no GPU (or no torch to look for
+# Exit code: 0 all passed, 1 a test or a case failed or ran out of time, 2 no such part, 3 no GPU (or no torch to find
 # one).
 set -u
 shopt -s extglob
 
-known=(device tests benchmarks step sweep)
-parts=" ${*:-device tests benchmarks step} "
+known=(device tests benchmarks)
+parts=" ${*:-${known[*]}} "
 for part in $parts; do
     if [[ " ${known[*]} " != *" $part "* ]]; then
         echo "gpu_suite: no part \"$part\"; expected ${known[*]}." >&2
@@ -40,7 +35,7 @@ for part in $parts; do
     fi
 done
 
-# Where the caller stands.
+# Relative folders are the caller's.
 results=$(realpath -m "${RESULTS:-$(dirname "$0")/results}")
 logs=${LOGS:+$(realpath -m "$LOGS")}
 cd "$(dirname "$0")/.." || exit
@@ -59,13 +54,8 @@ if [ -z "$logs" ]; then
 fi
 mkdir -p "$logs" || exit
 
-# Torch is imported from a cold disk here. What is printed is the name of this device's results file.
-look='import sys, torch
-if not torch.cuda.is_available():
-    sys.exit(1)
-from benchmarks.results import results_path
-print(results_path("cuda").name)'
-file=$results/$(timeout --kill-after=1 50 "$PYTHON" -c "$look" 2>"$logs/gpu.log")
+# Torch is imported from a cold disk here.
+timeout --kill-after=1 50 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$logs/gpu.log"
 case $? in
     0) ;;
     124 | 137) echo "gpu_suite: torch has found no GPU in 50 s; nothing was run."; exit 3 ;;
@@ -73,61 +63,34 @@ case $? in
 esac
 
 failed=0
-# Characters that are left for what failed: whoever reads this may see no more than the last 10,000.
-room=4000
 
-# failures LOG: the tests that failed, a line for all cases of one, then what they said. Without the summary of a part
-# that was killed, the names are those that it gave as it went.
-failures() {
-    local names
-    names=$(grep -E '^(FAILED|ERROR) ' "$1" | sed -E 's/ - .*//')
-    [ -n "$names" ] || names=$(grep -oE '(FAILED|ERROR) +tests/[^ ]+|^[^ ]+::[^ ]+ (FAILED|ERROR)' "$1")
-    if [ -n "$names" ]; then
-        awk '{ test = $0; sub(/\[.*/, "", test); if (!cases[test]++) { first[++tests] = test; line[test] = $0 } }
-            END { for (i = 1; i <= tests; i++) { n = cases[first[i]] - 1; more = n ? " and " n " more of it" : ""
-                print substr(line[first[i]], 1, 140) more } }' <<<"$names" | head -n 12
-        echo "failed: $(wc -l <<<"$names")"
-    fi
-    grep -E '^(E |!!!)' "$1" | cut -c 1-200 | head -n 10
-}
-
-# part NAME SECONDS ARGUMENTS...: python under a limit, where the part is asked for; what failed, and its last line.
+# part NAME SECONDS ARGUMENTS...: pytest under a limit, if the part was asked for. Prints the failed tests and the last
+# lines; a killed part has no summary, so the names come from its -v output.
 part() {
-    local name=$1 seconds=$2 code text
+    local name=$1 seconds=$2 code
     shift 2
     [[ $parts == *" $name "* ]] || return 0
     echo "== $name (at most $seconds s)"
-    timeout --signal=INT --kill-after=10 "$seconds" "$PYTHON" "$@" >"$logs/$name.log" 2>&1
+    timeout --signal=INT --kill-after=10 "$seconds" "$PYTHON" -m pytest -p no:cacheprovider -v "$@" >"$logs/$name.log" 2>&1
     code=$?
-    text=$(failures "$logs/$name.log" | head -c "$((room < 2400 ? room : 2400))")
-    room=$((room - ${#text}))
-    [ -z "$text" ] || echo "$text"
-    tail -n 1 "$logs/$name.log" | cut -c 1-200
-    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then echo "$name ran out of its $seconds s"; fi
+    grep -E '^(FAILED|ERROR) |^E  |^!!!' "$logs/$name.log" | cut -c 1-200 | head -n 20
+    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+        grep -oE '(FAILED|ERROR) +tests/[^ ]+|^[^ ]+::[^ ]+ (FAILED|ERROR)' "$logs/$name.log" | head -n 20
+        echo "$name ran out of its $seconds s"
+    fi
+    tail -n "${LINES_SHOWN:-1}" "$logs/$name.log" | cut -c 1-200
     if [ "$code" -ne 0 ]; then failed=1; fi
 }
 
-# Each test is named as it runs, for the log of a part that is killed.
-pytest=(-m pytest -p no:cacheprovider -v)
-# Most of the tests' time goes into compiling kernels, which takes a core each. Dealt in their order.
+# Most of the tests' time goes into compiling kernels, which takes a core each.
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$(nproc)" --dist load); fi
-tests=("${pytest[@]}" "${workers[@]}" tests/kernels/test_!(compiled).py tests/mtp_ce/test_!(random_cases).py
+tests=("${workers[@]}" tests/kernels/test_!(compiled).py tests/mtp_ce/test_!(random_cases).py
     tests/mtp_ce/test_random_cases.py)
-# By file, name and marker. "cpu" is the parameter of the tests that run on the host, which is not what this suite is
-# for; nor are the kernels that are compiled for other devices.
-part device "${DEVICE_SECONDS:=80}" "${tests[@]}" -k "(gpu or test_splits) and not cpu"
+# "cpu" is the parameter of the tests that run on the host, which this suite is not for.
+part device "${DEVICE_SECONDS:=100}" "${tests[@]}" -k "(gpu or test_splits) and not cpu"
 part tests "${TEST_SECONDS:=150}" "${tests[@]}" -k "not gpu and not test_splits and not cpu"
 # With "=", or pytest takes the folder for one of tests, and looks for its settings above both.
-part benchmarks "$((${BENCHMARK_SECONDS:=80} + 45))" "${pytest[@]}" benchmarks --benchmark-only --benchmark-quiet \
-    --results="$results" --resume --time-limit "$BENCHMARK_SECONDS"
-part step "$((${STEP_SECONDS:=30} + 20))" -m benchmarks.training_step --results "$results" --resume \
-    --time-limit "$STEP_SECONDS"
-part sweep "${SWEEP_SECONDS:=500}" -m benchmarks.sweep --results "$results"
-
-if [[ $parts == *" benchmarks "* || $parts == *" step "* ]]; then
-    echo "== targets"
-    timeout 15 "$PYTHON" -m benchmarks.targets "$file" 2>&1 | cut -c 1-200 | head -c 4300
-    timeout 15 "$PYTHON" -m benchmarks.table "$file" >"$logs/table.log" 2>&1
-fi
+LINES_SHOWN=60 part benchmarks "$((${BENCHMARK_SECONDS:=150} + 45))" benchmarks --benchmark-only --benchmark-quiet \
+    --full --results="$results" --resume --time-limit "$BENCHMARK_SECONDS"
 exit "$failed"

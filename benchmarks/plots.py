@@ -1,15 +1,16 @@
-"""The plots: time and memory over the vocabularies of real models, and over H, for every provider; the ceiling drawn.
+"""The plots: time and memory of every provider and the ceiling, over the vocabularies of real models and over H.
 
-One figure for a device and a path, in SVG with text as text. The same results give the same bytes.
+One figure for a device and a path, in SVG with text as text. The same results produce the same bytes.
 """
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plan, results
-from benchmarks.providers import PROVIDERS
+from benchmarks import cases, results
+from benchmarks.providers import BY_NAME, PROVIDERS
 from benchmarks.shapes import MODELS, Shape
-from benchmarks.table import MIB, label
+
+MIB = 2**20
 
 TITLES = {
     "linear": "weighted_mtp_linear_ce, forward and backward",
@@ -35,30 +36,36 @@ STYLES = {
     "cce": ("#b2182b", "X", "-"),
 }
 
-Points = dict[int, dict[str, Any]]  # place on the axis -> case
+Points = dict[int, dict[str, Any]]  # index on the axis -> case
+
+
+def label(path: str, provider: str) -> str:
+    """Return a provider's name, with a dagger where it does less work."""
+    known = BY_NAME[path].get(provider)
+    return provider + ("†" if known is not None and not known.weighted else "")
 
 
 def points(runs: list[results.Run], shapes: tuple[Shape, ...], provider: str) -> Points:
-    """The newest case of a provider at each shape that has one."""
-    found: Points = {}
-    for place, shape in enumerate(shapes):
-        wanted = provider, plan.MAIN_PASS[shape.path], shape.as_dict()
+    """Return the newest case of a provider at each shape that has one."""
+    newest: Points = {}
+    for i, shape in enumerate(shapes):
+        wanted = provider, cases.MAIN_PASS[shape.path], shape.as_dict()
         for case in (case for run in runs for case in run["cases"]):
             if (case["provider"], case["pass"], case["shape"]) == wanted:
-                found[place] = case
-    return found
+                newest[i] = case
+    return newest
 
 
 def extra_bytes(case: dict[str, Any]) -> int:
-    """Peak above the inputs; on the linear path above the gradients too, which everyone hands over."""
+    """Return the peak above the inputs; on the linear path above the gradients too, which every provider returns."""
     shape = case["shape"]
     return int(case["peak_bytes"] - (shape["gradient_bytes"] if shape["path"] == "linear" else 0))
 
 
 def drawable(runs: list[results.Run], path: str) -> bool:
-    """There are points enough of mtp_ce for lines."""
+    """Whether mtp_ce has enough points for lines."""
     kind = runs[-1]["kind"]
-    sweeps = plan.over_vocabularies(kind, path), plan.over_horizons(kind, path)
+    sweeps = cases.over_vocabularies(kind, path), cases.over_horizons(kind, path)
     return all(len(points(runs, shapes, "mtp_ce")) > 1 for shapes in sweeps)
 
 
@@ -71,23 +78,23 @@ def _tick(shape: Shape, over: str) -> str:
 
 
 def _panel(axes: Any, runs: list[results.Run], shapes: tuple[Shape, ...], what: str) -> None:
-    """One provider a line; and the ceiling of the time, or the size of all logits."""
+    """Draw a line for each provider, and the ceiling of the time, or the size of all logits."""
     path = shapes[0].path
     for provider in PROVIDERS[path]:
-        found = points(runs, shapes, provider.name)
-        if not found or provider.name not in STYLES:
+        line = points(runs, shapes, provider.name)
+        if not line or provider.name not in STYLES:
             continue
         color, marker, dashes = STYLES[provider.name]
-        values = [case["p20_ms"] if what == "time" else extra_bytes(case) / MIB for case in found.values()]
+        values = [case["p20_ms"] if what == "time" else extra_bytes(case) / MIB for case in line.values()]
         axes.plot(
-            list(found), values, dashes, color=color, marker=marker, markersize=5,
+            list(line), values, dashes, color=color, marker=marker, markersize=5,
             linewidth=2.2 if provider.ours else 1.3, zorder=3 if provider.ours else 2,
             label=label(path, provider.name),
         )  # fmt: skip
     if what == "time":
-        found = {place: case for place, case in points(runs, shapes, "mtp_ce").items() if case["ceiling_ms"]}
-        values = [case["ceiling_ms"] for case in found.values()]
-        axes.plot(list(found), values, ":", color="black", linewidth=1.6, label=f"ceiling: {CEILINGS[path]}")
+        line = {i: case for i, case in points(runs, shapes, "mtp_ce").items() if case["ceiling_ms"]}
+        values = [case["ceiling_ms"] for case in line.values()]
+        axes.plot(list(line), values, ":", color="black", linewidth=1.6, label=f"ceiling: {CEILINGS[path]}")
     else:
         values = [shape.logits_bytes / MIB for shape in shapes]
         axes.plot(range(len(shapes)), values, "-.", color="#444444", linewidth=1.1, label="size of all logits")
@@ -97,7 +104,7 @@ def _panel(axes: Any, runs: list[results.Run], shapes: tuple[Shape, ...], what: 
 
 
 def draw(runs: list[results.Run], path: str, file: Path) -> None:
-    """Write one figure; the ending of the file's name is its format."""
+    """Write one figure, in the format of the file's suffix."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +114,7 @@ def draw(runs: list[results.Run], path: str, file: Path) -> None:
     run, kind = runs[-1], runs[-1]["kind"]
     matplotlib.rcParams.update({"svg.hashsalt": "mtp_ce", "svg.fonttype": "none", "font.size": 9})
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.4), width_ratios=(5, 4), layout="constrained")
-    sweeps = (("V", plan.over_vocabularies(kind, path)), ("H", plan.over_horizons(kind, path)))
+    sweeps = (("V", cases.over_vocabularies(kind, path)), ("H", cases.over_horizons(kind, path)))
     for column, (over, shapes) in enumerate(sweeps):
         for row, what in enumerate(("time", "memory")):
             axes = grid[row][column]

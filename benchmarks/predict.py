@@ -1,7 +1,7 @@
-"""What the kernels should reach on a GPU, from their machine code alone: nothing here is measured.
+"""Predicted times of the kernels on a GPU, from their machine code alone: nothing here is measured.
 
     python -m benchmarks.predict [sm_80 | sm_90 | sm_100]    print the table
-    python -m benchmarks.predict --write                     refresh it in benchmarks/LOG.md, for sm_90
+    python -m benchmarks.predict --write                     write that of sm_90 to benchmarks/LOG.md
 
 The launchers compile for the target on any machine (compiled.py); grid, tile and constants are those of the launch, and
 instructions, registers and shared memory those of the cubin (sass.py). A program's time on an SM is then the largest of
@@ -19,9 +19,8 @@ of an SM wait and work in step, and the last wave takes as long as a full one. B
 kernels' files, and the ceiling is those that must move, over the copy bandwidth.
 """
 
-import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import ceil
 from operator import add
 from typing import NamedTuple
@@ -29,12 +28,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from benchmarks import sass
+from benchmarks import report, results, sass
 from benchmarks.compiled import Launch, compiling, launch_logits, launch_slab
-from benchmarks.results import ROOT
 from mtp_ce.kernels import backward, forward, forward_backward
 
-LOG = ROOT / "benchmarks" / "LOG.md"
+LOG = results.ROOT / "benchmarks" / "LOG.md"
 VOCABULARIES = (32000, 50257, 50304, 128256, 151936, 262144)
 DTYPE = torch.bfloat16
 BOUNDS = ("bytes", "issue", "mufu", "alu", "wait")
@@ -43,18 +41,18 @@ WARP = 32
 SCHEDULERS = 4
 MUFU_LANES = 16
 ALU_LANES = 64
-# Loads of a program one behind the other before its first logits: labels, weights, what backward reads of the row.
+# Dependent loads of a program before its first logits: labels, weights, what backward reads of the row.
 FIRST_LOADS = 3
 
 
 class Gpu(NamedTuple):
-    """A device, by its data sheet but for what is called a lead: to be replaced once it is measured."""
+    """A device by its data sheet; what is called an estimate is to be replaced once it is measured."""
 
     name: str
     sms: int
-    clock: float  # 1/s; a lead
-    copy_bytes_per_s: float  # read and written; a lead: 0.85 to 0.9 of the peak
-    latency: float  # clocks from a load of a busy device to its value; a lead: about twice that of an idle one
+    clock: float  # 1/s; an estimate
+    copy_bytes_per_s: float  # read and written; an estimate: 0.85 to 0.9 of the peak
+    latency: float  # clocks from a load of a busy device to its value; an estimate: about twice that of an idle one
     l2_bytes: int
     shared_bytes: int  # of an SM
     threads: int = 2048  # of an SM, like the two below
@@ -79,12 +77,12 @@ class Problem(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """N."""
+        """N, the number of rows."""
         return self.S * self.H
 
     @property
     def live(self) -> int:
-        """Rows with a target: head h of the last 1 + h positions has none; of a slab all."""
+        """Rows with a target: head h has none at the last 1 + h positions; in a slab all rows have one."""
         return self.rows if self.slab else sum(max(0, self.S - 1 - h) for h in range(self.H))
 
 
@@ -98,9 +96,9 @@ PROBLEMS = [
 
 
 def blocks_per_sm(gpu: Gpu, registers: int, threads: int, shared: int) -> int:
-    """Blocks that fit on an SM at once."""
+    """Return the blocks that fit on an SM at once."""
     warps = ceil(threads / WARP)
-    # Registers are given out to a warp 256 at a time, and a scheduler's share serves its own warps only.
+    # Registers are allocated to a warp 256 at a time, and a quarter of them serves the warps of one scheduler.
     of_a_warp = ceil(max(registers, 1) * WARP / 256) * 256
     by_registers = gpu.registers // SCHEDULERS // of_a_warp * SCHEDULERS // warps
     # The driver keeps 1 KB of every block's shared memory for itself; resource usage counts it where there is any.
@@ -115,7 +113,7 @@ class Prediction(NamedTuple):
     problem: Problem
     gpu: Gpu
     used: dict[str, int]  # registers, stack, spills, shared
-    visits: list[sass.Loop]  # the loops that a live row goes through
+    visits: list[sass.Loop]  # the loops over a valid row
     ceiling_bytes: int  # what must move
     bytes: int  # what this case moves
     case: str = ""
@@ -136,33 +134,32 @@ class Prediction(NamedTuple):
         return self.blocks * self.gpu.sms
 
     def per_element(self, pipe: str = "") -> float:
-        """Issue slots an element, of all visits; of one pipe where it is named."""
+        """Return the issue slots of an element over all passes of a row; of one pipe where it is named."""
         return sum(
-            (loop.pipes()[pipe] if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
+            (loop.count(pipe) if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
             for loop in self.visits
         )
 
     def passes(self, loop: sass.Loop) -> float:
-        """Passes of a program through a loop; the last of a row is as long as the others, however full."""
+        """Return the iterations of a loop in a program; the last tile of a row costs as much as a full one."""
         splits = self.launch.splits
         tile = loop.elements_per_thread(DTYPE.itemsize) * self.launch.threads
         return ceil(self.problem.V / splits / tile) * self.problem.rows * splits / self.launch.programs
 
     def in_flight(self) -> int:
-        """Bytes of logits that an SM full of programs has asked for when all of them wait."""
+        """Return the bytes of logits in flight on an SM when all of its programs wait."""
         return max(loop.bytes_per_thread() for loop in self.visits) * self.launch.threads * self.blocks
 
     def seconds(self, blocks: int, programs: int) -> dict[str, float]:
-        """What one wave of programs takes, `blocks` of them on the fullest SM, by what binds it; and "in step"."""
+        """Return the time of one wave with `blocks` on the fullest SM, by what binds it; and "in step"."""
         first = FIRST_LOADS * self.gpu.latency
         clocks = {"issue": 0.0, "mufu": 0.0, "alu": 0.0, "wait": first, "in step": first}
         for loop in self.visits:
             passes = self.passes(loop)
-            pipes = loop.pipes()
             of_a_warp = {
                 "issue": float(len(loop.instructions)),
-                "mufu": pipes["mufu"] * WARP * SCHEDULERS / MUFU_LANES,
-                "alu": pipes["alu"] * WARP * SCHEDULERS / ALU_LANES,
+                "mufu": loop.count("mufu") * WARP * SCHEDULERS / MUFU_LANES,
+                "alu": loop.count("alu") * WARP * SCHEDULERS / ALU_LANES,
             }
             sharing = blocks * self.warps / SCHEDULERS
             for name, busy in of_a_warp.items():
@@ -174,7 +171,7 @@ class Prediction(NamedTuple):
         return {"bytes": moved} | {name: clock / self.gpu.clock for name, clock in clocks.items()}
 
     def waves(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """How often, and what it takes: full waves, then the rest."""
+        """Yield the number of waves and their times: full waves, then the rest."""
         full, rest = divmod(self.launch.programs, self.slots)
         if full:
             yield full, self.seconds(self.blocks, self.slots)
@@ -182,7 +179,7 @@ class Prediction(NamedTuple):
             yield 1, self.seconds(ceil(rest / self.gpu.sms), rest)
 
     def bounds(self) -> dict[str, float]:
-        """Seconds of all waves by what binds them."""
+        """Return the seconds of all waves by what binds them."""
         total = dict.fromkeys(BOUNDS, 0.0)
         for times, wave in self.waves():
             for name in BOUNDS:
@@ -190,20 +187,20 @@ class Prediction(NamedTuple):
         return total
 
     def best(self) -> float:
-        """Seconds where warps fill each other's waits."""
+        """Return the seconds where one warp's work hides another's latency."""
         return sum(times * max(wave[name] for name in BOUNDS) for times, wave in self.waves())
 
     def worst(self) -> float:
-        """Seconds where warps go in step, and the last wave is a full one."""
+        """Return the seconds where warps run in step, and the last wave takes as long as a full one."""
         waves = list(self.waves())
         return sum(times for times, _ in waves) * max(waves[0][1].values())
 
     def share(self, seconds: float) -> float:
-        """Of the ceiling."""
+        """Return the share of the ceiling."""
         return self.ceiling_bytes / self.gpu.copy_bytes_per_s / seconds
 
     def binds(self) -> str:
-        """What binds most of the best case."""
+        """Return what binds most of the best case."""
         total = dict.fromkeys(BOUNDS, 0.0)
         for times, wave in self.waves():
             name = max(BOUNDS, key=lambda bound: wave[bound])
@@ -212,7 +209,7 @@ class Prediction(NamedTuple):
 
 
 def visits(loops: list[sass.Loop], itemsize: int) -> list[sass.Loop]:
-    """The loops of a live row: of those that read, and of those that read and write, the cheapest an element.
+    """Return the loops of a valid row: of those that read, and of those that read and write, the cheapest an element.
 
     A head's loop stands once for every head, and a loop without masks may stand beside one with masks.
     """
@@ -227,7 +224,7 @@ def visits(loops: list[sass.Loop], itemsize: int) -> list[sass.Loop]:
 
 
 def cases(name: str, problem: Problem) -> list[tuple[str, int, int]]:
-    """Where a second visit is served from, bytes that must move, bytes that do; nothing of a kernel beside the loss."""
+    """Return where a second pass reads from, bytes that must move and bytes that do; nothing for helper kernels."""
     live, rows, H, V, size = problem.live, problem.rows, problem.H, problem.V, DTYPE.itemsize
     if name == "forward_kernel":
         moved = sum(forward.traffic(live, problem.S, H, V, size))
@@ -245,7 +242,7 @@ def cases(name: str, problem: Problem) -> list[tuple[str, int, int]]:
 
 
 def predictions(target: str, problems: list[Problem]) -> Iterator[Prediction]:
-    """Every kernel with a loop over the vocabulary, on every problem."""
+    """Yield a prediction for every kernel with a loop over the vocabulary, on every problem."""
     for problem in problems:
         with compiling(target, GPUS[target].sms) as launched:
             if problem.slab:
@@ -264,103 +261,49 @@ HEAD = (
     "instructions, MUFU, ALU an element", "KB in flight an SM", "GB", *(f"{name}, ms" for name in BOUNDS),
     "expected, ms", "of the ceiling", "bound by",
 )  # fmt: skip
-AGAIN = ("V", "R", "rows in flight", "MB in flight", "of them in L2, at best")
 
 
-def line(cells: Iterable[object]) -> str:
-    """Of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def head(cells: tuple[str, ...]) -> str:
-    """The first two lines of a table."""
-    return f"{line(cells)}\n{line('---' if cell in ('kernel', 'bound by') else '---:' for cell in cells)}"
-
-
-def table_row(found: Prediction) -> str:
-    """One line of the table."""
-    problem, launch, gpu = found.problem, found.launch, found.gpu
-    name = launch.name.removesuffix("_kernel") + (f", {found.case}" if found.case else "")
-    cells = [
-        name,
-        problem.V,
-        problem.rows if problem.slab else f"{problem.S} x {problem.H}",
+def table_row(one: Prediction) -> tuple[str, ...]:
+    """Return the cells of a line."""
+    problem, launch, gpu = one.problem, one.launch, one.gpu
+    return (
+        launch.name.removesuffix("_kernel") + (f", {one.case}" if one.case else ""),
+        str(problem.V),
+        str(problem.rows) if problem.slab else f"{problem.S} x {problem.H}",
         f"{launch.programs} x {launch.threads}",
-        f"{found.used['registers']}, {found.used['shared']}",
-        f"{found.blocks}, {found.blocks * launch.threads / gpu.threads:.0%}",
-        f"{launch.programs / found.slots:.2f}",
-        f"{found.per_element():.2f}, {found.per_element('mufu'):.2f}, {found.per_element('alu'):.2f}",
-        f"{found.in_flight() / 1024:.0f}",
-        f"{found.bytes / 1e9:.3f}",
-        *(f"{seconds * 1e3:.3f}" for seconds in found.bounds().values()),
-        f"{found.best() * 1e3:.3f} to {found.worst() * 1e3:.3f}",
-        f"{found.share(found.worst()):.0%} to {found.share(found.best()):.0%}",
-        found.binds(),
-    ]
-    return line(cells)
-
-
-def second_visit_row(found: Prediction) -> str:
-    """How much of what a second visit reads may still be in L2, when rows are read back from their end."""
-    row = found.problem.V * DTYPE.itemsize
-    rows = min(found.launch.programs, found.slots)
-    held = min(1.0, found.gpu.l2_bytes / (rows * row))
-    return line([found.problem.V, found.problem.rows, rows, f"{rows * row / 1e6:.0f}", f"{held:.0%}"])
-
-
-def source_hash() -> str:
-    """SHA-256 of the names and the bytes of the kernels' files."""
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / "kernels").glob("*.py")):
-        digest.update(f"{file.name}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+        f"{one.used['registers']}, {one.used['shared']}",
+        f"{one.blocks}, {one.blocks * launch.threads / gpu.threads:.0%}",
+        f"{launch.programs / one.slots:.2f}",
+        f"{one.per_element():.2f}, {one.per_element('mufu'):.2f}, {one.per_element('alu'):.2f}",
+        f"{one.in_flight() / 1024:.0f}",
+        f"{one.bytes / 1e9:.3f}",
+        *(f"{seconds * 1e3:.3f}" for seconds in one.bounds().values()),
+        f"{one.best() * 1e3:.3f} to {one.worst() * 1e3:.3f}",
+        f"{one.share(one.worst()):.0%} to {one.share(one.best()):.0%}",
+        one.binds(),
+    )
 
 
 def section(target: str) -> Iterator[str]:
-    """The lines of the tables."""
+    """Yield the lines of the table."""
     gpu = GPUS[target]
-    yield f"Kernels `{source_hash()[:16]}`, triton {triton.__version__}, {target}."
+    yield f"Kernels `{results.source_hash('cuda', 'kernels')[:16]}`, triton {triton.__version__}, {target}."
     yield ""
     yield (
         f"Everything in this table is predicted; nothing is measured. {gpu.name}: {gpu.sms} SMs at "
         f"{gpu.clock / 1e9:g} GHz, a copy at {gpu.copy_bytes_per_s / 1e12:g} TB/s, {gpu.latency:g} clocks of latency."
     )
     yield ""
-    yield head(HEAD)
-    found = list(predictions(target, PROBLEMS))
-    yield from map(table_row, found)
-    again = [one for one in found if one.case == "again from memory"]
-    if again:
-        yield ""
-        yield f"Rows in flight against {gpu.l2_bytes / 1e6:.0f} MB of L2: from where `forward_backward` reads again."
-        yield ""
-        yield head(AGAIN)
-        yield from map(second_visit_row, again)
-
-
-def markers(version: str) -> tuple[str, str]:
-    """What the table of a version of Triton stands between; its compiler decides registers and instructions."""
-    return f"<!-- predictions of triton {version}: begin -->", f"<!-- predictions of triton {version}: end -->"
-
-
-def written(page: str, version: str, lines: list[str]) -> str:
-    """The page with these lines between the markers of a version."""
-    start, stop = markers(version)
-    before, begin, rest = page.partition(start)
-    _, end, after = rest.partition(stop)
-    if not (begin and end):
-        raise ValueError(f"LOG.md has no section for triton {version}; expected one between {start} and {stop}.")
-    return "\n".join([before + begin, *lines, end + after])
+    yield from report.table(HEAD, map(table_row, predictions(target, PROBLEMS)))
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of a target, or write that of sm_90 where the log has it for this version of Triton."""
+    """Print the table of a target, or write that of sm_90 to the log's section of this Triton."""
     if arguments == ["--write"]:
-        lines = list(section("sm_90"))
-        LOG.write_text(written(LOG.read_text(encoding="utf-8"), triton.__version__, lines), encoding="utf-8")
-        return
-    for line in section(*arguments or ["sm_90"]):
-        print(line)
+        page, name = LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}"
+        LOG.write_text(report.replaced(page, name, "\n".join([*section("sm_90"), ""])), encoding="utf-8")
+    else:
+        print(*section(*arguments or ["sm_90"]), sep="\n")
 
 
 if __name__ == "__main__":

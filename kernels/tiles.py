@@ -12,8 +12,7 @@ Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRI
 Traffic    None.
 
 Numerics   None. Compiled for sm_80, sm_90, sm_100 and gfx942 by tests/kernels/test_compiled.py: no spills, no
-           stack, 128-bit loads. Not timed on a device so far: chosen by the predictions of benchmarks/LOG.md, to be
-           replaced by what benchmarks/sweep.py finds.
+           stack, 128-bit loads. Not timed on a device so far: chosen by the predictions of benchmarks/LOG.md.
 """
 
 from functools import cache
