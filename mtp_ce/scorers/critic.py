@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.normalize import check_normalization, normalize_weights
 from mtp_ce.scorers.weights import TokenWeights
 

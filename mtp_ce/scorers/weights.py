@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mtp_ce.scorers.next_token import NextToken
+    from mtp_ce.next_token import NextToken
 
 
 @dataclass(frozen=True, slots=True)

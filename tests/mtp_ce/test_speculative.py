@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from mtp_ce.decoding.drafting import drafter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.decoding.drafting import drafter
 from mtp_ce.decoding.speculative import Speculation, _Sampling, generate_speculatively
 
 V = 23

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe

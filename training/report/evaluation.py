@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_ce.decoding.drafting import KINDS as DRAFTING
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.groups import DecodingConfig
 from mtp_ce.training.console import say
@@ -96,7 +95,7 @@ def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> Decodin
 
     Prompt and continuation are cut to the positions that the model knows, half of them each.
     """
-    if not config.prompts or model.horizon == 1 or model.kind not in DRAFTING:
+    if not config.prompts or model.horizon == 1 or not model.heads.drafts:
         return None
     most = getattr(model.causal.config, "max_position_embeddings", None) or config.prompt_tokens + config.new_tokens
     prompt_tokens = min(config.prompt_tokens, most // 2)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.console import say, warn
