@@ -172,21 +172,34 @@ class ModelWithHeads(Protocol):
         ...
 
 
+def heads_class(kind: str, argument: str = "heads") -> type[Heads]:
+    """Import the class of a kind.
+
+    Args:
+        kind: a name of `mtp_ce.heads.kinds.KINDS`, or `package.module:Class` of a subclass of `Heads`.
+        argument: the argument or recipe key that the kind came from, for the message.
+
+    Raises:
+        TypeError: the class is no subclass of `Heads`.
+        ValueError: the name is unknown, or its class can't be imported.
+    """
+    loaded = load_class(kind, PATHS, argument)
+    if not (isinstance(loaded, type) and issubclass(loaded, Heads)):
+        raise TypeError(f"{argument} is {kind!r}; expected a subclass of mtp_ce.heads.protocol.Heads.")
+    return loaded
+
+
 def build_heads(kind: str, model: Any, horizon: int) -> Heads:
     """Build the heads of a model.
 
     Args:
-        kind: a name of `mtp_ce.heads.kinds.KINDS`, or `package.module:Class` of a subclass of `Heads`.
+        kind: as in `heads_class`.
         model: the causal language model, without PEFT's wrapper.
         horizon: H.
 
     Raises:
-        TypeError: the class is no subclass of `Heads`.
-        ValueError: the name is unknown, its class cannot be imported, or the model cannot have such heads.
+        TypeError, ValueError: as `heads_class`, or the model can't have such heads.
     """
-    heads_class = load_class(kind, PATHS, "heads")
-    if not (isinstance(heads_class, type) and issubclass(heads_class, Heads)):
-        raise TypeError(f"heads is {kind!r}; expected a subclass of mtp_ce.heads.protocol.Heads.")
-    heads: Heads = heads_class.of_model(model, horizon)
+    heads = heads_class(kind).of_model(model, horizon)
     heads.kind = kind
     return heads

@@ -1,7 +1,4 @@
-"""The model without its heads, as a folder of transformers, with adapters of PEFT merged.
-
-config.json, model.safetensors, ...     AutoModelForCausalLM.from_pretrained
-"""
+"""Layout "base": the model without its heads, adapters of PEFT merged, for AutoModelForCausalLM.from_pretrained."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The heads without their model.
+"""Layout "heads": mtp_heads.json and mtp_heads.safetensors, without the model.
 
-mtp_heads.json, mtp_heads.safetensors       MTPWrapper.from_pretrained beside a base; MTPHeads.from_pretrained
+MTPWrapper.from_pretrained loads them beside a base, MTPHeads.from_pretrained alone where they are "residual".
 """
 
 from __future__ import annotations

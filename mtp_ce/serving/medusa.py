@@ -1,6 +1,6 @@
-"""Residual heads as a Medusa draft model of vLLM: --speculative-config '{"method": "medusa", "model": ...}'.
+"""Layout "medusa": residual heads as a draft model of vLLM, config.json and model.safetensors.
 
-    config.json, model.safetensors
+    vllm serve BASE --speculative-config '{"method": "medusa", "model": MEDUSA, "num_speculative_tokens": H - 1}'
 
 vLLM's Medusa has one residual block per draft token on the hidden states that the model's output layer reads, and
 drafts the most likely token of each:
@@ -12,8 +12,8 @@ which is "residual" head i + 1: the token that head 0 predicts is sampled by the
     blocks.{i}.layers.0.weight, .bias    W_i [D, D], b_i [D]    with a bias because medusa_fc_bias is true
     lm_head.weight                       U [V, D]               once for all heads because original_lm_head is true
 
-vLLM does not take U from the model that it serves, so the folder holds it too. The folders of FasterDecoding/Medusa hold
-the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt; only a recent vLLM renames those.
+vLLM does not take U from the model that it serves, so the folder holds it too. The folders of FasterDecoding/Medusa
+hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt; only a recent vLLM renames those.
 
 Source: arXiv:2401.10774, section 2.1.1. Of vllm-project/vllm: vllm/model_executor/models/medusa.py (tensors),
 vllm/transformers_utils/configs/medusa.py (configuration), vllm/v1/spec_decode/medusa.py (calls of the heads).

@@ -1,7 +1,7 @@
 """`export-mtp`: a part of a trained checkpoint as a folder that other programs read.
 
-The parts are the layouts of mtp_ce/serving/layouts.py, each described in its own file. Mistakes that can be seen without the model are reported
-before torch is loaded, as by `train-mtp`: one line on stderr, exit code 2.
+The parts are the layouts of mtp_ce/serving/layouts.py, each described in its own file. Mistakes that can be seen
+without the model are reported before torch is loaded, as by `train-mtp`: one line on stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _read_heads(source: Path, part: str) -> dict[str, Any]:
         raise ExportError(
             f"{source / CONFIG_FILE} is damaged; expected kind, hidden_size and horizon as JSON"
         ) from None
-    # A class of the author's own is asked when it has been loaded.
+    # Heads of a class of your own are checked by the export function, once the class is loaded.
     supported = kind not in KINDS or part in KINDS[kind].layouts
     if LAYOUTS[part].of_heads and (not supported or horizon < 2):
         expected = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
