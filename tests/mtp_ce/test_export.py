@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPHeads, MTPWrapper
-from mtp_ce.serving.medusa import export_base, export_heads, export_medusa
+from mtp_ce.serving.base import export_base
+from mtp_ce.serving.heads import export_heads
+from mtp_ce.serving.medusa import export_medusa
 
 V, D, H = 61, 16, 4
 TOKENS = torch.arange(2, 26).view(2, 12)

@@ -130,7 +130,7 @@ def test_a_model_without_such_a_loss_is_refused():
         wrap(build("llama"))
     # One that has the number, and no experts.
     wrapper = wrap(build("doge"))
-    with pytest.raises(ValueError, match="DogeForCausalLM gave no balancing loss of its routers"):
+    with pytest.raises(ValueError, match="DogeForCausalLM returned no balancing loss of its routers"):
         wrapper(TOKENS, labels=TOKENS)
 
 

@@ -333,11 +333,11 @@ def test_bad_input_names_the_argument(packed) -> None:
         CriticDeltaScorer(nn.Identity(), gamma=0)
     with pytest.raises(ValueError, match=r"gae_lambda is 1\.5; expected"):
         CriticDeltaScorer(nn.Identity(), gae_lambda=1.5)
-    with pytest.raises(ValueError, match=r"critic gives \[2, 24, 40\]; expected one value a token, \[2, 24\]"):
+    with pytest.raises(ValueError, match=r"critic returns \[2, 24, 40\]; expected one value per token, \[2, 24\]"):
         CriticDeltaScorer(llama()).run(*given)
     critic = nn.Module()
     critic.forward = lambda input_ids: SimpleNamespace()
-    with pytest.raises(TypeError, match="critic gives SimpleNamespace; expected values"):
+    with pytest.raises(TypeError, match="critic returns SimpleNamespace; expected values"):
         CriticDeltaScorer(critic).run(*given)
     with pytest.raises(TypeError, match="Linear has no output embeddings; expected a causal language model"):
         NextToken.of(nn.Linear(2, 2), packed.input_ids)

@@ -411,7 +411,7 @@ MISTAKES = {
     "nothing to train": (
         lambda: MTPWrapper(build(), 2, heads="teacher_forcing", trunk="frozen"),
         ValueError,
-        "nothing would learn",
+        "nothing would be trained",
     ),
     "no language model": (
         lambda: MTPWrapper(LlamaModel(LlamaConfig(**SMALL)), 2),

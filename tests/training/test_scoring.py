@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights
 from mtp_ce.training.config.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
 from mtp_ce.training.critic.training import build_critic

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mtp_ce.heads.kinds import EXTRA_PATHS, may_have_parameters
+from mtp_ce.registry import check_name
 
 
 class Group(BaseModel):
@@ -84,9 +87,10 @@ class DataConfig(Group):
 class MTPConfig(Group):
     """The prediction heads."""
 
-    kind: Literal["residual", "layer", "sequential", "teacher_forcing"] = Field(
+    kind: str = Field(
         default="residual",
-        description="form of the extra heads: small blocks, decoder layers, a chain of layers, or no parameters at all",
+        description="form of the extra heads. residual: small blocks; layer: decoder layers; sequential: a chain of "
+        "layers; teacher_forcing: no parameters; package.module:Class: a class of your own",
     )
     horizon: int = Field(default=4, ge=1, description="number of heads, H; head h predicts the token h + 1 further on")
     trunk: Literal["joint", "detached", "frozen"] = Field(
@@ -98,9 +102,15 @@ class MTPConfig(Group):
         default="linear", description="linear never builds the logits of all heads; logits builds them. The same loss"
     )
 
+    @field_validator("kind")
+    @classmethod
+    def _kind_is_known(cls, kind: str) -> str:
+        check_name(kind, EXTRA_PATHS, "kind")
+        return kind
+
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
-        if self.trunk != "joint" and (self.kind == "teacher_forcing" or self.horizon == 1):
+        if self.trunk != "joint" and (not may_have_parameters(self.kind) or self.horizon == 1):
             raise ValueError(
                 f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves nothing that learns; "
                 "take joint, or heads that have parameters"

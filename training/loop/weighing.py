@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
 from mtp_ce.scorers.critic import CriticDeltaScorer
-from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics

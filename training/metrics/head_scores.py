@@ -75,7 +75,7 @@ def score_heads(
         _, label, live = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
         output = Unembedding.of(model.causal)  # of a sharded model, whole only after a forward
         read = [_read(output, x, label[..., h], live[..., h]) for h, x in enumerate(hidden)]
-        if len(read) < H:  # "teacher_forcing" has one head, whose rows further on are the other heads'
+        if len(read) < H:  # all heads read the rows of one, which stand further on
             read = [read[0].further(h) for h in range(H)]
         agrees = live[..., 0]
         for h, rows in enumerate(read):
@@ -84,7 +84,7 @@ def score_heads(
             parts = (rows.ce, rows.top1, rows.top5, agrees, torch.ones_like(rows.ce))
             sums[:, h] += torch.stack([torch.where(alive, part.double(), 0.0).sum() for part in parts])
     add(sums)
-    drafts = model.kind != "teacher_forcing"
+    drafts = model.heads.drafts
     results = []
     for h, (*totals, rows) in enumerate(sums.T.tolist()):
         ce, top1, top5, agreed = (total / max(rows, 1) for total in totals)

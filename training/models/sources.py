@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from mtp_ce.heads.kinds import CONFIG_FILE as HEADS_FILE
 from mtp_ce.training.config.groups import ControlScorerConfig, MTPConfig, PretrainedModelConfig, Rho1ScorerConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
@@ -25,9 +26,6 @@ Kind = Literal["language model", "critic"]
 
 PACKAGE = "package:"
 GGUF = ".gguf"
-
-# mtp_ce.heads.residual.CONFIG_FILE, which can't be imported without torch; a test compares them.
-HEADS_FILE = "mtp_heads.json"
 
 
 def sources_of(recipe: Recipe) -> dict[str, tuple[str, Kind]]:

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.groups import CriticConfig, PretrainedModelConfig, ReferenceConfig, Rho1ScorerConfig
 from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
@@ -26,7 +25,7 @@ from mtp_ce.training.console import say
 from mtp_ce.training.data.corpus import find_files
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import Ranks
-from mtp_ce.training.models.build import checkpoint_activations, llama_config
+from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
 from mtp_ce.training.models.gguf import converted_folder
 from mtp_ce.training.models.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.models.sources import local_source, sources_of
@@ -128,7 +127,7 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+        model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
     still = "" if heads.trunk == "joint" else "; the heads alone learn"
     say(out, f"model       {parameters(model)}{still}")
