@@ -87,7 +87,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
-    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.errors import RecipeError
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
@@ -124,7 +124,7 @@ def _main(argv: Sequence[str] | None) -> int:
                     print(f"run {begun} finished {when}; its model is in {begun}/model")
                 return EXIT_DONE
         output = begun or output_folder(recipe.name, arguments.output)
-        find_files(recipe.data)
+        find_corpus(recipe.data)
         find_sources(recipe)
         seeds = (arguments.seeds or 3) if comparing else None
         return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=begun is not None)

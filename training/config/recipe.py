@@ -87,7 +87,9 @@ def to_yaml(recipe: BaseModel) -> str:
 def without_password(recipe: AnyRecipe) -> AnyRecipe:
     """Give the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
     tracking = recipe.tracking
-    options = {key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()}
+    options = {
+        key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()
+    }
     hidden = tracking.model_copy(update={"uri": hide_password(tracking.uri), "options": options})
     return cast(AnyRecipe, recipe.model_copy(update={"tracking": hidden}))
 

@@ -27,7 +27,7 @@ RUN_FILE = "run.json"
 # What is in a recipe and may differ when its run is gone on with: names, and what is looked at but not learnt from.
 _NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
 # Where something lies is no matter; what lies there is hashed with the inputs of a checkpoint.
-_PLACES = {"data.corpus", "data.tokenizer", "model.source"}
+_PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:
