@@ -54,7 +54,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_evaluation, to_yaml
-    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_checkpoint
     from mtp_ce.training.tracking.tracker import build_tracker
 
@@ -71,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return EXIT_DONE
         build_tracker(recipe.tracking)
         output = output_folder("eval", arguments.output)
-        find_files(recipe.data)
+        find_corpus(recipe.data)
         # Torch and transformers load here, after all cheap checks.
         from mtp_ce.training.run.evaluate import evaluate
 

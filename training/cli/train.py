@@ -76,7 +76,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
-    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
     from mtp_ce.training.tracking.tracker import build_tracker
@@ -112,7 +112,7 @@ def _main(argv: Sequence[str] | None) -> int:
                     print(f"run {resumed} finished {when}; its model is in {resumed}/model")
                 return EXIT_DONE
         output = resumed or output_folder(recipe.name, arguments.output)
-        find_files(recipe.data)
+        find_corpus(recipe.data)
         find_sources(recipe)
         seeds = (arguments.seeds or 3) if comparing else None
         return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=resumed is not None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtp_ce.heads.kinds import EXTRA_PATHS, may_have_parameters
-from mtp_ce.registry import check_name
+from mtp_ce.registry import check_name, is_class_path
 
 
 class Group(BaseModel):
@@ -29,6 +29,11 @@ class DataConfig(Group):
         min_length=1,
         description="'stdlib' (the Python standard library's own source), a folder of files, a .jsonl, .parquet or "
         ".txt file, a glob of those, an s3:// address of any, or a data set's hub name",
+    )
+    reader: str | None = Field(
+        default=None,
+        description="a reader of your own for corpus and validation_corpus, as package.module:Class; null: chosen by "
+        "the address",
     )
     subset: str | None = Field(default=None, min_length=1, description="which part of a hub data set, by its name")
     split: str = Field(default="train", min_length=1, description="which split of a hub data set")
@@ -75,6 +80,13 @@ class DataConfig(Group):
         default="packed",
         description="packed: documents end to end, cut into rows; padded: a row each, cut at its end or padded",
     )
+
+    @field_validator("reader")
+    @classmethod
+    def _reader_is_a_class(cls, reader: str | None) -> str | None:
+        if reader is not None and not is_class_path(reader):
+            raise ValueError(f"it is '{reader}'; expected a class of your own as package.module:Class, or null")
+        return reader
 
     @model_validator(mode="after")
     def _prompts_have_completions(self) -> Self:

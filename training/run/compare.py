@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
-from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing

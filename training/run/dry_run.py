@@ -22,7 +22,7 @@ from mtp_ce.training.config.groups import CriticConfig, PretrainedModelConfig, R
 from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
-from mtp_ce.training.data.corpus import find_files
+from mtp_ce.training.data.reader import find_corpus
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
@@ -84,11 +84,11 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
 
 def _corpus(recipe: Recipe) -> str:
     data = recipe.data
-    source = find_files(data)
-    for path in source.paths:
-        if not os.access(source.root / path, os.R_OK):
-            raise RecipeError(f"{source.key} has {source.root / path}, which can't be read; see its permissions")
-    return f"{source}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
+    reader = find_corpus(data)
+    for file in reader.files:
+        if not os.access(file, os.R_OK):
+            raise RecipeError(f"data.corpus has {file}, which can't be read; see its permissions")
+    return f"{reader.describe()}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
 
 
 def _addresses(recipe: Recipe) -> dict[str, str]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.console import say
-from mtp_ce.training.data.corpus import Corpus, read_corpus, texts
+from mtp_ce.training.data.corpus import Corpus, texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import load_tokenizer, read_tokenizer
 from mtp_ce.training.data.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy

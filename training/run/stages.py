@@ -37,7 +37,7 @@ from mtp_ce.training.config.groups import (
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.critic.training import train_critic
-from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.tokens import DocumentTokens
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.interrupt import stop_on_signal

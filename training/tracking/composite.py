@@ -163,4 +163,5 @@ def describe_tracking(config: TrackingConfig) -> str:
         problem = tracker.check()
         return tracker.where() if problem is None else f"{problem}; training would continue with {METRICS_FILE}"
     except Exception as error:  # a class of the user's own may raise anything
-        return f"the tracker can't be checked ({type(error).__name__}: {' '.join(str(error).split())})"
+        reason = hide_password(" ".join(str(error).split()))
+        return f"the tracker can't be checked ({type(error).__name__}: {reason}); training would continue"
