@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training.config.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.config.frozen import CriticConfig, ReferenceConfig
+from mtp_ce.training.config.scorers.critic import CriticScorerConfig
+from mtp_ce.training.config.scorers.rho1 import Rho1ScorerConfig
 from mtp_ce.training.critic.training import build_critic
 from mtp_ce.training.data.rows import Batch, PackedRows
 from mtp_ce.training.loop.ranks import ALONE, join_ranks

@@ -21,9 +21,9 @@ def write_comparison(found: dict[str, Any], output: Path) -> list[Path]:
 
 
 def differences(found: dict[str, Any], arm: str, metric: str) -> list[float]:
-    """Give an arm's metric minus that of uniform weights, seed by seed."""
-    pairs = zip(found["results"][arm], found["results"]["uniform"], strict=True)
-    return [ours[metric] - uniform[metric] for ours, uniform in pairs]
+    """Return an arm's metric minus that of the first arm, which has uniform weights, seed by seed."""
+    baseline, *_ = found["results"].values()
+    return [ours[metric] - theirs[metric] for ours, theirs in zip(found["results"][arm], baseline, strict=True)]
 
 
 def comparison_table(found: dict[str, Any]) -> str:
@@ -32,19 +32,19 @@ def comparison_table(found: dict[str, Any]) -> str:
     Args:
         found: what comparison.json holds.
     """
-    first = found["results"]["uniform"][0]
+    baseline, *arms = found["results"]
+    first = found["results"][baseline][0]
     sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
     heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != "uniform"]
     lines = [
-        "| held-out files | head | uniform, CE in nats | " + " | ".join(f"{arm} - uniform" for arm in arms) + " |",
+        f"| held-out files | head | {baseline}, CE in nats | {' | '.join(f'{arm} - {baseline}' for arm in arms)} |",
         "| --- | ---: | ---: |" + " ---: |" * len(arms),
     ]
     for side in sides:
         for h in range(heads):
             metric = f"{side}/ce_head_{h}"
-            uniform = [result[metric] for result in found["results"]["uniform"]]
-            cells = [_spread(uniform), *(_spread(differences(found, arm, metric), "+") for arm in arms)]
+            levels = [result[metric] for result in found["results"][baseline]]
+            cells = [_spread(levels), *(_spread(differences(found, arm, metric), "+") for arm in arms)]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
     lines += ["", f"Mean ± standard deviation over {len(found['seeds'])} seeds; {found['steps']:,} steps each."]
@@ -56,10 +56,10 @@ def _draw(found: dict[str, Any], picture: Path) -> None:
     # matplotlib writes a font cache when it is first imported; a wrong recipe writes nothing.
     from mtp_ce.training.report.plot import COLOURS, open_figure
 
-    first = found["results"]["uniform"][0]
+    baseline, *arms = found["results"]
+    first = found["results"][baseline][0]
     sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
     heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    arms = [arm for arm in found["results"] if arm != "uniform"]
     figure = open_figure((4.6 * len(sides), 4.2))
     panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
     for side, axes in zip(sides, panels, strict=True):
@@ -75,7 +75,7 @@ def _draw(found: dict[str, Any], picture: Path) -> None:
         axes.set_title(f"{'all' if side == 'val' else side} held-out files", loc="left")
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("CE minus that of uniform weights [nats]\nbelow 0: better")
+    panels[0].set_ylabel(f"CE minus that of {baseline} weights [nats]\nbelow 0: better")
     panels[-1].legend(frameon=False, title=f"bar: mean of {len(found['seeds'])} seeds")
     figure.savefig(picture)
 

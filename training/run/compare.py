@@ -102,12 +102,12 @@ def _run(
 
     settings = recipe.model_dump(include={"seed", "model", "optimizer", "train", "scorer"})
     settings["row_length"] = inputs.row_length
-    asked = [] if recipe.scored_by is None else models.folders()
+    folders = [models[model.role] for model in recipe.frozen_models()]
     stage = Stage(
         kind="main",
         name=f"{name}-seed{recipe.seed}",
         what=f"{recipe.train.steps:,} steps",
-        key=stage_key("main", settings, [*inputs.digests, *map(folder_digest, asked)]),
+        key=stage_key("main", settings, [*inputs.digests, *map(folder_digest, folders)]),
         recipe=recipe,
         work=work,
     )
