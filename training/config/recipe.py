@@ -198,6 +198,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise RecipeError(
-                f"override '{override}' sets a key of '{'.'.join(groups[: depth + 1])}', which is a value and not a group"
+                f"override '{override}' sets a key of '{'.'.join(groups[: depth + 1])}', a value and not a group"
             )
     tree[leaf] = value

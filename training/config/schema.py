@@ -140,8 +140,8 @@ class Recipe(Group):
         for stage in self.scorer.scored_by.stages:
             if self.stage(stage) is None:
                 raise ValueError(
-                    f"scorer {self.scorer.name} needs a {stage} and there is none; give {stage}.source=FOLDER, an s3:// "
-                    f"address or a hub name, or {stage}.train.steps and {stage}.train.batch_size to train one"
+                    f"scorer {self.scorer.name} needs a {stage} and there is none; give {stage}.source=FOLDER, an "
+                    f"s3:// address or a hub name, or {stage}.train.steps and {stage}.train.batch_size to train one"
                 )
         return self
 
@@ -165,8 +165,8 @@ class Recipe(Group):
             )
         if self.scorer.reads_current:
             raise ValueError(
-                f"precompute_weights is true, but scorer {name} needs the losses of the model in training, which change "
-                "at every step; name a frozen model as scorer.current, if the scorer has that option"
+                f"precompute_weights is true, but scorer {name} needs the losses of the model in training, which "
+                "change at every step; name a frozen model as scorer.current, if the scorer has that option"
             )
         return self
 

@@ -124,7 +124,7 @@ class ScoreConfig(ScorerConfig, NormalizationOptions):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """eps and w_max, or the range of topk."""
+        """Bounds of softmax, eps and w_max, or of topk."""
         return (self.eps, self.w_max) if self.mode == "softmax" else (0.0, math.inf)
 
     def on_one_rank(self) -> Self:
