@@ -75,4 +75,5 @@ def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, place: int) 
         texts=token_texts(inputs.tokenizer, document.tolist()),
         weights=flat(weights),
         details={name: flat(part) for name, part in parts.items()},
+        units=weighing.units,
     )
