@@ -131,5 +131,7 @@ def test_a_recipe_from_s3_names_no_class(tmp_path, monkeypatch, key, group):
 
     (tmp_path / "recipe.yaml").write_text(f"name: theirs\n{group}\n")
     monkeypatch.setattr(folders, "fetch_file", lambda *_: tmp_path / "recipe.yaml")
-    with pytest.raises(RecipeError, match=rf"^{re.escape(key)} is 'my_scorer:Rarity' in the recipe s3://b/r\.yaml; only a"):
+    with pytest.raises(
+        RecipeError, match=rf"^{re.escape(key)} is 'my_scorer:Rarity' in the recipe s3://b/r\.yaml; only a"
+    ):
         load_recipe("s3://b/r.yaml")
