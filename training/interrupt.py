@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM as a question that the loop asks between two steps.
+"""Ctrl-C and SIGTERM, deferred to the border between two steps of a training loop.
 
-outside a loop    the exception is raised at once, as Python does for Ctrl-C by itself
-inside a loop     the first signal is noted, and the loop ends after the step; a second Ctrl-C ends it at once
+outside a loop    the exception is raised at once, as Python does for Ctrl-C
+inside a loop     the first signal sets a flag that the loop checks between steps; a second Ctrl-C raises at once
 
-A second SIGTERM says nothing new: a scheduler sends one to torchrun and to its workers, and torchrun passes its own on.
+Further SIGTERMs are ignored: a scheduler signals both torchrun and its workers, and torchrun forwards its own signal.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
 class Stop:
-    """Whether a loop was asked to end, and how."""
+    """A flag that stops a loop, with the signal that set it."""
 
     def __init__(self) -> None:
         self.signal = 0
 
     def set(self, number: int = signal.SIGINT) -> None:
-        """Ask for it."""
+        """Set the flag."""
         self.signal = number
 
     def is_set(self) -> bool:
-        """Whether anyone asked."""
+        """Return whether the flag is set."""
         return self.signal != 0
 
     def check(self) -> None:
-        """Raise StoppedError where anyone asked."""
+        """Raise StoppedError if the flag is set."""
         if self.signal:
             raise StoppedError(self.signal)
 
 
 @contextmanager
 def terminate_in_order() -> Iterator[None]:
-    """Have the first SIGTERM raise StoppedError, so that what has begun is ended as after Ctrl-C; more do nothing.
+    """Raise StoppedError on the first SIGTERM, so that the run shuts down as after Ctrl-C; ignore further ones.
 
-    Schedulers send it when they want a machine back, and torchrun to the ranks that are left when one has died.
+    Schedulers send SIGTERM to reclaim a machine, and torchrun sends it to the remaining ranks when one has died.
     """
     with _handled(signal.SIGTERM, signal.SIG_DFL, _raise_stopped):
         yield
@@ -52,20 +52,20 @@ def terminate_in_order() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Give a flag that the first Ctrl-C or SIGTERM sets; a second Ctrl-C acts at once.
+    """Yield a flag that the first Ctrl-C or SIGTERM sets; a second Ctrl-C raises at once.
 
-    It is set from the beginning where SIGTERM came in the last step of an earlier loop, which then came to its end.
+    The flag starts set if SIGTERM arrived during the last step of an earlier loop, which then completed.
 
-    An exception thrown into the middle of a step could land inside a C++ callback, where it is printed and
-    forgotten, or between an optimizer's two writes.
+    An exception raised in the middle of a step could land inside a C++ callback, where it is printed and lost, or
+    between two writes of the optimizer.
     """
     stop = Stop()
-    if signal.getsignal(signal.SIGTERM) is _has_come:
+    if signal.getsignal(signal.SIGTERM) is _ignore:
         stop.set(signal.SIGTERM)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _has_come)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _ignore)
 
     usual: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _raise_stopped}
     with ExitStack() as handlers:
@@ -75,26 +75,26 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 def ignore_sigterm() -> None:
-    """Have SIGTERM do nothing up to the end of `terminate_in_order`: what is under way is an end already.
+    """Ignore SIGTERM until the end of `terminate_in_order`, because a shutdown is already in progress.
 
-    torchrun sends one to the ranks that are left when one has failed, while they fail too.
+    torchrun sends SIGTERM to the remaining ranks when one has failed, while they are failing too.
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is _raise_stopped:
-        signal.signal(signal.SIGTERM, _has_come)
+        signal.signal(signal.SIGTERM, _ignore)
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, _has_come)
+    signal.signal(number, _ignore)
     raise StoppedError(number)
 
 
-def _has_come(number: int, frame: FrameType | None) -> None:
-    """Take a SIGTERM that is not the first."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Ignore a SIGTERM that is not the first."""
 
 
 @contextmanager
 def _handled(number: int, usual: Handler, handler: Handler) -> Iterator[None]:
-    # Only the main thread may set a handler; one that is not the usual one, such as to ignore Ctrl-C, stays.
+    # Only the main thread may set a handler; a handler that is not Python's default, such as SIG_IGN, stays.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is not usual:
         yield
         return
@@ -102,9 +102,9 @@ def _handled(number: int, usual: Handler, handler: Handler) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # What leaves a loop ends the run.
-        usual = _has_come if usual is _raise_stopped else usual
+        # An exception that leaves a loop ends the run.
+        usual = _ignore if usual is _raise_stopped else usual
         raise
     finally:
-        if not (signal.getsignal(number) is _has_come and usual is _raise_stopped):
+        if not (signal.getsignal(number) is _ignore and usual is _raise_stopped):
             signal.signal(number, usual)

@@ -216,5 +216,5 @@ def test_a_dry_run_sizes_the_model_and_writes_nothing(tmp_path):
     assert "1,000 steps" in answer.stdout
     assert f"reference   {recipe.reference.train.steps:,} steps of" in answer.stdout
     assert "scorer      rho1_excess" in answer.stdout
-    assert f"{1000 * 6 * recipe.data.sequence_length:,} in all" in answer.stdout
+    assert f"{1000 * 6 * recipe.data.sequence_length:,} in total" in answer.stdout
     assert files_below(tmp_path) == set()

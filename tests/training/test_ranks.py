@@ -284,7 +284,7 @@ def test_a_signal_to_one_rank_stops_all_before_the_same_step_with_a_checkpoint(n
 def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):
     folder, codes, said = launched
     assert codes["uneven"] == (2, 2)
-    assert said.count("train.batch_size 7 can't be dealt out to 2 ranks") == 1
+    assert said.count("train.batch_size 7 is not divisible by 2 ranks") == 1
     assert not (folder / "uneven").exists()
 
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had never been: the same parameters to the last bit, the same record."""
+"""A resumed run equals an uninterrupted one: the same parameters to the last bit, the same metrics."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def record(output: Path) -> list[dict]:
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Have the loop be stopped by SIGTERM while it does a certain step; 0 lets it go on."""
+    """Stop the loop by SIGTERM during a certain step; 0 does not stop it."""
     at = {"step": 0}
 
     class Stopping(fitting.Trainer):
@@ -92,7 +92,7 @@ def test_the_reference_of_a_stopped_run_goes_on_too(rho1, stop_at, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     quiet(recipe, tmp_path / "undisturbed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    for step in (5, 4):  # of the reference, which goes on after it, and then of the model itself
+    for step in (5, 4):  # of the reference, which resumes, and then of the model itself
         stop_at["step"] = step
         with pytest.raises(StoppedError):
             quiet(recipe, tmp_path / "stopped", resume=step == 4)
@@ -145,13 +145,13 @@ def spoil(folder: Path, how: str) -> None:
 
 
 SPOILT = {
-    "a flipped bit": "is spoilt",
-    "cut short": "is spoilt",
+    "a flipped bit": "is damaged",
+    "cut short": "is damaged",
     "a missing file": "is missing",
-    "no state": "has no state.json that can be read",
-    "half a state": "has no state.json that can be read",
-    "another state": "is spoilt: state.json is not what was written",
-    "one file more": "is spoilt: more.safetensors was not written with it",
+    "no state": "has no readable state.json",
+    "half a state": "has no readable state.json",
+    "another state": "is damaged: state.json differs from what was written",
+    "one file more": "is damaged: more.safetensors does not belong to it",
 }
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_run_is_named_and_left_alone(stopped, small, sto
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000009", run / "checkpoints" / "step-00000009")
     pipeline.train(recipe, run, Console(width=1000), resume=True)
     out = capsys.readouterr().out
-    assert "step-00000009 is of another run: optimizer.lr 0.5 instead of 0.01; an older one is used" in out
+    assert "step-00000009 belongs to another run: optimizer.lr 0.5 instead of 0.01; using an older one" in out
     assert f"resumed     after step 8, from {run}/checkpoints/step-00000008" in out
 
 
@@ -183,7 +183,9 @@ def test_a_run_without_a_checkpoint_that_can_be_used_is_not_begun_again_in_silen
     recipe, run = stopped
     for folder in (run / "checkpoints").iterdir():
         spoil(folder, "a flipped bit")
-    with pytest.raises(RecipeError, match=r"step-00000008 is spoilt.*no other checkpoint in .*checkpoints can be used"):
+    with pytest.raises(
+        RecipeError, match=r"step-00000008 is damaged.*no other checkpoint in .*checkpoints can be used"
+    ):
         quiet(recipe, run, resume=True)
 
 
@@ -192,8 +194,8 @@ RESUMED = {
         ["--resume", "auto", "--output", "run", "recipe.yaml", "optimizer.lr=0.5"],
         "optimizer.lr is 0.5",
     ),
-    "a recipe's name": (["--resume", "run", "tiny"], "takes the run's own recipe; leave out 'tiny'"),
-    "no run": (["--resume", "elsewhere"], "elsewhere is not the folder of a run"),
+    "a recipe's name": (["--resume", "run", "tiny"], "uses the run's own recipe; leave out 'tiny'"),
+    "no run": (["--resume", "elsewhere"], "elsewhere is not a run directory"),
     "auto without a folder": (["--resume", "auto"], "--resume auto needs --output DIR"),
     "two folders": (["--resume", "run", "--output", "other"], "leave out --output other"),
     "a comparison": (["compare", "--resume", "run"], "--resume belongs to a run"),
@@ -231,7 +233,7 @@ def test_what_is_left_of_a_write_that_was_killed_is_no_checkpoint(stopped, small
 
 
 def test_a_full_disk_costs_checkpoints_and_a_model_that_can_be_saved_later(small, tmp_path):
-    """A real file system of 760 kB, which holds the record and one checkpoint; then it grows, and the run goes on."""
+    """A real file system of 760 kB, which holds the record and one checkpoint; then it grows, and the run resumes."""
     recipe = small(SHORT)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     (tmp_path / "disk").mkdir()
@@ -248,7 +250,7 @@ def test_a_full_disk_costs_checkpoints_and_a_model_that_can_be_saved_later(small
     first, second, _ = done.stdout.split("code ")
     assert "the checkpoint of step 6 could not be written (No space left on device)" in first
     assert first.splitlines()[-1].startswith("train-mtp: error: No space left on device"), first
-    assert "train-mtp --resume disk/run goes on" in first
+    assert "train-mtp --resume disk/run resumes" in first
     assert second.startswith("1\n"), first
     assert "resumed     after step 3, from disk/run/checkpoints/step-00000003" in second
     assert done.stdout.endswith("code 0\n")
@@ -293,9 +295,9 @@ def test_a_run_goes_on_from_s3_where_its_machine_is_lost(small, stop_at, s3, pre
         there = storage.fetch_folder("model.source", f"s3://models/{prefix}/{run}/model")
         assert (there / "model.safetensors").read_bytes() == (tmp_path / run / "model/model.safetensors").read_bytes()
     assert cli.main(["--resume", f"s3://models/{prefix}/run", "--output", "elsewhere"]) == 2
-    assert "output folder elsewhere exists and is left alone" in capsys.readouterr().err
+    assert "output folder elsewhere exists already" in capsys.readouterr().err
     assert cli.main(["--resume", f"s3://models/{prefix}/other", "--output", "new"]) == 2
-    assert f"s3://models/{prefix}/other has no whole checkpoint" in capsys.readouterr().err
+    assert f"s3://models/{prefix}/other has no complete checkpoint" in capsys.readouterr().err
 
 
 class Command:

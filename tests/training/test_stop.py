@@ -62,7 +62,7 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
         process.kill()
     assert process.returncode == code
     assert error.splitlines() == [
-        f"train-mtp: {word}; metrics so far are in out/metrics.jsonl; train-mtp --resume out goes on"
+        f"train-mtp: {word}; metrics so far are in out/metrics.jsonl; train-mtp --resume out resumes"
     ]
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))

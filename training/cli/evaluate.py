@@ -1,7 +1,7 @@
-"""`eval-mtp`: what the heads of a trained checkpoint are worth on held-out text, and in decoding.
+"""`eval-mtp`: evaluate the heads of a checkpoint on held-out text and in speculative decoding.
 
-Every mistake that can be seen without the model is answered before torch is loaded, as by `train-mtp`: one line on
-stderr, exit code 2.
+As in `train-mtp`, errors that need no model to detect are reported before torch is loaded: one line on stderr, exit
+code 2.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mtp_ce.training.cli.command import (
 from mtp_ce.training.errors import RecipeError
 
 _EPILOG = """\
-a checkpoint is a run's folder, the model's folder in it, another folder or GGUF file, package:NAME/FILE, an s3://
-address, or a hub name. A run's own recipe says which text is held out; for others the defaults below hold.
+a checkpoint is a run directory, its model folder, another folder or GGUF file, package:NAME/FILE, an s3:// address, or
+a hub name. The recipe of a run names the held-out text; for other checkpoints the defaults of --print-config hold.
 
 examples:
   eval-mtp runs/first
@@ -33,7 +33,7 @@ examples:
   eval-mtp HuggingFaceTB/SmolLM2-135M data.corpus=my/texts data.suffix=.txt tracking.kind=none --output here
 
 exit codes:
-  0 done   1 a crash   2 a mistake in the call, nothing was measured   130 Ctrl-C
+  0 success   1 crash   2 error in the command line, nothing was measured   130 Ctrl-C
 """
 
 
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if len(checkpoints) != 1:
             raise RecipeError(f"expected one checkpoint and overrides a.b=c, got {len(checkpoints)} checkpoints")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise RecipeError("eval-mtp measures in one process; start it without a launcher")
+            raise RecipeError("eval-mtp runs in one process; start it without a launcher")
         source, beside = find_checkpoint(checkpoints[0])
         recipe = load_evaluation(beside, overrides)
         if arguments.print_config:
@@ -72,7 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
         output = output_folder("eval", arguments.output)
         find_files(recipe.data)
-        # Only here do torch and transformers load; everything above has been answered by then.
+        # Torch and transformers load here, after all cheap checks.
         from mtp_ce.training.run.evaluate import evaluate
 
         evaluate(source, recipe, output)
@@ -94,10 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         metavar="CHECKPOINT | a.b=c",
-        help="where the model is, and overrides of data, validation, tracking and device, read as YAML",
+        help="the checkpoint, and overrides of data, validation, tracking and device with YAML values",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print what would be measured on, with every default, as YAML"
+        "--print-config",
+        action="store_true",
+        help="print the evaluation recipe with every default and override, as YAML",
     )
     parser.add_argument(
         "--output",

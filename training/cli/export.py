@@ -1,7 +1,7 @@
-"""`export-mtp`: a part of a trained checkpoint as a folder that other programs read.
+"""`export-mtp`: write a part of a trained checkpoint as a folder that other programs load.
 
-What the folders hold is described in mtp_ce/serving/medusa.py. Mistakes that can be seen without the model are reported
-before torch is loaded, as by `train-mtp`: one line on stderr, exit code 2.
+See mtp_ce/serving/medusa.py for the content of the folders. As in `train-mtp`, errors that need no model to detect are
+reported before torch is loaded: one line on stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ examples:
     '{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}'
 
 exit codes:
-  0 done   1 a crash   2 a mistake in the call, nothing was written   130 Ctrl-C
+  0 success   1 crash   2 error in the command line, nothing was written   130 Ctrl-C
 """
 
 
 class ExportError(ValueError):
-    """A mistake that the caller can put right; its text names it."""
+    """A user error; the message is one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="export-mtp",
-        description="Write a part of a checkpoint as a folder that other programs read.",
+        description="Write a part of a checkpoint as a folder that other programs load.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -86,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run's folder, or a folder that MTPWrapper.save_pretrained wrote, here or at an s3:// address",
+        help="a run directory, or a folder written by MTPWrapper.save_pretrained, local or at an s3:// address",
     )
     parser.add_argument("part", choices=("base", "heads", "medusa"), help="what to write")
-    parser.add_argument("folder", metavar="DIR", help="where to write it, or an s3:// address; must not exist")
+    parser.add_argument("folder", metavar="DIR", help="output folder or s3:// address; must not exist")
     return parser
 
 
@@ -119,7 +119,7 @@ def _fetch(checkpoint: str) -> Path:
 
 @contextmanager
 def _storage() -> Iterator[ModuleType]:
-    """What reads and writes S3; whoever exports from folder to folder needs none of its packages."""
+    """Yield the module that reads and writes S3; local exports need none of its packages."""
     if missing := missing_packages("boto3", "pydantic"):
         raise ExportError(missing)
     from mtp_ce.training.storage import folders as storage
@@ -154,7 +154,7 @@ def _model_folder(checkpoint: Path) -> Path:
 
 
 def _read_heads(source: Path, part: str) -> dict[str, Any]:
-    """What the checkpoint says of its heads, which are such as `part` can be made of."""
+    """Read the configuration of the heads, and check that `part` can be exported from them."""
     try:
         heads: dict[str, Any] = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
         kind, horizon = heads["kind"], int(heads["horizon"])
@@ -169,16 +169,16 @@ def _read_heads(source: Path, part: str) -> dict[str, Any]:
     models = () if part == "heads" else (("config.json", "adapter_config.json"),)
     for names in ((_TENSORS,), *models):
         if not any((source / name).is_file() for name in names):
-            raise ExportError(f"{source} has {_CONFIG} but no {names[0]}; it is no whole checkpoint")
+            raise ExportError(f"{source} has {_CONFIG} but no {names[0]}; the checkpoint is incomplete")
     return heads
 
 
 def _check_new(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
-        raise ExportError(f"folder {folder} exists and is left alone; name another one")
+        raise ExportError(f"folder {folder} exists already; name another one")
     for parent in folder.parents:
         if parent.exists() and not parent.is_dir():
-            raise ExportError(f"folder {folder} can't be made: {parent} is a file; name another one")
+            raise ExportError(f"folder {folder} can't be created: {parent} is a file; name another one")
 
 
 def _load(source: Path) -> MTPWrapper:
@@ -188,7 +188,7 @@ def _load(source: Path) -> MTPWrapper:
     for name, cure in packages.items():
         if find_spec(name) is None:
             raise ExportError(f"exporting {source} needs {name}: pip install {cure}")
-    # Only here do torch and transformers load; everything above has been answered by then.
+    # Torch and transformers load here, after all cheap checks.
     from transformers.utils import logging
 
     from mtp_ce.hf.wrapper import MTPWrapper

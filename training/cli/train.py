@@ -1,7 +1,7 @@
 """`train-mtp`: train a model with several prediction heads from one recipe.
 
-Everything a person can get wrong on the command line or in a recipe is answered here or in what this file
-imports at its top, before torch, transformers or mlflow are loaded: one line on stderr, exit code 2.
+Errors in the command line or the recipe are reported before torch, transformers or mlflow are loaded: one line on
+stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ shipped recipes:
 
 examples:
   train-mtp                                     train the recipe 'rho1'
-  train-mtp --print-config                      show every key, its value after overrides
+  train-mtp --print-config                      print every key with its value after overrides
   train-mtp tiny train.steps=50 optimizer.lr=1e-3 --dry-run
   train-mtp my.yaml tracking.kind=none --output runs/first
-  train-mtp --resume runs/first                 go on with a run that was stopped, with its own recipe
-  train-mtp tiny --output runs/a --resume auto  begin it, or go on with it if it is there: for jobs that are restarted
-  train-mtp compare rho1 --seeds 3              uniform, the recipe's scorer and its controls, on three seeds
+  train-mtp --resume runs/first                 resume a stopped run with its own recipe
+  train-mtp tiny --output runs/a --resume auto  start the run, or resume it if it exists: for jobs that are restarted
+  train-mtp compare rho1 --seeds 3              uniform weights, the recipe's scorer and its controls, on three seeds
 
 exit codes:
-  0 done   1 a crash   2 a mistake in the call or the recipe, nothing was trained
+  0 success   1 crash   2 error in the command line or the recipe, nothing was trained
   3 loss, gradient or token weights out of bounds; the step was not taken
-  130 Ctrl-C   143 SIGTERM: a checkpoint was written first, --resume goes on from it
-torchrun itself ends with 1 for any of them but 0
+  130 Ctrl-C   143 SIGTERM; a checkpoint was written, --resume continues from it
+torchrun itself exits with 1 for any code but 0
 """
 
 
@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(argv)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED, speaks=leads())
+        return _complain("interrupted", EXIT_INTERRUPTED, prints=leads())
 
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    # Asked before anything imports one of them, and without importing any.
+    # Checked before anything imports them, and without importing them.
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
@@ -85,17 +85,17 @@ def _main(argv: Sequence[str] | None) -> int:
         if arguments.seeds and not comparing:
             raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
         if arguments.resume and comparing:
-            raise RecipeError("--resume belongs to a run; train-mtp compare goes on by itself where it stopped")
+            raise RecipeError("--resume belongs to a run; train-mtp compare reuses what it has finished by itself")
         recipes, overrides = sort_out(arguments.what[1:] if comparing else arguments.what)
         if len(recipes) > 1:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
         if arguments.dry_run and (arguments.resume or "").startswith("s3://"):
-            raise RecipeError("--resume s3://... makes a folder, which --dry-run does not; leave out one of them")
+            raise RecipeError("--resume s3://... creates a folder, and --dry-run writes nothing; leave out one of them")
         if recipes and arguments.resume not in (None, "auto"):
-            raise RecipeError(f"--resume {arguments.resume} takes the run's own recipe; leave out '{recipes[0]}'")
-        begun = run_to_resume(arguments.resume, arguments.output)
-        own = str(begun / RECIPE_FILE) if begun and not recipes else DEFAULT_RECIPE
-        recipe = load_recipe(recipes[0] if recipes else own, overrides)
+            raise RecipeError(f"--resume {arguments.resume} uses the run's own recipe; leave out '{recipes[0]}'")
+        resumed = run_to_resume(arguments.resume, arguments.output)
+        default = str(resumed / RECIPE_FILE) if resumed else DEFAULT_RECIPE
+        recipe = load_recipe(recipes[0] if recipes else default, overrides)
         if comparing:
             recipe.arms()
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -105,27 +105,27 @@ def _main(argv: Sequence[str] | None) -> int:
             return EXIT_DONE
         if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
             return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
-        if begun:
-            check_same(begun, recipe)
-            if when := finished(begun):
+        if resumed:
+            check_same(resumed, recipe)
+            if when := finished(resumed):
                 if leads():
-                    print(f"run {begun} finished {when}; its model is in {begun}/model")
+                    print(f"run {resumed} finished {when}; its model is in {resumed}/model")
                 return EXIT_DONE
-        output = begun or output_folder(recipe.name, arguments.output)
+        output = resumed or output_folder(recipe.name, arguments.output)
         find_files(recipe.data)
         find_sources(recipe)
         seeds = (arguments.seeds or 3) if comparing else None
-        return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=begun is not None)
+        return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=resumed is not None)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
 
 
 def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resume: bool) -> int:
-    # Only here do torch and transformers load; everything above has been answered by then.
+    # Torch and transformers load here, after all cheap checks.
     if dry_run:
-        from mtp_ce.training.run.dry_run import describe
+        from mtp_ce.training.run.dry_run import dry_run as print_dry_run
 
-        describe(recipe, output)
+        print_dry_run(recipe, output)
         return EXIT_DONE
     from mtp_ce.training.interrupt import terminate_in_order
     from mtp_ce.training.run.compare import compare
@@ -144,43 +144,43 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
 
 
 def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
-    """Say why a run ends early and give the exit code; a crash is raised."""
+    """Report why a run ended early and return the exit code; re-raise a crash."""
     match error:
         case RecipeError():
             return _complain(str(error), EXIT_USAGE)
         case LeaderFailedError():
             return EXIT_USAGE
         case StepRefusedError():
-            return _complain(str(error), EXIT_REFUSED, speaks=leads())
+            return _complain(str(error), EXIT_REFUSED, prints=leads())
         case StoppedError(signal=signal.SIGTERM):
-            return _complain(f"terminated{_left(output, seeds)}", EXIT_TERMINATED, speaks=leads())
+            return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
-            return _complain(f"interrupted{_left(output, seeds)}", EXIT_INTERRUPTED, speaks=leads())
+            return _complain(f"interrupted{_remains(output, seeds)}", EXIT_INTERRUPTED, prints=leads())
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             full = f"{error.strerror}: {error.filename or output}"
-            return _complain(f"{full}{_left(output, seeds)}", EXIT_CRASH, speaks=True)
+            return _complain(f"{full}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
     raise error
 
 
-def _left(output: Path, seeds: int | None) -> str:
-    """What there is of a run that did not come to its end."""
+def _remains(output: Path, seeds: int | None) -> str:
+    """Format where an unfinished run left its metrics, and how to resume it."""
     metrics = sorted(output.rglob("metrics.jsonl"))
-    said = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
+    where = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
     resumable = not seeds and any(output.rglob("state.json"))
-    return f"{said}; train-mtp --resume {output} goes on" if resumable else said
+    return f"{where}; train-mtp --resume {output} resumes" if resumable else where
 
 
 def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
-    """Give the folder of the run to go on with; None for a new one.
+    """Return the directory of the run to resume; None for a new run.
 
-    Workers that torchrun has started again go on with what they began.
+    Workers restarted by torchrun resume the run that they started.
 
     Args:
-        wanted: what --resume says: "auto", a run's folder or its copy in S3, or nothing.
-        output: what --output says.
+        wanted: value of --resume: "auto", a run directory or its copy in S3, or None.
+        output: value of --output.
 
     Raises:
-        RecipeError: there is no such run, or "auto" does not say which.
+        RecipeError: there is no such run, or "auto" comes without --output.
     """
     from mtp_ce.training.run.folder import RECIPE_FILE, RUN_FILE, fetch_run, is_run, restarted_run
 
@@ -188,18 +188,18 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
         return output if output and restarted_run(output.parent) == output else restarted_run(Path("runs"))
     if wanted == "auto":
         if output is None:
-            raise RecipeError("--resume auto needs --output DIR: the run to go on with, or to begin")
+            raise RecipeError("--resume auto needs --output DIR: the run to resume or to start")
         return output if is_run(output) else None
     if wanted.startswith("s3://"):
         if output is None:
-            raise RecipeError(f"--resume {wanted} needs --output DIR: the folder to make from what is there")
+            raise RecipeError(f"--resume {wanted} needs --output DIR: the run directory to create from the copy")
         fetch_run(wanted, output)
         return output
     folder = Path(wanted)
     if output is not None:
-        raise RecipeError(f"--resume {folder} goes on in that folder; leave out --output {output}")
+        raise RecipeError(f"--resume {folder} continues in that folder; leave out --output {output}")
     if not is_run(folder):
-        raise RecipeError(f"--resume {folder} is not the folder of a run: it has no {RECIPE_FILE} and {RUN_FILE}")
+        raise RecipeError(f"--resume {folder} is not a run directory: it has no {RECIPE_FILE} and {RUN_FILE}")
     return folder
 
 
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="train-mtp",
         usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] "
         "[--resume auto|DIR] [--seeds N]",
-        description="Train a language model that predicts several tokens at once, from one recipe.",
+        description="Train a language model with multi-token prediction heads from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -219,14 +219,14 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="*",
         metavar="compare | recipe | a.b=c",
-        help=f"a shipped recipe's name or the path of a YAML file (default: {DEFAULT_RECIPE}), and any "
-        "number of overrides, whose values are read as YAML; the word compare before them trains the recipe with "
-        "uniform weights, its own scorer and the two controls, and reports the differences",
+        help=f"name of a shipped recipe or path of a YAML file (default: {DEFAULT_RECIPE}), and any number of "
+        "overrides with YAML values; with the word compare before them, train with uniform weights, the recipe's "
+        "scorer and two controls, and report the differences",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the recipe, size the model without memory for it, say what would be done; writes nothing",
+        help="check the recipe and print steps, FLOPs and memory of the run; allocates no model and writes nothing",
     )
     parser.add_argument(
         "--print-config",
@@ -237,43 +237,43 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for metrics, plot and model; must not exist (default: runs/<recipe>-<UTC time>)",
+        help="run directory for metrics, plots and model; must not exist (default: runs/<recipe>-<UTC time>)",
     )
     parser.add_argument(
         "--resume",
         metavar="auto|DIR|s3://...",
-        help="go on with the run in DIR as if it had never stopped; auto: with the one in --output, or begin it there; "
-        "s3://...: with a copy that checkpoint.upload has made, in --output",
+        help="resume the run in DIR, bitwise equal to an uninterrupted run; auto: resume the run in --output, or start "
+        "it; s3://...: resume a copy made by checkpoint.upload, in --output",
     )
     parser.add_argument(
-        "--seeds", type=_seeds, metavar="N", help="how many seeds compare trains every scorer on (default: 3)"
+        "--seeds", type=_seeds, metavar="N", help="number of seeds that compare trains every scorer on (default: 3)"
     )
     return parser
 
 
 def _seeds(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seeds from 1")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of seeds")
     return int(text)
 
 
 def _headline(recipe: Path) -> str:
-    # The first line is a comment that says what the recipe is for; --help must work without a YAML reader.
+    # The first line of a recipe is a comment that describes it; --help must work without a YAML reader.
     with recipe.open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").rstrip()
 
 
-def _complain(message: str, code: int, speaks: bool | None = None) -> int:
-    """Say what is wrong and give the exit code.
+def _complain(message: str, code: int, prints: bool | None = None) -> int:
+    """Print an error and return the exit code.
 
-    Of several processes those of one machine find the same mistakes, and one of them says so.
+    The processes of one machine make the same errors, so one of them prints.
 
     Args:
         message: one line.
-        code: which decides how the line begins.
-        speaks: whether this process does; None means the first one of a machine.
+        code: exit code; decides the prefix of the line.
+        prints: whether this process prints; None means the first process of a machine.
     """
-    if speaks if speaks is not None else os.environ.get("LOCAL_RANK", "0") == "0":
+    if prints if prints is not None else os.environ.get("LOCAL_RANK", "0") == "0":
         error = "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
         who = "" if leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
         print(f"train-mtp: {error}{who}{message}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""The state of a loop between two steps, from which it goes on to the same last bit.
+"""Checkpoints: the state of a training loop between two steps, from which a run resumes bitwise equal.
 
-    checkpoints/step-00000200/shard-*.safetensors    parameters and moments of the optimizer: torch's DCP, a file a rank
-    checkpoints/step-00000200/state.json             the step, what decides the run, size and SHA-256 of every file
+    checkpoints/step-00000200/shard-*.safetensors    parameters and optimizer moments: torch's DCP, one file per rank
+    checkpoints/step-00000200/state.json             step, settings that decide the result, sizes and SHA-256 hashes
 
-A checkpoint is written aside and renamed when it is whole, so that one with its name is complete unless a disk has
-spoilt it. Nothing in it is pickled. It can be read by any number of ranks; the order of the data and all random numbers
-of a step follow from the seed and the step.
+A checkpoint is written to a temporary folder and renamed when complete, so a folder with the final name is complete
+unless the disk damaged it. Nothing in it is pickled. Any number of ranks can read it; the order of the data and all
+random numbers of a step follow from the seed and the step.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from mtp_ce.training.loop.ranks import Ranks, without_ties
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 
-# It is said each time that one process saves or loads for itself.
+# DCP warns on every save and load of a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-# Part of every checkpoint: raise it when one that was written before can't be read any more.
+# Version of the format, stored in every checkpoint: raise it when older checkpoints can no longer be read.
 _FORMAT = 1
 
 _PREFIX = "step-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is incomplete, spoilt, or of another run."""
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole.
+    """A complete checkpoint on disk.
 
     Attributes:
-        folder: where.
-        step: how many steps were done.
-        notes: what its writer has added, as plain values.
+        folder: its folder.
+        step: number of steps done.
+        notes: plain values added by the writer.
     """
 
     folder: Path
@@ -64,15 +64,15 @@ class Checkpoint:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one loop.
+    """The checkpoints of one training loop.
 
     Attributes:
-        folder: holds them all; made with the first one.
-        decided: what decides the run, by dotted key; one with other values is of another run.
-        keep: how many to keep, the newest.
-        ranks: who takes part.
-        warn: takes a line about one that could not be written, or is left alone.
-        written: takes the folder of one that was written.
+        folder: parent of all checkpoints; created with the first one.
+        decided: settings that decide the result, by dotted key; a checkpoint with other values belongs to another run.
+        keep: how many of the newest to keep.
+        ranks: the ranks that save and load together.
+        warn: receives one line about a checkpoint that could not be written or is skipped.
+        written: called with the folder of every checkpoint written.
     """
 
     folder: Path
@@ -85,13 +85,13 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, notes: Callable[[], dict[str, Any]]) -> bool:
         """Write a checkpoint, and remove the oldest beyond `keep`.
 
-        A disk that is full costs the checkpoint and not the run: that is a warning.
+        A full disk costs the checkpoint, not the run: it is a warning.
 
         Args:
-            step: how many steps are done.
+            step: number of steps done.
             model: sharded or not; all ranks call this together.
             optimizer: over the model's parameters.
-            notes: gives plain values to be found with it; asked on rank 0.
+            notes: returns plain values to store with the checkpoint; called on rank 0 only.
 
         Returns:
             Whether it was written.
@@ -116,51 +116,52 @@ class Checkpoints:
         return True
 
     def newest(self) -> Checkpoint | None:
-        """Find the newest one that is whole; None where there is none at all.
+        """Return the newest valid checkpoint; None if there is none at all.
 
-        Every one that is refused on the way is named in a warning.
+        Each newer checkpoint that is refused is named in a warning.
 
         Raises:
-            RecipeError: there are some, and all are refused.
+            RecipeError: checkpoints exist, and all are refused.
         """
         return self.ranks.share(self.ranks.lead(self._newest))
 
-    def load(self, found: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-        """Put a checkpoint's values into a model and its optimizer, which are of the same run.
+    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+        """Load a checkpoint's tensors into a model and its optimizer.
 
         Raises:
-            RecipeError: it has not the parameters of this model.
+            RecipeError: the checkpoint holds other parameters than this model.
         """
-        reader = HuggingFaceStorageReader(str(found.folder))
+        reader = HuggingFaceStorageReader(str(checkpoint.folder))
         stored = reader.read_metadata().state_dict_metadata
         ours = _saved(model)
         theirs = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
         if ours.keys() != theirs:
             other = sorted(ours.keys() ^ theirs)[0]
-            raise RecipeError(f"checkpoint {found.folder} is of another model: only one of both has {other}")
+            raise RecipeError(
+                f"checkpoint {checkpoint.folder} belongs to another model: only one of the two has {other}"
+            )
         tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
         parameters = dict(model.named_parameters())
         for full in stored:
             if full.startswith("optimizer."):
                 name, _, key = full.removeprefix("optimizer.").rpartition(".")
                 parameter = parameters[name].detach()
-                # A parameter's number of steps has no dimensions; what else there is has the parameter's.
-                one = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                tensors[full] = one if key == "step" else torch.zeros_like(parameter)
+                # AdamW's step counter is 0-d; its moments have the shape of the parameter.
+                counter = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                tensors[full] = counter if key == "step" else torch.zeros_like(parameter)
                 optimizer.state[parameters[name]][key] = tensors[full]
         dcp.load(tensors, storage_reader=reader, no_dist=not self.ranks.sharded)
 
     def _newest(self) -> Checkpoint | None:
-        found = sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
-        refusals = []
-        for folder in found:
+        refusals: list[str] = []
+        for folder in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True):
             try:
                 checkpoint = read_checkpoint(folder, self.decided)
             except CheckpointError as error:
                 refusals.append(str(error))
                 continue
             for refusal in refusals:
-                self.warn(f"{refusal}; an older one is used")
+                self.warn(f"{refusal}; using an older one")
             return checkpoint
         if refusals:
             raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
@@ -178,7 +179,7 @@ class Checkpoints:
         (aside / STATE_FILE).write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
         for path in aside.iterdir():
             _to_disk(path)
-        # There is one already where an earlier one was gone back to.
+        # A run resumed from an earlier checkpoint writes this one again.
         _remove(final)
         aside.rename(final)
         _to_disk(self.folder)
@@ -187,30 +188,30 @@ class Checkpoints:
 
 
 def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
-    """Check a checkpoint, byte by byte.
+    """Verify a checkpoint's settings and the hash of every file.
 
     Args:
-        folder: where it is.
-        decided: what decides the run that wants it.
+        folder: the checkpoint.
+        decided: settings that decide the result of the run that reads it.
 
     Raises:
-        CheckpointError: it is incomplete, spoilt, or of another run.
+        CheckpointError: it is incomplete, damaged, or belongs to another run.
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        written = state.pop("sha256")
+        sha256 = state.pop("sha256")
         step, theirs, notes, files = (state[name] for name in ("step", "decided", "notes", "files"))
-        known = state["format"]
+        version = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder} has no {STATE_FILE} that can be read ({_reason(error)})") from None
-    if known != _FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {known}; this version reads {_FORMAT}")
-    if written != _digest(state):
-        raise CheckpointError(f"checkpoint {folder} is spoilt: {STATE_FILE} is not what was written")
+        raise CheckpointError(f"checkpoint {folder} has no readable {STATE_FILE} ({_reason(error)})") from None
+    if version != _FORMAT:
+        raise CheckpointError(f"checkpoint {folder} has format {version}; this version reads {_FORMAT}")
+    if sha256 != _digest(state):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} differs from what was written")
     wanted = json.loads(json.dumps(dict(decided)))
     if other := sorted(name for name in wanted.keys() | theirs.keys() if wanted.get(name) != theirs.get(name)):
-        said = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
-        raise CheckpointError(f"checkpoint {folder} is of another run: {said}")
+        differences = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
+        raise CheckpointError(f"checkpoint {folder} belongs to another run: {differences}")
     try:
         present = _digests(folder)
     except OSError as error:
@@ -219,9 +220,9 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
         if name not in present:
             raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
         if present[name] != stored:
-            raise CheckpointError(f"checkpoint {folder} is spoilt: {name} is not what was written")
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} differs from what was written")
     if more := present.keys() - files.keys():
-        raise CheckpointError(f"checkpoint {folder} is spoilt: {sorted(more)[0]} was not written with it")
+        raise CheckpointError(f"checkpoint {folder} is damaged: {sorted(more)[0]} does not belong to it")
     return Checkpoint(folder, step, notes)
 
 
@@ -234,7 +235,7 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _saved(model: nn.Module) -> dict[str, Tensor]:
-    # After a validation FSDP still holds some parameters gathered; state_dict has it give them up.
+    # FSDP keeps some parameters gathered after a validation; state_dict reshards them.
     return without_ties(model, model.state_dict())
 
 
@@ -250,7 +251,7 @@ def _digests(folder: Path) -> dict[str, dict[str, Any]]:
             return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     with ThreadPoolExecutor() as threads:
-        return {path.name: found for path, found in zip(paths, threads.map(digest, paths), strict=True)}
+        return {path.name: described for path, described in zip(paths, threads.map(digest, paths), strict=True)}
 
 
 def _empty(folder: Path) -> None:
@@ -259,13 +260,13 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed does not have its name any more."""
+    """Remove a checkpoint; it is renamed first, so a partial removal never keeps the final name."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
 
 
 def _to_disk(path: Path) -> None:
-    """Have the kernel write a file or a folder's entries out."""
+    """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -274,7 +275,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What DCP has wrapped up, on this rank or another one."""
+    """Return the exception that DCP wrapped, on this rank or another."""
     if isinstance(error, CheckpointException):
         cause: BaseException = next(iter(error.failures.values()))[0]
         return cause

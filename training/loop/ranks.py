@@ -1,10 +1,10 @@
-"""The processes of a run, one to a device, that torchrun or `accelerate launch` started; or one that is alone.
+"""The ranks of a run, one process per device, started by torchrun or `accelerate launch`; or a single process.
 
-    batch of a step       the same rows for any number of ranks; rank r takes the r-th of as many equal slices
-    gradients             averaged by FSDP, so each rank divides its loss by N / ranks, N counted over the whole batch
-    loss, weights, stop   one small gather a step, so that all ranks take a step or none does
+    batch of a step       the same rows for any number of ranks; rank r takes the r-th of equal slices
+    gradients             averaged by FSDP, so each rank divides its loss by N / ranks, N counted over the global batch
+    loss, weights, stop   one small all-gather per step, so that either all ranks take a step or none does
 
-Every rank runs every forward and backward: parameters are gathered for them by all ranks together.
+Every rank runs every forward and backward, because all ranks gather the sharded parameters together.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from mtp_ce.training.interrupt import ignore_sigterm
 
 T = TypeVar("T")
 
-# What one rank does alone, such as training a critic, the others await in a collective of gloo.
+# Timeout of gloo collectives in which ranks wait for the work of rank 0, such as training a critic.
 LONGEST_WAIT = timedelta(hours=12)
-# A collective of a step; gloo knows by itself that a rank is gone, NCCL by this alone.
+# Timeout of the collectives of a step; gloo detects a lost rank by itself, NCCL only by this.
 LONGEST_STEP = timedelta(minutes=10)
-# The end of a run that failed: what rank 0 has for MLflow and S3.
+# How long the other ranks of a failed run wait for rank 0 to finish with MLflow and S3.
 LONGEST_END = timedelta(minutes=3)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who takes part.
+    """The ranks of a run, as one of them sees them.
 
     Attributes:
         rank: this process's number, from 0.
-        size: how many there are.
-        mesh: over what parameters are sharded; None for one process.
+        size: number of ranks.
+        mesh: the mesh over which parameters are sharded; None for a single process.
     """
 
     rank: int = 0
@@ -70,22 +70,22 @@ class Ranks:
 
     @property
     def sharded(self) -> bool:
-        """Whether models are sharded, over one rank or several."""
+        """Return whether models are sharded, over one rank or several."""
         return self.mesh is not None
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which alone speaks, tracks and writes."""
+        """Return whether this is rank 0, the only rank that prints, tracks and writes."""
         return self.rank == 0
 
     def check_batch(self, batch_size: int, micro_batch_size: int | None) -> None:
-        """Look whether a batch can be dealt out.
+        """Check that a batch divides evenly over the ranks.
 
         Raises:
             RecipeError: ranks would get different numbers of rows, or of micro-batches.
         """
         if batch_size % self.size:
-            raise RecipeError(f"train.batch_size {batch_size} can't be dealt out to {self.size} ranks; give a multiple")
+            raise RecipeError(f"train.batch_size {batch_size} is not divisible by {self.size} ranks; give a multiple")
         if micro_batch_size and batch_size // self.size % micro_batch_size:
             raise RecipeError(
                 f"train.micro_batch_size {micro_batch_size} does not divide the {batch_size // self.size} rows that "
@@ -93,17 +93,17 @@ class Ranks:
             )
 
     def slice(self, count: int) -> slice:
-        """This rank's part of `count` rows, which the number of ranks divides."""
+        """Return this rank's slice of `count` rows; the number of ranks divides `count`."""
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def gather(self, values: Tensor) -> Tensor:  # [k]
-        """Give what every rank gave, [ranks, k]."""
+        """Gather a tensor from every rank: [ranks, k]."""
         if self.mesh is None:
             return values[None]
-        parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values)
-        return torch.stack(parts)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values)
+        return torch.stack(gathered)
 
     def add(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
@@ -112,7 +112,7 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def share(self, value: T) -> T:
-        """Give every rank what rank 0 gave, which can be pickled."""
+        """Broadcast a picklable value from rank 0."""
         if self.mesh is None:
             return value
         box: list[Any] = [value]
@@ -121,10 +121,10 @@ class Ranks:
         return shared
 
     def lead(self, work: Callable[[], T]) -> T | None:
-        """Have rank 0 do something while the others wait; None for those.
+        """Run `work` on rank 0 while the others wait; return its result there, and None on the others.
 
         Raises:
-            LeaderFailedError: on the other ranks, where it failed.
+            LeaderFailedError: on the other ranks, if it failed.
         """
         result, failure = None, None
         if self.leads:
@@ -140,11 +140,11 @@ class Ranks:
         return result
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """Have rank 0 do what fills a cache, and then every other rank the same.
+        """Run `work` on rank 0, which fills a cache, and then on every other rank.
 
         Raises:
-            RecipeError: on rank 0, also a mistake that only another rank meets, such as a file that its machine lacks.
-            LeaderFailedError: on the other ranks, for any of them.
+            RecipeError: on rank 0, also for a mistake on another rank only, such as a file that its machine lacks.
+            LeaderFailedError: on the other ranks, if any rank failed.
         """
         result, mistake = self.lead(work), None
         if not self.leads:
@@ -152,13 +152,13 @@ class Ranks:
                 result = work()
             except RecipeError as error:
                 mistake = f"{name_of(self.rank)}: {error}"
-        if mistakes := [found for found in self._collect(mistake) if found]:
+        if mistakes := [message for message in self._collect(mistake) if message]:
             raise RecipeError(mistakes[0]) if self.leads else LeaderFailedError
         assert result is not None
         return result
 
     def _collect(self, value: T) -> list[T]:
-        """What every rank gave, which can be pickled."""
+        """Gather a picklable value from every rank."""
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -166,14 +166,14 @@ class Ranks:
         return values
 
     def shard(self, model: MTPWrapper, train: TrainConfig) -> None:
-        """Shard a model's parameters over the ranks, which hold the same ones.
+        """Shard a model's parameters over the ranks, which hold equal copies.
 
-        Decoder layers are groups of their own. Embeddings, final norm, unembedding and small heads are one: the loss
-        needs most of them at once, and tied ones are one tensor.
+        Each decoder layer is an FSDP group. Embeddings, final norm, unembedding and small heads form one more group:
+        the loss needs most of them at once, and tied ones are one tensor.
 
         Args:
-            model: on the device; without a mesh it stays as it is.
-            train: precision of forward and backward, and where parameters are in between.
+            model: on the device; unchanged without a mesh.
+            train: precision of forward and backward, and whether parameters are offloaded in between.
         """
         if self.mesh is None:
             return
@@ -181,17 +181,17 @@ class Ranks:
         heads = model.heads.layers if isinstance(model.heads, LayerHeads) else ()
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         precision = half if train.precision == "bf16" else MixedPrecisionPolicy()
-        # Memory is pinned for copies to a GPU.
+        # Pinned memory makes copies to a GPU asynchronous.
         pinned = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
         where: dict[str, Any] = {"mesh": self.mesh, "offload_policy": pinned if train.cpu_offload else OffloadPolicy()}
         for layer in (*layers, *heads):
             fully_shard(layer, mp_policy=precision, **where)
-        # What comes from outside are tokens, and numbers of the loss that bf16 would round: weights, and their divisor.
+        # The root's inputs are tokens and the loss's weights and normalizer, which a cast to bf16 would round.
         fully_shard(model, mp_policy=replace(precision, cast_forward_inputs=False), **where)
         register_fsdp_forward_method(model, "head_hidden_states")
 
     def shard_frozen(self, model: PreTrainedModel) -> None:
-        """Shard a model that only scores; its output layer, which every micro-batch needs as a whole, stays whole."""
+        """Shard a frozen scoring model; its output layer stays replicated, because every micro-batch needs it."""
         if self.mesh is None:
             return
         layers, _ = decoder_layers(model)
@@ -199,8 +199,8 @@ class Ranks:
             fully_shard(layer, mesh=self.mesh)
         fully_shard(model.base_model, mesh=self.mesh)
 
-    def whole(self, model: MTPWrapper) -> dict[str, Tensor] | None:
-        """Gather a sharded model's tensors on rank 0; empty on the others, None for one rank, which has them."""
+    def full_tensors(self, model: MTPWrapper) -> dict[str, Tensor] | None:
+        """Gather a sharded model's tensors on rank 0; empty on the others, None if the model is not sharded."""
         if self.mesh is None:
             return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -212,18 +212,18 @@ ALONE = Ranks()
 
 
 def without_ties(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out of a model's tensors all names but one of a parameter that has several."""
-    once, every = (dict(model.named_parameters(remove_duplicate=unique)) for unique in (True, False))
-    return {name: tensor for name, tensor in tensors.items() if name in once or name not in every}
+    """Drop all names but one of each tied parameter."""
+    unique, named = (dict(model.named_parameters(remove_duplicate=remove)) for remove in (True, False))
+    return {name: tensor for name, tensor in tensors.items() if name in unique or name not in named}
 
 
 def local(value: Tensor) -> Tensor:
-    """A value that all ranks hold in part, such as the norm of a sharded gradient, as a whole."""
+    """Return the full value of a DTensor, such as the norm of a sharded gradient; other tensors unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def name_of(rank: int) -> str:
-    """How a message calls this process."""
+    """Return the name of this process for messages."""
     return f"rank {rank} on {socket.gethostname()}"
 
 
@@ -234,16 +234,16 @@ def join_ranks(
     answer: Callable[[BaseException], int] | None = None,
     agreed: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Ranks]:
-    """Join the processes that were started together, as the environment says; without it, be alone.
+    """Join the process group that the launcher's environment describes; without one, run as a single process.
 
-    A process group that is there already is used and left as it is.
+    An existing process group is used and not destroyed.
 
     Args:
-        device: "cpu" or "cuda"; each rank takes the GPU of its local number.
-        train: where it asks for what FSDP does, one process is a group of its own.
-        answer: says what an exception means and gives the exit code, or raises it. One of several processes ends in
-            here with it; without this the exception is raised.
-        agreed: exceptions that all ranks end with, beside mistakes, signals and those of this file.
+        device: "cpu" or "cuda"; each rank takes the GPU of its local rank.
+        train: with bf16 or CPU offload, a single process is sharded by FSDP over itself.
+        answer: reports an exception and returns the exit code, or raises the exception. One of several processes
+            exits in here with that code; without `answer` the exception is raised.
+        agreed: exceptions that all ranks raise together, beside RecipeError, StoppedError and LeaderFailedError.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and train.precision == "fp32" and not train.cpu_offload:
@@ -254,7 +254,7 @@ def join_ranks(
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        rank, store = _meeting_place(size)
+        rank, store = _rendezvous(size)
         dist.init_process_group(backend, timeout=LONGEST_STEP, store=store, rank=rank, world_size=size)
         assert dist.group.WORLD is not None
         dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(LONGEST_WAIT)
@@ -277,11 +277,11 @@ def _leave(
     answer: Callable[[BaseException], int],
     agreed: tuple[type[BaseException], ...],
 ) -> NoReturn:
-    """End one of several processes after a failure.
+    """Exit one of several processes after a failure.
 
-    The group does not end with it: NCCL would wait for collectives that the other ranks never come to. Where all ranks
-    end for one reason, rank 0 goes first, because launchers end those that are left when one is gone; the others take
-    its exit code.
+    The process group is not destroyed: NCCL would wait for collectives that the other ranks never reach. Where all
+    ranks fail for one reason, rank 0 exits first, because launchers kill the remaining processes when one has exited;
+    the others exit with its code.
     """
     ignore_sigterm()
     try:
@@ -293,7 +293,7 @@ def _leave(
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        # Where the store is gone, rank 0 had it and is gone too.
+        # The store lives in rank 0: if it is unreachable, rank 0 has exited.
         with suppress(dist.DistError):
             if rank == 0:
                 store.set("ended", str(code))
@@ -301,12 +301,12 @@ def _leave(
                 store.wait(["ended"], LONGEST_END)
                 code = int(store.get("ended"))
     finally:
-        # No destructor of the group runs.
+        # Skips the destructor of the process group.
         os._exit(code)
 
 
-def _meeting_place(size: int) -> tuple[int, dist.Store]:
-    """This process's rank, and where processes find each other."""
+def _rendezvous(size: int) -> tuple[int, dist.Store]:
+    """Return this process's rank, and the store through which processes find each other."""
     if size == 1:
         return 0, dist.HashStore()
     store, rank, _ = next(rendezvous("env://"))
@@ -314,22 +314,25 @@ def _meeting_place(size: int) -> tuple[int, dist.Store]:
 
 
 def agree_on_round(store: dist.Store, rank: int, size: int) -> str:
-    """Give all ranks one name that no processes before them had.
+    """Agree on a name of this start of the workers that no earlier start had.
 
-    torchrun keeps one store for all starts of its workers, in which those that it starts again would find the addresses
-    of dead ones; how often it has started them differs from node to node.
+    torchrun keeps one store across restarts of its workers, in which restarted workers would find the addresses of
+    dead ones; the restart count differs between nodes, so it can't serve as the name.
 
     Args:
-        store: what all ranks see, with whatever others have left in it.
-        rank: this process's.
-        size: how many there are.
+        store: shared by all ranks; holds keys of earlier starts.
+        rank: of this process.
+        size: number of ranks.
+
+    Returns:
+        The name, equal on all ranks.
     """
     mine = uuid4().hex
     store.set(f"seen {rank}", "")
     store.set(f"name {rank}", mine)
     while True:
         if rank == 0:
-            # Some names may still be those of dead ranks, which will see nothing.
+            # Some names may be those of dead ranks, which never acknowledge.
             names = " ".join(store.get(f"name {other}").decode() for other in range(size))
             store.set("names", names)
             if all(store.get(f"seen {other}").decode() == names for other in range(1, size)):
@@ -339,12 +342,12 @@ def agree_on_round(store: dist.Store, rank: int, size: int) -> str:
             names = store.get("names").decode()
             if mine in names:
                 store.set(f"seen {rank}", names)
-            # Asked last: on the first start it is not there before all ranks have seen the names.
+            # Checked last: on the first start the key exists only after all ranks have seen the names.
             if store.check(["round"]) and mine in (names := store.get("round").decode()):
                 return _short(names)
         time.sleep(0.01)
 
 
 def _short(names: str) -> str:
-    # It goes before every key of the store.
+    # It prefixes every key of the store.
     return hashlib.sha256(names.encode()).hexdigest()[:16]

@@ -1,10 +1,10 @@
-"""Does weighting help? The same budget with uniform weights, a recipe's scorer and its two controls, on several seeds.
+"""Does weighting help? Uniform weights, a recipe's scorer and its two controls, on one budget and several seeds.
 
     difference[seed] = CE(arm, seed) - CE(uniform, seed)        nats, of one head, on held-out text
 
-Runs of one seed have the same initial weights and see the same rows in the same order, so their difference is less
-noisy than their levels. Every model is scored unweighted, on all held-out files and on the documented ones, which
-are what the reference of the recipe `rho1` was made of.
+Runs of one seed share initial weights and the order of the rows, so their difference is less noisy than their levels.
+Every model is scored unweighted, on all held-out files and on the documented ones, the kind of text that the reference
+of the recipe `rho1` is trained on.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from mtp_ce.training.tracking.mlflow import Tracking
 def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None) -> dict[str, Any]:
     """Train every arm on every seed, and write comparison.json, comparison.md and comparison.png.
 
-    A training that was finished before, in this comparison or in one that was interrupted, is not done again.
+    Finished trainings are reused from the stage cache, also those of an interrupted comparison.
 
     Args:
         recipe: names the scorer and the budget; its seed is the first one.
-        output: folder to make; it must not exist.
-        seeds: how many.
-        out: where to say what happens; None means the terminal.
+        output: folder to create; it must not exist.
+        seeds: number of seeds.
+        out: where to print; None means the terminal.
 
     Returns:
-        What comparison.json holds.
+        The content of comparison.json.
 
     Raises:
-        RecipeError: as `pipeline.train`, and where the scorer is uniform.
+        RecipeError: as `pipeline.train`, and if the scorer is uniform.
         StepRefusedError, KeyboardInterrupt: as `pipeline.train`.
     """
     transformers_logging.disable_progress_bar()
@@ -62,7 +62,7 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
     check_stages(recipe, inputs)
     make_folder(output, recipe)
     say(out, f"output      {output}")
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "recipe": recipe.name,
         "scorers": {name: arm.scorer.model_dump() for name, arm in arms.items()},
         "steps": recipe.train.steps,
@@ -74,15 +74,15 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
     with Tracking(recipe, output, partial(warn, out)) as tracking:
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
-        for seed in found["seeds"]:
+        for seed in comparison["seeds"]:
             for name, arm in arms.items():
                 own = arm.model_copy(update={"seed": seed})
-                found["results"][name].append(_run(name, own, inputs, models, output, tracking))
-        for path in write_comparison(found, output):
+                comparison["results"][name].append(_run(name, own, inputs, models, output, tracking))
+        for path in write_comparison(comparison, output):
             tracking.artifact(path)
-    out.print(comparison_table(found), soft_wrap=True, highlight=False, markup=False)
+    out.print(comparison_table(comparison), soft_wrap=True, highlight=False, markup=False)
     say(out, f"saved       {output}/comparison.json, comparison.md, comparison.png")
-    return found
+    return comparison
 
 
 def _run(
@@ -102,15 +102,15 @@ def _run(
 
     settings = recipe.model_dump(include={"seed", "model", "optimizer", "train", "scorer"})
     settings["row_length"] = inputs.row_length
-    folders = [models[model.role] for model in recipe.frozen_models()]
+    scoring = [models[model.role] for model in recipe.frozen_models()]
     stage = Stage(
         kind="main",
         name=f"{name}-seed{recipe.seed}",
         what=f"{recipe.train.steps:,} steps",
-        key=stage_key("main", settings, [*inputs.digests, *map(folder_digest, folders)]),
+        key=stage_key("main", settings, [*inputs.digests, *map(folder_digest, scoring)]),
         recipe=recipe,
         work=work,
     )
-    kept = run_stage(stage, inputs, output, tracking)
-    results: dict[str, float] = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))["results"]
+    cached = run_stage(stage, inputs, output, tracking)
+    results: dict[str, float] = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))["results"]
     return results

@@ -1,4 +1,4 @@
-"""`train-mtp --dry-run`: what a run would do, need and reach, said in seconds and without writing anything."""
+"""`train-mtp --dry-run`: print steps, sizes and reachable services of a run in seconds, without writing anything."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from mtp_ce.training.run.fitting import parameters
 from mtp_ce.training.run.inputs import find_device
 from mtp_ce.training.tracking.mlflow import METRICS_FILE, shown_by
 
-# A server that takes longer to say that it is well would hold up a dry run, and never training.
+# Timeout of the health check of an MLflow server.
 MLFLOW_TIMEOUT_S = 3.0
 
 FLOPS = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"]
 
 
-def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
+def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     """Print what `train` would do, without memory for the model and without writing anything.
 
-    Of several ranks the first one speaks, for all of them.
+    Of several ranks, rank 0 prints for all.
 
     Args:
-        recipe: what would be done.
-        output: the folder that would be made.
-        out: where to speak; None means the terminal.
+        recipe: the run.
+        output: the run directory that would be created.
+        out: where to print; None means the terminal.
 
     Raises:
-        RecipeError: a text can't be read, an address in S3 can't be reached, or the ranks can't share a batch.
+        RecipeError: a text can't be read, an address in S3 can't be reached, or a batch is not divisible by the ranks.
     """
     ranks = Ranks(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
     if not ranks.leads:
@@ -61,7 +61,7 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     if recipe.reference and recipe.reference.train:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
     device = find_device(train.device, "train.device")
-    # What may end the run comes first, so that a mistake is one line and not the last of many.
+    # Checks come first, so that an error is the only line printed.
     corpus, addresses = _corpus(recipe), _addresses(recipe)
     say(out, f"recipe      {recipe.name}: {recipe.description}")
     say(out, f"corpus      {corpus}")
@@ -76,10 +76,10 @@ def describe(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     say(
         out,
         f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
-        f"tokens: {train.steps * step_tokens:,} in all, for {recipe.model.mtp.horizon} heads",
+        f"tokens: {train.steps * step_tokens:,} in total, for {recipe.model.mtp.horizon} heads",
     )
     say(out, f"device      {device}{f', {ranks.size} ranks' if ranks.size > 1 else ''}")
-    _say_sizes(out, recipe, device, ranks)
+    _print_sizes(out, recipe, device, ranks)
     say(out, f"output      {output}")
     say(out, f"tracking    {_tracking(recipe)}")
     say(out, "dry run: nothing was written")
@@ -95,15 +95,15 @@ def _corpus(recipe: Recipe) -> str:
 
 
 def _addresses(recipe: Recipe) -> dict[str, str]:
-    """The addresses in S3 that a recipe names, all of which answer."""
-    found = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
-    if found:
+    """Return the S3 addresses that a recipe names, after checking that each can be reached."""
+    addresses = {key: value for key, value in flatten(recipe).items() if str(value).startswith("s3://")}
+    if addresses:
         # boto3 takes a second to load, and most recipes name nothing in S3.
         from mtp_ce.training.storage.folders import check_address, check_writable
 
-        for key, address in found.items():
+        for key, address in addresses.items():
             (check_writable if key == "checkpoint.upload" else check_address)(key, address)
-    return found
+    return addresses
 
 
 def _stages(recipe: Recipe) -> list[str]:
@@ -116,20 +116,20 @@ def _stages(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
+def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
     config = _trunk_config(recipe)
     if config is None:
-        say(out, "model       sized when it has been read; a dry run fetches nothing")
+        say(out, "model       size unknown: the model is not on this machine, and a dry run downloads nothing")
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
     scoring, unknown = _scoring_models(recipe, config)
-    still = "" if heads.trunk == "joint" else "; the heads alone learn"
-    say(out, f"model       {parameters(model)}{still}")
+    frozen = "" if heads.trunk == "joint" else "; only the heads are trained"
+    say(out, f"model       {parameters(model)}{frozen}")
     for key in unknown:
-        say(out, f"            {key} is not counted below: a dry run fetches nothing")
+        say(out, f"            {key} is not counted below: it is not on this machine")
 
     if recipe.precompute_weights:
         scoring = {}
@@ -137,7 +137,7 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
     tokens = train.steps * train.batch_size * S
     parts = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
     say(out, f"compute     {_flops(products.total)} per token: {', '.join(parts)}")
-    say(out, f"            {_flops(products.total * tokens)} in all, of the last stage")
+    say(out, f"            {_flops(products.total * tokens)} in total for the last stage")
 
     rows = train.micro_batch_size or train.batch_size // ranks.size
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -152,7 +152,7 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
     say(
         out,
         f"loss        linear {decimal(loss.linear)} ({loss.slab_rows:,} rows of logits at a time), "
-        f"logits {decimal(loss.logits)}, torch's own loop {decimal(loss.eager)}; the recipe says {heads.loss}",
+        f"logits {decimal(loss.logits)}, eager torch {decimal(loss.eager)}; the recipe uses {heads.loss}",
     )
     if device.type == "cuda":
         say(out, f"fits        {_fits(memory.total)}")
@@ -161,7 +161,7 @@ def _say_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks)
 def _scoring_products(
     recipe: Recipe, trunk: PreTrainedConfig, scoring: dict[str, PreTrainedModel], unknown: list[str]
 ) -> int:
-    """FLOPs of one token's weight."""
+    """Return the FLOPs of one token's weight."""
     flops = sum(forward_products(model, recipe.data.sequence_length) for model in scoring.values())
     if recipe.precompute_weights or unknown:
         return flops
@@ -174,26 +174,26 @@ def _fits(needed: int) -> str:
     free, _ = torch.cuda.mem_get_info(index)
     name = torch.cuda.get_device_name(index)
     if needed < free:
-        return f"yes: {decimal(free)} are free on {name}"
-    return f"no: {decimal(free)} are free on {name}; lower train.micro_batch_size, or start more ranks"
+        return f"yes: {decimal(free)} free on {name}"
+    return f"no: {decimal(free)} free on {name}; lower train.micro_batch_size, or start more ranks"
 
 
 def _trunk_config(recipe: Recipe) -> PreTrainedConfig | None:
-    """What the model in training looks like; None where that is not on this machine."""
+    """Return the configuration of the model in training; None if it is not on this machine."""
     if not isinstance(recipe.model, PretrainedModelConfig):
         return llama_config(recipe.model, recipe.data)
     return _config_of("model.source", recipe.model.source)
 
 
 def _config_of(key: str, source: str) -> PreTrainedConfig | None:
-    place = local_source(key, source)
+    path = local_source(key, source)
     options: dict[str, Any] = {}
-    if place and place.is_file():
-        converted = converted_folder(place)
-        place, options = (converted, {}) if converted.exists() else (place.parent, {"gguf_file": place.name})
-    if place is None:
+    if path and path.is_file():
+        converted = converted_folder(path)
+        path, options = (converted, {}) if converted.exists() else (path.parent, {"gguf_file": path.name})
+    if path is None:
         return None
-    config: PreTrainedConfig = AutoConfig.from_pretrained(place, **options)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
     return config
 
 
@@ -223,14 +223,14 @@ def _tracking(recipe: Recipe) -> str:
     if why is None:
         return shown_by(recipe)
     shown = without_password(recipe).tracking.uri
-    return f"MLflow at {shown} is not reachable: {why}; training would go on with {METRICS_FILE}"
+    return f"MLflow at {shown} is not reachable: {why}; training would write {METRICS_FILE} only"
 
 
 def _unreachable(uri: str) -> str | None:
-    """Say why MLflow can't be written to; None where it can, or where only MLflow itself could tell."""
+    """Return why MLflow can't be written to; None if it can, or if only MLflow itself can know."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        # A password belongs into a header, and this question needs none.
+        # The health check needs no credentials.
         address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
         try:
             urlopen(address, timeout=MLFLOW_TIMEOUT_S).close()
@@ -242,10 +242,10 @@ def _unreachable(uri: str) -> str | None:
     if parts.scheme == "sqlite" and parts.path not in ("", "/"):
         # sqlite:///relative, sqlite:////absolute
         file = Path(parts.path.removeprefix("/"))
-        place = file if file.exists() else file.parent
-        if not place.exists():
-            return f"there is no folder {place}"
-        return None if os.access(place, os.W_OK) else f"{place} can't be written to"
+        target = file if file.exists() else file.parent
+        if not target.exists():
+            return f"there is no folder {target}"
+        return None if os.access(target, os.W_OK) else f"{target} is not writable"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Measures a checkpoint as the report at the end of a training does, on text that it was not trained on."""
+"""Evaluate a checkpoint on held-out text, as a training does at its end."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
     """Measure a checkpoint's heads on held-out text and in decoding; write evaluation.json and evaluation.png.
 
     Args:
-        source: where the checkpoint is, as in recipes. One without heads has its own next-token head alone.
-        recipe: the text, how much of it, and MLflow.
-        output: folder to make; it must not exist.
-        out: where to say what happens; None means the terminal.
+        source: the checkpoint, named as in recipes. Without saved heads, only its next-token head is measured.
+        recipe: the text, how much of it, and tracking.
+        output: folder to create; it must not exist.
+        out: where to print; None means the terminal.
 
     Raises:
-        RecipeError: the checkpoint, the corpus or the output folder is not there or does not fit.
+        RecipeError: the checkpoint, the corpus or the output folder is missing or invalid.
     """
     transformers_logging.disable_progress_bar()
     out = out or Console()
     inputs = read_held_out(recipe, source, out)
     model = load_checkpoint(source, inputs.given["CHECKPOINT"])
-    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    # transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device).eval()
     say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
     make_folder(output, recipe)
@@ -62,10 +62,10 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
 
 
 def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
-    """Load a model with its heads, in fp32; one without heads becomes a model of one head.
+    """Load a model with its heads, in fp32; without saved heads, it gets its next-token head only.
 
     Raises:
-        RecipeError: what is saved does not fit together.
+        RecipeError: the saved files do not fit together.
     """
     try:
         if (folder / CONFIG_FILE).exists():
@@ -77,9 +77,9 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
 
 
 def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> DecodingResult | None:
-    """Decode from held-out text with the heads drafting; None where nothing drafts or no prompt is asked for.
+    """Decode held-out prompts with the heads drafting; None if no head drafts or the recipe asks for no prompts.
 
-    Prompt and continuation are cut to the positions that the model knows, half of them each.
+    Prompt and continuation are each cut to half of the model's maximum number of positions.
     """
     if not config.prompts or model.horizon == 1 or model.kind not in DRAFTING:
         return None

@@ -1,4 +1,4 @@
-"""One training of a model with prediction heads: its parts put together, gone on with where it was stopped, saved."""
+"""Train one model with prediction heads: build the parts, resume from a checkpoint, run the loop, save the model."""
 
 from __future__ import annotations
 
@@ -41,14 +41,25 @@ def fit(
     run: Tracking,
     copy: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[Trainer, list[HeadResult]]:
-    """Train one model with prediction heads; save it and the picture of its losses.
+    """Train one model with prediction heads; save it and the plot of its losses.
 
-    Where the folder has checkpoints of this training, it goes on from the newest. `copy` takes the folder of each that
-    is written, and that of the model.
+    If the folder has checkpoints of this training, it resumes from the newest.
+
+    Args:
+        recipe: model, optimizer, steps and seed.
+        inputs: texts, tokens and device.
+        rows: training rows.
+        weigh: returns the token weights of a micro-batch.
+        folder: for checkpoints, model and plot; exists.
+        run: receives metrics and files.
+        copy: called with the folder of every checkpoint written, and with that of the model.
+
+    Returns:
+        The finished loop, and its last validation, one result per head.
     """
     torch.manual_seed(recipe.seed)
-    begun_with = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
-    model = build_model(recipe, inputs.tokenizer.eos_token_id, begun_with)
+    pretrained = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
+    model = build_model(recipe, inputs.tokenizer.eos_token_id, pretrained)
     # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device)
     ranks = inputs.ranks
@@ -68,8 +79,8 @@ def fit(
         warn=partial(warn, inputs.console),
         written=copy,
     )
-    found = checkpoints.newest()
-    with Display(inputs.console, recipe.train.steps, found.step if found else 0) as display, stop_on_signal() as stop:
+    newest = checkpoints.newest()
+    with Display(inputs.console, recipe.train.steps, newest.step if newest else 0) as display, stop_on_signal() as stop:
         trainer = Trainer(
             recipe=recipe,
             model=model,
@@ -84,17 +95,19 @@ def fit(
             stop=stop,
             weight_bounds=recipe.scorer.bounds,
             ranks=ranks,
-            keep=lambda trainer: checkpoints.save(trainer.done, model, optimizer, lambda: _notes(trainer, run)),
+            save_checkpoint=lambda trainer: checkpoints.save(
+                trainer.done, model, optimizer, lambda: _notes(trainer, run)
+            ),
         )
-        if found:
-            checkpoints.load(found, model, optimizer)
-            _continue(trainer, found, run)
-            say(inputs.console, f"resumed     after step {found.step:,}, from {found.folder}")
+        if newest:
+            checkpoints.load(newest, model, optimizer)
+            _resume(trainer, newest, run)
+            say(inputs.console, f"resumed     after step {newest.step:,}, from {newest.folder}")
         results = trainer.fit()
-    tensors = ranks.whole(model)
+    tensors = ranks.full_tensors(model)
 
     def save() -> None:
-        # A resumed run may have come this far before.
+        # A resumed run may have saved its model before.
         shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
         copy(folder / "model")
@@ -109,7 +122,7 @@ def fit(
 
 
 def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
+    """Return what a checkpoint stores besides tensors."""
     validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
     return {
         "recipe": to_yaml(without_password(trainer.recipe)),
@@ -119,26 +132,26 @@ def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
     }
 
 
-def _continue(trainer: Trainer, found: Checkpoint, run: Tracking) -> None:
-    """Have a loop whose model and optimizer were loaded go on where the checkpoint was written."""
-    trainer.done = found.step
-    trainer.schedule.load_state_dict(found.notes["schedule"])
+def _resume(trainer: Trainer, checkpoint: Checkpoint, run: Tracking) -> None:
+    """Restore step, schedule, validations and metrics file; model and optimizer are loaded already."""
+    trainer.done = checkpoint.step
+    trainer.schedule.load_state_dict(checkpoint.notes["schedule"])
     for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
         group["lr"] = lr
-    validations = found.notes["validations"]
+    validations = checkpoint.notes["validations"]
     trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
-    run.rewind(found.notes["metrics_bytes"])
+    run.rewind(checkpoint.notes["metrics_bytes"])
 
 
 def parameters(model: MTPWrapper) -> str:
-    """Count a model's parameters, in words."""
+    """Format the parameter counts of a model."""
     trunk = sum(parameter.numel() for parameter in model.causal.parameters())
     heads = sum(parameter.numel() for parameter in model.heads.parameters())
     return f"{trunk + heads:,} parameters: trunk {trunk:,}, extra heads {heads:,}"
 
 
 def log_and_show(run: Tracking, display: Display) -> Callable[[int, dict[str, float]], None]:
-    """Give what takes metrics for both: the record and the screen."""
+    """Return a callback that sends metrics to the tracker and to the screen."""
 
     def log(step: int, metrics: dict[str, float]) -> None:
         run.log(step, metrics)

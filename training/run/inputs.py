@@ -1,4 +1,4 @@
-"""What all stages of a run have in common: texts, tokenizer, tokens, and the trained models that the recipe names."""
+"""Inputs shared by all stages of a run: texts, tokenizer, tokens, and the pretrained models that the recipe names."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import ALONE, Ranks
 from mtp_ce.training.models.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
 
-# Characters of training text that a tokenizer is trained on, about: what it counts is held in memory. The stride that
-# gives them is a whole number, so a corpus of less than this is read as a whole.
+# Approximate number of characters that a tokenizer is trained on; its counts are held in memory. Documents are taken
+# with an integer stride, so a smaller corpus is read completely.
 TOKENIZER_CHARACTERS = 50_000_000
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every stage reads.
+    """Inputs of every stage.
 
     Attributes:
-        console: where the run speaks.
-        device: where it computes.
-        corpus: texts.
-        tokenizer: how texts become tokens.
-        tokens: the texts' tokens, document by document.
+        console: where the run prints.
+        device: device of the models.
+        corpus: the texts.
+        tokenizer: tokenizer of the run.
+        tokens: token ids, document by document.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
-        given: folders of the models that are named as trained, by the recipe's key.
+        given: folders of the pretrained models that the recipe names, by recipe key.
         row_length: S.
         vocab_size: V of the model in training.
-        ranks: who takes part.
+        ranks: the ranks of the run.
         packing: how documents become rows.
     """
 
@@ -61,28 +61,28 @@ class Inputs:
     packing: Literal["packed", "padded"] = "packed"
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
-        """Lay documents into rows."""
+        """Pack or pad documents into rows."""
         pad: Any = self.tokenizer.pad_token_id
         kind = PackedRows if self.packing == "packed" else PaddedRows
         return kind(documents, self.row_length, pad, token_weights)
 
     @property
     def digests(self) -> list[str]:
-        """What decides the rows but their length: hashes of the texts with their split and of the tokenizer."""
+        """Return what decides the rows besides their length: hashes of texts with split and of tokenizer, packing."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()
         return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest(), self.packing]
 
 
 def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Inputs:
-    """Read everything, and look whether it fits, before a run writes anything.
+    """Read and check all inputs before a run writes anything.
 
     Raises:
-        RecipeError: the corpus, the tokenizer, a trained model or the device is not there or does not fit.
+        RecipeError: the corpus, the tokenizer, a pretrained model or the device is missing or does not fit.
     """
     device, V, sources = find_device(recipe.train.device, "train.device"), recipe.data.vocab_size, sources_of(recipe)
     given: dict[str, Path] = {}
-    # What may need a network comes first: it fails in seconds, and a tokenizer takes longer. So does the model in
-    # training, whose vocabulary the others must have.
+    # Downloads come first: they fail within seconds, and training a tokenizer takes longer. The model in training comes
+    # first among them, because the others must share its vocabulary.
     for key, (source, kind) in sources.items():
         say(console, f"given       {key}: {kind} {source}")
         given[key] = fetch_source(key, source)
@@ -93,7 +93,7 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
     assert V is not None
     tokenizer = _named_tokenizer(recipe, given, V)
     corpus = read_corpus(recipe.data)
-    _say_corpus(console, corpus)
+    _print_corpus(console, corpus)
     stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
     tokenizer = tokenizer or load_tokenizer(texts(corpus.train[::stride]), V)
     for key, folder in given.items():
@@ -103,15 +103,15 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
 
 
 def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> Inputs:
-    """Read a checkpoint's files, and the text that it is to be measured on.
+    """Read a checkpoint's files, and the text to evaluate it on.
 
     Args:
-        recipe: says which text.
-        source: where the checkpoint is; `given["CHECKPOINT"]` is its folder.
-        console: where to speak.
+        recipe: names the text.
+        source: the checkpoint; `given["CHECKPOINT"]` of the result is its folder.
+        console: where to print.
 
     Raises:
-        RecipeError: the checkpoint, its tokenizer, the corpus or the device is not there or does not fit.
+        RecipeError: the checkpoint, its tokenizer, the corpus or the device is missing or does not fit.
     """
     device = find_device(recipe.device, "device")
     say(console, f"checkpoint  {source}")
@@ -119,11 +119,11 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
     V = check_config("CHECKPOINT", source, folder, "language model", None)
     tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
     corpus = read_corpus(recipe.data)
-    _say_corpus(console, corpus)
+    _print_corpus(console, corpus)
     return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
 
 
-def _say_corpus(console: Console, corpus: Corpus) -> None:
+def _print_corpus(console: Console, corpus: Corpus) -> None:
     say(
         console,
         f"corpus      {len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out, "
@@ -153,7 +153,7 @@ def _inputs(
 
 
 def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that the recipe names, or the pretrained model's; None where one is to be trained."""
+    """Return the tokenizer that the recipe names, or the pretrained model's; None if one must be trained."""
     if named := recipe.data.tokenizer:
         return read_tokenizer(fetch_source("data.tokenizer", named), "data.tokenizer", named, vocab_size)
     if isinstance(recipe.model, PretrainedModelConfig):
@@ -162,10 +162,10 @@ def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) ->
 
 
 def find_device(wanted: str, key: str) -> torch.device:
-    """Give the device that a recipe asks for under a key: "auto", "cpu" or "cuda".
+    """Return the device that a recipe key names: "auto", "cpu" or "cuda".
 
     Raises:
-        RecipeError: it asks for a GPU and there is none.
+        RecipeError: the key is "cuda" and there is no GPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"{key} is 'cuda', but torch finds no GPU; give {key}=auto or cpu")

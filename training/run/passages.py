@@ -1,4 +1,4 @@
-"""What a scorer thinks of held-out text: passages with the weight of every token, as a page and a picture."""
+"""Token weights of held-out passages under the run's scorer, as an HTML page and a picture."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ ROWS_EACH = 3
 
 @torch.no_grad()
 def show_weights(inputs: Inputs, weighing: Weighing, model: MTPWrapper, scorer: str, folder: Path) -> list[Path]:
-    """Weigh the beginnings of some held-out documents with the trained model, and show them.
+    """Weigh the first rows of some held-out documents with the trained model; write weights.html and weights.png.
 
     Args:
         inputs: tokenizer and held-out documents.
         weighing: the run's scorer.
-        model: the trained model, whose losses the scorer may ask.
-        scorer: its name.
-        folder: where weights.html and weights.png are written.
+        model: the trained model, whose losses the scorer may use.
+        scorer: name of the scorer.
+        folder: where the two files are written.
 
     Returns:
         The two files.
     """
     model.eval()
-    passages = [_passage(inputs, weighing, model, place) for place in _choose(inputs)]
+    passages = [_passage(inputs, weighing, model, index) for index in _choose(inputs)]
     model.train()
     page, picture = folder / "weights.html", folder / "weights.png"
     title = f"{folder.name}: weights of held-out tokens"
@@ -47,33 +47,33 @@ def show_weights(inputs: Inputs, weighing: Weighing, model: MTPWrapper, scorer: 
 
 
 def _choose(inputs: Inputs) -> list[int]:
-    """Held-out documents, spread over all of them; documented ones first, because they hold prose and code."""
+    """Return indices of held-out documents, evenly spread; documented ones if any, because they mix prose and code."""
     documents = inputs.corpus.held_out
-    places = [i for i in range(len(documents)) if is_documented(documents[i])] or list(range(len(documents)))
-    return places[:: max(1, len(places) // PASSAGES)][:PASSAGES]
+    indices = [i for i in range(len(documents)) if is_documented(documents[i])] or list(range(len(documents)))
+    return indices[:: max(1, len(indices) // PASSAGES)][:PASSAGES]
 
 
-def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, place: int) -> Passage:
-    document = inputs.tokens.held_out[place][: ROWS_EACH * inputs.row_length]
-    # Packed, whatever the run's rows are: padded ones would end after the first.
+def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, index: int) -> Passage:
+    document = inputs.tokens.held_out[index][: ROWS_EACH * inputs.row_length]
+    # Packed even if the run's rows are padded: those would cut the document after its first row.
     pad: Any = inputs.tokenizer.pad_token_id
     rows = PackedRows([document], inputs.row_length, pad)
     batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
     current = NextToken.of(model.causal, batch.input_ids, batch.position_ids)
-    parts = weighing.explain(batch, current)
+    details = weighing.explain(batch, current)
     weights = weighing.weigh(batch, current).weights
-    if "score" in parts:
-        # What has no score has a neutral weight that says nothing about it.
-        weights = torch.where(parts["score"].isnan(), torch.nan, weights)
+    if "score" in details:
+        # A token without a score has the neutral weight, which would look like a result.
+        weights = torch.where(details["score"].isnan(), torch.nan, weights)
 
     def flat(tensor: Tensor) -> list[float]:
         values: list[float] = tensor.flatten()[: len(document)].tolist()
         return values
 
     return Passage(
-        title=inputs.corpus.held_out[place].path,
+        title=inputs.corpus.held_out[index].path,
         texts=token_texts(inputs.tokenizer, document.tolist()),
         weights=flat(weights),
-        details={name: flat(part) for name, part in parts.items()},
+        details={name: flat(part) for name, part in details.items()},
         units=weighing.units,
     )

@@ -1,4 +1,4 @@
-"""From a recipe to a trained model on disk: reads the inputs, runs the stages, says what came out."""
+"""From a recipe to a trained model on disk: read the inputs, run the stages, print the evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
 from mtp_ce.training.report.evaluation import say_evaluation
-from mtp_ce.training.run.folder import RECIPE_FILE, begin_run, check_same
+from mtp_ce.training.run.folder import RECIPE_FILE, check_same, start_run
 from mtp_ce.training.run.inputs import find_device, read_inputs
 from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage.folders import check_writable
@@ -34,11 +34,11 @@ def train(
     """Run a recipe from the corpus to the saved model.
 
     Args:
-        recipe: what to do.
-        output: folder to make; it must not exist, unless `resume` is set.
-        out: where to say what happens; None means the terminal.
-        resume: whether to go on with the unfinished run of the same recipe that `output` has.
-        answer: as of `join_ranks`.
+        recipe: the run.
+        output: run directory to create; it must not exist, unless `resume` is set.
+        out: where to print; None means the terminal.
+        resume: whether to resume the unfinished run of the same recipe in `output`.
+        answer: as for `join_ranks`.
 
     Returns:
         The heads on held-out text after the last step.
@@ -46,9 +46,9 @@ def train(
     Raises:
         RecipeError: the corpus, a trained model or the output folder does not fit the recipe.
         StepRefusedError: loss, gradient or weights were out of bounds; the step was not taken.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint and the metrics so far are kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint and the metrics so far are on disk.
     """
-    # transformers would draw bars of its own for files that take milliseconds.
+    # transformers would draw its own progress bars for files that load in milliseconds.
     transformers_logging.disable_progress_bar()
     device = find_device(recipe.train.device, "train.device")
     with join_ranks(device, recipe.train, answer, agreed=(StepRefusedError,)) as ranks:
@@ -60,16 +60,16 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
     ranks.lead(lambda: _check_batches(recipe, ranks))
     inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
 
-    def begin() -> None:
+    def start() -> None:
         check_stages(recipe, inputs)
         if recipe.checkpoint.upload:
             check_writable("checkpoint.upload", recipe.checkpoint.upload)
         if resume:
             check_same(output, recipe)
         else:
-            begin_run(output, recipe)
+            start_run(output, recipe)
 
-    ranks.lead(begin)
+    ranks.lead(start)
     say(out, f"output      {output}")
     with Tracking(recipe, output, partial(warn, out), records=ranks.leads) as tracking:
         tracking.artifact(output / RECIPE_FILE)

@@ -1,8 +1,8 @@
-"""Finished stages, kept by a hash of what decides them, so that nothing is trained twice.
+"""The stage cache: finished stages by a hash of everything that decides their result, so nothing is trained twice.
 
     key = sha256(kind, the stage's part of the recipe, its inputs)
 
-What changes only memory, place or words of a stage (micro-batches, device, names, logging) is not in the hash.
+Settings that change only memory, device, names or logging of a stage are not in the hash.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from mtp_ce.training.storage.cache import cache_folder
 
 StageKind = Literal["reference", "critic", "weights", "main"]
 
-# Part of every key: raise it when the code of a stage changes what comes out.
+# Part of every key: raise it when the code of a stage changes its results.
 _FORMAT = "3"
 
 
 def stage_key(kind: StageKind, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
-    """Hash everything that decides a stage.
+    """Hash everything that decides the result of a stage.
 
     Args:
         kind: which stage it is.
         settings: its part of the recipe, as plain values.
         inputs: hashes of what it reads.
     """
-    said = json.dumps([_FORMAT, kind, results_only(settings), list(inputs)], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:32]
+    text = json.dumps([_FORMAT, kind, results_only(settings), list(inputs)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def kept_stage(kind: StageKind, key: str) -> Path | None:
-    """Give the folder of a stage that was finished before, if there is one."""
+def cached_stage(kind: StageKind, key: str) -> Path | None:
+    """Return the folder of a finished stage, or None if it is not in the cache."""
     folder = _folder(kind, key)
     return folder if folder.exists() else None
 
 
-def keep_stage(kind: StageKind, key: str, folder: Path) -> Path:
-    """Copy a finished stage's folder into the cache; the copy appears as a whole or not at all."""
+def store_stage(kind: StageKind, key: str, folder: Path) -> Path:
+    """Copy the folder of a finished stage into the cache, atomically; return the copy."""
     try:
         with whole_folder(_folder(kind, key)) as aside:
             shutil.copytree(folder, aside, dirs_exist_ok=True)

@@ -1,10 +1,10 @@
-"""The stages of a run. Each writes a folder of its own and is a child of the run in MLflow.
+"""The stages of a run. Each writes its own folder and is a child run in MLflow.
 
-    reference, critic   a model that only scores; trained, or found finished, or given by the recipe
-    weights             every token weighed once, where the recipe asks for it
+    reference, critic   a frozen scoring model: trained here, reused from the cache, or named by the recipe
+    weights             all token weights computed once before training, if the recipe asks for it
     main                the model itself, weighted by the scorer
 
-A finished stage is kept in the cache by a hash of its settings and inputs, and taken from there the next time.
+A finished stage is stored in the stage cache under a hash of its settings and inputs, and reused from there.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ from mtp_ce.training.run.evaluate import decode
 from mtp_ce.training.run.fitting import fit, log_and_show
 from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
-from mtp_ce.training.run.stage_cache import StageKind, folder_digest, keep_stage, kept_stage, stage_key
+from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
 from mtp_ce.training.storage.uploads import copies
 from mtp_ce.training.tracking.mlflow import Tracking
 
-# What a finished stage says of itself, beside its model.
+# Results of a finished stage, stored beside its model.
 STAGE_FILE = "stage.json"
 WEIGHTS_FOLDER = "token_weights"
 
 
 def check_stages(recipe: Recipe, inputs: Inputs) -> None:
-    """Look for what would stop a stage that has not begun.
+    """Check for mistakes that would stop a later stage.
 
     Raises:
-        RecipeError: the reference has nothing to learn from.
+        RecipeError: there are no documents to train the reference on.
     """
     trained = {model.role for model in recipe.frozen_models() if model.source is None}
     if "reference" in trained and recipe.reference:
@@ -87,12 +87,12 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
 
 
 def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
-    """Train the model itself, measure what its heads are worth, and where tokens are weighted, show their weights."""
+    """Train the model itself, evaluate its heads, and draw token weights of held-out passages if weighted."""
     rows = inputs.rows(inputs.tokens.train)
     weigh: Weigh
     if recipe.precompute_weights:
-        made = _weights(recipe, inputs, models, output, tracking)
-        rows, weigh = inputs.rows(inputs.tokens.train, load_weights(made / WEIGHTS_FOLDER)), stored(recipe)
+        stage = _weights(recipe, inputs, models, output, tracking)
+        rows, weigh = inputs.rows(inputs.tokens.train, load_weights(stage / WEIGHTS_FOLDER)), stored(recipe)
     else:
         weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
     ranks = inputs.ranks
@@ -102,34 +102,34 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
     ):
         trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
-        # The model is saved: whatever becomes of the report, there is nothing to go on with.
+        # The model is saved: a failure of the report leaves nothing to resume.
         ranks.lead(lambda: finish(output))
         trained = Evaluation(results, inputs.unigram, trainer.validations.get(0))
-        whole = None if ranks.sharded else trainer.model
-        # Shards, optimizer and scorer make room for what the report loads.
+        trained_model = None if ranks.sharded else trainer.model
+        # Frees shards, optimizer and scorer before the report loads models.
         del trainer, weigh
-        _give_memory_back(inputs.device)
+        _free_memory(inputs.device)
 
         def report() -> Evaluation:
             evaluation = trained
-            with _warned_of_failure(inputs, output):
-                model = whole
-                # Of a sharded model this rank has a part only; the files have all of it.
+            with _failure_is_a_warning(inputs, output):
+                model = trained_model
+                # A rank holds only its shards of a sharded model; the files hold all of it.
                 if model is None:
                     model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
                     nn.Module.to(model, inputs.device)
                 evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
                 if recipe.scorer.weighted:
-                    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+                    # matplotlib writes a font cache on first import; a dry run writes nothing.
                     from mtp_ce.training.run.passages import show_weights
 
-                    # One rank alone can't ask a model that is sharded over all of them, nor for the others' scores.
+                    # Rank 0 works alone here: it can't run models sharded over all ranks, nor use the others' scores.
                     alone = recipe.model_copy(update={"scorer": recipe.scorer.on_one_rank()})
                     weighing = build_weighing(alone, models, inputs.device)
                     hold_in_precision(model, recipe.train.precision)
                     for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                         run.artifact(path)
-            with _warned_of_failure(inputs, output):
+            with _failure_is_a_warning(inputs, output):
                 run.log(recipe.train.steps, evaluation.metrics())
                 for path in write_evaluation(evaluation, output, f"{output.name}: the heads on held-out text"):
                     run.artifact(path)
@@ -140,29 +140,29 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         return evaluation
 
 
-def _give_memory_back(device: torch.device) -> None:
-    """Free what nothing but a ring of references holds, as that of a sharded module and its hooks."""
+def _free_memory(device: torch.device) -> None:
+    """Free objects held by reference cycles only, such as a sharded module and its hooks."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextmanager
-def _warned_of_failure(inputs: Inputs, output: Path) -> Iterator[None]:
-    """Make a failure of the report a line: of one that needs more memory than there is, say."""
+def _failure_is_a_warning(inputs: Inputs, output: Path) -> Iterator[None]:
+    """Turn a failure of the report, such as running out of memory, into a warning."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         warn(
             inputs.console,
-            f"the report on the trained model ended in {type(error).__name__}: {reason}. The model is saved, and "
-            f"eval-mtp {output} measures it",
+            f"the report on the trained model failed with {type(error).__name__}: {reason}. The model is saved; "
+            f"eval-mtp {output} evaluates it",
         )
 
 
 def reference_recipe(recipe: Recipe) -> Recipe:
-    """Give the recipe of the reference stage: a next-token model, uniform weights, its own loop and seed."""
+    """Return the recipe of the reference stage: a next-token model, uniform weights, its own steps and seed."""
     stage = recipe.reference
     assert stage is not None
     assert stage.train is not None
@@ -186,7 +186,7 @@ def reference_recipe(recipe: Recipe) -> Recipe:
 
 
 def documents_of(stage: ReferenceConfig, inputs: Inputs) -> DocumentTokens:
-    """Give the tokens of the documents that a reference is trained on.
+    """Return the tokens of the documents that a reference is trained on.
 
     Raises:
         RecipeError: there are none.
@@ -214,13 +214,13 @@ def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking)
         return validation_metrics(results)
 
     what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
-    digests = [*inputs.digests, *_begun_with(own.model, inputs)]
+    digests = [*inputs.digests, *_pretrained_digest(own.model, inputs)]
     key = stage_key("reference", {**settings, "documents": stage.documents}, digests)
     return run_stage(Stage("reference", "reference", what, key, own, work, together=True), inputs, output, tracking)
 
 
-def _begun_with(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
-    """The hash of the trained model that a stage begins with, if it does."""
+def _pretrained_digest(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
+    """Return the hash of the pretrained model that a stage starts from, if any."""
     return [folder_digest(inputs.given["model.source"])] if isinstance(model, PretrainedModelConfig) else []
 
 
@@ -232,7 +232,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     settings = {
         **stage.model_dump(),
         "row_length": inputs.row_length,
-        # Python decides the rewards.
+        # The rewards depend on what this Python version compiles.
         "python": sys.version_info[:2],
         "model": sizes.model_dump(exclude={"mtp"}),
         "optimizer": (stage.optimizer or recipe.optimizer).model_dump(),
@@ -250,7 +250,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
         return results
 
     what = f"a value of every token by {stage.objective} of intact and corrupted functions, {steps:,} steps"
-    key = stage_key("critic", settings, [*inputs.digests, *_begun_with(sizes, inputs)])
+    key = stage_key("critic", settings, [*inputs.digests, *_pretrained_digest(sizes, inputs)])
     return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
@@ -273,14 +273,14 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
     batch_size = recipe.validation.batch_size
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        parts = []
+        batches = []
         weighing = build_weighing(recipe, models, inputs.device)
         with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
-            for part in weigh_rows(weighing, rows, batch_size, inputs.device):
-                parts.append(part)
+            for batch in weigh_rows(weighing, rows, batch_size, inputs.device):
+                batches.append(batch)
                 display.tick()
                 stop.check()
-        weights = torch.cat(parts)[: inputs.tokens.train.token_count]
+        weights = torch.cat(batches)[: inputs.tokens.train.token_count]
         paths = [document.path for document in inputs.corpus.train]
         save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
         return {
@@ -295,16 +295,16 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing to do, once.
+    """One stage of a run.
 
     Attributes:
-        together: whether all ranks do it; else one does.
-        kind: what it is, to the cache.
-        name: its folder in the run's, and its run in MLflow.
-        what: one line for people.
+        kind: its folder in the stage cache.
+        name: its folder in the run directory, and its MLflow run.
+        what: one line for the terminal.
         key: hash of everything that decides the result.
-        recipe: its own.
-        work: does it in a folder, tracked, and gives the results by name.
+        recipe: recipe of the stage.
+        work: does the work in a folder with a tracker, and returns the results by name.
+        together: whether all ranks run it; otherwise rank 0 does.
     """
 
     kind: StageKind
@@ -317,36 +317,36 @@ class Stage:
 
 
 def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
-    """Run a stage and keep it, or find that it was kept; give the kept folder."""
+    """Run a stage and store it in the cache, or reuse it from there; return its folder in the cache."""
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
     ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
-        kept = ranks.share(kept_stage(stage.kind, stage.key))
-        reused = kept is not None
-        if kept is None:
+        cached = ranks.share(cached_stage(stage.kind, stage.key))
+        reused = cached is not None
+        if cached is None:
             say(console, f"{stage.name:<11} {stage.what}")
             results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
-            kept = ranks.share(ranks.lead(lambda: _keep(stage, folder, results or {})))
-        assert kept is not None
-        said = json.loads((kept / STAGE_FILE).read_text(encoding="utf-8"))
-        how = f"reused, unchanged since {said['finished']}" if reused else "done"
-        say(console, f"{stage.name:<11} {how}: {_shown(said['results'])}")
-        say(console, f"            {kept}")
+            cached = ranks.share(ranks.lead(lambda: _store(stage, folder, results or {})))
+        assert cached is not None
+        record = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))
+        how = f"reused, unchanged since {record['finished']}" if reused else "done"
+        say(console, f"{stage.name:<11} {how}: {_format(record['results'])}")
+        say(console, f"            {cached}")
         if ranks.leads:
-            (folder / STAGE_FILE).write_text(json.dumps({**said, "folder": str(kept)}, indent=2), encoding="utf-8")
-        run.summary(0, said["results"])
-        run.tags({"stage.key": stage.key, "stage.finished": said["finished"]})
+            (folder / STAGE_FILE).write_text(json.dumps({**record, "folder": str(cached)}, indent=2), encoding="utf-8")
+        run.summary(0, record["results"])
+        run.tags({"stage.key": stage.key, "stage.finished": record["finished"]})
         run.artifact(folder / STAGE_FILE)
-    return kept
+    return cached
 
 
-def _keep(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
+def _store(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    said = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
-    (folder / STAGE_FILE).write_text(json.dumps(said, indent=2), encoding="utf-8")
+    record = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
+    (folder / STAGE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return keep_stage(stage.kind, stage.key, folder)
+    return store_stage(stage.kind, stage.key, folder)
 
 
-def _shown(results: dict[str, float]) -> str:
+def _format(results: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in list(results.items())[:2])

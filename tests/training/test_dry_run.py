@@ -21,7 +21,7 @@ from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.run import dry_run as describe
+from mtp_ce.training.run import dry_run as module
 
 SEVEN_BILLION = [
     "model.hidden_size=4096",
@@ -43,7 +43,7 @@ def dry(tmp_path, monkeypatch) -> Callable[[Recipe], dict[str, str]]:
 
     def run(recipe: Recipe) -> dict[str, str]:
         said = io.StringIO()
-        describe.describe(recipe, Path("runs") / "one", Console(file=said, width=500))
+        module.dry_run(recipe, Path("runs") / "one", Console(file=said, width=500))
         assert list(tmp_path.iterdir()) == []
         assert not (tmp_path.parent / "no-cache").exists()
         found: dict[str, str] = {}
@@ -105,14 +105,14 @@ def test_weights_made_before_training_cost_the_training_nothing(dry, finished_ru
 
 def test_a_model_in_a_gguf_file_is_sized_before_it_is_converted(dry):
     said = dry(load_recipe("smollm2"))
-    assert "135,512,064 parameters: trunk 134,515,008, extra heads 997,056; the heads alone learn" in said["model"]
+    assert "135,512,064 parameters: trunk 134,515,008, extra heads 997,056; only the heads are trained" in said["model"]
     # Trained as fp32, whatever the file has.
     assert "weights 542.0 MB, gradients 4.0 MB, optimizer 8.0 MB" in said["memory"]
 
 
 def test_a_model_that_is_not_here_is_not_fetched(dry):
     said = dry(load_recipe("smollm2", ["model.source=nobody/no-such-model"]))
-    assert "a dry run fetches nothing" in said["model"]
+    assert "a dry run downloads nothing" in said["model"]
     assert "memory" not in said
 
 
@@ -124,9 +124,9 @@ def test_ranks_share_the_model_and_one_of_them_speaks(dry, monkeypatch):
     assert "weights 12.0 MB" in alone["memory"]
     assert "a rank of 2, 2 x 128 tokens at a time: weights 6.0 MB" in first["memory"]
     assert "2 ranks" in first["device"]
-    with pytest.raises(RecipeError, match=r"train\.batch_size 3 can't be dealt out to 2 ranks"):
+    with pytest.raises(RecipeError, match=r"train\.batch_size 3 is not divisible by 2 ranks"):
         dry(load_recipe("tiny", ["train.batch_size=3"]))
-    with pytest.raises(RecipeError, match="batch_size 7 can't be dealt out"):
+    with pytest.raises(RecipeError, match="batch_size 7 is not divisible"):
         dry(load_recipe("rho1", ["reference.train.batch_size=7"]))
     for weighted in ("rho1", "critic"):
         assert "scoring" in dry(load_recipe(weighted))["memory"]
@@ -169,7 +169,7 @@ def test_a_tracking_server_that_is_well_is_where_to_look(dry, server):
 
 
 def test_a_tracking_server_that_is_down_is_a_line_and_no_error(dry, server, monkeypatch):
-    monkeypatch.setattr(describe, "MLFLOW_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(module, "MLFLOW_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as hangs:
         uris = {
             "[Errno": "http://127.0.0.1:9",
@@ -180,7 +180,7 @@ def test_a_tracking_server_that_is_down_is_a_line_and_no_error(dry, server, monk
         for why, uri in uris.items():
             said = dry(load_recipe("tiny", [f"tracking.uri={uri}"]))["tracking"]
             assert f"not reachable: {why}" in said
-            assert "training would go on with metrics.jsonl" in said
+            assert "training would write metrics.jsonl only" in said
             assert "s3cr3t" not in said
 
 
