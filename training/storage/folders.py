@@ -26,7 +26,7 @@ from typing import Any
 from mtp_ce.training.storage.atomic import whole_folder
 from mtp_ce.training.storage.cache import cache_folder
 from mtp_ce.training.storage.objects import Stored, fetch_object, look_up
-from mtp_ce.training.storage.s3 import Address, ChangedError, StorageError, connected, error_code
+from mtp_ce.training.storage.s3 import Address, ChangedError, StorageError, connected, error_code, parse_address
 
 MANIFEST = "mtp_manifest.json"
 UNFINISHED = "mtp_upload.unfinished"
@@ -39,10 +39,15 @@ _READINGS = 3
 
 
 def fetch_folder(key: str, address: str) -> Path:
-    """Return a folder of the cache with every object below an address, downloaded where it is not there yet.
+    """Give a folder of the cache with every object below an address, loaded where it is not there yet.
+
+    Args:
+        key: the recipe's key that holds the address, for messages.
+        address: s3://bucket/prefix.
 
     Raises:
-        RecipeError: also if there is no object or only part of an upload, or an object does not match the manifest.
+        RecipeError: the address is not one, nothing or half an upload is there, an object does not fit the manifest,
+            or S3 refuses or does not answer.
     """
     place = parse_address(key, address)
     with connected(key, address, "read") as client:
@@ -50,7 +55,15 @@ def fetch_folder(key: str, address: str) -> Path:
 
 
 def fetch_file(key: str, address: str) -> Path:
-    """Return a file of the cache with the object at an address, under its own name."""
+    """Give a file of the cache with one object, under its own name.
+
+    Args:
+        key: the recipe's key that holds the address, for messages.
+        address: s3://bucket/path/name.
+
+    Raises:
+        RecipeError: the address is not one, nothing is there, or S3 refuses or does not answer.
+    """
     place = parse_address(key, address)
     name = PurePosixPath(place.key).name
     with connected(key, address, "read") as client:
@@ -58,7 +71,11 @@ def fetch_file(key: str, address: str) -> Path:
 
 
 def check_address(key: str, address: str) -> None:
-    """Check that an object, or any below the address, exists and may be read; download nothing."""
+    """Look whether an object, or any below an address, is there and may be read; loads nothing.
+
+    Raises:
+        RecipeError: the address is not one, nothing is there, or S3 refuses or does not answer.
+    """
     place = parse_address(key, address)
     with connected(key, address, "read") as client:
         from botocore.exceptions import ClientError
@@ -76,14 +93,22 @@ def check_address(key: str, address: str) -> None:
 
 
 def check_writable(key: str, address: str) -> None:
-    """Check that the bucket of a destination exists and may be listed; write nothing."""
+    """Look whether the bucket of a destination is there and may be listed; writes nothing.
+
+    Raises:
+        RecipeError: the address is not one, there is no such bucket, or S3 refuses or does not answer.
+    """
     place = parse_address(key, address)
     with connected(key, address, "written") as client:
         _page(client, place, 1)
 
 
 def check_free(key: str, address: str) -> None:
-    """Check that a folder can be uploaded to an address: nothing is there but part of an earlier upload."""
+    """Look whether a folder can be uploaded to an address: nothing is there but half of an earlier upload.
+
+    Raises:
+        RecipeError: something is there, or as `check_writable`.
+    """
     place = parse_address(key, address)
     with connected(key, address, "written") as client:
         _refuse_taken(client, place)
@@ -97,18 +122,18 @@ def upload_folder(
     stop: threading.Event | None = None,
     parallel: bool = True,
 ) -> None:
-    """Upload every file of a folder below an address, and at last the manifest that makes it complete.
+    """Write every file of a folder below an address, and at last the manifest that makes it whole.
 
     Args:
-        key: see above.
-        folder: on this machine; its files must not change meanwhile.
-        address: see above.
-        overwrite: replace a folder that exists; it is incomplete from the first byte on.
-        stop: ends the upload early, without a manifest.
-        parallel: upload the parts of a file at once, in threads that the interpreter waits for at exit.
+        key: the recipe's key or the argument that holds the address, for messages.
+        folder: on this machine; its files stay as they are meanwhile.
+        address: s3://bucket/prefix.
+        overwrite: replaces a folder that is there; it counts as not there from the first byte on.
+        stop: ends the upload early; what is there then has no manifest.
+        parallel: sends the parts of a file at once, in threads that a process waits for at its end.
 
     Raises:
-        RecipeError: also if the folder is empty or vanishes, or the address is taken.
+        RecipeError: the folder is empty or vanishes, another one is there, or S3 refuses or does not answer.
     """
     place = parse_address(key, address)
     with connected(key, address, "written") as client:
@@ -116,7 +141,6 @@ def upload_folder(
         from boto3.s3.transfer import TransferConfig
         from botocore.exceptions import ClientError
 
-        bucket, manifest, unfinished = location.bucket, f"{location.key}/{MANIFEST}", f"{location.key}/{UNFINISHED}"
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = [name for name in names if name not in (MANIFEST, UNFINISHED)]
         if not names:
@@ -151,7 +175,11 @@ def upload_folder(
 
 
 def complete_folders(key: str, address: str) -> list[str]:
-    """Return the names of the complete folders directly below an address, the oldest first."""
+    """Name the folders directly below an address whose upload is complete, the one completed longest ago first.
+
+    Raises:
+        RecipeError: the address is not one, or S3 refuses or does not answer.
+    """
     place = parse_address(key, address)
     found: list[tuple[datetime, list[int], str]] = []
     with connected(key, address, "read") as client:
@@ -164,7 +192,11 @@ def complete_folders(key: str, address: str) -> list[str]:
 
 
 def delete_folder(key: str, address: str) -> None:
-    """Delete every object below an address; the manifest is the first, so that what is left is incomplete."""
+    """Delete every object below an address, the manifest first: it counts as not there from the first one on.
+
+    Raises:
+        RecipeError: the address is not one, or S3 refuses or does not answer.
+    """
     place = parse_address(key, address)
     with connected(key, address, "deleted") as client:
         keys = [item["Key"] for item in _list(client, place)]

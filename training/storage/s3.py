@@ -1,7 +1,7 @@
 """A client of S3, and what goes wrong with one told in one line.
 
-    with connected("model.source", "s3://bucket/prefix", "read") as (client, location):
-        client.list_objects_v2(Bucket=location.bucket, Prefix=location.key)
+    with connected("model.source", "s3://bucket/prefix", "read") as client:
+        client.list_objects_v2(Bucket="bucket")
 
 Credentials, region, endpoint, addressing style and checksums come from boto3's usual places: the environment, the
 files of AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE, the machine's role. No message names a credential.
@@ -68,20 +68,42 @@ def is_s3(source: str) -> bool:
     return source.startswith(SCHEME)
 
 
+def parse_address(key: str, address: str) -> Address:
+    """Read s3://bucket/prefix.
+
+    Args:
+        key: the recipe's key that holds the address, for messages.
+        address: what it holds.
+
+    Raises:
+        RecipeError: it is no such address.
+    """
+    bucket, _, inside = address.removeprefix(SCHEME).partition("/")
+    inside = inside.rstrip("/")
+    if "@" in bucket:
+        # Shown, it would be in logs and in the run's recipe.
+        raise RecipeError(f"{key} has credentials in its address; {_PLACES}, and give s3://bucket/prefix alone")
+    if not is_s3(address) or not bucket or not inside:
+        raise RecipeError(f"{key} is '{address}'; expected s3://bucket/prefix")
+    return Address(bucket, inside)
+
+
+_PLACES = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+
+
 @contextmanager
 def connected(key: str, address: str, verb: str) -> Iterator[Any]:
     """Give a client; what boto3 raises in the block becomes one line.
 
     Args:
         key: the recipe's key that holds the address.
-        address: s3://bucket/prefix.
+        address: what the block works on.
         verb: what it can't be if the block fails: "read", "written", "deleted".
 
     Raises:
-        RecipeError: the address is malformed, boto3 is missing, credentials or endpoint are wrong, S3 refuses or does
-            not answer, an object is damaged, or a local file can't be read or written.
+        RecipeError: boto3 is missing, credentials or endpoint are wrong, S3 refuses or does not answer, an object is
+            damaged, or a local file can't be read or written.
     """
-    location = _parse(key, address)
     if find_spec("boto3") is None:
         raise RecipeError(f"{key} is '{address}', which needs boto3: pip install 'mtp_ce[train]'")
     import boto3
@@ -104,7 +126,7 @@ def connected(key: str, address: str, verb: str) -> Iterator[Any]:
             client = session.client("s3", config=config)
         except ValueError as error:
             raise StorageError(str(error)) from None
-        yield client, location
+        yield client
     except (BotoCoreError, ClientError, Boto3Error, StorageError, OSError) as error:
         reason = _without_secrets(_reason(error), session)
         raise RecipeError(f"{key} '{address}' can't be {verb}: {reason}") from None
@@ -116,17 +138,6 @@ def error_code(error: BaseException) -> str:
     told = error.__context__ if type(error).__module__ == "boto3.exceptions" else error
     response = getattr(told, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _parse(key: str, address: str) -> Location:
-    bucket, _, inside = address.removeprefix(SCHEME).partition("/")
-    inside = inside.rstrip("/")
-    if "@" in bucket:
-        # The address is not repeated: it would end up in logs and in the recipe of the run.
-        raise RecipeError(f"{key} has credentials in its address; {_SET_CREDENTIALS}, and write s3://bucket/prefix")
-    if not is_s3(address) or not bucket or not inside:
-        raise RecipeError(f"{key} is '{address}'; expected s3://bucket/prefix")
-    return Location(bucket, inside)
 
 
 def _reason(error: BaseException) -> str:
