@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Document, texts
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.reader import find_corpus, read_corpus

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Document
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.data.row_reader import Fields, RowReader

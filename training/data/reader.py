@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from mtp_ce.registry import load_class
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.errors import RecipeError
 

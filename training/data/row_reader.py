@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Document
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.errors import RecipeError

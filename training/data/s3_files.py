@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.reader import ROW_SUFFIXES, Source, find_reader
 

@@ -6,7 +6,7 @@ import sysconfig
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.reader import Source, files_below
 from mtp_ce.training.data.text_files import TextFiles
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Document, Lazy, below
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.errors import RecipeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.data.row_reader import FileRows, Row, numbered_lines
 from mtp_ce.training.errors import RecipeError

@@ -13,7 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.heads.protocol import heads_class
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import DataConfig, MTPConfig, PretrainedModelConfig, TrunkConfig
+from mtp_ce.training.config.data import DataConfig
+from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 

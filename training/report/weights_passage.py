@@ -8,7 +8,7 @@ white paper and on black.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
@@ -34,8 +34,8 @@ class Passage:
         title: what stands above it, such as the file's path.
         texts: one piece of text a token; joined they are the passage.
         weights: one a token; NaN where a token has none.
-        details: what the weights come from, by name: one number a token, NaN where unknown. Losses are in nats, and
-            so is "score", unless there is a "value" whose change it is.
+        details: what the weights come from, by name: one number a token, NaN where unknown.
+        units: unit of a detail, by name; none for one that is not listed.
 
     Raises:
         ValueError: weights or a detail is not as long as texts.
@@ -45,6 +45,7 @@ class Passage:
     texts: Sequence[str]
     weights: Sequence[float]
     details: Mapping[str, Sequence[float]]
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, numbers in {"weights": self.weights, **self.details}.items():
@@ -91,9 +92,3 @@ def summary(passage: Passage) -> str:
     ess = weights.sum() ** 2 / np.square(weights).sum()
     share = ess / len(weights)
     return f"{counted}; mean weight {weights.mean():.3f}; effective sample size {ess:,.0f} tokens ({share:.0%})"
-
-
-def unit_of(name: str, passage: Passage) -> str:
-    """Give the unit of a detail: nats, or nothing for a critic's value and its changes."""
-    is_value = name == "value" or (name == "score" and "value" in passage.details)
-    return "" if is_value else "nats"

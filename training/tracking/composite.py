@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mtp_ce.training.config.groups import TrackingConfig
 from mtp_ce.training.config.recipe import flatten, hide_password, without_password
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
+from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.tracking.jsonl import METRICS_FILE, MetricsFile
 from mtp_ce.training.tracking.none import NoTracker
 from mtp_ce.training.tracking.tracker import Status, Tracker, Warn, build_tracker

@@ -25,8 +25,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from mtp_ce.training.config.groups import TrackingConfig
 from mtp_ce.training.config.recipe import hide_password
+from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.tracking.jsonl import METRICS_FILE
 from mtp_ce.training.tracking.tracker import Status, Tracker, Warn

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtp_ce.training.config.groups import TrackingConfig
+from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.tracking.jsonl import METRICS_FILE
 from mtp_ce.training.tracking.tracker import Status, Tracker, Warn
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mtp_ce.registry import load_class
-from mtp_ce.training.config.groups import TrackingConfig
+from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.errors import RecipeError
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
