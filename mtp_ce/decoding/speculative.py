@@ -299,7 +299,7 @@ def _new_cache(causal: Any) -> DynamicCache:
 
 def _crop(layers: list[Any], positions: int) -> None:
     for layer in layers:
-        # The cache of a head that has not drafted yet is empty; transformers before 5.18 can't crop it.
+        # The cache of a head that has not drafted yet is empty; transformers before 5.22 can't crop it.
         if isinstance(layer, DynamicLayer) and not layer.get_seq_length():
             continue
         # A layer that records its past must be cropped also when nothing was rejected.
