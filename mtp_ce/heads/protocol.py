@@ -98,7 +98,7 @@ class Heads(nn.Module):
 
     @property
     def output_count(self) -> int:
-        """How many tensors `forward` returns, each of which is multiplied with the unembedding."""
+        """How many tensors `forward` returns, each multiplied with the unembedding: H, or 1 that serves all heads."""
         return self.horizon
 
     @property

@@ -26,23 +26,31 @@ def head_hidden_states(
 
     Returns:
         The hidden states [B, S, D] of the heads, and the balancing loss [] of the model's routers where the call or the
-        configuration asks for it and the trunk is trained, else None.
+        configuration requests it and the trunk is trained, else None.
+
+    Raises:
+        ValueError: the heads return another number of tensors than they declare.
     """
     # The check also refuses heads with routers of their own, whether the trunk is trained or not.
     balances = wants_router_loss(causal, heads, inputs.get("output_router_logits")) and joint
     trains = joint and torch.is_grad_enabled()
-    if not heads.reads_last_layer:
+    if heads.reads_last_layer:
+        layers, norm = decoder_layers(causal)
+        with torch.set_grad_enabled(trains), observed(layers[-1]) as call:
+            hidden, router_loss = _run(causal, inputs, balances)
+            tokens = inputs.get("inputs_embeds")
+            if tokens is None:
+                tokens = causal.get_input_embeddings()(inputs["input_ids"])
+        outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens))
+    else:
         with torch.set_grad_enabled(trains):
             hidden, router_loss = _run(causal, inputs, balances)
-        outputs: list[Tensor] = heads(hidden)
-        return outputs, router_loss
-    layers, norm = decoder_layers(causal)
-    with torch.set_grad_enabled(trains), observed(layers[-1]) as call:
-        hidden, router_loss = _run(causal, inputs, balances)
-        tokens = inputs.get("inputs_embeds")
-        if tokens is None:
-            tokens = causal.get_input_embeddings()(inputs["input_ids"])
-    outputs = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens))
+        outputs = heads(hidden)
+    if len(outputs) != heads.output_count:
+        raise ValueError(
+            f"heads of the kind {heads.kind!r} returned {len(outputs)} tensors; expected {heads.output_count}, "
+            "head 0's hidden state first."
+        )
     return outputs, router_loss
 
 

@@ -76,10 +76,9 @@ class MTPWrapper(PreTrainedModel):
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
-        ValueError: an encoder-decoder model, one whose logits are made by more than a linear layer, a scale and a
-            softcap, a horizon below 1, an unknown kind or mode, nothing left to train, a term of the loss out of its
-            range, or output_router_logits in the configuration of a model without that loss, or with heads that have
-            routers of their own.
+        ValueError: an encoder-decoder model, one whose logits are more than a linear layer, a scale and a softcap, an
+            argument out of its range, nothing to train, or output_router_logits in the configuration of a model without
+            that loss or with heads that have routers of their own.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -236,7 +235,7 @@ class MTPWrapper(PreTrainedModel):
         """
         return self._hidden_states(**inputs)[0]
 
-    # Separate from the public method, around which sharded parameters are gathered: in forward they already are.
+    # Separate from the public method, around which FSDP gathers parameters: in forward they are gathered already.
     def _hidden_states(self, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
@@ -376,8 +375,6 @@ class MTPWrapper(PreTrainedModel):
                 "model and heads, and mtp_ce.MTPTrainer resumes in place of transformers.Trainer."
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    # The embeddings are the model's own; all heads share the output embeddings.
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the model's input embeddings."""

@@ -30,6 +30,11 @@ class ScaledHeads(Heads):
         return [hidden, *(hidden * scale for scale in self.scales)]
 
 
+class OneTooFew(ScaledHeads):
+    def forward(self, hidden, trunk=None):
+        return super().forward(hidden)[1:]
+
+
 class NotHeads:
     pass
 '''
@@ -74,6 +79,17 @@ def test_a_head_kind_from_outside_trains_drafts_and_is_loaded_again(tmp_path):
     assert main([*source, *further, "data.corpus=text", "--output", "further"]) == 0
     longer = MTPWrapper.from_pretrained(tmp_path / "further" / "model")
     assert all(torch.equal(x, y) for x, y in zip(longer.model.parameters(), wrapper.model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("own_heads")
+def test_heads_that_forget_head_0_are_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wrapper = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes)), 3, heads="own_heads:OneTooFew")
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="returned 2 tensors; expected 3, head 0's hidden state first"):
+        wrapper(tokens, labels=tokens)
 
 
 @pytest.mark.usefixtures("own_heads")

@@ -75,7 +75,7 @@ def score_heads(
         _, label, live = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
         output = Unembedding.of(model.causal)  # of a sharded model, whole only after a forward
         read = [_read(output, x, label[..., h], live[..., h]) for h, x in enumerate(hidden)]
-        if len(read) < H:  # all heads read the rows of one, which stand further on
+        if len(read) < H:  # one hidden state serves all heads: head h's rows are head 0's, h positions later
             read = [read[0].further(h) for h in range(H)]
         agrees = live[..., 0]
         for h, rows in enumerate(read):
