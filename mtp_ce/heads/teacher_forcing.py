@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtp_ce.checks import check_normalizer, check_options, check_tensors
+from mtp_ce.checks import check_inputs
 from mtp_ce.loss import MTPLoss, MTPStats
 from mtp_ce.ops.rows import row_coefficients, row_targets
+from mtp_ce.options import LossInputs, LossOptions
 
 IGNORE = -100
 
@@ -48,16 +49,13 @@ def teacher_forced(
     Raises:
         TypeError, ValueError: as `weighted_mtp_ce` of H heads.
     """
-    check_options(shift=shift, weight_alignment=weight_alignment)
+    options = LossOptions(shift=shift, weight_alignment=weight_alignment)
+    inputs = LossInputs(labels, token_weights, document_ids=document_ids, normalizer=normalizer)
     shape = (hidden.shape[0], hidden.shape[1], H, hidden.shape[2])
-    check_tensors(hidden, shape, labels, token_weights, weight_alignment, None, None, document_ids, "hidden")
-    check_normalizer(normalizer, "mean", hidden.device, "hidden")
+    check_inputs(hidden, shape, inputs, options, "hidden")
     B, S = labels.shape
     place, _, live = row_targets(labels, None, document_ids, H=H, shift=shift, ignore_index=IGNORE)
-    _, coefficient = row_coefficients(
-        place, live, token_weights, None,
-        over_horizon=False, target_weights=weight_alignment == "target", dtype=torch.float32,
-    )  # fmt: skip
+    _, coefficient = row_coefficients(place, live, inputs, options, torch.float32)
     moved = coefficient.new_zeros(B, S)
     for h in range(min(H, S)):
         moved = moved + F.pad(coefficient[:, : S - h, h], (h, 0))

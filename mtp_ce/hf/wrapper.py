@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mtp_ce.checks import check_options, saved_tensors_are_hooked
+from mtp_ce.checks import saved_tensors_are_hooked
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.layers import LayerHeads, decoder_layers, watched
 from mtp_ce.heads.residual import CONFIG_FILE, MTPHeads
@@ -34,7 +34,8 @@ from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.router_loss import coefficient, routed, wants_router_loss
 from mtp_ce.hf.saved_heads import SavedHeads
 from mtp_ce.linear import weighted_mtp_linear_ce
-from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, weighted_mtp_ce
+from mtp_ce.loss import MTPLoss, MTPStats, weighted_mtp_ce
+from mtp_ce.options import CallOptions, LossOptions
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.unembedding import Unembedding
 
@@ -113,7 +114,7 @@ class MTPWrapper(PreTrainedModel):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
-        check_options(label_smoothing=label_smoothing, z_loss=z_loss)
+        LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)  # checks them
         causal = causal_model(model)
         if heads == "none" and horizon > 1:
             warnings.warn(f"horizon is {horizon} with heads='none'; there is one head.", stacklevel=2)
