@@ -25,7 +25,9 @@ from benchmarks import results
 from benchmarks.clock import DEVICE, HAS_GPU, cool_caches, copy_bandwidth, timed
 from benchmarks.shapes import MODELS
 from mtp_ce.kernels import backward, forward, forward_backward, tiles
-from mtp_ce.ops.chunks import make_slab
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.ops.chunks import new_logits
+from mtp_ce.options import LossInputs, LossOptions
 
 STRIPS, THREADS = (1, 2, 4, 8), (128, 256, 512, 1024)
 PROGRAMS = (4, 8, 16, 32, 64)
@@ -42,9 +44,9 @@ class Problem(NamedTuple):
     softcap: float | None = None
 
     @property
-    def loss(self) -> dict[str, Any]:
+    def loss(self) -> LossOptions:
         """The options of a loss."""
-        return {"softcap": self.softcap, "z_loss": 0.0, "label_smoothing": 0.0}
+        return LossOptions(weight_alignment="target", softcap=self.softcap)
 
 
 Cut = tuple[tiles.Tile, ...]  # a tile for each of a launcher's choices
@@ -66,31 +68,26 @@ def _tensors(problem: Problem, device: torch.device) -> tuple[torch.Tensor, torc
     return logits, torch.randint(V, (1, P), device=device), torch.rand(1, P, device=device) + 0.1
 
 
-RULE = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100}
-
-
 def _forward(problem: Problem, device: torch.device) -> Callable[[], None]:
     logits, labels, weights = _tensors(problem, device)
 
     def call() -> None:
-        forward.launch_forward(
-            [logits], labels, weights, None, None, None, with_top1=False, with_shares=False, **RULE, **problem.loss
-        )  # fmt: skip
+        inputs = LossInputs(labels, weights)
+        forward.launch_forward([logits], inputs, problem.loss, with_top1=False, with_d_weights=False)
 
     return call
 
 
 def _backward(problem: Problem, device: torch.device) -> Callable[[], None]:
     logits, labels, weights = _tensors(problem, device)
-    d_logits, tensors = torch.empty_like(logits), (labels, weights, None, None, None)
-    found = forward.launch_forward([logits], *tensors, with_top1=False, with_shares=False, **RULE, **problem.loss)
+    d_logits, inputs = torch.empty_like(logits), LossInputs(labels, weights)
+    found = forward.launch_forward([logits], inputs, problem.loss, with_top1=False, with_d_weights=False)
     factor = torch.ones((), device=device)
 
     def call() -> None:
         backward.launch_backward(
-            torch.ones_like(found.out), [logits], [d_logits], *tensors, found.row_max, found.log_sum, factor,
-            **RULE, **problem.loss,
-        )  # fmt: skip
+            torch.ones_like(found.out), [logits], [d_logits], inputs, problem.loss, found.row_max, found.log_sum, factor
+        )
 
     return call
 
@@ -98,7 +95,7 @@ def _backward(problem: Problem, device: torch.device) -> Callable[[], None]:
 def _slab(problem: Problem, device: torch.device) -> Callable[[], None]:
     # Rows as far apart as the linear path has them.
     unembed = torch.empty(problem.V, 1, dtype=problem.dtype, device=device)
-    slab = make_slab(unembed, problem.P * problem.H).normal_(0, 3)
+    slab = new_logits(unembed, problem.P * problem.H).normal_(0, 3)
     label = torch.randint(problem.V, (len(slab),), dtype=torch.int32, device=device)
     coefficient, ce, row_loss, lse = (torch.ones(len(slab), device=device) for _ in range(4))
     read = torch.ones(len(slab), dtype=torch.bool, device=device)
@@ -106,8 +103,8 @@ def _slab(problem: Problem, device: torch.device) -> Callable[[], None]:
     def call() -> None:
         # Its own gradient is its next input: as wide a row as any, and no copy between the rounds.
         forward_backward.launch_forward_backward(
-            slab, label, coefficient, read, ce, row_loss, lse, None, gradient=True, **problem.loss
-        )  # fmt: skip
+            slab, Rows(label, coefficient, read), RowResults(ce, row_loss, lse, None), problem.loss, gradient=True
+        )
 
     return call
 
@@ -121,7 +118,7 @@ BOTH = (torch.bfloat16, torch.float32)
 # First what a target is read from, in case that there is no time for the others.
 KERNELS = {
     "slab": Kernel(
-        forward_backward, ("slab_tile", "backward_tile"), _slab, 2, _problems(4096, 1, torch.bfloat16)
+        forward_backward, ("chunk_tile", "backward_tile"), _slab, 2, _problems(4096, 1, torch.bfloat16)
     ),
     "forward": Kernel(forward, ("forward_tile",), _forward, 1, _problems(2048, 4, *BOTH)),
     "backward": Kernel(backward, ("backward_tile",), _backward, 2, _problems(2048, 4, *BOTH)),

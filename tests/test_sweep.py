@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.options import LossOptions
+
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -100,8 +103,8 @@ def test_the_slab_is_cut_as_the_linear_path_cuts_it(sweep: ModuleType, monkeypat
     """An odd vocabulary has rows that begin at vectors, and the softcap arrives."""
     seen: list[tuple[tuple[int, int], int, float | None]] = []
 
-    def spy(slab: torch.Tensor, *_: torch.Tensor, softcap: float | None, **options: object) -> None:
-        seen.append((tuple(slab.shape), slab.stride(0) * slab.element_size() % 16, softcap))
+    def spy(logits: torch.Tensor, rows: Rows, results: RowResults, options: LossOptions, **_: bool) -> None:
+        seen.append((tuple(logits.shape), logits.stride(0) * logits.element_size() % 16, options.softcap))
 
     monkeypatch.setattr(sweep.KERNELS["slab"].module, "launch_forward_backward", spy)
     sweep.KERNELS["slab"].call(sweep.Problem(3, 2, 301, torch.bfloat16, 30.0), DEVICE)()

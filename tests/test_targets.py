@@ -293,9 +293,9 @@ def test_the_number_of_live_rows_is_enough_to_drop_the_others(
     worked: list[int] = []
     select = slabs.select
 
-    def spy(read: torch.Tensor, drop: int) -> torch.Tensor:
-        worked.append(len(select(read, drop)))
-        return select(read, drop)
+    def spy(row_mask: torch.Tensor, drop: int) -> torch.Tensor:
+        worked.append(len(select(row_mask, drop)))
+        return select(row_mask, drop)
 
     monkeypatch.setattr(slabs, "select", spy)
     provider = providers.BY_NAME["linear"]["mtp_ce_dropped"]
