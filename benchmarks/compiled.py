@@ -15,6 +15,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mtp_ce.kernels import backward, forward, forward_backward, mean, rows
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.options import LossInputs, LossOptions
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -44,6 +46,12 @@ class Launch(NamedTuple):
     def splits(self) -> int:
         """Programs that share a row: the second dimension of the grid."""
         return self.grid[1] if len(self.grid) > 1 else 1
+
+    @property
+    def strips(self) -> list[int]:
+        """Strips of a tile, of each pass over the vocabulary: the online softmax, then the gradient."""
+        passes = [getattr(self.options.get("SETTINGS"), name, None) for name in ("softmax", "gradient")]
+        return [settings.STRIPS for settings in passes if settings is not None]
 
     @property
     def threads(self) -> int:
@@ -97,13 +105,12 @@ def launch_logits(
     """Forward, mean and backward, of the H heads `apart` where wanted; `extra` asks for the statistics too."""
     B, S = logits.shape[:2]
     d_logits = torch.empty_like(logits)
-    given, d_given = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
-    rule = {"shift": 1, "over_horizon": False, "target_weights": True, "ignore_index": -100, **loss}
-    tokens = torch.zeros(B, S, dtype=torch.int64)
-    tensors = (tokens, torch.ones(B, S), None, None, tokens)
-    found = forward.launch_forward(given, *tensors, with_top1=extra, with_shares=extra, **rule)
-    _, factor = mean.launch_mean(found.out, found.live, None, scale=1.0, count=True)
-    backward.launch_backward(found.out, given, d_given, *tensors, found.row_max, found.log_sum, factor, **rule)
+    heads, d_heads = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
+    tokens, options = torch.zeros(B, S, dtype=torch.int64), LossOptions(weight_alignment="target", **loss)
+    inputs = LossInputs(tokens, torch.ones(B, S), document_ids=tokens)
+    results = forward.launch_forward(heads, inputs, options, with_top1=extra, with_d_weights=extra)
+    _, factor = mean.launch_mean(results.out, results.valid, None, scale=1.0, count=True)
+    backward.launch_backward(results.out, heads, d_heads, inputs, options, results.row_max, results.log_sum, factor)
 
 
 def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
@@ -111,16 +118,15 @@ def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN
     unit = 16 // dtype.itemsize
     slab = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
     row = torch.zeros(R)
+    results = RowResults(row, row, row, row.int() if extra else None)
     forward_backward.launch_forward_backward(
-        slab, row.int(), row, row.bool(), row, row, row, row.int() if extra else None, gradient=True, **loss
+        slab, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True
     )
 
 
 def launch_rows() -> None:
     """The rule of the linear path's rows, with everything that it can be given."""
     tokens = torch.zeros(2, 8, dtype=torch.int64)
-    rows.launch_rows(
-        tokens, torch.ones(2, 8), torch.ones(4), torch.zeros(2, dtype=torch.int64), tokens,
-        H=4, V=32000, by_head=True, shift=1, over_horizon=False, target_weights=True, ignore_index=-100,
-        with_shares=True,
-    )  # fmt: skip
+    inputs = LossInputs(tokens, torch.ones(2, 8), torch.ones(4), torch.zeros(2, dtype=torch.int64), tokens)
+    options = LossOptions(weight_alignment="target")
+    rows.launch_rows(inputs, options, H=4, V=32000, by_head=True, with_d_weights=True)

@@ -1,58 +1,76 @@
-"""Weighted multi-token cross entropy of one position: one visit to each live logit.
+"""Weighted multi-token cross entropy, forward: one online-softmax pass over each valid row of logits.
 
 Math       lse[r]  = log sum_v exp z[r,v]            r = (b, t, h), z after the softcap; nats
            ce[r]   = lse[r] - z[r, label(r)]
            row[r]  = lse - (1-e) z[label] - e mean_v z + c lse^2        label smoothing e, z-loss c; = ce without
-           out[p]  = sum_h coefficient[r] * row[r]                      p = (b, t), coefficient as in rows.py
+           out[p]  = sum_h coefficient[r] * row[r]                      p = (b, t), row coefficient as in rows.py
 
-Shapes     heads: logits of any strides, as in visit.py; rows as in rows.py
-           -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, live [B,S,H] bool, top1 [B,S,H] int32, shares [B,S,H] fp32
+Shapes     heads: logits of any strides, as in online_softmax.py; rows as in rows.py
+           -> out [B,S], ce, row_max, log_sum [B,S,H] fp32, valid [B,S,H] bool, top1 [B,S,H] int32,
+           d_row_weights [B,S,H] fp32: d out / d w of each row
 
-Algorithm  One program owns a position. It learns its coefficients from H labels, then walks the vocabulary of each
-           head that counts, as visit.py does it. A head that is not live, or whose coefficient is 0, is not read at
-           all (with shares wanted: whose share is 0). Where positions are too few to fill the device, `splits` programs
-           share one, each with a part of every row's tiles; what they learn meets in `combine_kernel`.
+Algorithm  One program owns a position. It computes its coefficients from H labels, then runs the online softmax of
+           each head that counts. A row that is masked, or whose coefficient is 0, is not read (where d_row_weights
+           are wanted: whose head coefficient is 0). Where positions are too few to fill the device, `num_splits`
+           programs share one, each with a range of every row's tiles; `combine_kernel` reduces their partial results.
 
-Traffic    live rows * V * itemsize read once; 1 + 16 H bytes and more a position written. See `traffic`.
+Traffic    valid rows * V * itemsize read once; 4 + 13 H bytes and more a position written. See `traffic`.
 
 Numerics   Every sum in fp32. The maximum and the log of the sum are kept apart: their sum loses 1e-3 at logits of 1e4,
-           and with it the gradient. A row of -inf everywhere gives lse = -inf. A label outside [0, V) gives NaN.
+           and with it the gradient. A row of -inf everywhere has lse = -inf. A label outside [0, V) gives NaN.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.rows import pack_rows, pick, power_of_2, row_coefficients
+from mtp_ce.kernels.online_softmax import (
+    INT32_MAX,
+    SoftmaxSettings,
+    is_plain,
+    loss_terms,
+    online_softmax,
+    pack_heads,
+    row_layout,
+    row_of,
+    scaled_exp,
+)
+from mtp_ce.kernels.results import ForwardResults
+from mtp_ce.kernels.rows import Rule, pack_inputs, pick, power_of_2, row_coefficients, row_rule
 from mtp_ce.kernels.tiles import WARP_SIZE, forward_tile, processors, row_splits
-from mtp_ce.kernels.visit import INT32_MAX, pack_heads, row_layout, row_of, scaled_exp, visit_row
+from mtp_ce.options import LossInputs, LossOptions
 
-# What a part of a row tells `combine_kernel`, each a float: maximum, sum, the label's logit, entries, base, total,
-# and argmax, bit for bit.
-LEARNT = 7
+# Partial results of one split for `combine_kernel`, a float each: maximum, sum, label logit, entries, base, total, and
+# argmax bit for bit.
+NUM_PARTIALS = 7
 
 
-class Results(NamedTuple):
-    """What a forward writes of positions and of rows; None where not wanted."""
+class ForwardSettings(NamedTuple):
+    """Compile-time constants of `forward_kernel`."""
 
-    out: Any  # [B, S]
-    ce: Any  # [B, S, H], like all below
-    row_max: Any
-    log_sum: Any
-    live: Any
-    top1: Any
-    shares: Any
+    rule: Rule
+    softmax: SoftmaxSettings
+    PLAIN: bool  # a row's loss is its cross entropy alone
+
+
+class CombineSettings(NamedTuple):
+    """Compile-time constants of `combine_kernel`."""
+
+    rule: Rule
+    PLAIN: bool
+    SMOOTH: bool
+    SPLIT_BLOCK: int  # num_splits rounded up to a power of 2
 
 
 @triton.jit
-def row_counts(results, share, coefficient):
-    """The row is read."""
+def is_read(results, head_coefficient, coefficient):
+    """Whether the row's logits are read."""
     counts = coefficient != 0.0
-    if results.shares is not None:
+    if results.d_row_weights is not None:
         # d loss / d w is the row's loss, so a weight of 0 that wants a gradient is read too.
-        counts = share != 0.0
+        counts = head_coefficient != 0.0
     return counts
 
 
@@ -60,30 +78,30 @@ def row_counts(results, share, coefficient):
 def write_row_results(
     results,
     r,
-    share,
+    head_coefficient,
     coefficient,
     row_max,
     log_sum,
     label_logit,
     above_mean,
-    best,
-    z_loss,
-    label_smoothing,
+    argmax,
+    terms,
     PLAIN: tl.constexpr,
 ):
-    """The results of row r, and its term of the position's sum; zeros give zeros."""
+    """Write the results of row r and return its term of the position's sum; zeros give zeros."""
     ce = (row_max - label_logit) + log_sum
     row_loss = ce
     if not PLAIN:
         lse = row_max + log_sum
-        row_loss += z_loss * lse * lse + label_smoothing * above_mean
+        row_loss += terms.z_loss * lse * lse + terms.label_smoothing * above_mean
     tl.store(results.ce + r, ce)
     tl.store(results.row_max + r, row_max)
     tl.store(results.log_sum + r, log_sum)
     if results.top1 is not None:
-        tl.store(results.top1 + r, best)
-    if results.shares is not None:
-        tl.store(results.shares + r, tl.where(share != 0.0, share * row_loss, 0.0))
+        tl.store(results.top1 + r, argmax)
+    # A loss of Inf or NaN on a row whose coefficient is 0 must not come back as NaN * 0.
+    if results.d_row_weights is not None:
+        tl.store(results.d_row_weights + r, tl.where(head_coefficient != 0.0, head_coefficient * row_loss, 0.0))
     return tl.where(coefficient != 0.0, coefficient * row_loss, 0.0)
 
 
@@ -92,102 +110,74 @@ def forward_kernel(
     heads,
     rows,
     results,
-    parts_ptr,  # [LEARNT, B * S * H, splits], None where nobody shares a row
-    splits,
+    partials_ptr,  # [NUM_PARTIALS, B * S * H, num_splits]; None where one program owns a position
+    num_splits,
     S,
     V,
     ignore_index,
-    softcap,
-    z_loss,
-    label_smoothing,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    H_BLOCK: tl.constexpr,
-    OVER_HORIZON: tl.constexpr,
-    TARGET_WEIGHTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VEC: tl.constexpr,
-    STRIPS: tl.constexpr,
-    THREADS: tl.constexpr,
+    terms,
+    SETTINGS: tl.constexpr,
 ):
-    """Losses and statistics of position p = program id, or what one part of its rows says."""
-    SHARED: tl.constexpr = parts_ptr is not None
+    """Losses and statistics of position p = program id, or the partial results of one split of its rows."""
+    RULE: tl.constexpr = SETTINGS.rule
+    SOFTMAX: tl.constexpr = SETTINGS.softmax
+    H: tl.constexpr = SETTINGS.rule.H
+    H_BLOCK: tl.constexpr = SETTINGS.rule.H_BLOCK
+    SPLIT: tl.constexpr = SETTINGS.softmax.SPLIT
     p = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, live, share, coefficient = row_coefficients(
-        rows, b, t, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
-    )
-    if not SHARED:
-        tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
+    label, valid, head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, S, V, ignore_index, RULE)
+    if not SPLIT:
+        tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
 
     out = 0.0
     for h in tl.static_range(H):
         r = p * H + h
-        share_h = pick(share, offs_h, h)
+        head_coefficient_h = pick(head_coefficient, offs_h, h)
         coefficient_h = pick(coefficient, offs_h, h)
         label_h = pick(label, offs_h, h)
         row_max = 0.0
         log_sum = 0.0
         label_logit = 0.0
         above_mean = 0.0
-        best = -1
-        if row_counts(results, share_h, coefficient_h):
-            row_ptr, stride_v = row_of(heads, b, t, h)
-            row_max, row_sum, label_logit, entries, base, total, best = visit_row(
-                row_ptr,
-                stride_v,
-                V,
-                label_h,
-                part,
-                splits,
-                softcap,
-                HAS_SOFTCAP,
-                SMOOTH,
-                results.top1 is not None,
-                ALIGNED,
-                VEC,
-                STRIPS,
-                THREADS,
-                SHARED,
-                "",
+        argmax = -1
+        if is_read(results, head_coefficient_h, coefficient_h):
+            row_max, row_sum, label_logit, entries, base, total, argmax = online_softmax(
+                row_of(heads, b, t, h), V, label_h, split, num_splits, terms.softcap, SOFTMAX
             )
-            if not SHARED:
+            if not SPLIT:
                 log_sum = tl.log(row_sum)
                 above_mean = (label_logit - base) - total / V
             else:
-                part_ptr = parts_ptr + r * splits + part
-                field = tl.num_programs(0).to(tl.int64) * H * splits
-                tl.store(part_ptr, row_max)
-                tl.store(part_ptr + field, row_sum)
-                tl.store(part_ptr + 2 * field, label_logit)
-                if SMOOTH:
-                    tl.store(part_ptr + 3 * field, entries.to(tl.float32))
-                    tl.store(part_ptr + 4 * field, base)
-                    tl.store(part_ptr + 5 * field, total)
+                partial_ptr = partials_ptr + r * num_splits + split
+                field = tl.num_programs(0).to(tl.int64) * H * num_splits
+                tl.store(partial_ptr, row_max)
+                tl.store(partial_ptr + field, row_sum)
+                tl.store(partial_ptr + 2 * field, label_logit)
+                if SETTINGS.softmax.SMOOTH:
+                    tl.store(partial_ptr + 3 * field, entries.to(tl.float32))
+                    tl.store(partial_ptr + 4 * field, base)
+                    tl.store(partial_ptr + 5 * field, total)
                 if results.top1 is not None:
-                    tl.store(part_ptr + 6 * field, best.to(tl.float32, bitcast=True))
-        if not SHARED:
+                    tl.store(partial_ptr + 6 * field, argmax.to(tl.float32, bitcast=True))
+        if not SPLIT:
             out += write_row_results(
                 results,
                 r,
-                share_h,
+                head_coefficient_h,
                 coefficient_h,
                 row_max,
                 log_sum,
                 label_logit,
                 above_mean,
-                best,
-                z_loss,
-                label_smoothing,
-                PLAIN,
+                argmax,
+                terms,
+                SETTINGS.PLAIN,
             )
-    if not SHARED:
+    if not SPLIT:
         tl.store(results.out + p, out)
 
 
@@ -195,163 +185,142 @@ def forward_kernel(
 def combine_kernel(
     rows,
     results,
-    parts_ptr,
-    splits,
+    partials_ptr,
+    num_splits,
     S,
     V,
     ignore_index,
-    z_loss,
-    label_smoothing,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    H_BLOCK: tl.constexpr,
-    OVER_HORIZON: tl.constexpr,
-    TARGET_WEIGHTS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,
+    terms,
+    SETTINGS: tl.constexpr,
 ):
-    """Losses and statistics of position p = program id from the parts of its rows."""
+    """Losses and statistics of position p = program id from the partial results of its rows."""
+    RULE: tl.constexpr = SETTINGS.rule
+    H: tl.constexpr = SETTINGS.rule.H
+    H_BLOCK: tl.constexpr = SETTINGS.rule.H_BLOCK
+    SPLIT_BLOCK: tl.constexpr = SETTINGS.SPLIT_BLOCK
     p = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, H_BLOCK)
-    _label, live, share, coefficient = row_coefficients(
-        rows, p // S, p % S, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
+    _label, valid, head_coefficient, coefficient = row_coefficients(
+        rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
     )
-    tl.store(results.live + p * H + offs_h, live, mask=offs_h < H)
-    part = tl.arange(0, SPLIT_BLOCK)
-    field = tl.num_programs(0).to(tl.int64) * H * splits
+    tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
+    split = tl.arange(0, SPLIT_BLOCK)
+    field = tl.num_programs(0).to(tl.int64) * H * num_splits
 
     out = 0.0
     for h in tl.static_range(H):
         r = p * H + h
-        share_h = pick(share, offs_h, h)
+        head_coefficient_h = pick(head_coefficient, offs_h, h)
         coefficient_h = pick(coefficient, offs_h, h)
         row_max = 0.0
         log_sum = 0.0
         label_logit = 0.0
         above_mean = 0.0
-        best = -1
-        if row_counts(results, share_h, coefficient_h):
-            part_ptr = parts_ptr + r * splits + part
-            there = part < splits
-            part_max = tl.load(part_ptr, mask=there, other=float("-inf"))
-            part_sum = tl.load(part_ptr + field, mask=there, other=0.0)
-            row_max = tl.max(part_max, axis=0)
-            log_sum = tl.log(tl.sum(part_sum * scaled_exp(part_max, row_max), axis=0))
-            label_logit = tl.sum(tl.load(part_ptr + 2 * field, mask=there, other=0.0), axis=0)
-            if SMOOTH:
-                entries = tl.load(part_ptr + 3 * field, mask=there, other=0.0)
-                part_base = tl.load(part_ptr + 4 * field, mask=there, other=0.0)
-                total = tl.sum(tl.load(part_ptr + 5 * field, mask=there, other=0.0), axis=0)
-                # Every part has summed from a base of its own.
-                base = tl.sum(tl.where(part == 0, part_base, 0.0), axis=0)
-                total += tl.sum(entries * (part_base - base), axis=0)
+        argmax = -1
+        if is_read(results, head_coefficient_h, coefficient_h):
+            partial_ptr = partials_ptr + r * num_splits + split
+            mask = split < num_splits
+            split_max = tl.load(partial_ptr, mask=mask, other=float("-inf"))
+            split_sum = tl.load(partial_ptr + field, mask=mask, other=0.0)
+            row_max = tl.max(split_max, axis=0)
+            log_sum = tl.log(tl.sum(split_sum * scaled_exp(split_max, row_max), axis=0))
+            label_logit = tl.sum(tl.load(partial_ptr + 2 * field, mask=mask, other=0.0), axis=0)
+            if SETTINGS.SMOOTH:
+                entries = tl.load(partial_ptr + 3 * field, mask=mask, other=0.0)
+                split_base = tl.load(partial_ptr + 4 * field, mask=mask, other=0.0)
+                total = tl.sum(tl.load(partial_ptr + 5 * field, mask=mask, other=0.0), axis=0)
+                # Every split has summed from a base of its own: move all totals to the base of the first.
+                base = tl.sum(tl.where(split == 0, split_base, 0.0), axis=0)
+                total += tl.sum(entries * (split_base - base), axis=0)
                 above_mean = (label_logit - base) - total / V
             if results.top1 is not None:
-                part_best = tl.load(part_ptr + 6 * field, mask=there, other=0.0).to(tl.int32, bitcast=True)
-                best = tl.min(tl.where(there & (part_max == row_max), part_best, INT32_MAX), axis=0)
-                best = tl.where(best == INT32_MAX, 0, best)
+                split_argmax = tl.load(partial_ptr + 6 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+                argmax = tl.min(tl.where(mask & (split_max == row_max), split_argmax, INT32_MAX), axis=0)
+                argmax = tl.where(argmax == INT32_MAX, 0, argmax)
         out += write_row_results(
             results,
             r,
-            share_h,
+            head_coefficient_h,
             coefficient_h,
             row_max,
             log_sum,
             label_logit,
             above_mean,
-            best,
-            z_loss,
-            label_smoothing,
-            PLAIN,
+            argmax,
+            terms,
+            SETTINGS.PLAIN,
         )
     tl.store(results.out + p, out)
 
 
 def launch_forward(
     logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
-    labels: torch.Tensor,  # [B, S]
-    token_weights: torch.Tensor | None,  # [B, S] or [B, S, H]
-    head_weights: torch.Tensor | None,  # [H]
-    seq_lens: torch.Tensor | None,  # [B]
-    document_ids: torch.Tensor | None,  # [B, S]
+    inputs: LossInputs,
+    options: LossOptions,
     *,
-    shift: int,
-    over_horizon: bool,
-    target_weights: bool,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     with_top1: bool,
-    with_shares: bool,
-) -> Results:
-    """Out, statistics, and what backward and d loss / d token_weights need."""
+    with_d_weights: bool,
+) -> ForwardResults:
+    """Return out, statistics, and what backward and d loss / d token_weights need."""
     B, S, *_, V = logits[0].shape
     H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
     new = logits[0].new_empty
-    results = Results(
+    results = ForwardResults(
         out=new((B, S), dtype=torch.float32),
         ce=new((B, S, H), dtype=torch.float32),
         row_max=new((B, S, H), dtype=torch.float32),
         log_sum=new((B, S, H), dtype=torch.float32),
-        live=new((B, S, H), dtype=torch.bool),
+        valid=new((B, S, H), dtype=torch.bool),
         top1=new((B, S, H), dtype=torch.int32) if with_top1 else None,
-        shares=new((B, S, H), dtype=torch.float32) if with_shares else None,
+        d_row_weights=new((B, S, H), dtype=torch.float32) if with_d_weights else None,
     )
     heads = pack_heads(logits)
     aligned, vec = row_layout(heads)
-    shape = forward_tile(V, logits[0].element_size(), WARP_SIZE, softcap is not None)
-    splits = row_splits(B * S, V, shape.strips * shape.threads * vec, processors(labels.device))
-    parts = new((LEARNT, B * S * H, splits), dtype=torch.float32) if splits > 1 else None
-    rows = pack_rows(labels, token_weights, head_weights, seq_lens, document_ids)
-    rule = {
-        "SHIFT": shift,
-        "H": H,
-        "H_BLOCK": power_of_2(H),
-        "OVER_HORIZON": over_horizon,
-        "TARGET_WEIGHTS": target_weights,
-        "PLAIN": z_loss == 0 and label_smoothing == 0,
-        "SMOOTH": label_smoothing != 0,
-    }
-    forward_kernel[(B * S, splits)](
+    tile = forward_tile(V, logits[0].element_size(), WARP_SIZE, options.softcap is not None)
+    num_splits = row_splits(B * S, V, tile.strips * tile.threads * vec, processors(inputs.labels.device))
+    partials = new((NUM_PARTIALS, B * S * H, num_splits), dtype=torch.float32) if num_splits > 1 else None
+    rows, rule, terms = pack_inputs(inputs), row_rule(options, H), loss_terms(options)
+    smooth = options.label_smoothing != 0
+    softmax = SoftmaxSettings(
+        HAS_SOFTCAP=options.softcap is not None,
+        SMOOTH=smooth,
+        TOP1=with_top1,
+        ALIGNED=aligned,
+        VEC=vec,
+        STRIPS=tile.strips,
+        THREADS=tile.threads,
+        SPLIT=num_splits > 1,
+        EVICTION="",
+    )
+    forward_kernel[(B * S, num_splits)](
         heads,
         rows,
         results,
-        parts,
-        splits,
+        partials,
+        num_splits,
         S,
         V,
-        ignore_index,
-        1.0 if softcap is None else softcap,
-        z_loss,
-        label_smoothing,
-        HAS_SOFTCAP=softcap is not None,
-        ALIGNED=aligned,
-        VEC=vec,
-        STRIPS=shape.strips,
-        THREADS=shape.threads,
-        num_warps=shape.num_warps,
-        **rule,
+        options.ignore_index,
+        terms,
+        SETTINGS=ForwardSettings(rule, softmax, is_plain(options)),
+        num_warps=tile.num_warps,
     )
-    if splits > 1:
+    if partials is not None:
         combine_kernel[(B * S,)](
             rows,
             results,
-            parts,
-            splits,
+            partials,
+            num_splits,
             S,
             V,
-            ignore_index,
-            z_loss,
-            label_smoothing,
-            SPLIT_BLOCK=power_of_2(splits),
+            options.ignore_index,
+            terms,
+            SETTINGS=CombineSettings(rule, is_plain(options), smooth, power_of_2(num_splits)),
             num_warps=1,
-            **rule,
         )
     return results
 
 
-def traffic(live_rows: int, positions: int, horizon: int, V: int, itemsize: int) -> tuple[int, int]:
-    """Bytes read from the logits, and bytes written, by one forward of whole rows without top1 and shares."""
-    return live_rows * V * itemsize, positions * (4 + horizon * (3 * 4 + 1))
+def traffic(rows_read: int, positions: int, H: int, V: int, itemsize: int) -> tuple[int, int]:
+    """Return bytes of logits read, and bytes written, by one forward without split-V, top1 and d_row_weights."""
+    return rows_read * V * itemsize, positions * (4 + H * (3 * 4 + 1))

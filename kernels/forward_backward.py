@@ -1,174 +1,134 @@
-"""Weighted cross entropy of a private slab of logits, and its gradient in their place: the linear path's kernel.
+"""Weighted cross entropy of one chunk of logits, and its gradient in their place: the linear path's kernel.
 
-Math       ce, row and dx of a row as in forward.py and backward.py, with the coefficient c of the row given:
-           dx[v] = c * d row / d x[v]
+Math       ce, row and dx of a row as in forward.py and backward.py, for a given row coefficient k:
+           dx[v] = k * d row / d x[v]
 
-Shapes     slab [R,V] of unit column stride; label [R] int32, coefficient [R] fp32, read [R] bool
-           -> ce, row_loss, lse [R] fp32, top1 [R] int32; the slab becomes the gradient where one is wanted
+Shapes     logits [R,V] of unit column stride; label [R] int32, coefficient [R] fp32, row_mask [R] bool
+           -> ce, row_loss, lse [R] fp32, top1 [R] int32; the gradient [R,V] replaces the logits where it is wanted
 
-Algorithm  One program owns a row. The first visit is visit.py's and asks the cache to keep what it reads; the second
-           is backward.py's, in reverse order, since the tiles that were read last are still there, and asks it to
-           keep nothing. A row that is not read becomes zeros.
+Algorithm  One program owns a row. The first pass is the online softmax and asks the cache to keep what it reads; the
+           second writes the gradient as backward.py does, in reverse order, since the last tiles are still cached,
+           and asks it to keep nothing. A row outside row_mask is filled with zeros.
 
-Traffic    live rows * V * itemsize read twice, the second time from L2 as far as it holds them; all rows written once.
-           Forward alone: read once. See `traffic`.
+Traffic    valid rows * V * itemsize read twice, the second time from L2 as far as it holds them; all rows written
+           once. Forward alone: read once. See `traffic`.
 
 Numerics   As in forward.py and backward.py. The coefficient leaves out 1/N: in fp16 the gradient would underflow.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from mtp_ce.kernels.backward import write_row
-from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, slab_tile
-from mtp_ce.kernels.visit import pack_heads, row_layout, visit_row
+from mtp_ce.kernels.backward import GradientSettings, write_row_gradient
+from mtp_ce.kernels.online_softmax import (
+    SoftmaxSettings,
+    is_plain,
+    loss_terms,
+    online_softmax,
+    pack_heads,
+    row_layout,
+)
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, chunk_tile
+from mtp_ce.options import LossOptions
+
+
+class ForwardBackwardSettings(NamedTuple):
+    """Compile-time constants of `forward_backward_kernel`."""
+
+    softmax: SoftmaxSettings
+    gradient: GradientSettings | None  # None for a forward alone
+    PLAIN: bool  # a row's loss is its cross entropy alone
 
 
 @triton.jit
-def forward_backward_kernel(
-    slab_ptr,
-    stride_r,
-    label_ptr,
-    coefficient_ptr,
-    read_ptr,
-    ce_ptr,
-    row_loss_ptr,
-    lse_ptr,
-    top1_ptr,  # None where not wanted
-    V,
-    softcap,
-    z_loss,
-    label_smoothing,
-    GRADIENT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    VEC: tl.constexpr,
-    STRIPS: tl.constexpr,
-    GRADIENT_STRIPS: tl.constexpr,
-    THREADS: tl.constexpr,
-):
+def forward_backward_kernel(logits_ptr, stride_r, rows, results, V, terms, SETTINGS: tl.constexpr):
     """Row r = program id."""
+    SOFTMAX: tl.constexpr = SETTINGS.softmax
+    GRADIENT: tl.constexpr = SETTINGS.gradient
     r = tl.program_id(0).to(tl.int64)
-    row_ptr = slab_ptr + r * stride_r
-    label = tl.load(label_ptr + r)
+    row = (logits_ptr + r * stride_r, 1)
+    label = tl.load(rows.label + r)
     row_max = 0.0
     log_sum = 0.0
     ce = 0.0
     row_loss = 0.0
-    best = -1
+    argmax = -1
     g = 0.0
-    if tl.load(read_ptr + r):
-        row_max, row_sum, label_logit, _entries, base, total, best = visit_row(
-            row_ptr,
-            1,
-            V,
-            label,
-            0,
-            1,
-            softcap,
-            HAS_SOFTCAP,
-            SMOOTH,
-            top1_ptr is not None,
-            ALIGNED,
-            VEC,
-            STRIPS,
-            THREADS,
-            False,
-            "evict_last" if GRADIENT else "",
+    if tl.load(rows.row_mask + r):
+        row_max, row_sum, label_logit, _entries, base, total, argmax = online_softmax(
+            row, V, label, 0, 1, terms.softcap, SOFTMAX
         )
         log_sum = tl.log(row_sum)
         ce = (row_max - label_logit) + log_sum
         row_loss = ce
-        if not PLAIN:
+        if not SETTINGS.PLAIN:
             lse = row_max + log_sum
-            row_loss += z_loss * lse * lse
-            if SMOOTH:
-                row_loss += label_smoothing * ((label_logit - base) - total / V)
-        g = tl.load(coefficient_ptr + r)
-    tl.store(ce_ptr + r, ce)
-    tl.store(row_loss_ptr + r, row_loss)
-    tl.store(lse_ptr + r, row_max + log_sum)
-    if top1_ptr is not None:
-        tl.store(top1_ptr + r, best)
-    if GRADIENT:
-        write_row(
-            row_ptr,
-            1,
-            row_ptr,
-            1,
-            V,
-            label,
-            row_max,
-            log_sum,
-            g,
-            0,
-            1,
-            softcap,
-            z_loss,
-            label_smoothing,
-            HAS_SOFTCAP,
-            PLAIN,
-            ALIGNED,
-            True,
-            True,
-            VEC,
-            GRADIENT_STRIPS,
-            THREADS,
-            False,
-            "evict_first",
-        )
+            row_loss += terms.z_loss * lse * lse
+            if SETTINGS.softmax.SMOOTH:
+                row_loss += terms.label_smoothing * ((label_logit - base) - total / V)
+        g = tl.load(rows.coefficient + r)
+    tl.store(results.ce + r, ce)
+    tl.store(results.row_loss + r, row_loss)
+    tl.store(results.lse + r, row_max + log_sum)
+    if results.top1 is not None:
+        tl.store(results.top1 + r, argmax)
+    if SETTINGS.gradient is not None:
+        write_row_gradient(row, row, V, label, row_max, log_sum, g, 0, 1, terms, GRADIENT)
 
 
 def launch_forward_backward(
-    slab: torch.Tensor,  # [R, V]
-    label: torch.Tensor,  # [R] int32, -1 outside [0, V)
-    coefficient: torch.Tensor,  # [R] fp32
-    read: torch.Tensor,  # [R] bool
-    ce: torch.Tensor,  # [R] fp32, written like the two below
-    row_loss: torch.Tensor,
-    lse: torch.Tensor,
-    top1: torch.Tensor | None,  # [R] int32
+    logits: torch.Tensor,  # [R, V]
+    rows: Rows,
+    results: RowResults,
+    options: LossOptions,
     *,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     gradient: bool,
 ) -> None:
-    """Write what the rows give, and with `gradient` the gradient over the slab."""
-    R, V = slab.shape
-    aligned, vec = row_layout(pack_heads([slab[None]]))
-    shape = slab_tile(V, slab.element_size(), WARP_SIZE, softcap is not None)
-    forward_backward_kernel[(R,)](
-        slab,
-        slab.stride(0),
-        label,
-        coefficient,
-        read,
-        ce,
-        row_loss,
-        lse,
-        top1,
-        V,
-        1.0 if softcap is None else softcap,
-        z_loss,
-        label_smoothing,
-        GRADIENT=gradient,
-        HAS_SOFTCAP=softcap is not None,
-        PLAIN=z_loss == 0 and label_smoothing == 0,
-        SMOOTH=label_smoothing != 0,
+    """Write the results of the rows, and with `gradient` the gradient over the logits."""
+    R, V = logits.shape
+    aligned, vec = row_layout(pack_heads([logits[None]]))
+    capped = options.softcap is not None
+    tile = chunk_tile(V, logits.element_size(), WARP_SIZE, capped)
+    softmax = SoftmaxSettings(
+        HAS_SOFTCAP=capped,
+        SMOOTH=options.label_smoothing != 0,
+        TOP1=results.top1 is not None,
         ALIGNED=aligned,
         VEC=vec,
-        STRIPS=shape.strips,
-        GRADIENT_STRIPS=backward_tile(V, slab.element_size(), WARP_SIZE).strips,
-        THREADS=shape.threads,
-        num_warps=shape.num_warps,
+        STRIPS=tile.strips,
+        THREADS=tile.threads,
+        SPLIT=False,
+        EVICTION="evict_last" if gradient else "",
+    )
+    second_pass = GradientSettings(
+        HAS_SOFTCAP=capped,
+        PLAIN=is_plain(options),
+        ALIGNED=aligned,
+        SAME_ALIGNMENT=True,
+        VEC=vec,
+        STRIPS=backward_tile(V, logits.element_size(), WARP_SIZE).strips,
+        THREADS=tile.threads,
+        SPLIT=False,
+        REVERSE=True,
+        EVICTION="evict_first",
+    )
+    forward_backward_kernel[(R,)](
+        logits,
+        logits.stride(0),
+        rows,
+        results,
+        V,
+        loss_terms(options),
+        SETTINGS=ForwardBackwardSettings(softmax, second_pass if gradient else None, is_plain(options)),
+        num_warps=tile.num_warps,
     )
 
 
-def traffic(live_rows: int, all_rows: int, V: int, itemsize: int, gradient: bool) -> tuple[int, int]:
-    """Bytes of the slab read, counted as often as the kernel asks for them, and bytes of gradient written."""
-    visits = 2 if gradient else 1
-    return visits * live_rows * V * itemsize, all_rows * V * itemsize if gradient else 0
+def traffic(rows_read: int, all_rows: int, V: int, itemsize: int, gradient: bool) -> tuple[int, int]:
+    """Return bytes of logits that the kernel asks for, both passes counted, and bytes of gradient written."""
+    passes = 2 if gradient else 1
+    return passes * rows_read * V * itemsize, all_rows * V * itemsize if gradient else 0

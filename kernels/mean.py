@@ -1,15 +1,15 @@
-"""The loss of all positions, and the factor that their gradients take.
+"""The loss of all positions, and the factor of their gradients.
 
 Math       loss   = factor * sum_p out[p]
-           factor = scale / N        N = positions with a live head, a given normalizer, or 1
+           factor = scale / N        N = positions with a valid head, the caller's normalizer, or 1
 
-Shapes     out [B,S] fp32, live [B,S,H] bool, normalizer [] -> loss [], factor [] fp32
+Shapes     out [B,S] fp32, valid [B,S,H] bool, normalizer [] -> loss [], factor [] fp32
 
-Algorithm  One program walks all positions: the sum has one order, and so the same bits every time.
+Algorithm  One program sums all positions: the sum has one order, and so the same bits every time.
 
 Traffic    4 + H bytes a position.
 
-Numerics   fp32. Both are exactly 0 where no row is live.
+Numerics   fp32. Both are exactly 0 where no row is valid.
 """
 
 import torch
@@ -22,7 +22,7 @@ from mtp_ce.kernels.rows import power_of_2
 @triton.jit
 def mean_kernel(
     out_ptr,
-    live_ptr,
+    valid_ptr,
     normalizer_ptr,
     loss_ptr,
     factor_ptr,
@@ -33,7 +33,7 @@ def mean_kernel(
     H_BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is live. One program."""
+    """loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is valid. One program."""
     offs_h = tl.arange(0, H_BLOCK)
     lane_sum = tl.zeros([BLOCK_P], tl.float32)
     lane_count = tl.zeros([BLOCK_P], tl.int32)
@@ -41,34 +41,34 @@ def mean_kernel(
         offs_p = start + tl.arange(0, BLOCK_P).to(tl.int64)
         lane_sum += tl.load(out_ptr + offs_p, mask=offs_p < P, other=0.0)
         mask = (offs_p < P)[:, None] & (offs_h < H)[None, :]
-        live = tl.load(live_ptr + offs_p[:, None] * H + offs_h[None, :], mask=mask, other=0).to(tl.int32)
-        lane_count += tl.max(live, axis=1)
+        valid = tl.load(valid_ptr + offs_p[:, None] * H + offs_h[None, :], mask=mask, other=0).to(tl.int32)
+        lane_count += tl.max(valid, axis=1)
     count = tl.sum(lane_count, axis=0).to(tl.float32)
     normalizer = 1.0
     if COUNT:
         normalizer = count
     elif normalizer_ptr is not None:
         normalizer = tl.load(normalizer_ptr).to(tl.float32)
-    none = count == 0.0
-    factor = tl.where(none, 0.0, scale / tl.where(none, 1.0, normalizer))
+    empty = count == 0.0
+    factor = tl.where(empty, 0.0, scale / tl.where(empty, 1.0, normalizer))
     tl.store(factor_ptr, factor)
-    tl.store(loss_ptr, tl.where(none, 0.0, tl.sum(lane_sum, axis=0) * factor))
+    tl.store(loss_ptr, tl.where(empty, 0.0, tl.sum(lane_sum, axis=0) * factor))
 
 
 def launch_mean(
     out: torch.Tensor,  # [B, S]
-    live: torch.Tensor,  # [B, S, H]
+    valid: torch.Tensor,  # [B, S, H]
     normalizer: torch.Tensor | None,  # []
     *,
     scale: float,
     count: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and factor, 0-d fp32."""
+    """Return loss and factor, 0-d fp32."""
     loss, factor = out.new_empty(()), out.new_empty(())
-    H = live.shape[-1]
+    H = valid.shape[-1]
     mean_kernel[(1,)](
         out,
-        live,
+        valid,
         normalizer,
         loss,
         factor,

@@ -1,20 +1,20 @@
-"""The rule of a row, as index arithmetic: which token head h predicts from t, whether it counts, how much.
+"""The rule of a row, as index arithmetic: the token that head h predicts from t, whether it counts, and how much.
 
-Math       target = t + shift + h
-           live   = target < len(b), label(target) != ignore_index, document(target) == document(t)
-           share  = live * a_h / D      D = K(b,t), H, or sum of a_h over live heads; a_h = 1 without head weights
-           coefficient = w * share      w = w[b,t], w[b,t,h] or w[b,target]
+Math       target           = t + shift + h
+           valid            = target < len(b), label(target) != ignore_index, document(target) == document(t)
+           head coefficient = valid * a_h / D     D = K(b,t), H, or the sum of a_h over valid heads; a_h = 1 by default
+           row coefficient  = w * head coefficient        w = w[b,t], w[b,t,h] or w[b,target]
 
 Shapes     labels, document_ids [B,S]; token_weights [B,S] or [B,S,H]; head_weights [H]; seq_lens [B]; any strides
-           -> label, live, share, coefficient as vectors over the H heads of one position
+           -> label, valid, head and row coefficient as vectors over the H heads of one position
 
-Algorithm  A position's H targets are read as one short vector straight from the caller's tensors.
-           Nothing is rolled, padded or copied. `rows_kernel` writes them down, for the linear path's chunks of rows.
+Algorithm  A position's H targets are read as one short vector straight from the caller's tensors. Nothing is
+           rolled, padded or copied. `rows_kernel` writes the vectors to memory, for the linear path's chunks of rows.
 
 Traffic    Per position: H labels, H (or 1) weights, H + 1 document ids. Nothing of size V.
 
-Numerics   Coefficients are fp32, or NaN where a live label lies outside [0, V), which reports a broken
-           label without a host sync and without an illegal read.
+Numerics   Coefficients are fp32, or NaN where a valid label lies outside [0, V), which reports a broken label
+           without a host sync and without an illegal read.
 """
 
 from typing import Any, NamedTuple
@@ -23,9 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mtp_ce.options import LossInputs, LossOptions
 
-class Rows(NamedTuple):
-    """What decides a row's coefficient: tensors (None where not given) and their strides in elements."""
+NO_STRIDES = (0, 0, 0)
+
+
+class RowInputs(NamedTuple):
+    """The tensors of the rule (None where not given) and their strides in elements, as one kernel argument."""
 
     labels: Any  # [B, S]
     stride_lb: Any
@@ -43,30 +47,31 @@ class Rows(NamedTuple):
     stride_ds: Any
 
 
-NO_STRIDES = (0, 0, 0)
+class Rule(NamedTuple):
+    """Compile-time constants of the rule."""
+
+    SHIFT: int
+    H: int
+    H_BLOCK: int  # H rounded up to a power of 2
+    OVER_HORIZON: bool  # divide by H
+    TARGET_WEIGHTS: bool  # [B, S] weights are those of the targets
 
 
-def pack_rows(
-    labels: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    head_weights: torch.Tensor | None,
-    seq_lens: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-) -> Rows:
-    """The tensors of the rule with their strides, as one kernel argument."""
-    given = (
-        labels, *labels.stride(),
-        token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
-        head_weights, 0 if head_weights is None else head_weights.stride(0),
-        seq_lens, 0 if seq_lens is None else seq_lens.stride(0),
-        document_ids, *(NO_STRIDES[:2] if document_ids is None else document_ids.stride()),
-    )  # fmt: skip
-    return Rows._make(given)
+class RowOutputs(NamedTuple):
+    """What `rows_kernel` writes, [N] each: position by position, or head by head."""
+
+    label: Any  # int32, 0 where the row is not valid, -1 outside [0, V)
+    coefficient: Any  # fp32
+    head_coefficient: Any  # fp32
+    valid: Any  # bool
+    row_mask: Any  # bool: the row is computed
 
 
-def power_of_2(n: int) -> int:
-    """The least power of 2 that is not below n; Triton's own function takes as long as an allocation."""
-    return 1 << (n - 1).bit_length()
+class RowsSettings(NamedTuple):
+    """Compile-time constants of `rows_kernel`."""
+
+    rule: Rule
+    WITH_D_WEIGHTS: bool  # rows of weight 0 are computed too
 
 
 @triton.jit
@@ -78,130 +83,48 @@ def row_coefficients(
     S,
     V,
     ignore_index,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    OVER_HORIZON: tl.constexpr,
-    TARGET_WEIGHTS: tl.constexpr,
+    RULE: tl.constexpr,
 ):
-    """label (-1 if outside [0, V)), live, share, coefficient of the heads of position (b, t), each [H_BLOCK]."""
+    """label (-1 if outside [0, V)), valid, head coefficient, row coefficient of position (b, t), each [H_BLOCK]."""
+    SHIFT: tl.constexpr = RULE.SHIFT
+    H: tl.constexpr = RULE.H
     target = t + SHIFT + offs_h
     length = S
     if rows.seq_lens is not None:
         # A length above S is the caller's mistake (validate=True names it), never an illegal read.
         length = tl.minimum(tl.load(rows.seq_lens + b * rows.stride_n).to(tl.int64), S)
-    live = (offs_h < H) & (target < length)
-    label = tl.load(rows.labels + b * rows.stride_lb + target * rows.stride_ls, mask=live, other=0).to(tl.int64)
-    live = live & (label != ignore_index)
+    valid = (offs_h < H) & (target < length)
+    label = tl.load(rows.labels + b * rows.stride_lb + target * rows.stride_ls, mask=valid, other=0).to(tl.int64)
+    valid = valid & (label != ignore_index)
     if rows.document_ids is not None:
         docs = rows.document_ids + b * rows.stride_db
-        own = tl.load(docs + t * rows.stride_ds)
-        live = live & (tl.load(docs + target * rows.stride_ds, mask=live, other=0) == own)
+        document = tl.load(docs + t * rows.stride_ds)
+        valid = valid & (tl.load(docs + target * rows.stride_ds, mask=valid, other=0) == document)
 
-    share = live.to(tl.float32)
+    head_coefficient = valid.to(tl.float32)
     if rows.head_weights is not None:
-        share = tl.load(rows.head_weights + offs_h * rows.stride_a, mask=live, other=0.0).to(tl.float32)
-    if OVER_HORIZON:
-        share = share / H
+        head_coefficient = tl.load(rows.head_weights + offs_h * rows.stride_a, mask=valid, other=0.0).to(tl.float32)
+    if RULE.OVER_HORIZON:
+        head_coefficient = head_coefficient / H
     else:
-        total = tl.sum(share, axis=0)
-        share = share / tl.where(total == 0.0, 1.0, total)
+        total = tl.sum(head_coefficient, axis=0)
+        head_coefficient = head_coefficient / tl.where(total == 0.0, 1.0, total)
 
-    # A NaN or Inf weight on a row whose share is 0 must not come back as NaN * 0.
-    counted = live & (share != 0.0)
-    coefficient = share
+    # A NaN or Inf weight on a row whose head coefficient is 0 must not come back as NaN * 0.
+    counts = valid & (head_coefficient != 0.0)
+    coefficient = head_coefficient
     if rows.token_weights is not None:
         source = t
-        if TARGET_WEIGHTS:
+        if RULE.TARGET_WEIGHTS:
             source = target
-        place = b * rows.stride_wb + source * rows.stride_ws + offs_h * rows.stride_wh
-        w = tl.load(rows.token_weights + place, mask=counted, other=0.0).to(tl.float32)
-        coefficient = tl.where(counted, w * share, 0.0)
+        offs_w = b * rows.stride_wb + source * rows.stride_ws + offs_h * rows.stride_wh
+        w = tl.load(rows.token_weights + offs_w, mask=counts, other=0.0).to(tl.float32)
+        coefficient = tl.where(counts, w * head_coefficient, 0.0)
 
-    broken = live & ((label < 0) | (label >= V))
-    share = tl.where(broken & (share != 0.0), float("nan"), share)
+    broken = valid & ((label < 0) | (label >= V))
+    head_coefficient = tl.where(broken & (head_coefficient != 0.0), float("nan"), head_coefficient)
     coefficient = tl.where(broken & (coefficient != 0.0), float("nan"), coefficient)
-    return tl.where(broken, -1, label).to(tl.int32), live, share, coefficient
-
-
-@triton.jit
-def rows_kernel(
-    rows,
-    label_ptr,  # [B * S, H] with the strides below, like all that is written
-    coefficient_ptr,
-    share_ptr,
-    live_ptr,
-    read_ptr,
-    stride_p,
-    stride_h,
-    S,
-    V,
-    ignore_index,
-    SHIFT: tl.constexpr,
-    H: tl.constexpr,
-    H_BLOCK: tl.constexpr,
-    OVER_HORIZON: tl.constexpr,
-    TARGET_WEIGHTS: tl.constexpr,
-    WITH_SHARES: tl.constexpr,
-):
-    """The rows of position p = program id."""
-    p = tl.program_id(0).to(tl.int64)
-    offs_h = tl.arange(0, H_BLOCK)
-    label, live, share, coefficient = row_coefficients(
-        rows, p // S, p % S, offs_h, S, V, ignore_index, SHIFT, H, OVER_HORIZON, TARGET_WEIGHTS
-    )
-    place = p * stride_p + offs_h.to(tl.int64) * stride_h
-    mask = offs_h < H
-    tl.store(label_ptr + place, tl.where(live, label, 0), mask=mask)
-    tl.store(coefficient_ptr + place, coefficient, mask=mask)
-    tl.store(share_ptr + place, share, mask=mask)
-    tl.store(live_ptr + place, live, mask=mask)
-    tl.store(read_ptr + place, (share if WITH_SHARES else coefficient) != 0.0, mask=mask)
-
-
-def launch_rows(
-    labels: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    head_weights: torch.Tensor | None,
-    seq_lens: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    *,
-    H: int,
-    V: int,
-    by_head: bool,
-    shift: int,
-    over_horizon: bool,
-    target_weights: bool,
-    ignore_index: int,
-    with_shares: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """label int32, coefficient and share fp32, live and read bool: [N], position by position or head by head."""
-    P = labels.numel()
-    S = labels.shape[1]
-    label = labels.new_empty(P * H, dtype=torch.int32)
-    coefficient, share = (labels.new_empty(P * H, dtype=torch.float32) for _ in range(2))
-    live, read = (labels.new_empty(P * H, dtype=torch.bool) for _ in range(2))
-    if P:
-        rows_kernel[(P,)](
-            pack_rows(labels, token_weights, head_weights, seq_lens, document_ids),
-            label,
-            coefficient,
-            share,
-            live,
-            read,
-            1 if by_head else H,
-            P if by_head else 1,
-            S,
-            V,
-            ignore_index,
-            SHIFT=shift,
-            H=H,
-            H_BLOCK=power_of_2(H),
-            OVER_HORIZON=over_horizon,
-            TARGET_WEIGHTS=target_weights,
-            WITH_SHARES=with_shares,
-            num_warps=1,
-        )
-    return label, coefficient, share, live, read
+    return tl.where(broken, -1, label).to(tl.int32), valid, head_coefficient, coefficient
 
 
 @triton.jit
@@ -211,16 +134,91 @@ def pick(values, offs_h, h):
 
 
 @triton.jit
-def soft_cap(z, cap):
-    """Cap * tanh(z / cap), good to 2 ulp everywhere."""
-    y = z / cap
-    # 1 - 2 / (e^2y + 1) cancels near 0, where most logits lie; there an odd polynomial (least squares at
-    # Chebyshev points) takes over: 7e-8 relative in fp32. No libdevice: every target runs the same code.
-    y2 = y * y
-    near = -0.00661574655 * y2 + 0.021312739
-    near = near * y2 - 0.0539100653
-    near = near * y2 + 0.133331176
-    near = near * y2 - 0.33333332
-    near = y + y * y2 * near
-    far = 1.0 - 2.0 / (tl.exp2(tl.abs(y) * 2.8853900817779268) + 1.0)
-    return cap * tl.where(tl.abs(y) < 0.55, near, tl.where(y < 0, -far, far))
+def rows_kernel(
+    rows,
+    values,  # [B * S, H] each, with the strides below
+    stride_p,
+    stride_h,
+    S,
+    V,
+    ignore_index,
+    SETTINGS: tl.constexpr,
+):
+    """The rows of position p = program id."""
+    H_BLOCK: tl.constexpr = SETTINGS.rule.H_BLOCK
+    H: tl.constexpr = SETTINGS.rule.H
+    RULE: tl.constexpr = SETTINGS.rule
+    p = tl.program_id(0).to(tl.int64)
+    offs_h = tl.arange(0, H_BLOCK)
+    label, valid, head_coefficient, coefficient = row_coefficients(
+        rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
+    )
+    offs = p * stride_p + offs_h.to(tl.int64) * stride_h
+    mask = offs_h < H
+    tl.store(values.label + offs, tl.where(valid, label, 0), mask=mask)
+    tl.store(values.coefficient + offs, coefficient, mask=mask)
+    tl.store(values.head_coefficient + offs, head_coefficient, mask=mask)
+    tl.store(values.valid + offs, valid, mask=mask)
+    deciding = coefficient
+    if SETTINGS.WITH_D_WEIGHTS:
+        deciding = head_coefficient
+    tl.store(values.row_mask + offs, deciding != 0.0, mask=mask)
+
+
+def pack_inputs(inputs: LossInputs) -> RowInputs:
+    """Return the tensors of the rule with their strides."""
+    labels, token_weights, head_weights, seq_lens, document_ids, _ = inputs
+    packed = (
+        labels, *labels.stride(),
+        token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
+        head_weights, 0 if head_weights is None else head_weights.stride(0),
+        seq_lens, 0 if seq_lens is None else seq_lens.stride(0),
+        document_ids, *(NO_STRIDES[:2] if document_ids is None else document_ids.stride()),
+    )  # fmt: skip
+    return RowInputs._make(packed)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of 2 that is not below n; Triton's own function takes as long as an allocation."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_rule(options: LossOptions, H: int) -> Rule:
+    """Return the constants that these options compile to."""
+    return Rule(
+        SHIFT=options.shift,
+        H=H,
+        H_BLOCK=power_of_2(H),
+        OVER_HORIZON=options.head_reduction == "horizon",
+        TARGET_WEIGHTS=options.weight_alignment == "target",
+    )
+
+
+def launch_rows(
+    inputs: LossInputs, options: LossOptions, *, H: int, V: int, by_head: bool, with_d_weights: bool
+) -> RowOutputs:
+    """Return the rows of all positions, position by position or `by_head`."""
+    labels = inputs.labels
+    P = labels.numel()
+    S = labels.shape[1]
+    new = labels.new_empty
+    values = RowOutputs(
+        label=new(P * H, dtype=torch.int32),
+        coefficient=new(P * H, dtype=torch.float32),
+        head_coefficient=new(P * H, dtype=torch.float32),
+        valid=new(P * H, dtype=torch.bool),
+        row_mask=new(P * H, dtype=torch.bool),
+    )
+    if P:
+        rows_kernel[(P,)](
+            pack_inputs(inputs),
+            values,
+            1 if by_head else H,
+            P if by_head else 1,
+            S,
+            V,
+            options.ignore_index,
+            SETTINGS=RowsSettings(row_rule(options, H), with_d_weights),
+            num_warps=1,
+        )
+    return values

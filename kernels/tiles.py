@@ -1,13 +1,13 @@
-"""Launch shapes: how a row of V logits is cut into tiles.
+"""Launch shapes: how a row of V logits is divided into tiles.
 
 Math       tile = STRIPS x THREADS x VEC elements, VEC = 16 bytes of logits
 
 Shapes     (V, itemsize, warp size) -> Tile
 
 Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRIPS independent 128-bit loads in
-           flight, and a reduction over strips and vectors never leaves the thread. Threads grow with the row, so
-           that a short row does not idle most of them. Where rows are too few to fill the device, several programs
-           share the tiles of a row.
+           flight, and a reduction over strips and vectors never leaves the thread. The number of threads grows with
+           the row, so that a short row does not idle most of them. Where rows are too few to fill the device,
+           several programs share the tiles of a row (split-V).
 
 Traffic    None.
 
@@ -23,14 +23,14 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
-# For each multiprocessor: about as many as it holds at once.
+# Programs for each multiprocessor: about as many as it holds at once.
 LEAST_PROGRAMS = 8
-# Of a part of a row: below that a program reads its labels for longer than its logits.
+# Tiles of a split: with fewer a program spends longer on its labels than on its logits.
 LEAST_TILES = 2
 
 
 class Tile(NamedTuple):
-    """The cut of one row, and the warps that walk it."""
+    """The tile of one row, and the warps of the program that reads it."""
 
     strips: int
     threads: int
@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 
 
 def forward_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
-    """Rows of V logits of `itemsize` bytes, `warp_size` threads a warp; 64 bytes in flight a thread.
+    """Return the tile of a forward over rows of V logits of `itemsize` bytes: 64 bytes in flight a thread.
 
     The tanh of a softcap holds every element in two more registers: half the bytes, or the tile spills.
     """
@@ -46,15 +46,15 @@ def forward_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
 
 
 def backward_tile(V: int, itemsize: int, warp_size: int) -> Tile:
-    """The same for the gradient: 32 bytes a thread, since reads and writes are both in flight."""
+    """Return the tile of a gradient: 32 bytes a thread, since loads and stores are both in flight."""
     return _tile(V, itemsize, warp_size, strips=2)
 
 
-def slab_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
-    """Rows that are visited twice: wide programs, so that few rows are in flight and the cache holds all of them.
+def chunk_tile(V: int, itemsize: int, warp_size: int, softcap: bool) -> Tile:
+    """Return the tile of rows that are read twice: wide programs, so that the L2 cache holds all rows in flight.
 
-    Of 50 MB, as an H100 has: 25 MB by three programs of 512 threads on each multiprocessor at rows of 64 KB, 40 MB by
-    one of 1024 at rows of 300 KB.
+    Of an H100's 50 MB they take 25 MB at rows of 64 KB (three programs of 512 threads on each multiprocessor) and 40 MB
+    at rows of 300 KB (one program of 1024).
     """
     row_bytes = V * itemsize
     if row_bytes < 2**15:
@@ -72,13 +72,13 @@ def _tile(V: int, itemsize: int, warp_size: int, strips: int, most_threads: int 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in the interpreter."""
+    """Return the number of multiprocessors of a GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def row_splits(programs: int, V: int, tile: int, multiprocessors: int) -> int:
-    """Programs that share a row of V logits in tiles of `tile`, where one to each of `programs` rows is too few."""
+    """Return how many programs share a row of V logits in tiles of `tile`; 1 where `programs` rows fill the device."""
     tiles = -(-V // tile)
-    wanted = max(1, min(tiles // LEAST_TILES, -(-LEAST_PROGRAMS * multiprocessors // programs)))
-    # Parts of whole tiles: none of them empty.
-    return -(-tiles // -(-tiles // wanted))
+    most = max(1, min(tiles // LEAST_TILES, -(-LEAST_PROGRAMS * multiprocessors // programs)))
+    # Splits of whole tiles, none of them empty.
+    return -(-tiles // -(-tiles // most))

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtp_ce.checks import (
-    check_chunking,
-    check_linear,
-    check_normalizer,
-    check_options,
-    check_tensors,
-    check_values,
-    choose_impl,
-)
-from mtp_ce.loss import CallOptions, MTPLoss, MTPStats, reference_loss
-from mtp_ce.ops.chunks import COUNT, GPU_ROWS, KEEP_ALL
+from mtp_ce.checks import check_chunking, check_flags, check_inputs, check_linear, check_values, choose_impl
+from mtp_ce.loss import MTPLoss, MTPStats, reference_loss
+from mtp_ce.ops.chunks import COUNT, GPU_ROWS, KEEP_ALL, LinearCall
 from mtp_ce.ops.linear import linear_loss
 from mtp_ce.ops.logits import split_heads
+from mtp_ce.options import CallOptions, LossInputs, LossOptions, fold_normalizer
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -153,14 +145,14 @@ def weighted_mtp_linear_ce(
         Gradients in the forward of a chunked linear cross entropy: arXiv:2410.10989. Never building logits:
         arXiv:2411.09009.
     """
-    loss, stats = _evaluate(
-        hidden, unembed, labels, token_weights,
-        bias=bias, chunk_bytes=chunk_bytes, grad_dtype=grad_dtype, drop_dead_rows=drop_dead_rows, shift=shift,
-        weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-        seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
-        normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing, validate=validate, with_top1=return_stats, impl=impl,
+    options = LossOptions(
+        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
+        reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
     )  # fmt: skip
+    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, normalizer)
+    check_flags(validate=validate, return_stats=return_stats)
+    chunking = _Chunking(chunk_bytes, grad_dtype, drop_dead_rows)
+    loss, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, return_stats, impl)
     return MTPLoss(loss, stats) if return_stats else loss
 
 
@@ -213,89 +205,73 @@ def token_ce(
         >>> [round(x, 4) for x in ce[0].tolist()]  # ln 100, and no target after the last token
         [4.6052, 4.6052, 0.0]
     """
-    _, stats = _evaluate(
-        hidden, unembed, labels, None,
-        bias=bias, chunk_bytes=chunk_bytes, grad_dtype=torch.float32, drop_dead_rows=drop_dead_rows, shift=shift,
-        weight_alignment="position", head_reduction="live", head_weights=None, seq_lens=seq_lens,
-        document_ids=document_ids, ignore_index=ignore_index, reduction="sum", normalizer=None, loss_scale=1.0,
-        softcap=softcap, z_loss=0.0, label_smoothing=0.0, validate=validate, with_top1=False, impl=impl,
-    )  # fmt: skip
+    options = LossOptions(shift=shift, ignore_index=ignore_index, reduction="sum", softcap=softcap)
+    inputs = LossInputs(labels, seq_lens=seq_lens, document_ids=document_ids)
+    check_flags(validate=validate)
+    chunking = _Chunking(chunk_bytes, torch.float32, drop_dead_rows)
+    _, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, False, impl)
     single = isinstance(hidden, Tensor) and hidden.dim() == 3
     return stats.ce[:, :, 0] if single else stats.ce
 
 
+class _Chunking(NamedTuple):
+    """How the rows are divided into chunks, as the caller passed it."""
+
+    chunk_bytes: int | None
+    grad_dtype: torch.dtype
+    drop_dead_rows: bool | int | Literal["auto"]
+
+
 def _evaluate(
-    hidden: Tensor | Sequence[Tensor],
-    unembed: Tensor,
-    labels: Tensor,
-    token_weights: Tensor | None,
-    *,
-    bias: Tensor | None,
-    chunk_bytes: int | None,
-    grad_dtype: torch.dtype,
-    drop_dead_rows: bool | int | Literal["auto"],
-    shift: int,
-    weight_alignment: str,
-    head_reduction: str,
-    head_weights: Tensor | None,
-    seq_lens: Tensor | None,
-    document_ids: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    loss_scale: float,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
+    layer: tuple[Tensor | Sequence[Tensor], Tensor, Tensor | None],
+    inputs: LossInputs,
+    options: LossOptions,
+    chunking: _Chunking,
     validate: bool,
     with_top1: bool,
     impl: str,
 ) -> MTPLoss:
-    """Check everything and run; without `with_top1` the statistics' top1 is empty."""
-    hidden, unembed, bias = _autocast(hidden, unembed, bias)
-    given, shape = check_linear(hidden, unembed, bias)
-    first = given[0]
-    check_options(
-        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-        ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing, validate=validate, return_stats=with_top1, impl=impl,
-    )  # fmt: skip
-    check_tensors(first, shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids, "hidden")
-    check_normalizer(normalizer, reduction, first.device, "hidden")
+    """Check everything and run; without `with_top1` the statistics' top1 is empty.
+
+    Args:
+        layer: hidden, unembed and bias, unchecked like all that follow but the options.
+        inputs: of one call.
+        options: checked.
+        chunking: of the linear path.
+        validate: also check values.
+        with_top1: the statistics have top1.
+        impl: the caller's.
+    """
+    hidden, unembed, bias = _autocast(*layer)
+    heads, shape = check_linear(hidden, unembed, bias)
+    first = heads[0]
+    check_inputs(first, shape, inputs, options, "hidden")
     row_bytes = shape[3] * first.element_size()
-    check_chunking(chunk_bytes, grad_dtype, drop_dead_rows, row_bytes)
+    check_chunking(*chunking, row_bytes)
     impl = choose_impl(impl, first, "hidden")
     if validate:
-        check_values(
-            labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shape, shift, ignore_index
-        )
+        check_values(inputs, options, shape)
 
     if impl == "reference":
-        logits = [F.linear(head, unembed, bias) for head in split_heads(given)]
-        return reference_loss(
-            logits, labels, token_weights,
-            shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-            seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
-            normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        logits = [F.linear(head, unembed, bias) for head in split_heads(heads)]
+        return reference_loss(logits, inputs, options)
 
-    scale, by = loss_scale, normalizer
-    if isinstance(by, numbers.Real):
-        scale, by, reduction = loss_scale / float(by), None, "sum"
-    learning = torch.is_grad_enabled()
-    loss, ce, lse, live, top1 = linear_loss(
-        [x[:, :, None] for x in given] if first.dim() == 3 and len(given) == 1 else given, unembed, bias, labels,
-        token_weights, head_weights, seq_lens, document_ids, by,
-        shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
-        None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
-        reduction, float(scale), with_top1,
-        learning and token_weights is not None and token_weights.requires_grad,
-        learning and any(x.requires_grad for x in given),
-        learning and unembed.requires_grad,
-        learning and bias is not None and bias.requires_grad,
-        _chunk_rows(chunk_bytes, row_bytes, first.device), _drop(drop_dead_rows, first.device), grad_dtype, impl,
-    )  # fmt: skip
+    inputs, options = fold_normalizer(inputs, options)
+    with_grad, token_weights = torch.is_grad_enabled(), inputs.token_weights
+    call = LinearCall(
+        with_top1=with_top1,
+        with_d_weights=with_grad and token_weights is not None and token_weights.requires_grad,
+        with_d_hidden=with_grad and any(x.requires_grad for x in heads),
+        with_d_unembed=with_grad and unembed.requires_grad,
+        with_d_bias=with_grad and bias is not None and bias.requires_grad,
+        chunk_rows=_chunk_rows(chunking.chunk_bytes, row_bytes, first.device),
+        drop=_drop(chunking.drop_dead_rows, first.device),
+        grad_dtype=chunking.grad_dtype,
+        impl=impl,
+    )
+    if first.dim() == 3 and len(heads) == 1:
+        heads = [first[:, :, None]]
+    loss, ce, lse, live, top1 = linear_loss(heads, unembed, bias, inputs, options, call)
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 

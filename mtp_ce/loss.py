@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from mtp_ce.checks import (
+    check_flags,
+    check_head_weights,
     check_inplace,
+    check_inputs,
     check_logits,
-    check_normalizer,
-    check_options,
-    check_tensors,
     check_values,
     choose_impl,
 )
-from mtp_ce.ops.logits import logits_loss, split_heads
+from mtp_ce.ops.logits import LogitsCall, logits_loss, split_heads
 from mtp_ce.ops.rows import check_labels
+from mtp_ce.options import (
+    OPTION_NAMES,
+    CallOptions,
+    CommonOptions,
+    LossInputs,
+    LossOptions,
+    check_choice,
+    fold_normalizer,
+)
 from mtp_ce.reference import reference_weighted_mtp_ce
 
 if TYPE_CHECKING:
@@ -43,31 +51,6 @@ class MTPLoss(NamedTuple):
 
     loss: Float[Tensor, "*reduced"]
     stats: MTPStats
-
-
-class CommonOptions(TypedDict, total=False):
-    """Options of both paths that hold for a whole run."""
-
-    shift: int
-    weight_alignment: str
-    head_reduction: str
-    head_weights: Tensor | None
-    ignore_index: int
-    reduction: str
-    loss_scale: float
-    softcap: float | None
-    z_loss: float
-    label_smoothing: float
-    validate: bool
-    impl: str
-
-
-class CallOptions(CommonOptions, total=False):
-    """Those, and what belongs to one batch."""
-
-    seq_lens: Tensor | None
-    document_ids: Tensor | None
-    normalizer: float | Tensor | None
 
 
 class _Options(CommonOptions, total=False):
@@ -180,66 +163,39 @@ def weighted_mtp_ce(
     Source:
         Multi-token prediction: arXiv:2404.19737. Token weights: arXiv:2404.07965. Online softmax: arXiv:1805.02867.
     """
-    given, shape = check_logits(logits)
-    check_options(
-        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-        ignore_index=ignore_index, reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-        label_smoothing=label_smoothing, inplace_backward=inplace_backward, validate=validate,
-        return_stats=return_stats, impl=impl,
+    heads, shape = check_logits(logits)
+    options = LossOptions(
+        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
+        reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
     )  # fmt: skip
-    check_tensors(given[0], shape, labels, token_weights, weight_alignment, head_weights, seq_lens, document_ids)
-    check_normalizer(normalizer, reduction, given[0].device)
-    impl = choose_impl(impl, given[0])
+    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, normalizer)
+    check_flags(inplace_backward=inplace_backward, validate=validate, return_stats=return_stats)
+    check_inputs(heads[0], shape, inputs, options)
+    impl = choose_impl(impl, heads[0])
     if inplace_backward:
-        check_inplace(given, impl)
+        check_inplace(heads, impl)
     if validate:
-        check_values(
-            labels,
-            token_weights,
-            head_weights,
-            seq_lens,
-            document_ids,
-            normalizer,
-            shape,
-            shift,
-            ignore_index,
-        )
+        check_values(inputs, options, shape)
 
     if impl == "reference":
-        by_reference = reference_loss(
-            split_heads(given), labels, token_weights,
-            shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, head_weights=head_weights,
-            seq_lens=seq_lens, document_ids=document_ids, ignore_index=ignore_index, reduction=reduction,
-            normalizer=normalizer, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-        return by_reference if return_stats else by_reference.loss
+        outcome = reference_loss(split_heads(heads), inputs, options)
+        return outcome if return_stats else outcome.loss
 
-    scale, by = loss_scale, normalizer
-    if isinstance(by, numbers.Real):
-        scale, by, reduction = loss_scale / float(by), None, "sum"
-    loss, *stats = logits_loss(
-        given, labels, token_weights, head_weights, seq_lens, document_ids, by,
-        shift, head_reduction == "horizon", weight_alignment == "target", ignore_index,
-        None if softcap is None else float(softcap), float(z_loss), float(label_smoothing),
-        reduction, float(scale), return_stats,
-        token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled(),
-        inplace_backward, impl,
-    )  # fmt: skip
+    inputs, options = fold_normalizer(inputs, options)
+    with_d_weights = token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled()
+    call = LogitsCall(return_stats, with_d_weights, inplace_backward, impl)
+    loss, *stats = logits_loss(heads, inputs, options, call)
     if not return_stats:
         return loss
     ce, row_max, log_sum, live, top1 = stats
     return MTPLoss(loss, MTPStats(ce, live, row_max + log_sum, top1))
 
 
-def reference_loss(heads: list[Tensor], labels: Tensor, token_weights: Tensor | None, **options: Any) -> MTPLoss:
-    """The oracle's loss of H heads [B,S,V], with the same answer to a broken label as the other implementations."""
-    if labels.device.type == "cpu" and labels.numel():
-        check_labels(
-            labels, options["seq_lens"], options["document_ids"],
-            H=len(heads), V=heads[0].shape[-1], shift=options["shift"], ignore_index=options["ignore_index"],
-        )  # fmt: skip
-    loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, labels, token_weights, **options)
+def reference_loss(heads: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
+    """Return the oracle's loss of H heads [B,S,V]; a broken label raises as in the other implementations."""
+    if inputs.labels.device.type == "cpu" and inputs.labels.numel():
+        check_labels(inputs, options, len(heads), heads[0].shape[-1])
+    loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, **inputs._asdict(), **vars(options))
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 
@@ -271,7 +227,11 @@ class WeightedMTPLoss(nn.Module):
             raise TypeError(
                 f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__optional_keys__)}"
             )
-        check_options(return_stats=return_stats, **options)
+        own = {name: options[name] for name in OPTION_NAMES if name in options}
+        check_head_weights(options.get("head_weights"), LossOptions(**own))
+        flags = {name: options[name] for name in ("inplace_backward", "validate") if name in options}
+        check_flags(return_stats=return_stats, **flags)
+        check_choice("impl", options.get("impl", "auto"))
         self.return_stats = return_stats
         self.register_buffer("head_weights", options.pop("head_weights", None))
         self.options = options

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "kernels": {"torch", "triton", "mtp_ce.kernels"},
+    "kernels": {"torch", "triton", "mtp_ce.kernels", "mtp_ce.options"},
     # safetensors comes with the extra `train`; only saving heads asks for it, in a function.
     "mtp_ce": {"torch", "triton", "jaxtyping", "safetensors", "mtp_ce"},
 }

@@ -56,7 +56,7 @@ for one in predictions("sm_90", [Problem(100, {H}, {V}), Problem(100, 1, {V}, sl
     found[one.launch.name + one.case] = {{
         "loops": loops, "mufu": one.per_element("mufu"), "instructions": one.per_element(), "grid": one.launch.programs,
         "threads": one.launch.threads, "passes": [one.passes(loop) for loop in one.visits], "bytes": one.bytes,
-        "strips": [one.launch.options["STRIPS"], one.launch.options.get("GRADIENT_STRIPS")], "blocks": one.blocks,
+        "strips": [*one.launch.strips, None][:2], "blocks": one.blocks,
         "splits": one.launch.splits,
         "best": one.best(), "worst": one.worst(), "bounds": one.bounds(),
     }}

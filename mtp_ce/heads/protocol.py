@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -27,21 +27,12 @@ from mtp_ce.heads.drafting import Drafter, HiddenStateDrafter
 from mtp_ce.heads.kinds import CONFIG_FILE, PATHS, TENSORS_FILE
 from mtp_ce.heads.trunk import TrunkPass
 from mtp_ce.loss import MTPLoss
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import load_class
 from mtp_ce.unembedding import Unembedding
 
-
-class LossRule(NamedTuple):
-    """Options of the loss that one call of the wrapper sets; meanings as in `weighted_mtp_ce`."""
-
-    shift: int
-    weight_alignment: str
-    document_ids: Tensor | None  # [B, S]
-    normalizer: float | Tensor | None
-
-
-# The loss of hidden states under labels and token weights; keyword arguments are those of `weighted_mtp_ce`.
-FusedLoss = Callable[..., MTPLoss]
+# The fused loss of hidden states, H x [B, S, D], with statistics.
+FusedLoss = Callable[[list[Tensor], LossInputs, LossOptions], MTPLoss]
 
 
 class Heads(nn.Module):
@@ -111,19 +102,16 @@ class Heads(nn.Module):
         """See the class."""
         return None
 
-    def loss(
-        self, fused: FusedLoss, hidden: list[Tensor], labels: Tensor, token_weights: Tensor | None, rule: LossRule
-    ) -> MTPLoss:
+    def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
         """Return the loss over all heads, with statistics of H heads.
 
         Args:
-            fused: called with (hidden, labels, token_weights, **options of `weighted_mtp_ce`).
+            fused: the fused loss of hidden states.
             hidden: what `forward` returned.
-            labels: [B, S].
-            token_weights: [B, S] or [B, S, H].
-            rule: further options of this call.
+            inputs: labels [B, S], token weights [B, S] or [B, S, H] and the other tensors of the call.
+            options: options of the loss.
         """
-        return fused(hidden, labels, token_weights, **rule._asdict())
+        return fused(hidden, inputs, options)
 
     @contextmanager
     def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,50 +11,33 @@ from mtp_ce.checks import saved_tensors_are_hooked
 from mtp_ce.heads.protocol import FusedLoss
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import MTPLoss, weighted_mtp_ce
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.unembedding import Unembedding
 
 
-def fused_loss(output: Unembedding, *, linear: bool, label_smoothing: float, z_loss: float) -> FusedLoss:
-    """Return the loss as a function of hidden states, labels, token weights and options of `weighted_mtp_ce`.
+def fused_loss(output: Unembedding, *, linear: bool) -> FusedLoss:
+    """Return the loss as a function of hidden states, inputs and options.
 
     Args:
         output: the model's output layer.
         linear: whether the logits are never built; the same loss.
-        label_smoothing: of the loss.
-        z_loss: of the loss.
     """
-    options: dict[str, Any] = {
-        "softcap": output.softcap, "label_smoothing": label_smoothing, "z_loss": z_loss, "return_stats": True
-    }  # fmt: skip
-    path: Callable[..., MTPLoss] = _linear if linear else _logits
-    return partial(path, output, options)
+    return partial(_linear if linear else _logits, output)
 
 
-def _linear(
-    output: Unembedding,
-    options: dict[str, Any],
-    hidden: list[Tensor],  # H x [B, S, D]
-    labels: Tensor,
-    token_weights: Tensor | None,
-    **rule: Any,
-) -> MTPLoss:
+def _linear(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
     scaled = [output.scaled(x) for x in hidden]
-    return weighted_mtp_linear_ce(scaled, output.weight, labels, token_weights, bias=output.bias, **options, **rule)
+    return weighted_mtp_linear_ce(
+        scaled, output.weight, bias=output.bias, return_stats=True, **inputs._asdict(), **asdict(options)
+    )
 
 
-def _logits(
-    output: Unembedding,
-    options: dict[str, Any],
-    hidden: list[Tensor],  # H x [B, S, D]
-    labels: Tensor,
-    token_weights: Tensor | None,
-    **rule: Any,
-) -> MTPLoss:
+def _logits(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
     logits = [nn.functional.linear(output.scaled(x), output.weight, output.bias) for x in hidden]
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
-    return weighted_mtp_ce(logits, labels, token_weights, inplace_backward=inplace, **options, **rule)
+    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs._asdict(), **asdict(options))
 
 
 def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mtp_ce.checks import check_options
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
-from mtp_ce.heads.protocol import Heads, LossRule, build_heads
+from mtp_ce.heads.protocol import Heads, build_heads
 from mtp_ce.hf.causal import causal_model
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fused_loss, loss_normalizer
@@ -32,6 +31,7 @@ from mtp_ce.hf.router_loss import coefficient, wants_router_loss
 from mtp_ce.hf.saved_heads import SavedHeads
 from mtp_ce.loss import MTPLoss, MTPStats
 from mtp_ce.next_token import NextToken
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import check_name
 from mtp_ce.unembedding import Unembedding
 
@@ -110,7 +110,7 @@ class MTPWrapper(PreTrainedModel):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
-        check_options(label_smoothing=label_smoothing, z_loss=z_loss)
+        LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)  # checks them
         causal = causal_model(model)
         Unembedding.checked(causal)
         built = build_heads(heads, causal, horizon)
@@ -214,8 +214,12 @@ class MTPWrapper(PreTrainedModel):
         weights = token_weights
         if callable(weights):
             weights = weights(NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap))
-        rule = LossRule(shift, weight_alignment, document_ids, normalizer)
-        loss, stats = self._loss(hidden, output, targets, weights, rule)
+        options = LossOptions(
+            shift=shift, weight_alignment=weight_alignment,
+            softcap=output.softcap, z_loss=self.z_loss, label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        loss_inputs = LossInputs(targets, weights, document_ids=document_ids, normalizer=normalizer)
+        loss, stats = self._loss(hidden, output, loss_inputs, options)
         if router_loss is not None:
             fraction = 1 if normalizer is None else stats.live.any(-1).sum() / normalizer
             loss = loss + fraction * coefficient(self.causal) * router_loss.to(loss)
@@ -251,21 +255,11 @@ class MTPWrapper(PreTrainedModel):
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
-    def _loss(
-        self,
-        hidden: list[Tensor],
-        output: Unembedding,
-        labels: Tensor,
-        token_weights: Tensor | None,
-        rule: LossRule,
-    ) -> MTPLoss:
+    def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
         if self.trunk != "joint":
             bias = None if output.bias is None else output.bias.detach()
             output = output._replace(weight=output.weight.detach(), bias=bias)
-        fused = fused_loss(
-            output, linear=self.loss == "linear", label_smoothing=self.label_smoothing, z_loss=self.z_loss
-        )
-        return self.heads.loss(fused, hidden, labels, token_weights, rule)
+        return self.heads.loss(fused_loss(output, linear=self.loss == "linear"), hidden, inputs, options)
 
     def generate(self, *arguments: Any, speculative: bool = False, **options: Any) -> Any:
         """Generate with the model's own `generate`, or the same text in fewer forwards.

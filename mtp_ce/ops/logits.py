@@ -5,41 +5,49 @@
 A gradient has no derivative: differentiating twice raises. Arguments arrive checked (mtp_ce/checks.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtp_ce.ops import cpu
-from mtp_ce.ops.register import differentiable, once_differentiable, operator
+from mtp_ce.ops.register import differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
+from mtp_ce.options import LossInputs, LossOptions
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-# Arguments of `logits_forward` after the logits that are tensors.
-TENSORS = 6
+
+
+class LogitsCall(NamedTuple):
+    """How one call runs, and which results it wants."""
+
+    with_top1: bool
+    with_d_weights: bool
+    inplace_backward: bool
+    impl: str  # "triton" or "cpu"
 
 
 def split_heads(logits: list[Tensor]) -> list[Tensor]:
-    """H views [B,S,V] of one [B,S,H,V], or the H tensors themselves."""
+    """Return H views [B,S,V] of one [B,S,H,V], or the H tensors themselves."""
     return list(logits[0].unbind(2)) if logits[0].dim() == 4 else logits
 
 
 def horizon(logits: list[Tensor]) -> int:
-    """H of one [B,S,H,V], or of H tensors [B,S,V]."""
+    """Return H of one [B,S,H,V], or of H tensors [B,S,V]."""
     return logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensors', where it is not."""
+    """Make a GPU the current device, which launches go to, where it is not."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Forward, mean and backward of an implementation; kernels are imported where they are wanted."""
+    """Return forward, mean and backward of an implementation; Triton is imported only where it runs."""
     if impl == "cpu":
         return cpu.forward, cpu.mean, cpu.backward
     from mtp_ce.kernels.backward import launch_backward
@@ -49,60 +57,7 @@ def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callab
     return launch_forward, launch_mean, launch_backward
 
 
-@operator
-def logits_forward(
-    logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
-    labels: Tensor,  # [B, S]
-    token_weights: Tensor | None,  # [B, S] or [B, S, H]
-    head_weights: Tensor | None,  # [H]
-    seq_lens: Tensor | None,  # [B]
-    document_ids: Tensor | None,  # [B, S]
-    normalizer: Tensor | None,  # []
-    shift: int,
-    over_horizon: bool,
-    target_weights: bool,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
-    reduction: str,
-    scale: float,
-    with_top1: bool,
-    with_shares: bool,
-    inplace_backward: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [] or [B,S]; ce, row_max, log_sum, live, top1, shares [B,S,H] (empty if not wanted); factor []."""
-    heads = split_heads(logits) if impl == "cpu" else logits
-    if labels.numel() == 0:
-        results = _allocate(logits, reduction, with_top1, with_shares)
-        results[0].zero_()
-        results[-1].zero_()
-        return results
-    forward, mean, _ = functions(impl)
-    if labels.device.type == "cpu":
-        check_labels(
-            labels, seq_lens, document_ids,
-            H=horizon(logits), V=logits[0].shape[-1], shift=shift, ignore_index=ignore_index,
-        )  # fmt: skip
-    with device_guard(labels.device):
-        out, ce, row_max, log_sum, live, top1, shares = forward(
-            heads, labels, token_weights, head_weights, seq_lens, document_ids,
-            shift=shift, over_horizon=over_horizon, target_weights=target_weights, ignore_index=ignore_index,
-            softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
-            with_top1=with_top1, with_shares=with_shares,
-        )  # fmt: skip
-        if reduction == "none":
-            loss, factor = out.mul_(scale), out.new_full((), scale)
-        else:
-            count = reduction == "mean" and normalizer is None
-            loss, factor = mean(out, live, normalizer, scale=scale, count=count)
-    top1 = live.new_empty(0, dtype=torch.int32) if top1 is None else top1
-    shares = ce.new_empty(0) if shares is None else shares
-    return loss, ce, row_max, log_sum, live, top1, shares, factor
-
-
-def _allocate(logits: list[Tensor], reduction: str, with_top1: bool, with_shares: bool) -> Forward:
+def _allocate(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> Forward:
     B, S = logits[0].shape[:2]
     H = horizon(logits)
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
@@ -111,129 +66,127 @@ def _allocate(logits: list[Tensor], reduction: str, with_top1: bool, with_shares
         return logits[0].new_empty(shape, dtype=dtype)
 
     return (
-        new(B, S) if reduction == "none" else new(),
+        new(B, S) if options.reduction == "none" else new(),
         new(B, S, H),
         new(B, S, H),
         new(B, S, H),
         new(B, S, H, dtype=torch.bool),
-        new(B, S, H, dtype=torch.int32) if with_top1 else new(0, dtype=torch.int32),
-        new(B, S, H) if with_shares else new(0),
+        new(B, S, H, dtype=torch.int32) if call.with_top1 else new(0, dtype=torch.int32),
+        new(B, S, H) if call.with_d_weights else new(0),
         new(),
     )
 
 
-@torch.library.register_fake("mtp_ce::logits_forward")
-def _(
-    logits, labels, token_weights, head_weights, seq_lens, document_ids, normalizer, shift, over_horizon,
-    target_weights, ignore_index, softcap, z_loss, label_smoothing, reduction, scale, with_top1, with_shares,
-    inplace_backward, impl,
-):  # fmt: skip
-    return _allocate(logits, reduction, with_top1, with_shares)
+@operator(fake=_allocate)
+def logits_forward(
+    logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
+    inputs: LossInputs,
+    options: LossOptions,
+    call: LogitsCall,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss [] or [B,S]; ce, row_max, log_sum, valid, top1, d_row_weights [B,S,H]; factor []. Empty: not wanted.
+
+    The factor is what the gradient of every position's term takes: scale / N.
+    """
+    heads = split_heads(logits) if call.impl == "cpu" else logits
+    device = inputs.labels.device
+    if inputs.labels.numel() == 0:
+        results = _allocate(logits, inputs, options, call)
+        results[0].zero_()
+        results[-1].zero_()
+        return results
+    forward, mean, _ = functions(call.impl)
+    if device.type == "cpu":
+        check_labels(inputs, options, horizon(logits), logits[0].shape[-1])
+    with device_guard(device):
+        out, ce, row_max, log_sum, valid, top1, d_row_weights = forward(
+            heads, inputs, options, with_top1=call.with_top1, with_d_weights=call.with_d_weights
+        )
+        loss, factor = reduce(mean, out, valid, inputs, options)
+    top1 = valid.new_empty(0, dtype=torch.int32) if top1 is None else top1
+    d_row_weights = ce.new_empty(0) if d_row_weights is None else d_row_weights
+    return loss, ce, row_max, log_sum, valid, top1, d_row_weights, factor
 
 
-@operator
+def reduce(
+    mean: Callable[..., tuple[Tensor, Tensor]], out: Tensor, valid: Tensor, inputs: LossInputs, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of the positions' terms `out`, and the factor of their gradients."""
+    scale = options.loss_scale
+    if options.reduction == "none":
+        return out.mul_(scale), out.new_full((), scale)
+    count = options.reduction == "mean" and inputs.normalizer is None
+    return mean(out, valid, inputs.normalizer, scale=scale, count=count)
+
+
+@operator(fake=lambda d_loss, logits, *_: [torch.empty_like(x) for x in logits])
 def logits_backward(
     d_loss: Tensor,  # [] or [B, S]
     logits: list[Tensor],
-    labels: Tensor,
-    token_weights: Tensor | None,
-    head_weights: Tensor | None,
-    seq_lens: Tensor | None,
-    document_ids: Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
     row_max: Tensor,
     log_sum: Tensor,
     factor: Tensor,
-    shift: int,
-    over_horizon: bool,
-    target_weights: bool,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     impl: str,
 ) -> list[Tensor]:
-    """D loss / d logits, shaped as the logits were given."""
+    """Return d loss / d logits, shaped like the logits."""
     d_logits = [torch.empty_like(x) for x in logits]
-    _write_gradient(
-        d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum,
-        factor, shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
-    )  # fmt: skip
+    _write_gradient(d_loss, logits, d_logits, inputs, options, (row_max, log_sum, factor), impl)
     return d_logits
 
 
-@torch.library.register_fake("mtp_ce::logits_backward")
-def _(
-    d_loss, logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor, shift,
-    over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
-):  # fmt: skip
-    return [torch.empty_like(x) for x in logits]
-
-
-# Not an `operator`: this also moves on the version of what it overwrites.
-@torch.library.custom_op("mtp_ce::logits_backward_", mutates_args=("logits",))
+@mutating_operator("logits")
 def logits_backward_(
     d_loss: Tensor,
     logits: list[Tensor],
-    labels: Tensor,
-    token_weights: Tensor | None,
-    head_weights: Tensor | None,
-    seq_lens: Tensor | None,
-    document_ids: Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
     row_max: Tensor,
     log_sum: Tensor,
     factor: Tensor,
-    shift: int,
-    over_horizon: bool,
-    target_weights: bool,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     impl: str,
 ) -> None:
     """Overwrite the logits with d loss / d logits."""
-    _write_gradient(
-        d_loss, logits, logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum,
-        factor, shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
-    )  # fmt: skip
+    _write_gradient(d_loss, logits, logits, inputs, options, (row_max, log_sum, factor), impl)
 
 
 def _write_gradient(
-    d_loss, logits, d_logits, labels, token_weights, head_weights, seq_lens, document_ids, row_max, log_sum, factor,
-    shift, over_horizon, target_weights, ignore_index, softcap, z_loss, label_smoothing, impl,
-) -> None:  # fmt: skip
+    d_loss: Tensor,
+    logits: list[Tensor],
+    d_logits: list[Tensor],
+    inputs: LossInputs,
+    options: LossOptions,
+    statistics: tuple[Tensor, Tensor, Tensor],  # row_max, log_sum, factor
+    impl: str,
+) -> None:
+    labels = inputs.labels
     if labels.numel() == 0:
         return
-    heads, d_heads = logits, d_logits
     if impl == "cpu":
-        heads, d_heads = split_heads(logits), split_heads(d_logits)
+        logits, d_logits = split_heads(logits), split_heads(d_logits)
     _, _, backward = functions(impl)
     with device_guard(labels.device):
-        backward(
-            d_loss.expand(labels.shape), heads, d_heads, labels, token_weights, head_weights, seq_lens, document_ids,
-            row_max, log_sum, factor,
-            shift=shift, over_horizon=over_horizon, target_weights=target_weights, ignore_index=ignore_index,
-            softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
-        )  # fmt: skip
+        backward(d_loss.expand(labels.shape), logits, d_logits, inputs, options, *statistics)
 
 
-@operator
+@operator(fake=lambda d_loss, token_weights, *_: token_weights.new_empty(token_weights.shape))
 def weights_backward(
     d_loss: Tensor,  # [] or [B, S]
     token_weights: Tensor,  # [B, S] or [B, S, H]
-    shares: Tensor,  # [B, S, H]
+    d_row_weights: Tensor,  # [B, S, H]
     factor: Tensor,  # []
     shift: int,
-    target_weights: bool,
+    weight_alignment: str,
 ) -> Tensor:
-    """D loss / d token_weights: the shares of a weight's rows, summed."""
-    B, S, H = shares.shape
-    upstream = (d_loss.expand(B, S).to(shares.dtype) * factor)[:, :, None]
-    # A dead row's share is 0, and its weight counts for nothing; also where one of the two is Inf or NaN.
-    by_row = torch.where((shares == 0) | (upstream == 0), 0.0, upstream * shares)
+    """Return d loss / d token_weights: the gradients of a weight's rows, summed."""
+    B, S, H = d_row_weights.shape
+    upstream = (d_loss.expand(B, S).to(d_row_weights.dtype) * factor)[:, :, None]
+    # Exactly 0 for a masked row and for an upstream gradient of 0, also where the other is Inf or NaN.
+    by_row = torch.where((d_row_weights == 0) | (upstream == 0), 0.0, upstream * d_row_weights)
     if token_weights.dim() == 3:
         d_weights = by_row
-    elif target_weights:
+    elif weight_alignment == "target":
         d_weights = by_row.new_zeros(B, S)
         for h in range(min(H, S - shift)):
             d_weights[:, shift + h :] += by_row[:, : S - shift - h, h]
@@ -242,25 +195,24 @@ def weights_backward(
     return d_weights.to(token_weights.dtype, copy=True)
 
 
-@torch.library.register_fake("mtp_ce::weights_backward")
-def _(d_loss, token_weights, shares, factor, shift, target_weights):
-    return token_weights.new_empty(token_weights.shape)
+def input_gradients(d_weights: Tensor | None) -> Iterator[Tensor | None]:
+    """Return a gradient for each of `LossInputs`, of which only the token weights have one."""
+    return (d_weights if name == "token_weights" else None for name in LossInputs._fields)
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, live and top1."""
+    """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, valid and top1."""
 
     @staticmethod
-    def forward(ctx: Any, given: int, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        logits, others = tensors[:given], tensors[given:]
-        *results, shares, factor = logits_forward(list(logits), *others, *options)
+    def forward(ctx: Any, options: LossOptions, call: LogitsCall, H: int, *tensors: Tensor | None) -> Any:
+        logits, inputs = tensors[:H], LossInputs(*tensors[H:])
+        *results, d_row_weights, factor = logits_forward(list(logits), *inputs, *options.values(), *call)
         loss, _, row_max, log_sum, _, _ = results
-        ctx.save_for_backward(*tensors[:-1], row_max, log_sum, factor, shares)
-        ctx.given = given
-        ctx.rule = options[:7]
-        with_top1, ctx.with_shares, ctx.inplace, ctx.impl = options[9:]
+        # The normalizer is in the factor.
+        ctx.save_for_backward(*logits, *inputs[:-1], row_max, log_sum, factor, d_row_weights)
+        ctx.options, ctx.call, ctx.H = options, call, H
         ctx.set_materialize_grads(False)
-        if not with_top1:
+        if not call.with_top1:
             return (loss,)
         ctx.mark_non_differentiable(*results[1:])
         return tuple(results)
@@ -268,27 +220,33 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if d_loss is None:
-            return (None,) * (2 + ctx.given + TENSORS)
-        if ctx.inplace and torch.is_grad_enabled():
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.call.inplace_backward and torch.is_grad_enabled():
             raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
         d_weights, *d_logits = once_differentiable(_logits_gradients, ctx, d_loss, *ctx.saved_tensors)
-        return None, None, *d_logits, None, d_weights, *[None] * (TENSORS - 2)
+        return None, None, None, *d_logits, *input_gradients(d_weights)
 
 
 def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    """Of the token weights, and of each tensor of logits."""
-    logits, tensors, shares = list(saved[: ctx.given]), saved[ctx.given : -1], saved[-1]
-    d_weights = None
-    if ctx.with_shares:
-        shift, _, target_weights = ctx.rule[:3]
-        d_weights = weights_backward(d_loss, tensors[1], shares, tensors[-1], shift, target_weights)
-    if not any(ctx.needs_input_grad[2 : 2 + ctx.given]):
-        return d_weights, *[None] * ctx.given
-    if not ctx.inplace:
-        return d_weights, *logits_backward(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
+    """Return the gradient of the token weights, and of each tensor of logits."""
+    logits, inputs = list(saved[: ctx.H]), LossInputs(*saved[ctx.H : -4])
+    *statistics, d_row_weights = saved[-4:]
+    options, call, d_weights = ctx.options, ctx.call, None
+    if call.with_d_weights:
+        d_weights = weights_backward(
+            d_loss, inputs.token_weights, d_row_weights, statistics[-1], options.shift, options.weight_alignment
+        )
+    if not any(ctx.needs_input_grad[3 : 3 + ctx.H]):
+        return d_weights, *[None] * ctx.H
+    if not call.inplace_backward:
+        d_logits = logits_backward(d_loss, logits, *inputs, *options.values(), *statistics, call.impl)
+        return d_weights, *d_logits
     logits = [x.detach() for x in logits]
-    logits_backward_(d_loss, logits, *tensors, *ctx.rule, ctx.impl)
+    logits_backward_(d_loss, logits, *inputs, *options.values(), *statistics, call.impl)
     return d_weights, *logits
 
 
-logits_loss = differentiable("logits_loss", _LogitsLoss, logits_forward, tensors=TENSORS)
+@differentiable
+def logits_loss(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> list[Tensor]:
+    """Return the loss, and where top1 is wanted ce, row_max, log_sum, valid and top1; arguments as `logits_forward`."""
+    return [*_LogitsLoss.apply(options, call, len(logits), *logits, *inputs)]

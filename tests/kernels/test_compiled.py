@@ -45,7 +45,7 @@ def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled
             continue
         wide = kernel["strips"] * kernel["H"]
         again = kernel["gradient_strips"] or 0
-        # AMD's compiler peels the first pass of a loop that learns the base of the mean there.
+        # AMD's compiler peels the first pass of a loop that computes the base of the mean there.
         copies = (1, 2) if kernel["target"] == "gfx942" and "capped" in kernel["layout"] else (1,)
         assert kernel["wide_loads"] in [copy * (wide + again) for copy in copies], kernel
         if kernel["name"] != "forward_kernel":
@@ -102,8 +102,8 @@ def main(target_name: str) -> None:
         for launch in launched:
             used = _amd(launch.kernel) if target_name == "gfx942" else _nvidia(launch.kernel)
             case = {"target": target_name, "name": launch.name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}
-            options = {name.lower(): launch.options.get(name) for name in ("STRIPS", "GRADIENT_STRIPS")}
-            report.append({**case, **options, "shared": "shared" in layout, **used})
+            strips, again = [*launch.strips, None, None][:2]
+            report.append({**case, "strips": strips, "gradient_strips": again, "shared": "shared" in layout, **used})
     print(json.dumps(report))
 
 

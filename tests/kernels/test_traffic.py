@@ -124,14 +124,15 @@ class Slabs:
         self.visits: list[dict] = []
         launch = forward_backward.launch_forward_backward
 
-        def counted(slab, label, coefficient, read, *results, gradient, **options):
+        def counted(logits, rows, results, options, *, gradient):
             meter.loaded.clear()
             meter.stored.clear()
-            launch(slab, label, coefficient, read, *results, gradient=gradient, **options)
-            loads, stores = meter.loads_of(slab), meter.stores_to(slab)
+            launch(logits, rows, results, options, gradient=gradient)
+            loads, stores = meter.loads_of(logits), meter.stores_to(logits)
+            read = rows.row_mask.numpy().copy()
             self.visits.append({
-                "read": read.numpy().copy(), "moves": (coefficient != 0).numpy() & read.numpy(), "gradient": gradient,
-                "loads": loads, "stores": stores, "itemsize": slab.element_size(),
+                "read": read, "moves": (rows.coefficient != 0).numpy() & read, "gradient": gradient,
+                "loads": loads, "stores": stores, "itemsize": logits.element_size(),
             })  # fmt: skip
 
         monkeypatch.setattr(forward_backward, "launch_forward_backward", counted)

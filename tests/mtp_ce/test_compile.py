@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mtp_ce import WeightedMTPLoss, weighted_mtp_ce
 from mtp_ce.ops import logits as ops
+from mtp_ce.options import LossInputs, LossOptions
 
 B, S, H, V = 2, 5, 3, 37
 
@@ -158,21 +159,26 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
     given = [x.contiguous() for x in logits.unbind(2)] if case.get("listed") else [logits]
     labels = draw.integers(9, 1, positions)
     weights = draw.uniform(1, positions) if case.get("weights", True) else None
-    tensors: list[Tensor | None] = [None] * 4
+    inputs = LossInputs(labels, weights)
     if case.get("tensors"):
-        tensors = [draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions), None]
-    extras = (case.get("softcap"), case.get("z_loss", 0.0), case.get("smoothing", 0.0))
-    rule = (1, False, case.get("target", False), -100, *extras)
-    tail = (case.get("reduction", "mean"), 0.5, True, weights is not None, False, impl)
-    forward = (given, labels, weights, *tensors, *rule, *tail)
+        inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions))
+    options = LossOptions(
+        weight_alignment="target" if case.get("target") else "position", reduction=case.get("reduction", "mean"),
+        loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),
+        label_smoothing=case.get("smoothing", 0.0),
+    )  # fmt: skip
+    call = ops.LogitsCall(True, weights is not None, False, impl)
+    forward = (given, *inputs, *options.values(), *call)
     results = ops.logits_forward(*forward)
-    loss, _, row_max, log_sum, _, _, shares, factor = results
+    loss, _, row_max, log_sum, _, _, d_row_weights, factor = results
     d_loss = torch.ones_like(loss)
-    backward = (d_loss, given, labels, weights, *tensors[:3], row_max, log_sum, factor, *rule, impl)
-    of_weights = (d_loss, weights, shares, factor, 1, case.get("target", False))
+    backward = (d_loss, given, *inputs, *options.values(), row_max, log_sum, factor, impl)
+    of_weights = (d_loss, weights, d_row_weights, factor, 1, options.weight_alignment)
     leaves = [x.clone().requires_grad_() for x in given]
-    learned = (leaves, labels, None if weights is None else weights.clone().requires_grad_(), *tensors, *rule, *tail)
-    return [learned, forward, backward, backward, *([] if weights is None else [of_weights])]
+    if weights is not None:
+        inputs = inputs._replace(token_weights=weights.clone().requires_grad_())
+    differentiated = (leaves, *inputs, *options.values(), *call)
+    return [differentiated, forward, backward, backward, *([] if weights is None else [of_weights])]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
+from mtp_ce.options import LossInputs, LossOptions
 
 V = 23
 OUTSIDE = [V, V + 1000, -1, -101, 2**31 - 1, 2**40]
@@ -66,22 +67,19 @@ def test_where_nobody_looks_its_rows_on_hidden_states_are_nan(
 
 
 def run_kernels(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, ce, shares and d_logits of the launchers, past the CPU's check of labels."""
+    """out, ce, d_row_weights and d_logits of the launchers, past the CPU's check of labels."""
     from mtp_ce.kernels.backward import launch_backward
     from mtp_ce.kernels.forward import launch_forward
 
-    rule = {
-        "shift": 1, "over_horizon": False, "target_weights": False, "ignore_index": -100, "softcap": None,
-        "z_loss": 0.1, "label_smoothing": 0.1,
-    }  # fmt: skip
-    heads, tensors = list(logits.unbind(2)), (labels, weights, None, None, None)
-    out, ce, row_max, log_sum, _, _, shares = launch_forward(
-        heads, *tensors, **rule, with_top1=True, with_shares=weights is not None
+    options, inputs = LossOptions(z_loss=0.1, label_smoothing=0.1), LossInputs(labels, weights)
+    heads, d_logits = list(logits.unbind(2)), torch.empty_like(logits)
+    results = launch_forward(heads, inputs, options, with_top1=True, with_d_weights=weights is not None)
+    upstream, factor = torch.ones_like(results.out), torch.ones((), device=logits.device)
+    launch_backward(
+        upstream, heads, list(d_logits.unbind(2)), inputs, options, results.row_max, results.log_sum, factor
     )
-    d_logits = torch.empty_like(logits)
-    upstream, factor = torch.ones_like(out), torch.ones((), device=out.device)
-    launch_backward(upstream, heads, list(d_logits.unbind(2)), *tensors, row_max, log_sum, factor, **rule)
-    return out, ce, ce if shares is None else shares, d_logits
+    d_row_weights = results.ce if results.d_row_weights is None else results.d_row_weights
+    return results.out, results.ce, d_row_weights, d_logits
 
 
 @pytest.mark.parametrize("impl", ["triton"])
@@ -90,11 +88,11 @@ def run_kernels(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple
 def test_in_the_kernels_its_rows_are_nan_and_no_other(impl, draw, label: int, weighted: bool) -> None:
     """Rows (1, 1, 0) and (1, 0, 1) aim at [1, 2]: their loss and gradient are NaN, so that no step is taken on them."""
     logits, labels = batch(draw, label)
-    out, ce, shares, d_logits = run_kernels(logits, labels, draw.uniform(2, 5) if weighted else None)
+    out, ce, d_row_weights, d_logits = run_kernels(logits, labels, draw.uniform(2, 5) if weighted else None)
     wanted = torch.zeros(2, 5, 2, dtype=torch.bool, device=logits.device)
     wanted[1, 1, 0] = wanted[1, 0, 1] = True
     assert torch.equal(ce.isnan(), wanted)
-    assert torch.equal(shares.isnan(), wanted)
+    assert torch.equal(d_row_weights.isnan(), wanted)
     assert torch.equal(out.isnan(), wanted.any(-1))
     assert torch.equal(d_logits.isnan().all(-1), wanted)
     assert torch.equal(d_logits.isnan().any(-1), wanted)
@@ -106,10 +104,10 @@ def test_in_the_kernels_a_weight_of_zero_excuses_a_broken_label(impl, draw) -> N
     logits, labels = batch(draw, V)
     weights = draw.uniform(2, 5)
     weights[1, :2] = 0.0
-    out, _, shares, d_logits = run_kernels(logits, labels, weights)
+    out, _, d_row_weights, d_logits = run_kernels(logits, labels, weights)
     assert bool(out.isfinite().all())
     assert bool(d_logits.isfinite().all())
-    assert shares.isnan().nonzero().tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert d_row_weights.isnan().nonzero().tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_ce import token_ce, weighted_mtp_linear_ce
 from mtp_ce.ops import linear as linear_ops
-from mtp_ce.ops.chunks import COUNT, KEEP_ALL
+from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
+from mtp_ce.options import LossInputs, LossOptions
 
 B, S, H, D, V = 2, 5, 3, 8, 37
 FEW = 4 * V * 4  # bytes of four rows of fp32 logits
@@ -202,22 +203,26 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
     bias = draw.normal(9, dtype=dtype) if case.get("bias", True) else None
     labels = draw.integers(9, 1, positions)
     weights = draw.uniform(1, positions) if case.get("weights", True) else None
-    tensors: list[Tensor | None] = [None] * 4
+    inputs = LossInputs(labels, weights)
     if case.get("tensors"):
-        tensors = [draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions), None]
-    extras = (case.get("softcap"), case.get("z_loss", 0.0), case.get("smoothing", 0.0))
-    rule = (1, False, case.get("target", False), -100, *extras)
+        inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions))
+    options = LossOptions(
+        weight_alignment="target" if case.get("target") else "position", reduction=case.get("reduction", "mean"),
+        loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),
+        label_smoothing=case.get("smoothing", 0.0),
+    )  # fmt: skip
     products = case.get("products", (True, True, bias is not None))
     how = (case.get("chunk_rows", 100), case.get("drop", COUNT), case.get("grad_dtype", torch.float32), impl)
-    tail = (case.get("reduction", "mean"), 0.5, case.get("top1", True), weights is not None, *products, *how)
-    forward = (given, unembed, bias, labels, weights, *tensors, *rule, *tail)
+    call = LinearCall(case.get("top1", True), weights is not None, *products, *how)
+    forward = (given, unembed, bias, *inputs, *options.values(), *call)
     loss, *_, factor, _, _, _, _ = linear_ops.linear_forward(*forward)
     upstream = torch.ones_like(loss)
-    backward = (upstream, given, unembed, bias, labels, weights, *tensors[:3], factor, *rule, *products, *how)
+    backward = (upstream, given, unembed, bias, *inputs, *options.values(), factor, *call)
     leaves = [[x.clone().requires_grad_(products[0]) for x in given], unembed.clone().requires_grad_(products[1])]
     leaves.append(None if bias is None else bias.clone().requires_grad_(products[2]))
-    w = None if weights is None else weights.clone().requires_grad_()
-    return (*leaves, labels, w, *tensors, *rule, *tail), forward, backward
+    if weights is not None:
+        inputs = inputs._replace(token_weights=weights.clone().requires_grad_())
+    return (*leaves, *inputs, *options.values(), *call), forward, backward
 
 
 @pytest.mark.parametrize(

@@ -168,12 +168,12 @@ def test_the_cost_falls_with_the_dead_rows(impl, draw, watch) -> None:
 
 def test_the_slab_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_it_on_a_cpu(impl, device) -> None:
     """What chunk_bytes promises."""
-    from mtp_ce.ops.chunks import make_slab, rows_at_once
+    from mtp_ce.ops.chunks import new_logits, rows_at_once
 
     for vocabulary, dtype in ((1000, torch.float32), (50257, torch.bfloat16), (32000, torch.bfloat16), (1, torch.half)):
         row = vocabulary * dtype.itemsize
         for most in (1, 7, 200):
-            slab = make_slab(torch.empty(vocabulary, 1, dtype=dtype, device=device), rows_at_once(1000, most, device))
+            slab = new_logits(torch.empty(vocabulary, 1, dtype=dtype, device=device), rows_at_once(1000, most, device))
             assert slab.shape[1] == vocabulary
             assert 1 <= len(slab) <= most
             assert slab.untyped_storage().nbytes() <= most * (row + (64 if device.type == "cpu" else 16))

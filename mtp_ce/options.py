@@ -1,0 +1,134 @@
+"""The loss's options and inputs: two objects that travel from the public functions to the kernel launchers.
+
+Needs no torch. Tensors and devices are checked in checks.py.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHOICES = {
+    "weight_alignment": ("position", "target"),
+    "head_reduction": ("live", "horizon"),
+    "reduction": ("mean", "sum", "none"),
+    "impl": ("auto", "triton", "cpu", "reference"),
+}
+
+
+def check_choice(name: str, value: object) -> None:
+    """ValueError unless the value is one of the argument's choices."""
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}.")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss computes, beside its tensors; see `weighted_mtp_ce` for each option.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or value.
+    """
+
+    shift: int = 1
+    weight_alignment: str = "position"
+    head_reduction: str = "live"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    loss_scale: float = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight_alignment", "head_reduction", "reduction"):
+            check_choice(name, getattr(self, name))
+        for name in ("shift", "ignore_index"):
+            integer = getattr(self, name)
+            if isinstance(integer, bool) or not isinstance(integer, int):
+                raise TypeError(f"{name} is {type(integer).__name__}; expected an int.")
+        for name in ("loss_scale", "z_loss", "label_smoothing", "softcap"):
+            number = getattr(self, name)
+            if name == "softcap" and number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name} is {type(number).__name__}; expected a float.")
+            # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
+            if not -math.inf < number < math.inf:
+                raise ValueError(f"{name} is {number}; expected a finite number.")
+            object.__setattr__(self, name, float(number))
+        if self.shift < 0:
+            raise ValueError(
+                f"shift is {self.shift}; expected 0 (labels shifted already), 1 (as in transformers) or more."
+            )
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap is {self.softcap}; expected a number above 0, or None for no cap.")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; expected a factor of at least 0.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected a share in [0, 1).")
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the values in the order of the fields, as the operators' schemas take them."""
+        return tuple(getattr(self, name) for name in OPTION_NAMES)
+
+    @classmethod
+    def from_values(cls, *values: Any) -> LossOptions:
+        """Rebuild checked options from their `values`."""
+        options = object.__new__(cls)
+        # Not through __init__: its checks cost a call of the loss 5 microseconds on the host, twice.
+        options.__dict__.update(zip(OPTION_NAMES, values, strict=True))
+        return options
+
+
+OPTION_NAMES = tuple(field.name for field in fields(LossOptions))
+
+
+class LossInputs(NamedTuple):
+    """The tensors of one call beside logits or hidden states; None where not given."""
+
+    labels: Tensor  # [B, S] integers
+    token_weights: Tensor | None = None  # [B, S] or [B, S, H]
+    head_weights: Tensor | None = None  # [H]
+    seq_lens: Tensor | None = None  # [B]
+    document_ids: Tensor | None = None  # [B, S]
+    normalizer: float | Tensor | None = None  # a number, or []
+
+
+def fold_normalizer(inputs: LossInputs, options: LossOptions) -> tuple[LossInputs, LossOptions]:
+    """Move a normalizer that is a number into the loss scale: the operators take a tensor or None."""
+    number = inputs.normalizer
+    if not isinstance(number, numbers.Real):
+        return inputs, options
+    scale = options.loss_scale / float(number)
+    return inputs._replace(normalizer=None), replace(options, loss_scale=scale, reduction="sum")
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments of both losses that hold for a whole run."""
+
+    shift: int
+    weight_alignment: str
+    head_reduction: str
+    head_weights: Tensor | None
+    ignore_index: int
+    reduction: str
+    loss_scale: float
+    softcap: float | None
+    z_loss: float
+    label_smoothing: float
+    validate: bool
+    impl: str
+
+
+class CallOptions(CommonOptions, total=False):
+    """Those, and the keyword arguments of one batch."""
+
+    seq_lens: Tensor | None
+    document_ids: Tensor | None
+    normalizer: float | Tensor | None
