@@ -53,12 +53,12 @@ ARROWS = {
         "scorers": {"loss", "options", "registry"},
         "loss": {"ops", "kernels", "options"},
         "ops": {"kernels", "options"},
-        "kernels": set(),
+        "kernels": {"options"},
         "options": set(),
         "registry": set(),
     },
 }
-LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding"}
+LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding", "next_token"}
 
 
 def sources(folder: str) -> list[Path]:
