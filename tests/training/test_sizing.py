@@ -168,7 +168,7 @@ def test_the_bytes_of_the_loss_are_those_that_it_holds(dtype):
     V, H, rows, length = 16384, 3, 2, 512
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(**{**llama().config.to_dict(), "vocab_size": V})), H)
     expected = loss_bytes(model, rows, length, CPU, dtype)
-    assert expected.slab_rows < rows * length * H
+    assert expected.chunk_rows < rows * length * H
     hidden = [torch.randn(rows, length, D, dtype=dtype, requires_grad=True) for _ in range(H)]
     unembed = torch.randn(V, D, dtype=dtype, requires_grad=True)
     labels = torch.randint(V, (rows, length))

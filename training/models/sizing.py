@@ -1,18 +1,18 @@
-"""What a training step costs, from shapes alone: products of a token, bytes that a rank holds.
+"""The cost of a training step from shapes alone: FLOPs per token, bytes per rank.
 
-FLOPs of one token, forward and backward, a multiplication and an addition being two:
+FLOPs of one token, forward and backward; a multiply-add counts as two:
 
     matrices       6 P          P: entries of the parameters that multiply, embedding tables aside
-    attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked places too
+    attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked positions too
     unembedding    6 H V D      every head's product with the unembedding; once for "teacher_forcing"
 
-A forward alone is a third of each. Where the trunk does not learn it has no backward, the unembedding's gradient is not
-made (4 H V D), and nor is that of the input of residual heads (4 P). What is computed twice to save memory counts once,
-rows without a target count, and so do all experts of a mixture.
+A forward alone is a third of each. A frozen trunk has no backward: neither the gradient of the unembedding (4 H V D)
+nor that of the input of residual heads (4 P) is computed. Recomputation counts once; rows without a target and all
+experts of a mixture count.
 
-Bytes of a rank: weights, gradients and AdamW's two means of what learns, each divided by the ranks; the groups that are
-gathered while they compute; models that only score, sharded but for their output layer; what autograd keeps of one
-micro-batch, which a forward on tensors without memory shows; and the loss.
+Bytes of a rank: weights, gradients and AdamW's two moments of trained parameters, each divided by the ranks; gathered
+FSDP groups; frozen scoring models, sharded except for their output layer; what autograd saves for one micro-batch,
+measured by a forward on fake tensors; and the loss.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Products:
         attention: scores and values, of trunk and heads.
         heads: matrices of the extra heads.
         unembedding: the logits of all heads, and their gradients.
-        scoring: forwards of the models that a scorer asks.
+        scoring: forwards of the scorer's frozen models.
     """
 
     trunk: int
@@ -56,40 +56,40 @@ class Products:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class LossBytes:
-    """What the loss of one micro-batch holds besides hidden states and statistics, by the way it is computed.
+    """Bytes that the loss of one micro-batch holds besides hidden states and statistics, by path.
 
     Attributes:
-        linear: one slab of logits; the gradients of hidden states and unembedding until backward.
-        logits: the logits of all heads, whose place their gradient takes; then the same two gradients.
+        linear: one chunk of logits, and the gradients of hidden states and unembedding until backward.
+        logits: the logits of all heads, overwritten by their gradient, and the same two gradients.
         eager: torch's cross entropy in a loop over the heads: log-probabilities of all, two gradients of one, fp32.
-        slab_rows: rows of logits that the linear path holds at a time.
+        chunk_rows: rows of logits that the linear path holds at a time.
     """
 
     linear: int
     logits: int
     eager: int
-    slab_rows: int
+    chunk_rows: int
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in a training step; their sum is reached, or nearly, where micro-batches follow each other.
+    """Bytes of one rank in a training step; consecutive micro-batches reach their sum, or nearly.
 
     Attributes:
-        weights: this rank's part of the parameters.
-        gradients: likewise.
-        optimizer: AdamW's two means of what learns, likewise.
-        gathered: groups that are whole while they compute, in the precision in which they do.
-        scoring: models that a scorer asks.
-        activations: what autograd keeps of a micro-batch.
-        loss: what the loss of a micro-batch holds.
-        offloaded: weights, gradients and optimizer that wait in main memory; no part of the total.
+        weights: this rank's shards of the parameters.
+        gradients: shards of the gradients.
+        optimizer: shards of AdamW's two moments.
+        gathered: FSDP groups gathered for computation, in its precision.
+        scoring: frozen models of the scorer.
+        activations: tensors that autograd saves for a micro-batch.
+        loss: memory of the loss of a micro-batch.
+        offloaded: weights, gradients and optimizer in main memory; not part of the total.
     """
 
     weights: int
@@ -103,12 +103,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them that are on the device."""
+        """Return the bytes on the device."""
         return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
 
 
 def step_products(model: MTPWrapper, row_length: int) -> Products:
-    """Count what one token costs the model in training.
+    """Return the FLOPs of one token in a training step.
 
     Args:
         model: on any device, meta included.
@@ -138,14 +138,14 @@ def _unembedding_products(model: MTPWrapper) -> int:
 
 
 def forward_products(model: PreTrainedModel, row_length: int) -> int:
-    """Count what one token costs a model that only scores."""
+    """Return the FLOPs of one token in the forward of a frozen scoring model."""
     output = model.get_output_embeddings()
     matrices = multiplying(model.base_model) + (output.weight.numel() if output is not None else 0)
     return 2 * matrices + attention_products(model, row_length)
 
 
 def attention_products(model: Any, row_length: int) -> int:
-    """FLOPs of a token's scores and values in all layers, forward."""
+    """Return the FLOPs of one token's attention scores and values in all layers, forward."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
@@ -153,7 +153,7 @@ def attention_products(model: Any, row_length: int) -> int:
 
 
 def multiplying(module: nn.Module) -> int:
-    """Entries of the parameters that multiply: matrices that are no embedding table."""
+    """Return the number of matrix entries, embedding tables excluded."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return sum(x.numel() for x in module.parameters() if x.ndim >= 2 and id(x) not in tables)
 
@@ -234,28 +234,28 @@ def loss_bytes(
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
     # A CPU makes the product of half types into fp32 sums from a copy.
     wide = 4 if device.type == "cpu" and item < 4 else 0
-    slab = rows_at_once(N, _chunk_rows(None, V * item, device), device)
+    chunk = rows_at_once(N, _chunk_rows(None, V * item, device), device)
     # A CPU gathers the rows that are live.
     gathered = N * D * item if device.type == "cpu" else 0
     whole = N * V * item
     return LossBytes(
-        linear=min(slab, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
+        linear=min(chunk, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
         logits=whole + d_hidden + d_unembed,
         eager=N * V * 4 + 2 * rows * row_length * V * 4,
-        slab_rows=min(slab, N),
+        chunk_rows=min(chunk, N),
     )
 
 
 def kept_for_backward(
     model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Measure the bytes that autograd keeps of one micro-batch, parameters aside: a forward without any memory.
+    """Return the bytes that autograd saves for one micro-batch, parameters excluded, by a forward on fake tensors.
 
     Args:
         model: on the meta device.
         rows: of the micro-batch.
         row_length: S.
-        device: what the tensors pretend to be on; operators differ in what they keep.
+        device: device of the fake tensors; operators save different tensors on different devices.
         dtype: of forward and backward, to which parameters are cast.
     """
     # What the loss keeps is said by `loss_bytes`; the linear path keeps nothing that autograd sees.
@@ -283,7 +283,7 @@ def kept_for_backward(
 
 
 def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
-    """Bytes of the memory behind tensors, each piece once, without that behind others."""
+    """Return the bytes of the storages of tensors, each counted once, without those shared with others."""
     aside = {x.untyped_storage()._cdata for x in without}
     pieces = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
     return sum(size for piece, size in pieces.items() if piece not in aside)

@@ -162,7 +162,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
     say(out, f"memory      {decimal(memory.total)} for {whose}, {rows} x {S} tokens at a time: {', '.join(parts)}")
     say(
         out,
-        f"loss        linear {decimal(loss.linear)} ({loss.slab_rows:,} rows of logits at a time), "
+        f"loss        linear {decimal(loss.linear)} ({loss.chunk_rows:,} rows of logits at a time), "
         f"logits {decimal(loss.logits)}, eager torch {decimal(loss.eager)}; the recipe uses {heads.loss}",
     )
     if device.type == "cuda":

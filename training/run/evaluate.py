@@ -21,7 +21,7 @@ from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
-from mtp_ce.training.report.evaluation import say_evaluation, write_evaluation
+from mtp_ce.training.report.evaluation import print_evaluation, write_evaluation
 from mtp_ce.training.run.folder import make_folder
 from mtp_ce.training.run.inputs import Inputs, read_held_out
 from mtp_ce.training.tracking.mlflow import Tracking
@@ -56,7 +56,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
         tracking.log(0, validation_metrics(heads) | evaluation.metrics())
         for path in write_evaluation(evaluation, output, f"{source}: the heads on held-out text"):
             tracking.artifact(path)
-    say_evaluation(out, evaluation)
+    print_evaluation(out, evaluation)
     say(out, f"saved       {output}/evaluation.json, evaluation.png, metrics.jsonl, recipe.yaml")
     return evaluation
 
