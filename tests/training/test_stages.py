@@ -264,7 +264,7 @@ def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho
     assert found["alive"] == [None] * 4
     warnings = [line for line in printed.splitlines() if "OutOfMemoryError" in line]
     assert len(warnings) == 1
-    assert "ended in OutOfMemoryError: CUDA out of memory. The model is saved, and eval-mtp" in warnings[0]
+    assert "failed with OutOfMemoryError: CUDA out of memory. The model is saved; eval-mtp" in warnings[0]
     said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert said["decoding"] is None
     assert said["heads"][0]["ce"] > 0
