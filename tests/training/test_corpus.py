@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
 from mtp_ce.training.errors import RecipeError
 

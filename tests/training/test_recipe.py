@@ -91,7 +91,7 @@ def test_the_budget_of_a_reference_is_its_own():
         (["train.steps=null"], r"'train\.steps' is null"),
         (["train.steps=null", "train.max_tokens=0"], r"train\.max_tokens|train\.steps"),
         (["train.steps=null", "train.max_tokens=600"], r"warmup_steps 30 is not below train\.steps 2"),
-        (["critic={train: {batch_size: 4, steps: 50, max_tokens: 5}}"], "a critic learns from pairs"),
+        (["critic={train: {batch_size: 4, steps: 50, max_tokens: 5}}"], "a critic is trained on pairs"),
         (["data.prompt_field=p"], "prompt_field is given without completion_field"),
         (["precompute_weights=true", "scorer.current=x", "data.packing=padded"], "don't hold every token"),
     ],

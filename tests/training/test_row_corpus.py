@@ -14,7 +14,7 @@ import torch
 from moto import mock_aws
 from rich.console import Console
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.data import row_corpus
 from mtp_ce.training.data.corpus import Corpus, read_corpus, texts

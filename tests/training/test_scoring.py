@@ -1,4 +1,4 @@
-"""Models that a scorer asks, as a training holds them: in its precision, whole or sharded."""
+"""Frozen models of a scorer, as a training holds them: in its precision, whole or sharded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 
 from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights
-from mtp_ce.training.config.groups import CriticConfig, CriticScorerConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.config.frozen import CriticConfig, ReferenceConfig
+from mtp_ce.training.config.scorers.critic import CriticScorerConfig
+from mtp_ce.training.config.scorers.rho1 import Rho1ScorerConfig
 from mtp_ce.training.critic.training import build_critic
 from mtp_ce.training.data.rows import Batch, PackedRows
 from mtp_ce.training.loop.ranks import ALONE, join_ranks
-from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
+from mtp_ce.training.loop.weighing import build_weighing
 from mtp_ce.training.models.build import build_model
 
 CPU = torch.device("cpu")
@@ -39,18 +41,21 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("given", [False, True])
-def test_a_reference_that_is_the_model_in_training_finds_no_excess_loss(small, tmp_path, precision, given):
-    """Of both, to the last bit: a reference of another precision would find the other's rounding."""
+def test_a_reference_that_is_the_model_in_training_has_no_excess_loss(small, tmp_path, precision, given):
+    """To the last bit: a reference of another precision would add its rounding."""
     torch.manual_seed(0)
     recipe = small([f"train.precision={precision}"])
     recipe = recipe.model_copy(
-        update={"scorer": Rho1ScorerConfig(name="rho1_excess"), "reference": ReferenceConfig(source="given")}
+        update={
+            "scorer": Rho1ScorerConfig(name="rho1_excess", current="given" if given else None),
+            "reference": ReferenceConfig(source="given"),
+        }
     )
     model = build_model(recipe)
     folder = saved(model.causal, tmp_path / "model")
     batch, parts = a_batch(recipe.data.vocab_size), {}
     with join_ranks(CPU, recipe.train) as ranks:
-        models = FrozenModels(reference=folder, current=folder if given else None)
+        models = {"reference": folder, "current": folder}
         weighing = build_weighing(recipe, models, CPU, ranks)
         ranks.shard(model, recipe.train)
 
@@ -76,9 +81,9 @@ def test_a_critic_in_bf16_weighs_nearly_as_in_fp32(small, tmp_path, sharded):
     def weigh(precision: str) -> TokenWeights:
         recipe = small([f"train.precision={precision}"]).model_copy(update=scorer)
         if not sharded:
-            return build_weighing(recipe, FrozenModels(critic=folder), CPU, ALONE).weigh(batch)
+            return build_weighing(recipe, {"critic": folder}, CPU, ALONE).weigh(batch)
         with join_ranks(CPU, recipe.train) as ranks:
-            return build_weighing(recipe, FrozenModels(critic=folder), CPU, ranks).weigh(batch)
+            return build_weighing(recipe, {"critic": folder}, CPU, ranks).weigh(batch)
 
     exact, rounded = weigh("fp32").weights, weigh("bf16").weights
     assert not torch.equal(exact, rounded), "it is another precision"

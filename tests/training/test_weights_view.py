@@ -38,7 +38,7 @@ HOSTILE_WEIGHTS = [NAN, 0.0, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 0.1, 4
 
 
 def passage(texts=HOSTILE, weights=HOSTILE_WEIGHTS, title="a<b>.py", **details) -> Passage:
-    return Passage(title, texts, weights, details)
+    return Passage(title, texts, weights, details, units={"score": "nats", "ce": "nats"})
 
 
 class Page(HTMLParser):

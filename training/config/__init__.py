@@ -1,1 +1,1 @@
-"""Recipes: their schema, defaults, overrides and errors."""
+"""Recipes: their schema, defaults, overrides and error messages. Nothing here imports torch."""

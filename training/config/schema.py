@@ -1,60 +1,55 @@
-"""A whole recipe: its groups, and how their keys must agree. Nothing here needs torch."""
+"""A whole recipe: its groups, and the checks of keys against each other."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mtp_ce.training.config.groups import (
-    CheckpointConfig,
-    ControlName,
-    ControlScorerConfig,
-    CriticConfig,
-    CriticScorerConfig,
-    DataConfig,
-    Group,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainedModelConfig,
-    ReferenceConfig,
-    Rho1ScorerConfig,
-    ScorerConfig,
-    TrackingConfig,
-    TrainConfig,
-    UniformScorerConfig,
-    ValidationConfig,
-)
+from mtp_ce.registry import load_class
+from mtp_ce.training.config.data import DataConfig
+from mtp_ce.training.config.frozen import CriticConfig, FrozenModel, FrozenModelConfig, ReferenceConfig, StageName
+from mtp_ce.training.config.group import Group
+from mtp_ce.training.config.loop import CheckpointConfig, OptimizerConfig, TrainConfig
+from mtp_ce.training.config.model import ModelConfig, PretrainedModelConfig
+from mtp_ce.training.config.scorers.options import ScorerConfig
+from mtp_ce.training.config.scorers.table import CONTROLS, SCORERS, AnyScorer
+from mtp_ce.training.config.scorers.uniform import UniformScorerConfig
+from mtp_ce.training.config.tracking import TrackingConfig
+from mtp_ce.training.config.validation import ValidationConfig
 from mtp_ce.training.errors import RecipeError
 
 
 class EvaluationRecipe(Group):
-    """What `eval-mtp` measures a checkpoint on; a run's own recipe has these groups, too."""
+    """What `eval-mtp` evaluates a checkpoint on; the recipe of a run has the same groups."""
 
-    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split; the tokens are the model's")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="the text and its split; the tokenizer is the checkpoint's"
+    )
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
 
     @model_validator(mode="after")
-    def _tokens_are_the_models(self) -> Self:
+    def _tokenizer_is_the_checkpoints(self) -> Self:
         for name in ("tokenizer", "vocab_size"):
             if (value := getattr(self.data, name)) is not None:
                 raise ValueError(
-                    f"data.{name} is {value}, but a checkpoint has a tokenizer and a vocabulary of its own"
+                    f"data.{name} is {value}, but a checkpoint has its own tokenizer and vocabulary; give "
+                    f"data.{name}=null"
                 )
         return self
 
 
 def _with_steps(name: str, train: Any, length: Any) -> Any:
-    """Give a loop whose max_tokens has become steps; of what is not a valid one pydantic will speak."""
+    """Return the loop with the steps of its max_tokens; pydantic reports a loop that is not valid."""
     if not isinstance(train, dict):
         return train
     budget, rows, steps = train.get("max_tokens"), train.get("batch_size"), train.get("steps")
     if not all(type(number) is int and number > 0 for number in (budget, rows, length)):
         return train
     assert budget is not None
-    # Both stand in a recipe that was printed: they agree.
+    # A printed recipe has both, and they agree.
     needed = -(-budget // (rows * length))
     if steps not in (None, needed):
         raise ValueError(
@@ -65,34 +60,39 @@ def _with_steps(name: str, train: Any, length: Any) -> Any:
 
 
 class Recipe(Group):
-    """Everything that decides a run: its stages (reference, critic, the model itself) and what they share."""
+    """Everything that determines a run: its stages (reference, critic, main) and what they share."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="begins the name of the output folder and of the MLflow run",
+        description="prefix of the name of the run directory and of the MLflow run",
     )
-    description: str = Field(default="", description="one sentence, shown by --help")
+    description: str = Field(default="", description="one sentence, shown by --dry-run")
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights and the order of the rows")
-    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split, its tokens")
+    data: DataConfig = Field(default_factory=DataConfig, description="the text, its split and its tokens")
     model: ModelConfig = Field(description="the trunk and its heads")
-    scorer: ScorerConfig = Field(default_factory=UniformScorerConfig, description="what gives every token its weight")
-    precompute_weights: bool = Field(
-        default=False, description="whether a stage of its own weighs every token once, before training"
+    scorer: AnyScorer = Field(
+        default_factory=UniformScorerConfig,
+        description="the scorer and its options; a scorer of your own is named package.module:Class",
     )
-    reference: ReferenceConfig | None = Field(default=None, description="the reference model of rho1_excess")
-    critic: CriticConfig | None = Field(default=None, description="the critic of critic_delta")
+    precompute_weights: bool = Field(
+        default=False, description="whether a stage computes the weight of every token once, before training"
+    )
+    reference: ReferenceConfig | None = Field(
+        default=None, description="the reference model of a scorer that needs one"
+    )
+    critic: CriticConfig | None = Field(default=None, description="the critic of a scorer that needs one")
     optimizer: OptimizerConfig = Field(description="AdamW, learning rate, clipping")
     train: TrainConfig = Field(description="the loop")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="scoring of the held-out files")
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="what a stopped run goes on from"
+        default_factory=CheckpointConfig, description="saved state, from which a stopped run is resumed"
     )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
 
     @model_validator(mode="before")
     @classmethod
     def _tokens_become_steps(cls, tree: Any) -> Any:
-        """Fill in the steps of a token budget, so that everything else reads steps."""
+        """Convert token budgets to steps."""
         if not isinstance(tree, dict):
             return tree
         data, reference = tree.get("data", {}), tree.get("reference")
@@ -104,11 +104,11 @@ class Recipe(Group):
         return tree
 
     @model_validator(mode="after")
-    def _vocabulary_is_settled(self) -> Self:
+    def _vocabulary_is_known(self) -> Self:
         pretrained = isinstance(self.model, PretrainedModelConfig)
         if pretrained and self.data.vocab_size is not None:
             raise ValueError(
-                f"data.vocab_size is {self.data.vocab_size}, but a pretrained model has a vocabulary of its own; "
+                f"data.vocab_size is {self.data.vocab_size}, but a pretrained model has its own vocabulary; "
                 "give data.vocab_size=null"
             )
         if not pretrained and self.data.vocab_size is None:
@@ -125,7 +125,7 @@ class Recipe(Group):
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is not below train.steps "
-                f"{self.train.steps}; the learning rate would never come down"
+                f"{self.train.steps}; the learning rate would never decay"
             )
         for name, stage in (("reference", self.reference), ("critic", self.critic)):
             if stage and stage.train and (stage.optimizer or self.optimizer).warmup_steps >= stage.train.steps:
@@ -136,54 +136,68 @@ class Recipe(Group):
         return self
 
     @model_validator(mode="after")
-    def _scorer_has_its_model(self) -> Self:
-        scored = self.scored_by
-        if isinstance(scored, Rho1ScorerConfig) and self.reference is None:
+    def _scorer_has_its_models(self) -> Self:
+        for stage in self.scorer.scored_by.stages:
+            if self.stage(stage) is None:
+                raise ValueError(
+                    f"scorer {self.scorer.name} needs a {stage} and there is none; give {stage}.source=FOLDER, an "
+                    f"s3:// address or a hub name, or {stage}.train.steps and {stage}.train.batch_size to train one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_precomputed(self) -> Self:
+        if not self.precompute_weights:
+            return self
+        name = self.scorer.name
+        if not self.scorer.weighted:
             raise ValueError(
-                "scorer rho1_excess compares with a reference and there is none; give reference.source=FOLDER, an "
-                "s3:// address or a hub name, or reference.train.steps and reference.train.batch_size to train one"
+                f"precompute_weights is true, but scorer {name} computes no weights; choose another scorer"
             )
-        if isinstance(scored, CriticScorerConfig) and self.critic is None:
+        if self.scorer.depends_on_batch:
             raise ValueError(
-                "scorer critic_delta asks a critic and there is none; give critic.source=FOLDER, an s3:// address or "
-                "a hub name, or critic.train.steps and critic.train.batch_size to train one"
+                f"precompute_weights is true, but the weights of scorer {name} depend on what else is in the batch; "
+                "give scope 'sequence', or a scorer that weighs each row on its own"
             )
-        if self.precompute_weights and scored is None:
-            raise ValueError("precompute_weights is true, but scorer uniform computes nothing; take another scorer")
-        if self.precompute_weights and scored and (self.scorer.name == "random_matched" or scored.scope != "sequence"):
+        if self.data.packing == "padded":
             raise ValueError(
-                "precompute_weights is true, but these weights depend on what else is in the batch; take scope "
-                "'sequence' and another scorer than random_matched"
+                "precompute_weights is true, but rows of data.packing padded don't hold every token; give packed"
             )
-        if self.precompute_weights and self.data.packing == "padded":
+        if self.scorer.reads_current:
             raise ValueError(
-                "precompute_weights is true, but rows of data.packing padded don't hold every token; take packed"
-            )
-        if self.precompute_weights and isinstance(scored, Rho1ScorerConfig) and scored.current is None:
-            raise ValueError(
-                "precompute_weights is true, but the model in training has other losses at every step; name a frozen "
-                "model as scorer.current"
+                f"precompute_weights is true, but scorer {name} needs the losses of the model in training, which "
+                "change at every step; name a frozen model as scorer.current, if the scorer has that option"
             )
         return self
 
-    @property
-    def scored_by(self) -> Rho1ScorerConfig | CriticScorerConfig | None:
-        """The scorer that asks a model, also behind a control; None for uniform weights."""
-        scorer = self.scorer.of if isinstance(self.scorer, ControlScorerConfig) else self.scorer
-        return None if isinstance(scorer, UniformScorerConfig) else scorer
+    def stage(self, name: StageName) -> FrozenModelConfig | None:
+        """Return the group of a frozen model, if the recipe has it."""
+        group: FrozenModelConfig | None = getattr(self, name)
+        return group
+
+    def frozen_models(self) -> list[FrozenModel]:
+        """Return the trained models that the scorer reads: those of its stages, then those that its options name."""
+        models = []
+        for name in self.scorer.scored_by.stages:
+            stage = self.stage(name)
+            assert stage is not None
+            models.append(FrozenModel(name, f"{name}.source", stage.source, stage.model_kind))
+        for option, source in self.scorer.sources().items():
+            models.append(FrozenModel(option.rpartition(".")[2], f"scorer.{option}", source, "language model"))
+        return models
 
     def arms(self) -> dict[str, Recipe]:
-        """Give the recipe with each scorer that a comparison trains: uniform, its own, and the two controls of it.
+        """Return the recipe with each scorer of a comparison: uniform, its own, and the controls of it.
 
         Raises:
-            RecipeError: its own is uniform.
+            RecipeError: its own scorer is uniform.
         """
-        scored = self.scored_by
-        if scored is None:
+        if not self.scorer.weighted:
             raise RecipeError("compare needs a recipe whose scorer is not uniform, such as 'rho1'")
-        scorers: dict[str, ScorerConfig] = {"uniform": UniformScorerConfig(), scored.name: scored}
-        scorers |= {name: ControlScorerConfig(name=name, of=scored) for name in get_args(ControlName)}
+        scored = self.scorer.scored_by
+        scorers: list[ScorerConfig] = [UniformScorerConfig(), scored]
+        scorers += [load_class(name, SCORERS, "name")(name=name, of=scored) for name in CONTROLS]
         decoding = self.validation.decoding.model_copy(update={"prompts": 0})
         validation = self.validation.model_copy(update={"every": None, "decoding": decoding})
         same = {"precompute_weights": False, "validation": validation}
-        return {name: self.model_copy(update={**same, "scorer": scorer}) for name, scorer in scorers.items()}
+        return {scorer.label: self.model_copy(update={**same, "scorer": scorer}) for scorer in scorers}

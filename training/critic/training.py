@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mtp_ce.training.config.groups import PretrainedModelConfig
+from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mtp_ce.training.config.groups import DataConfig
+from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Document, Lazy, Source, below
 from mtp_ce.training.data.tokenizer import cache_folder
 from mtp_ce.training.errors import RecipeError

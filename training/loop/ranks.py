@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 
 from mtp_ce.heads.layers import LayerHeads, decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import TrainConfig
+from mtp_ce.training.config.loop import TrainConfig
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StoppedError
 from mtp_ce.training.interrupt import ignore_sigterm
 

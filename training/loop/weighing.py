@@ -1,10 +1,9 @@
-"""From a recipe's scorer to the weights of a step: the scorer with its models, online or once before training."""
+"""From a recipe's scorer to the weights of a step: the scorer with its frozen models, online or precomputed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
-from mtp_ce.scorers.critic import CriticDeltaScorer
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.scorers.rho1 import Rho1ExcessScorer
-from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
-from mtp_ce.training.config.groups import (
-    ControlName,
-    ControlScorerConfig,
-    CriticScorerConfig,
-    Rho1ScorerConfig,
-    ScorerConfig,
-    UniformScorerConfig,
-)
+from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows
 from mtp_ce.training.loop.ranks import ALONE, Ranks
@@ -35,39 +23,33 @@ from mtp_ce.unembedding import Unembedding
 # Takes a micro-batch and the next-token head of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]
 
-CONTROLS: dict[ControlName, type[ShuffledWeights]] = {
-    "shuffled": ShuffledWeights,
-    "random_matched": RandomMatchedWeights,
+# Folders of the frozen models of a scorer, by role.
+FrozenModels = Mapping[str, Path]
+
+MODEL_CLASSES: dict[ModelKind, Any] = {
+    "language model": AutoModelForCausalLM,
+    "critic": AutoModelForTokenClassification,
 }
 
 
 @dataclass(frozen=True)
-class FrozenModels:
-    """Folders of the trained models that a scorer asks; None where it does not."""
-
-    reference: Path | None = None
-    critic: Path | None = None
-    current: Path | None = None
-
-    def folders(self) -> list[Path]:
-        """Those that are there."""
-        return [folder for folder in (self.reference, self.critic, self.current) if folder]
-
-
-@dataclass(frozen=True)
 class Weighing:
-    """A scorer at work on batches.
+    """A scorer applied to batches.
 
     Attributes:
-        scorer: what gives the weights.
-        frozen: a model whose losses count in place of those of the model in training; None for that one.
+        scorer: computes the weights.
+        frozen: a model whose losses take the place of those of the model in training; None: no such model.
+        reads_current: whether the scorer gets the model in training, where `frozen` is None.
+        units: unit of each number that the scorer explains its weights with.
     """
 
     scorer: Scorer
     frozen: PreTrainedModel | None = None
+    reads_current: bool = True
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def weigh(self, batch: Batch, current: NextToken | None = None) -> TokenWeights:
-        """Ask the scorer; a frozen current model takes the place of the one in training."""
+        """Compute the weights of a batch."""
         return self.scorer.run(
             batch.input_ids,
             batch.labels,
@@ -77,66 +59,66 @@ class Weighing:
         )
 
     def explain(self, batch: Batch, current: NextToken | None = None) -> dict[str, Tensor]:
-        """What the weights come from, [B, S] each, by name; nothing for a scorer that only moves weights."""
+        """Return what the weights come from, [B, S] each, by name; nothing for a scorer without `explain`."""
         explain = getattr(self.scorer, "explain", None)
         if explain is None:
             return {}
-        parts: dict[str, Tensor] = explain(
+        details: dict[str, Tensor] = explain(
             batch.input_ids,
             batch.labels,
             batch.document_ids,
             position_ids=batch.position_ids,
             current=self._current(batch, current),
         )
-        return parts
+        return details
 
     def _current(self, batch: Batch, current: NextToken | None) -> NextToken | None:
-        return NextToken.of(self.frozen, batch.input_ids, batch.position_ids) if self.frozen else current
+        if self.frozen:
+            return NextToken.of(self.frozen, batch.input_ids, batch.position_ids)
+        return current if self.reads_current else None
 
 
-def build_weighing(recipe: Recipe, models: FrozenModels, device: torch.device, ranks: Ranks = ALONE) -> Weighing:
-    """Make the recipe's scorer and load its models, sharded over the ranks that ask them together.
+def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, ranks: Ranks = ALONE) -> Weighing:
+    """Build the recipe's scorer and load its frozen models, sharded over the ranks that score together.
 
-    They are held in the precision of the model in training: losses of two precisions don't compare.
+    They are held in the precision of the model in training: losses of two precisions are not comparable.
+
+    Args:
+        recipe: its scorer declares the models.
+        folders: where they are, by role.
+        device: where to load them.
+        ranks: the ranks that score together.
     """
 
-    def load(kind: Any, folder: Path | None) -> PreTrainedModel:
-        assert folder is not None
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32)
+    def load(kind: ModelKind, folder: Path) -> PreTrainedModel:
+        model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
         hold_in_precision(model, recipe.train.precision)
         frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
-        if kind is AutoModelForCausalLM:
+        if kind == "language model":
             Unembedding.checked(frozen)  # before it is sharded, and for the current model too
         ranks.shard_frozen(frozen)
         return frozen
 
-    def build(config: ScorerConfig) -> Scorer:
-        match config:
-            case UniformScorerConfig():
-                return UniformScorer()
-            case Rho1ScorerConfig():
-                return Rho1ExcessScorer(load(AutoModelForCausalLM, models.reference), **config.normalization())
-            case CriticScorerConfig():
-                critic = load(AutoModelForTokenClassification, models.critic)
-                return CriticDeltaScorer(
-                    critic, gamma=config.gamma, gae_lambda=config.gae_lambda, **config.normalization()
-                )
-            case ControlScorerConfig():
-                return CONTROLS[config.name](build(config.of), seed=recipe.seed)
-
-    return Weighing(build(recipe.scorer), load(AutoModelForCausalLM, models.current) if models.current else None)
+    scorer = recipe.scorer
+    models = {model.role: load(model.kind, folders[model.role]) for model in recipe.frozen_models()}
+    return Weighing(
+        scorer.build(models, recipe.seed),
+        frozen=models.get("current"),
+        reads_current=scorer.reads_current,
+        units=scorer.scored_by.units,
+    )
 
 
 def hold_in_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
-    """Hold a model that does not learn in the precision of the training: its parameters, as FSDP casts them."""
+    """Cast the parameters of a frozen model to the precision of the training, as FSDP does."""
     if precision == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
 
 
 def stored(recipe: Recipe) -> Weigh:
-    """Read the weights that the rows carry, made before training by the recipe's scorer."""
-    low, high = weight_bounds(recipe)
+    """Read the weights that the rows carry, precomputed by the recipe's scorer."""
+    low, high = recipe.scorer.bounds
 
     def weigh(batch: Batch, current: NextToken) -> TokenWeights:
         assert batch.token_weights is not None
@@ -149,17 +131,9 @@ def stored(recipe: Recipe) -> Weigh:
 
 @torch.no_grad()
 def weigh_rows(weighing: Weighing, rows: PackedRows, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Weigh every token of the rows once, in order; gives [batch_size * S] fp32 weights at a time, on the host."""
+    """Weigh every token of the rows once, in order; yields [batch_size * S] fp32 weights at a time, on the host."""
     for batch in rows.in_order(batch_size):
         yield weighing.weigh(batch.to(device)).weights.flatten().cpu()
-
-
-def weight_bounds(recipe: Recipe) -> tuple[float, float]:
-    """Smallest and largest weight that the recipe's scorer can give a supervised token."""
-    scored = recipe.scored_by
-    if scored is None:
-        return 1.0, 1.0
-    return (scored.eps, scored.w_max) if scored.mode == "softmax" else (0.0, math.inf)
 
 
 def save_weights(folder: Path, paths: list[str], weights: list[Tensor]) -> None:

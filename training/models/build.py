@@ -12,7 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads.residual import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig, TrunkConfig
+from mtp_ce.training.config.data import DataConfig
+from mtp_ce.training.config.model import PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 

@@ -8,7 +8,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
-from mtp_ce.training.config.groups import OptimizerConfig
+from mtp_ce.training.config.loop import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mtp_ce.training.config.groups import ControlScorerConfig, MTPConfig, PretrainedModelConfig, Rho1ScorerConfig
+from mtp_ce.training.config.frozen import ModelKind
+from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.s3 import is_s3
-
-Kind = Literal["language model", "critic"]
 
 PACKAGE = "package:"
 GGUF = ".gguf"
@@ -30,21 +29,15 @@ GGUF = ".gguf"
 HEADS_FILE = "mtp_heads.json"
 
 
-def sources_of(recipe: Recipe) -> dict[str, tuple[str, Kind]]:
-    """Give the trained models that a recipe names: its key -> where the model is, what it must be."""
-    scored = recipe.scored_by
-    inside = "scorer.of" if isinstance(recipe.scorer, ControlScorerConfig) else "scorer"
-    found: dict[str, tuple[str, Kind]] = {}
+def sources_of(recipe: Recipe) -> dict[str, tuple[str, ModelKind]]:
+    """Return the trained models that a recipe names: its key -> where the model is, what it must be."""
+    sources: dict[str, tuple[str, ModelKind]] = {}
     if isinstance(recipe.model, PretrainedModelConfig):
-        found["model.source"] = (recipe.model.source, "language model")
-    if isinstance(scored, Rho1ScorerConfig):
-        if recipe.reference and recipe.reference.source:
-            found["reference.source"] = (recipe.reference.source, "language model")
-        if scored.current:
-            found[f"{inside}.current"] = (scored.current, "language model")
-    elif scored and recipe.critic and recipe.critic.source:
-        found["critic.source"] = (recipe.critic.source, "critic")
-    return found
+        sources["model.source"] = (recipe.model.source, "language model")
+    for model in recipe.frozen_models():
+        if model.source:
+            sources[model.key] = (model.source, model.kind)
+    return sources
 
 
 def find_sources(recipe: Recipe) -> None:
@@ -144,7 +137,7 @@ def _model_in(folder: Path) -> Path:
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
-def check_config(key: str, source: str, folder: Path, kind: Kind, vocab_size: int | None) -> int:
+def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_size: int | None) -> int:
     """Check the configuration of a pretrained model.
 
     Args:

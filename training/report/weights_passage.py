@@ -7,7 +7,7 @@ own side, so 1 is the middle of the scale whatever the highest weight. Transluce
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
@@ -33,8 +33,8 @@ class Passage:
         title: title of the passage, such as the file's path.
         texts: one string per token; joined they are the passage.
         weights: one per token; NaN for a token without a weight.
-        details: quantities behind the weights, by name: one number per token, NaN if unknown. Losses are in nats, and
-            so is "score", unless there is a "value" whose difference it is.
+        details: quantities behind the weights, by name: one number per token, NaN if unknown.
+        units: unit of a detail, by name; details that are not listed have none.
 
     Raises:
         ValueError: weights or a detail differ in length from texts.
@@ -44,6 +44,7 @@ class Passage:
     texts: Sequence[str]
     weights: Sequence[float]
     details: Mapping[str, Sequence[float]]
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, numbers in {"weights": self.weights, **self.details}.items():
@@ -90,9 +91,3 @@ def summary(passage: Passage) -> str:
     ess = weights.sum() ** 2 / np.square(weights).sum()
     ratio = ess / len(weights)
     return f"{counted}; mean weight {weights.mean():.3f}; effective sample size {ess:,.0f} tokens ({ratio:.0%})"
-
-
-def unit_of(name: str, passage: Passage) -> str:
-    """Return the unit of a detail: nats, or "" for a critic's value and its differences."""
-    is_value = name == "value" or (name == "score" and "value" in passage.details)
-    return "" if is_value else "nats"

@@ -21,7 +21,6 @@ from mtp_ce.training.report.weights_passage import (
     Passage,
     scale_ticks,
     summary,
-    unit_of,
     weight_norm,
 )
 
@@ -100,7 +99,8 @@ def _section(name: str, passage: Passage, norm: TwoSlopeNorm) -> str:
 
 def _token(anchor: str, passage: Passage, i: int, norm: TwoSlopeNorm) -> str:
     text, weight = passage.texts[i], passage.weights[i]
-    numbers = [f"{name}: {_number(values[i], unit_of(name, passage))}" for name, values in passage.details.items()]
+    units = passage.units
+    numbers = [f"{name}: {_number(values[i], units.get(name, ''))}" for name, values in passage.details.items()]
     tip = "\n".join([repr(text) if text else "part of a character", f"weight: {_number(weight)}", *numbers])
     look = 'class="none"' if np.isnan(weight) else f'style="background:{_colour(weight, norm)}"'
     shown = "".join(map(_marked, text)) or _mark(PART)
@@ -112,7 +112,7 @@ def _highest(name: str, passage: Passage, norm: TwoSlopeNorm) -> str:
     weights = np.asarray(passage.weights, dtype=float)
     scores = np.asarray(passage.details.get("score", weights), dtype=float)
     order = [i for i in np.lexsort((-scores, -weights))[:_HIGHEST].tolist() if not np.isnan(weights[i])]
-    units = {detail: unit_of(detail, passage) for detail in passage.details}
+    units = {detail: passage.units.get(detail, "") for detail in passage.details}
     head = "".join(f"<th>{html.escape(detail)}{f' [{unit}]' if unit else ''}</th>" for detail, unit in units.items())
     rows = []
     for i in order:

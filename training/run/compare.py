@@ -102,7 +102,7 @@ def _run(
 
     settings = recipe.model_dump(include={"seed", "model", "optimizer", "train", "scorer"})
     settings["row_length"] = inputs.row_length
-    scoring = [] if recipe.scored_by is None else models.folders()
+    scoring = [models[model.role] for model in recipe.frozen_models()]
     stage = Stage(
         kind="main",
         name=f"{name}-seed{recipe.seed}",

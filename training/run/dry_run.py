@@ -14,22 +14,17 @@ from urllib.request import urlopen
 import torch
 from rich.console import Console
 from rich.filesize import decimal, pick_unit_and_suffix
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import CriticConfig, PretrainedModelConfig, ReferenceConfig, Rho1ScorerConfig
+from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.recipe import flatten, without_password
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.corpus import find_files
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import Ranks
+from mtp_ce.training.loop.weighing import MODEL_CLASSES
 from mtp_ce.training.models.build import checkpoint_activations, llama_config
 from mtp_ce.training.models.gguf import converted_folder
 from mtp_ce.training.models.sizing import forward_products, step_memory, step_products
@@ -112,19 +107,13 @@ def _addresses(recipe: Recipe) -> dict[str, str]:
 
 
 def _stages(recipe: Recipe) -> list[str]:
-    stage = _scoring_stage(recipe)
-    if stage is None or stage.source or stage.train is None:
-        return []
-    name = "reference" if isinstance(stage, ReferenceConfig) else "critic"
-    steps = f"{stage.train.steps:,} steps of {stage.train.batch_size}"
-    return [f"{name:<11} {steps}, where not there already"]
-
-
-def _scoring_stage(recipe: Recipe) -> ReferenceConfig | CriticConfig | None:
-    """The group of the model that the scorer asks."""
-    if recipe.scored_by is None:
-        return None
-    return recipe.reference if isinstance(recipe.scored_by, Rho1ScorerConfig) else recipe.critic
+    lines = []
+    for model in recipe.frozen_models():
+        stage = None if model.source else getattr(recipe, model.role)
+        if stage:
+            steps = f"{stage.train.steps:,} steps of {stage.train.batch_size}"
+            lines.append(f"{model.role:<11} {steps}, where not there already")
+    return lines
 
 
 def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
@@ -144,7 +133,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
 
     if recipe.precompute_weights:
         scoring = {}
-    products = replace(step_products(model, S), scoring=_scoring_products(recipe, config, scoring))
+    products = replace(step_products(model, S), scoring=_scoring_products(recipe, config, scoring, unknown))
     tokens = train.steps * train.batch_size * S
     parts = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
     say(out, f"compute     {_flops(products.total)} per token: {', '.join(parts)}")
@@ -169,14 +158,15 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         say(out, f"fits        {_fits(memory.total)}")
 
 
-def _scoring_products(recipe: Recipe, trunk: PreTrainedConfig, scoring: dict[str, PreTrainedModel]) -> int:
+def _scoring_products(
+    recipe: Recipe, trunk: PreTrainedConfig, scoring: dict[str, PreTrainedModel], unknown: list[str]
+) -> int:
     """Return the FLOPs of one token's weight."""
-    asked = sum(forward_products(model, recipe.data.sequence_length) for model in scoring.values())
-    if scoring and isinstance(recipe.scored_by, Rho1ScorerConfig) and not recipe.scored_by.current:
-        # The next-token loss of the model in training, from hidden states that are there.
-        sizes = trunk.get_text_config()
-        asked += 2 * sizes.vocab_size * sizes.hidden_size
-    return asked
+    flops = sum(forward_products(model, recipe.data.sequence_length) for model in scoring.values())
+    if recipe.precompute_weights or unknown:
+        return flops
+    sizes = trunk.get_text_config()
+    return flops + recipe.scorer.flops_per_token(sizes.vocab_size, sizes.hidden_size)
 
 
 def _fits(needed: int) -> str:
@@ -208,22 +198,24 @@ def _config_of(key: str, source: str) -> PreTrainedConfig | None:
 
 
 def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """The models that the scorer asks, without memory, and the keys of those that are not on this machine."""
-    stage = _scoring_stage(recipe)
-    if stage is None:
-        return {}, []
-    given = {key: _config_of(key, source) for key, (source, _) in sources_of(recipe).items() if key != "model.source"}
-    configs = {key: config for key, config in given.items() if config}
-    if not stage.source:
-        # Its vocabulary is that of the model in training, whose sizes it has, too, unless it says otherwise.
-        data = recipe.data.model_copy(update={"vocab_size": trunk.get_text_config().vocab_size})
-        own = llama_config(stage.model, data) if stage.model else trunk
-        configs["reference" if isinstance(stage, ReferenceConfig) else "critic"] = own
-    kind: Any = AutoModelForCausalLM if isinstance(stage, ReferenceConfig) else AutoModelForTokenClassification
+    """The frozen models of the scorer, without memory, and the keys of those that are not on this machine."""
+    models: dict[str, PreTrainedModel] = {}
+    unknown = []
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    with torch.device("meta"):
-        models = {key: kind.from_config(config, dtype=dtype) for key, config in configs.items()}
-    return models, [key for key, config in given.items() if config is None]
+    for frozen in recipe.frozen_models():
+        if frozen.source:
+            config = _config_of(frozen.key, frozen.source)
+        else:
+            # It has the vocabulary of the model in training, and its sizes unless the recipe gives others.
+            data = recipe.data.model_copy(update={"vocab_size": trunk.get_text_config().vocab_size})
+            sizes = getattr(recipe, frozen.role).model
+            config = llama_config(sizes, data) if sizes else trunk
+        if config is None:
+            unknown.append(frozen.key)
+            continue
+        with torch.device("meta"):
+            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype)
+    return models, unknown
 
 
 def _tracking(recipe: Recipe) -> str:

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from mtp_ce.decoding.drafting import KINDS as DRAFTING
 from mtp_ce.heads.residual import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import DecodingConfig
 from mtp_ce.training.config.schema import EvaluationRecipe
+from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import PretrainedModelConfig
-from mtp_ce.training.config.recipe import to_yaml, weighs_rows_together, without_password
+from mtp_ce.training.config.model import PretrainedModelConfig
+from mtp_ce.training.config.recipe import to_yaml, without_password
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.data.rows import PackedRows
@@ -22,10 +22,7 @@ from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
 from mtp_ce.training.loop.checkpoint import Checkpoint, Checkpoints
 from mtp_ce.training.loop.trainer import Trainer
-from mtp_ce.training.loop.weighing import (
-    Weigh,
-    weight_bounds,
-)
+from mtp_ce.training.loop.weighing import Weigh
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model, checkpoint_activations
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
@@ -73,7 +70,7 @@ def fit(
     ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
-    together = {"ranks": ranks.size} if weighs_rows_together(recipe.scorer.model_dump()) else {}
+    together = {"ranks": ranks.size} if recipe.scorer.depends_on_batch else {}
     checkpoints = Checkpoints(
         folder / CHECKPOINTS,
         decided=decided_by(recipe) | together | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
@@ -96,7 +93,7 @@ def fit(
             log=log_and_show(run, display),
             tick=display.tick,
             stop=stop,
-            weight_bounds=weight_bounds(recipe),
+            weight_bounds=recipe.scorer.bounds,
             ranks=ranks,
             save_checkpoint=lambda trainer: checkpoints.save(
                 trainer.done, model, optimizer, lambda: _notes(trainer, run)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mtp_ce.training.config.choice import refuse_class_paths
 from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_yaml, without_password
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.errors import RecipeError
@@ -136,6 +137,7 @@ def fetch_run(address: str, output: Path) -> None:
         recipe = yaml.safe_load(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["notes"]["recipe"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RecipeError(f"--resume {address}/{names[-1]} has no state.json with a recipe ({error})") from None
+    refuse_class_paths(recipe, address)
     try:
         with whole_folder(output) as aside:
             shutil.copytree(checkpoint, aside / "checkpoints" / names[-1])

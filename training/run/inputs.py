@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mtp_ce.training.config.groups import DataConfig, PretrainedModelConfig
+from mtp_ce.training.config.data import DataConfig
+from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.corpus import Corpus, read_corpus, texts

@@ -75,4 +75,5 @@ def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, index: int) 
         texts=token_texts(inputs.tokenizer, document.tolist()),
         weights=flat(weights),
         details={name: flat(part) for name, part in details.items()},
+        units=weighing.units,
     )

@@ -77,7 +77,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
         evaluation = main_stage(recipe, inputs, models, output, tracking)
         tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
     print_evaluation(out, evaluation)
-    weights = ", weights.html, weights.png" if recipe.scored_by else ""
+    weights = ", weights.html, weights.png" if recipe.scorer.weighted else ""
     say(
         out,
         f"saved       {output}/model (model, tokenizer, heads), losses.png, evaluation.json, evaluation.png{weights}, "

@@ -24,17 +24,10 @@ import torch
 from torch import nn
 
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.training.config.groups import (
-    ControlScorerConfig,
-    LlamaModelConfig,
-    MTPConfig,
-    PretrainedModelConfig,
-    ReferenceConfig,
-    Rho1ScorerConfig,
-    TrunkConfig,
-    UniformScorerConfig,
-)
+from mtp_ce.training.config.frozen import ReferenceConfig
+from mtp_ce.training.config.model import LlamaModelConfig, MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
+from mtp_ce.training.config.scorers.uniform import UniformScorerConfig
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.critic.training import train_critic
 from mtp_ce.training.data.corpus import is_documented
@@ -75,24 +68,22 @@ def check_stages(recipe: Recipe, inputs: Inputs) -> None:
     Raises:
         RecipeError: there are no documents to train the reference on.
     """
-    if isinstance(recipe.scored_by, Rho1ScorerConfig) and recipe.reference and not recipe.reference.source:
+    trained = {model.role for model in recipe.frozen_models() if model.source is None}
+    if "reference" in trained and recipe.reference:
         documents_of(recipe.reference, inputs)
 
 
 def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> FrozenModels:
-    """Give the models that the recipe's scorer asks, trained where they are not there yet."""
-    scored, given = recipe.scored_by, inputs.given
-    if scored is None:
-        return FrozenModels()
-    # A model of sizes of its own has the vocabulary of the pretrained model beside it.
+    """Return the folders of the scorer's frozen models, by role; a stage trains those that the recipe does not name."""
+    # A model with sizes of its own has the vocabulary of the pretrained model in training.
     data = recipe.data.model_copy(update={"vocab_size": inputs.vocab_size})
-    recipe = recipe.model_copy(update={"data": data})
-    if isinstance(scored, Rho1ScorerConfig):
-        return FrozenModels(
-            reference=given.get("reference.source") or _reference(recipe, inputs, output, tracking) / "model",
-            current=next((folder for key, folder in given.items() if key.endswith(".current")), None),
-        )
-    return FrozenModels(critic=given.get("critic.source") or _critic(recipe, inputs, output, tracking) / "model")
+    sized = recipe.model_copy(update={"data": data})
+    return {
+        model.role: inputs.given[model.key]
+        if model.source
+        else TRAINING_STAGES[model.role](sized, inputs, output, tracking) / "model"
+        for model in recipe.frozen_models()
+    }
 
 
 def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
@@ -128,12 +119,13 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                     model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
                     nn.Module.to(model, inputs.device)
                 evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
-                if recipe.scored_by:
+                if recipe.scorer.weighted:
                     # matplotlib writes a font cache on first import; a dry run writes nothing.
                     from mtp_ce.training.run.passages import show_weights
 
                     # Rank 0 works alone here: it can't run models sharded over all ranks, nor use the others' scores.
-                    weighing = build_weighing(_weighed_alone(recipe), models, inputs.device)
+                    alone = recipe.model_copy(update={"scorer": recipe.scorer.on_one_rank()})
+                    weighing = build_weighing(alone, models, inputs.device)
                     hold_in_precision(model, recipe.train.precision)
                     for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                         run.artifact(path)
@@ -146,16 +138,6 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         evaluation = ranks.share(ranks.lead(report))
         assert evaluation is not None
         return evaluation
-
-
-def _weighed_alone(recipe: Recipe) -> Recipe:
-    """The recipe with the scope "batch" where it says "global": what that is to a single rank."""
-    scored, scorer = recipe.scored_by, recipe.scorer
-    if scored is None or scored.scope != "global":
-        return recipe
-    alone = scored.model_copy(update={"scope": "batch"})
-    moved = isinstance(scorer, ControlScorerConfig)
-    return recipe.model_copy(update={"scorer": scorer.model_copy(update={"of": alone}) if moved else alone})
 
 
 def _free_memory(device: torch.device) -> None:
@@ -227,7 +209,7 @@ def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking)
     settings = own.model_dump(include={"seed", "model", "optimizer", "train"}) | {"row_length": inputs.row_length}
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        weighing = build_weighing(own, FrozenModels(), inputs.device)
+        weighing = build_weighing(own, {}, inputs.device)
         _, results = fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
         return validation_metrics(results)
 
@@ -272,6 +254,13 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
     return run_stage(Stage("critic", "critic", what, key, recipe, work), inputs, output, tracking)
 
 
+# What trains a frozen model, by its group in the recipe.
+TRAINING_STAGES: dict[str, Callable[[Recipe, Inputs, Path, Tracking], Path]] = {
+    "reference": _reference,
+    "critic": _critic,
+}
+
+
 def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
     settings = {
         "scorer": recipe.scorer.model_dump(),
@@ -279,7 +268,7 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
         "seed": recipe.seed,
         "precision": recipe.train.precision,
     }
-    digests = [*inputs.digests, *map(folder_digest, models.folders())]
+    digests = [*inputs.digests, *map(folder_digest, models.values())]
     rows = inputs.rows(inputs.tokens.train)
     batch_size = recipe.validation.batch_size
 

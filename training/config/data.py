@@ -1,0 +1,73 @@
+"""Recipe keys of the text, its split and its tokens."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mtp_ce.training.config.group import Group
+
+
+class DataConfig(Group):
+    """The text, its split and its tokens."""
+
+    corpus: str = Field(
+        default="stdlib",
+        min_length=1,
+        description="'stdlib' (the source of Python's standard library), a folder of files, a .jsonl, .parquet or "
+        ".txt file, a glob of those, an s3:// address of any of them, or the hub name of a data set",
+    )
+    subset: str | None = Field(default=None, min_length=1, description="name of the subset of a hub data set")
+    split: str = Field(default="train", min_length=1, description="name of the split of a hub data set")
+    suffix: str = Field(
+        default=".py",
+        min_length=1,
+        description="suffix of the files of a folder that are read: each file is a document; each .jsonl or .parquet "
+        "file is a table of documents",
+    )
+    text_field: str = Field(default="text", min_length=1, description="field of a row that holds the document")
+    prompt_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="field of a row that holds the prompt, whose tokens are not supervised; null: no prompts",
+    )
+    completion_field: str | None = Field(
+        default=None, min_length=1, description="field of a row that holds the completion, whose tokens are supervised"
+    )
+    holdout_fraction: float = Field(
+        default=0.04,
+        gt=0,
+        lt=1,
+        description="fraction held out for validation, selected by a hash: of a file's path, or of a row's content",
+    )
+    validation_corpus: str | None = Field(
+        default=None,
+        min_length=1,
+        description="validation text, named like corpus, all of which is then trained on; null: holdout_fraction",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a folder, an s3:// address or a hub name; null: that of the pretrained model, or else a "
+        "byte-level BPE trained on the corpus",
+    )
+    vocab_size: int | None = Field(
+        default=None,
+        ge=257,
+        description="V: number of entries of the tokenizer trained here; for a given tokenizer, at least its own "
+        "number; null: that of the pretrained model",
+    )
+    sequence_length: int = Field(default=256, ge=2, description="S: tokens per row")
+    packing: Literal["packed", "padded"] = Field(
+        default="packed",
+        description="packed: documents are concatenated and cut into rows; padded: one document per row, truncated or "
+        "padded",
+    )
+
+    @model_validator(mode="after")
+    def _prompts_have_completions(self) -> Self:
+        if (self.prompt_field is None) != (self.completion_field is None):
+            present, missing = ("prompt", "completion") if self.prompt_field else ("completion", "prompt")
+            raise ValueError(f"{present}_field is given without {missing}_field; data with prompts needs both")
+        return self

@@ -1,0 +1,87 @@
+"""Recipe keys of the model in training: its trunk and its prediction heads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mtp_ce.training.config.group import Group
+
+
+class MTPConfig(Group):
+    """The prediction heads."""
+
+    kind: Literal["residual", "layer", "sequential", "teacher_forcing"] = Field(
+        default="residual",
+        description="form of the extra heads: residual blocks, decoder layers, a chain of decoder layers, or none with "
+        "parameters (teacher forcing)",
+    )
+    horizon: int = Field(default=4, ge=1, description="H: number of heads; head h predicts token t + 1 + h")
+    trunk: Literal["joint", "detached", "frozen"] = Field(
+        default="joint",
+        description="joint: the whole model is trained; detached: only the heads, no gradient reaches the trunk; "
+        "frozen: as detached, and the trunk's parameters have requires_grad=False",
+    )
+    loss: Literal["linear", "logits"] = Field(
+        default="linear",
+        description="linear: never builds the logits of all heads; logits: builds them. The value is the same",
+    )
+
+    @model_validator(mode="after")
+    def _has_parameters_to_train(self) -> Self:
+        if self.trunk != "joint" and (self.kind == "teacher_forcing" or self.horizon == 1):
+            raise ValueError(
+                f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves no parameter to train; "
+                "give trunk joint, or heads that have parameters"
+            )
+        return self
+
+
+class TrunkConfig(Group):
+    """A Llama of transformers with random weights."""
+
+    kind: Literal["llama"] = Field(
+        default="llama", description="llama: trained from scratch; pretrained: training continues from a trained model"
+    )
+    hidden_size: int = Field(ge=1, description="D: width of the hidden states")
+    intermediate_size: int = Field(ge=1, description="width inside the feed-forward layers")
+    layers: int = Field(ge=1, description="number of decoder layers")
+    attention_heads: int = Field(ge=1, description="number of attention heads per layer")
+    kv_heads: int = Field(ge=1, description="number of key/value heads per layer; divides attention_heads")
+    tie_embeddings: bool = Field(default=True, description="whether input embedding and unembedding are one matrix")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights and embeddings")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden_size % (2 * self.attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even multiple of attention_heads "
+                f"{self.attention_heads}; rotary embeddings need an even width per head"
+            )
+        if self.attention_heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide attention_heads {self.attention_heads}")
+        return self
+
+
+class LlamaModelConfig(TrunkConfig):
+    """A trunk with random weights and its heads."""
+
+    mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+
+class PretrainedModelConfig(Group):
+    """A trained causal language model and its heads."""
+
+    kind: Literal["pretrained"] = Field(
+        description="llama: trained from scratch; pretrained: training continues from a trained model"
+    )
+    source: str = Field(
+        min_length=1,
+        description="a folder or GGUF file, package:NAME/FILE inside an installed Python package, an s3:// address or "
+        "a hub name; training continues from heads that are saved beside it",
+    )
+    mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+
+ModelConfig = Annotated[LlamaModelConfig | PretrainedModelConfig, Field(discriminator="kind")]
