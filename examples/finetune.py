@@ -5,9 +5,9 @@
     python examples/finetune.py --steps 40 --resume runs/finetune/checkpoint-20
     python examples/finetune.py --model HuggingFaceTB/SmolLM2-135M --heads sequential --trunk frozen
 
-The text is the Python standard library's own source. Accumulated micro-batches give the loss of one large batch:
-both trainers hand the count of the whole batch to the model, and the wrapper divides by it. `MTPTrainer` makes either
-trainer load what it saves of a wrapper: to go on from a checkpoint, and to end with the best one on held-out text.
+The text is the Python standard library's own source. Accumulated micro-batches have the loss of one large batch:
+both trainers pass the count of the whole batch to the model, and the wrapper divides by it. With `MTPTrainer` either
+trainer loads what it saves of a wrapper: to resume from a checkpoint, and to end with the best one on held-out text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtp_ce.training.data.tokenizer import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Train, and give the loss of every step."""
+    """Train, and return the loss of every step."""
     options = _parser().parse_args(argv)
     torch.manual_seed(0)
     corpus = read_corpus(DataConfig())
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
 
     ids = list(chain.from_iterable(tokenizer(list(texts(corpus.train[:40])))["input_ids"]))
     rows = [ids[i : i + options.length] for i in range(0, len(ids) - options.length, options.length)]
-    held_out, learnt = (Dataset.from_dict({"input_ids": part, "labels": part}) for part in (rows[:16], rows[16:]))
+    held_out, training = (Dataset.from_dict({"input_ids": x, "labels": x}) for x in (rows[:16], rows[16:]))
 
     settings: dict[str, Any] = {
         "output_dir": options.output,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
     }
-    data = {"train_dataset": learnt, "eval_dataset": held_out}
+    data = {"train_dataset": training, "eval_dataset": held_out}
     trainer: MTPTrainer
     if options.trainer == "trl":
         from trl import SFTConfig, SFTTrainer
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         trainer = MTPTrainer(model=wrapper, args=TrainingArguments(**settings), **data)
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
-    print(f"{trainer.state.best_model_checkpoint} is the best of them, and is what {options.output} has;")
+    print(f"best checkpoint {trainer.state.best_model_checkpoint}, saved in {options.output}")
     print("MTPWrapper.from_pretrained and AutoModelForCausalLM.from_pretrained both load it")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -94,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--horizon", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20, help="steps in all")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per optimizer step")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that the rows come in")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
     parser.add_argument("--length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--save-steps", type=int, default=20, help="steps between checkpoints, each evaluated")
-    parser.add_argument("--resume", help="checkpoint folder to go on from")
+    parser.add_argument("--resume", help="checkpoint folder to resume from")
     parser.add_argument("--output", default="runs/finetune")
     return parser
 

@@ -2,7 +2,7 @@
 
     from mtp_ce import weighted_mtp_ce
 
-Names are resolved on first use, so that the command line can answer a mistake before torch is loaded.
+Names are resolved on first use, so that the command line can report a mistake before torch is loaded.
 """
 
 from importlib import import_module
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mtp_ce.hf.wrapper import MTPOutput, MTPWrapper
     from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
+    from mtp_ce.next_token import NextToken
     from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
     from mtp_ce.scorers.critic import CriticDeltaScorer
-    from mtp_ce.scorers.next_token import NextToken
     from mtp_ce.scorers.normalize import normalize_weights
     from mtp_ce.scorers.rho1 import Rho1ExcessScorer
     from mtp_ce.scorers.uniform import UniformScorer
@@ -29,7 +29,7 @@ _HOME = {
     "MTPStats": "mtp_ce.loss",
     "MTPTrainer": "mtp_ce.hf.trainer",
     "MTPWrapper": "mtp_ce.hf.wrapper",
-    "NextToken": "mtp_ce.scorers.next_token",
+    "NextToken": "mtp_ce.next_token",
     "RandomMatchedWeights": "mtp_ce.scorers.controls",
     "Rho1ExcessScorer": "mtp_ce.scorers.rho1",
     "ShuffledWeights": "mtp_ce.scorers.controls",

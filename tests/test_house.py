@@ -58,7 +58,7 @@ ARROWS = {
         "registry": set(),
     },
 }
-LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding"}
+LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding", "next_token"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Which models can have prediction heads: causal language models of transformers, over a base model of their own."""
+"""The models that can have prediction heads: causal language models of transformers with a base model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 
 def causal_model(model: Any) -> Any:
-    """Give the causal language model, also out of PEFT's wrapper.
+    """Return the causal language model, without PEFT's wrapper.
 
     Raises:
-        TypeError: it is none of transformers, or has no output embeddings over a base model.
+        TypeError: it is no model of transformers, or has no output embeddings on top of a base model.
         ValueError: an encoder-decoder.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -21,7 +21,7 @@ def causal_model(model: Any) -> Any:
         raise ValueError(f"model is {type(causal).__name__}, an encoder-decoder; expected a causal language model.")
     if causal.get_output_embeddings() is None or causal.base_model is causal:
         raise TypeError(
-            f"model is {type(causal).__name__} without output embeddings over a base model; expected a causal "
-            "language model, such as AutoModelForCausalLM gives."
+            f"model is {type(causal).__name__} without output embeddings on top of a base model; expected a causal "
+            "language model, as AutoModelForCausalLM loads it."
         )
     return causal

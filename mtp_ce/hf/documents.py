@@ -1,4 +1,4 @@
-"""Documents packed into rows, numbered by what tells a model of transformers where they begin."""
+"""Document ids of packed rows, from the arguments that tell a model of transformers where documents begin."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def packed_documents(
     position_ids: Tensor | None,  # [B, S] or [1, S]
     cu_seq_lens: Tensor | None,  # [documents + 1]
 ) -> Tensor | None:  # [B, S]
-    """Number the documents of packed rows; None where nothing says that there are any.
+    """Number the documents of packed rows; None where no argument has borders of documents.
 
     Args:
         rows: shape of the labels.
-        position_ids: a document begins wherever a position is not the one before plus 1. Of one row they hold for all.
-            Positions of more dimensions, as of images, say nothing here.
-        cu_seq_lens: where each document ends, counted over the tokens of all rows, after a 0, as flash attention takes
-            it. Goes before position_ids.
+        position_ids: a document begins wherever a position is not the one before plus 1. A single row applies to all.
+            Positions with more dimensions, as of images, are ignored.
+        cu_seq_lens: 0 and the end of each document, counted over the tokens of all rows, as flash attention takes them.
+            Takes precedence over position_ids.
     """
     B, S = rows
     if cu_seq_lens is not None:

@@ -1,27 +1,25 @@
-"""Heads as they lie in a folder beside their model: sought where it is, and put into a wrapper that they fit."""
+"""Heads in the files beside their model: located, checked against a wrapper, and loaded into it."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from mtp_ce.heads.residual import CONFIG_FILE, TENSORS_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
+from mtp_ce.heads.protocol import ModelWithHeads
 
-if TYPE_CHECKING:
-    from mtp_ce.hf.wrapper import MTPWrapper
-
-# Of `from_pretrained`, which say where a file is and how it is fetched.
+# Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass(frozen=True)
 class SavedHeads:
-    """What `MTPWrapper.save_pretrained` wrote of the heads."""
+    """The heads' files of `MTPWrapper.save_pretrained`."""
 
     source: str | Path
     tensors: str
@@ -31,49 +29,61 @@ class SavedHeads:
 
     @classmethod
     def beside(cls, source: str | Path, **options: Any) -> SavedHeads:
-        """Find the heads of a folder or of a name on the hub.
+        """Locate the heads in a folder or under a name on the hub.
 
         Args:
             source: where the model is.
-            **options: those of the model; what is not for the hub is ignored.
+            **options: those of the model; options that do not concern the hub are ignored.
 
         Raises:
             FileNotFoundError: there are none.
         """
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-        found, tensors = (
+        config, tensors = (
             cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
             for name in (CONFIG_FILE, TENSORS_FILE)
         )
-        if found is None or tensors is None:
+        if config is None or tensors is None:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE} and {TENSORS_FILE}; MTPWrapper(model, ...) adds heads."
             )
-        return cls(source, tensors, **json.loads(Path(found).read_text(encoding="utf-8")))
+        return cls(source, tensors, **json.loads(Path(config).read_text(encoding="utf-8")))
 
-    def load_into(self, wrapper: MTPWrapper) -> None:
+    def check_trusted(self) -> None:
+        """Check that heads of a class from outside the package come from a local folder: loading imports the class.
+
+        Raises:
+            ValueError: they come from the hub.
+        """
+        if self.kind not in KINDS and not Path(self.source).is_dir():
+            raise ValueError(
+                f"{self.source} has heads of the class {self.kind!r}, which is not part of mtp_ce; expected a local "
+                "folder, because loading them imports the class: download the files and pass their folder."
+            )
+
+    def load_into(self, wrapper: ModelWithHeads) -> None:
         """Copy the tensors into the parameters of a wrapper's heads.
 
         Raises:
-            ValueError: the heads are not of this wrapper: of another hidden size, kind or number.
+            ValueError: the heads do not fit the wrapper: another hidden size, kind or number.
         """
-        width = wrapper.heads.hidden_size
-        if self.hidden_size != width:
+        heads = wrapper.heads
+        if self.hidden_size != heads.hidden_size:
             raise ValueError(
-                f"{self.source} has heads of hidden size {self.hidden_size} and a model of {width}; they are not of "
-                "one wrapper."
+                f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "
+                "are not of one wrapper."
             )
-        if (self.kind, self.horizon) != (wrapper.kind, wrapper.horizon):
+        if (self.kind, self.horizon) != (heads.kind, heads.horizon):
             raise ValueError(
-                f"{self.source} has {self.horizon} heads of the kind {self.kind!r}; expected {wrapper.horizon} of the "
-                f"kind {wrapper.kind!r}, as the wrapper has."
+                f"{self.source} has {self.horizon} heads of the kind {self.kind!r}; expected {heads.horizon} of the "
+                f"kind {heads.kind!r}, as the wrapper has."
             )
-        saved, wanted = load_file(self.tensors), wrapper.heads.state_dict()
+        saved, wanted = load_file(self.tensors), heads.state_dict()
         wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]
         if wrong := wrong or sorted(saved.keys() - wanted.keys()):
-            shapes = (list(part[wrong[0]].shape) if wrong[0] in part else "not there" for part in (saved, wanted))
+            shapes = (list(side[wrong[0]].shape) if wrong[0] in side else "missing" for side in (saved, wanted))
             raise ValueError(
                 f"{self.source} has heads that do not fit its model: {wrong[0]} is {next(shapes)} in {TENSORS_FILE}; "
                 f"expected {next(shapes)} for {self.horizon} heads of the kind {self.kind!r}."
             )
-        wrapper.heads.load_state_dict(saved)
+        heads.load_state_dict(saved)

@@ -1,13 +1,14 @@
-"""Hugging Face's trainers for a wrapper: what they save of it they load, and the loss is its own.
+"""Hugging Face's trainers for a wrapper: they load what they save of it, and train and evaluate with its loss.
 
     trainer = MTPTrainer(model=wrapper, args=TrainingArguments(...), ...)     transformers.Trainer
 
-    class MultiTokenSFTTrainer(MTPTrainer, SFTTrainer):                       TRL's, with all that it does to data
+    class MultiTokenSFTTrainer(MTPTrainer, SFTTrainer):                       TRL's, with its processing of data
         pass
 
-A checkpoint has the model's own names in its own files, and the heads beside them. Trainer reads the files into what
-it trains with strict=False, which for a wrapper is to read nothing. Here it reads them into the model inside, adapters
-of PEFT too. Under FSDP and DeepSpeed checkpoints have the wrapper's names, and Trainer's own way is left alone.
+A checkpoint has the model's files under the model's own parameter names, and the heads beside them. Trainer loads the
+files into the module it trains with strict=False, so that a wrapper would receive no parameter at all. MTPTrainer loads
+them into the wrapped model, adapters of PEFT included. Under FSDP and DeepSpeed checkpoints have the wrapper's names,
+and Trainer loads them itself.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from mtp_ce.hf.wrapper import MTPWrapper
 
 
 class MTPTrainer(Trainer):
-    """transformers' Trainer for an `MTPWrapper`; before TRL's SFTTrainer among the bases of a class, that one.
+    """transformers' Trainer for an `MTPWrapper`; as a base class before TRL's SFTTrainer, the same for that one.
 
     `resume_from_checkpoint` and `load_best_model_at_end` load model, adapters and heads. The loss is the wrapper's in
-    training and in evaluation, where TRL's own is that of one head. Predictions are the logits of head 0.
+    training and in evaluation, where TRL would compute that of one head. Predictions are the logits of head 0.
 
     Args:
         *arguments: as the trainer takes them.
         **options: as the trainer takes them.
 
     Raises:
-        TypeError: the model is no `MTPWrapper`, or adapters were put around it.
+        TypeError: the model is no `MTPWrapper`, or it is wrapped in adapters.
         ValueError: `label_smoothing_factor` or `compute_loss_func`, with which no head would be trained.
     """
 
@@ -57,11 +58,11 @@ class MTPTrainer(Trainer):
         if self.compute_loss_func is not None:
             raise ValueError(
                 "compute_loss_func is given; expected None: it is called with the model's logits, and no head would be "
-                "trained. The wrapper's forward has the loss; token_weights, a column of the data, weigh it."
+                "trained. The wrapper's forward computes the loss; a column token_weights of the data weights it."
             )
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        """Give the loss that the wrapper's forward gives."""
+        """Return the loss of the wrapper's forward."""
         return Trainer.compute_loss(self, *arguments, **options)
 
     def prediction_step(
@@ -71,10 +72,10 @@ class MTPTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Ask for logits where they are looked at; arguments as Trainer's."""
+        """Request logits only where they are used; arguments as Trainer's."""
         inputs = {**inputs, "return_logits": not prediction_loss_only}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # With the routers' loss behind them.
+        # A tuple where the routers' loss follows the logits.
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -95,11 +96,11 @@ class MTPTrainer(Trainer):
 
 
 def _load_adapters(causal: Any, checkpoint: Path) -> None:
-    """Read the adapters that transformers has put into a model, without PEFT's wrapper, back into their parameters."""
+    """Load the adapters of a checkpoint into a model that transformers inserted them into, without PEFT's wrapper."""
     prefix = "base_model.model."
     saved = {name.removeprefix(prefix): x for name, x in load_file(checkpoint / "adapter_model.safetensors").items()}
-    own = causal.get_adapter_state_dict()
-    for name in sorted(saved.keys() | own.keys()):
-        if name not in saved or name not in own or saved[name].shape != own[name].shape:
+    current = causal.get_adapter_state_dict()
+    for name in sorted(saved.keys() | current.keys()):
+        if name not in saved or name not in current or saved[name].shape != current[name].shape:
             raise ValueError(f"{checkpoint} has an adapter that does not fit the model's at {name}.")
-        own[name].copy_(saved[name])
+        current[name].copy_(saved[name])

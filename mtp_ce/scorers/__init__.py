@@ -1,1 +1,1 @@
-"""Scorers: what turns a batch of tokens into token weights. Each is one file with one class."""
+"""Scorers compute token weights for a batch of tokens. Each is one file with one class."""

@@ -1,6 +1,6 @@
-"""A critic's view: a token matters as much as it moves the expected outcome.
+"""Critic scores: the change of a critic's value, the expected outcome, at every token.
 
-    s[i] = gamma V[i] - V[i-1]                V[i] has seen token i
+    s[i] = gamma V[i] - V[i-1]                V[i]: value after token i
     A[i] = s[i] + gamma lambda A[i+1]         inside a document, where lambda is given
 
 Source: generalised advantage estimation, arXiv:1506.02438, equation 16, with the reward in the values.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.normalize import check_normalization, normalize_weights
 from mtp_ce.scorers.weights import TokenWeights
 
@@ -22,10 +22,9 @@ class CriticDeltaScorer:
     """Weights from the change of a value at every token.
 
     Args:
-        critic: called with input_ids [B, S] (and position_ids where they are given), gives values [B, S] or
-            [B, S, 1], or an output whose `.logits` are that: transformers' AutoModelForTokenClassification with
-            num_labels=1 is one, whatever its configuration says of caches. It is put into eval mode and never learns
-            here.
+        critic: called with input_ids [B, S] (and position_ids where they are present), returns values [B, S] or
+            [B, S, 1], or an output with these as `.logits`, such as transformers' AutoModelForTokenClassification with
+            num_labels=1. It is put into eval mode, and its parameters are frozen.
         gamma: discount of the next value, 0 < gamma <= 1.
         gae_lambda: 0 (only the change at the token itself) to 1 (all later changes too).
         ignore_index: the label of a token that is not supervised.
@@ -64,10 +63,10 @@ class CriticDeltaScorer:
         position_ids: Tensor | None = None,  # [B, S]
         current: NextToken | None = None,
     ) -> dict[str, Tensor]:
-        """What the weights come from, [B, S] fp32 of the token that stands there: score and value.
+        """Return score and value of the token at each position, [B, S] fp32, from which the weights are computed.
 
         The score is the change of the value, NaN at the first token of a row or document; the first supervised
-        token of a document compares with the last prompt token before it. Arguments as in `run`.
+        token of a document is compared with the last prompt token before it. Arguments as in `run`.
         """
         values = self._values(input_ids, position_ids)
         B, S = input_ids.shape
@@ -78,14 +77,14 @@ class CriticDeltaScorer:
         change[:, 1:] = torch.where(inside, self.gamma * values[:, 1:] - values[:, :-1], torch.nan)
         if self.gae_lambda == 0:
             return {"score": change, "value": values}
-        # Backwards through the row; what lies behind a border or is not supervised adds nothing.
+        # Backwards through the row; tokens past a border, or unsupervised ones, add nothing.
         decay, later = self.gamma * self.gae_lambda, values.new_zeros(B)
         columns = []
         for i in reversed(range(S)):
             same = inside[:, i] if i < S - 1 else torch.zeros(B, dtype=torch.bool, device=values.device)
-            here = change[:, i] + torch.where(same, decay * later, 0.0)
-            columns.append(here)
-            later = torch.where(labels[:, i] == self.ignore_index, 0.0, here)
+            advantage = change[:, i] + torch.where(same, decay * later, 0.0)
+            columns.append(advantage)
+            later = torch.where(labels[:, i] == self.ignore_index, 0.0, advantage)
         return {"score": torch.stack(columns[::-1], 1) if columns else change, "value": values}
 
     @torch.no_grad()
@@ -98,29 +97,29 @@ class CriticDeltaScorer:
         position_ids: Tensor | None = None,  # [B, S]
         current: NextToken | None = None,
     ) -> TokenWeights:
-        """Weigh the tokens of one batch; arguments and results as in `Rho1ExcessScorer.run`, `current` not looked at.
+        """Compute the weights of one batch; arguments and results as in `Rho1ExcessScorer.run`, `current` is not used.
 
         Raises:
-            TypeError, ValueError: the critic gives no values, or values of another shape.
+            TypeError, ValueError: the critic returns no values, or values of another shape.
         """
-        parts = self.explain(input_ids, labels, document_ids, position_ids=position_ids)
+        scores = self.explain(input_ids, labels, document_ids, position_ids=position_ids)
         supervised = labels != self.ignore_index
-        return normalize_weights(parts["score"], supervised, document_ids=document_ids, **self.normalization)
+        return normalize_weights(scores["score"], supervised, document_ids=document_ids, **self.normalization)
 
     def _values(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        given: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
         if getattr(getattr(self.critic, "config", None), "use_cache", False):
-            # transformers tells the documents of a packed row apart only where it makes no cache.
-            given["use_cache"] = False
-        output = self.critic(input_ids, **given)
+            # transformers separates the documents of a packed row only where it builds no cache.
+            options["use_cache"] = False
+        output = self.critic(input_ids, **options)
         values = getattr(output, "logits", output)
         if not isinstance(values, Tensor):
-            raise TypeError(f"critic gives {type(output).__name__}; expected values [B, S] or an output with logits.")
+            raise TypeError(f"critic returns {type(output).__name__}; expected values [B, S] or an output with logits.")
         if values.dim() == 3 and values.shape[2] == 1:
             values = values[:, :, 0]
         if values.shape != input_ids.shape:
             raise ValueError(
-                f"critic gives {list(values.shape)}; expected one value a token, {list(input_ids.shape)}: a value "
+                f"critic returns {list(values.shape)}; expected one value per token, {list(input_ids.shape)}: a value "
                 "head of width 1."
             )
         return values.float()

@@ -1,15 +1,16 @@
-"""From scores to weights: mean exactly 1 and every weight within its bounds, both at once.
+"""Normalise scores to weights of mean exactly 1 that stay within their bounds.
 
     z = (s - mean) / std                   over the supervised tokens of the scope
     u = exp((z - max z) / temperature)
     w = clip(c u, eps, w_max)              with the c for which mean(w) = 1
 
 Clipping and then rescaling breaks the upper bound, rescaling and then clipping breaks the mean. Here c is found
-exactly: the mean of clip(c u) is piecewise linear and rising in c, with a corner where a token reaches either bound.
-All corners of a scope are sorted, the value at each comes from counts and from sums of u over a suffix of the sorted
-tokens (summed from the smallest up, so that nothing cancels), and the interval that holds the mean 1 is solved for c.
+exactly: the mean of clip(c u) is piecewise linear and increasing in c, with a breakpoint where a token reaches either
+bound. All breakpoints of a scope are sorted; the mean at each follows from counts and from sums of u over a suffix of
+the sorted tokens (summed from the smallest up, so that nothing cancels); the interval that contains the mean 1 is then
+solved for c.
 
-Everything is of the size of the scores, on their device, in float64 inside, and never waits for the device.
+All tensors have the size of the scores and stay on their device, in float64; there is no host synchronisation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 
-# exp(-690) = 1e-300: beyond it u would be 0 and no c could lift it. Such a score counts as this low.
+# exp(-690) = 1e-300: below it u would be 0, which no c could scale up. Lower exponents are clamped to it.
 LOWEST_EXPONENT = -690.0
 
 
@@ -39,26 +40,26 @@ def normalize_weights(
     document_ids: Tensor | None = None,  # [B, S]
     group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenWeights:
-    """Turn a score for every token into a weight for every token.
+    """Compute a weight for every token from its score.
 
     Args:
-        scores: [B, S], any float dtype; higher means more weight. Of the token that stands there.
-        supervised: [B, S] bool, the tokens that count; all others get weight 0.
-        mode: "softmax": the soft form above. "topk": the `top_fraction` of the scope with the highest scores share
-            the whole weight evenly, the rest get 0 (Rho-1's own rule); among equal scores the first ones.
-        temperature: T > 0 of the soft form; small is sharp.
+        scores: [B, S], any float dtype, of the token at each position; higher means more weight.
+        supervised: [B, S] bool; all other tokens get weight 0.
+        mode: "softmax": the soft form above. "topk": the `top_fraction` of the scope with the highest scores get equal
+            weights, the rest 0 (Rho-1's own rule); among equal scores the first ones win.
+        temperature: T > 0 of the soft form; small values give sharp weights.
         eps: smallest weight of the soft form, 0 <= eps <= 1.
         w_max: largest weight of the soft form, at least 1.
-        top_fraction: share of the tokens that "topk" keeps, 0 < q <= 1.
-        scope: over which tokens the mean is 1. "sequence": each row, or each run of one id where `document_ids` are
-            given, so that weights don't depend on what else is in the batch. "batch": all rows. "global": all rows
+        top_fraction: fraction q of the tokens that "topk" keeps, 0 < q <= 1.
+        scope: the tokens over which the mean is 1. "sequence": each row, or each run of one id where `document_ids` are
+            passed, so that weights don't depend on the rest of the batch. "batch": all rows. "global": all rows
             of all ranks, which must call this together with scores of one shape.
         document_ids: [B, S] integers; borders of sequences in packed rows.
         group: the ranks of scope "global"; None means all.
 
     Returns:
         Weights [B, S] fp32, detached, and their statistics. In each scope with a supervised token the mean over them
-        is 1. A score that is not finite gets the neutral weight 1 and is counted; equal scores give ones.
+        is 1. A score that is not finite gets the neutral weight 1 and is counted; equal scores get weight 1.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
@@ -95,12 +96,12 @@ def normalize_weights(
 
 
 class _Order:
-    """The tokens [N] of all scopes, sorted by scope and by falling score; those that don't count come last."""
+    """The tokens [N] of all scopes, sorted by scope and by descending score; excluded ones come last."""
 
     def __init__(self, scores: Tensor, counts: Tensor, groups: Tensor) -> None:
         N = len(scores)
         self.size = N
-        # One scope more than there can be: for the tokens that don't count.
+        # Scope N collects the excluded tokens; there are at most N others.
         groups = torch.where(counts, groups, N)
         by_score = torch.argsort(scores, descending=True, stable=True)
         self.order = by_score[torch.argsort(groups[by_score], stable=True)]
@@ -108,86 +109,87 @@ class _Order:
         self.score = scores[self.order]
         self.n = self.total(torch.ones_like(self.score))  # [N + 1] tokens of each scope
         self.start = self.n.cumsum(0) - self.n
-        self.place = torch.arange(N, device=scores.device) - self.start[self.group]
+        self.rank = torch.arange(N, device=scores.device) - self.start[self.group]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums [N + 1] of the scopes."""
+        """Return the sum over each scope, [N + 1]."""
         return values.new_zeros(self.size + 1).index_add_(0, self.group, values)
 
-    def back(self, values: Tensor) -> Tensor:
-        """Sorted values in the order in which the tokens came."""
+    def unsort(self, values: Tensor) -> Tensor:
+        """Return sorted values in the original order of the tokens."""
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
     def topk(self, fraction: float) -> Tensor:
-        """N / k for the k highest of a scope, k = fraction of n, rounded up."""
-        # Rounded up, but 0.3 * 10 is a little more than 3.
+        """Return n / k for the k highest scores of a scope, k = fraction of n, rounded up."""
+        # In floating point 0.3 * 10 is a little more than 3, and must not be rounded up to 4.
         k = (fraction * self.n * (1 - 1e-12)).ceil()
-        w = torch.where(self.place < k[self.group], (self.n / k.clamp(min=1))[self.group], 0.0)
-        return self.back(w)
+        w = torch.where(self.rank < k[self.group], (self.n / k.clamp(min=1))[self.group], 0.0)
+        return self.unsort(w)
 
     def soft(self, temperature: float, eps: float, w_max: float) -> Tensor:
-        """clip(c u, eps, w_max) of mean 1."""
+        """Return clip(c u, eps, w_max) with mean 1."""
         exponent = self.standardised() / temperature
         highest = exponent.new_full((self.size + 1,), -math.inf).scatter_reduce_(0, self.group, exponent, "amax")
         u = (exponent - highest[self.group]).clamp(min=LOWEST_EXPONENT).exp()
-        c = self.level(u, eps, w_max)
-        return self.back((c[self.group] * u).clamp(eps, w_max))
+        c = self.solve(u, eps, w_max)
+        return self.unsort((c[self.group] * u).clamp(eps, w_max))
 
     def standardised(self) -> Tensor:
-        """(s - mean) / std within the scope; 0 where all scores are equal."""
+        """Return (s - mean) / std within the scope; 0 where all scores are equal."""
         n = self.n.clamp(min=1)
         mean = self.total(self.score) / n
-        # Twice, because the first mean of scores around 1e6 is off by their last bit.
+        # Centered twice, because the first mean of scores around 1e6 is off by their last bit.
         distance = self.score - mean[self.group]
         distance = distance - (self.total(distance) / n)[self.group]
         largest = self.n.new_zeros(self.size + 1).scatter_reduce_(0, self.group, distance.abs(), "amax")
-        # float32 tells scores apart that differ by 6e-8 of themselves; anything closer is the mean's own error.
+        # Distinct float32 scores differ by 6e-8 of their size; smaller distances are the error of the mean.
         equal = largest <= 1e-9 * mean.abs()
         scaled = distance / torch.where(equal, 1.0, largest)[self.group]
         std = (self.total(scaled.square()) / n).sqrt()
         return torch.where(equal[self.group], 0.0, scaled / torch.where(std == 0, 1.0, std)[self.group])
 
-    def level(self, u: Tensor, eps: float, w_max: float) -> Tensor:
-        """The c [N + 1] of every scope for which the mean of clip(c u, eps, w_max) is 1."""
+    def solve(self, u: Tensor, eps: float, w_max: float) -> Tensor:
+        """Return the c [N + 1] of every scope for which the mean of clip(c u, eps, w_max) is 1."""
         N = self.size
         if N == 0:
             return self.n
-        # suffix[i]: sum of u from sorted place i to the end of the scope, the smallest added first. A running sum over
-        # all scopes would drown small ones in large ones, so each scope is summed on its own, as a doubling scan.
+        # suffix[i]: sum of u from sorted index i to the end of the scope, the smallest added first. One running sum
+        # over all scopes would lose small values beside large ones, so each scope is summed separately, by a doubling
+        # scan.
         suffix = _suffix_sums(u, self.group)
-        # Corners of a scope as c rises: a token leaves eps, a token reaches w_max. Both in the order of falling u.
-        corner = torch.cat([eps / u, w_max / u])
+        # Breakpoints of a scope as c increases: a token leaves eps, a token reaches w_max. Both by descending u.
+        breakpoint_c = torch.cat([eps / u, w_max / u])
         group = torch.cat([self.group, self.group])
-        by_corner = torch.argsort(corner, stable=True)
-        by_corner = by_corner[torch.argsort(group[by_corner], stable=True)]
-        corner, group = corner[by_corner], group[by_corner]
-        reaches = (by_corner >= N).double()
-        first = 2 * self.start  # where a scope's corners begin
+        order = torch.argsort(breakpoint_c, stable=True)
+        order = order[torch.argsort(group[order], stable=True)]
+        breakpoint_c, group = breakpoint_c[order], group[order]
+        reaches = (order >= N).double()
+        first = 2 * self.start  # index of a scope's first breakpoint
         before = torch.cat([reaches.new_zeros(1), reaches.cumsum(0)])
         at_most = before[1:] - before[first.long()][group]  # tokens at w_max
         seen = torch.arange(1, 2 * N + 1, device=u.device) - first[group]
         at_least = self.n[group] - (seen - at_most)  # tokens at eps
-        value = self._sum(corner, group, suffix, at_most, at_least, eps, w_max)
-        # The last corner whose sum is at most n opens the interval that holds the solution.
-        passed = corner.new_zeros(N + 1).index_add_(0, group, (value <= self.n[group]).double())
+        value = self._sum(breakpoint_c, group, suffix, at_most, at_least, eps, w_max)
+        # The last breakpoint whose sum is at most n opens the interval that contains the solution.
+        passed = breakpoint_c.new_zeros(N + 1).index_add_(0, group, (value <= self.n[group]).double())
         last = (first + passed - 1).clamp(min=0, max=2 * N - 1).long()
         none = passed == 0
         hi = torch.where(none, 0.0, at_most[last])
         lo = torch.where(none, self.n, at_least[last])
         middle = self._middle(torch.arange(N + 1, device=u.device), suffix, hi, lo)
         solved = (self.n - w_max * hi - eps * lo) / torch.where(middle == 0, 1.0, middle)
-        # Where nobody is between the bounds, the sum is n at the corner itself.
-        return torch.where(middle == 0, torch.where(none, 0.0, corner[last]), solved)
+        # Where no token is between the bounds, the sum is n at the breakpoint itself.
+        return torch.where(middle == 0, torch.where(none, 0.0, breakpoint_c[last]), solved)
 
     def _middle(self, group: Tensor, suffix: Tensor, hi: Tensor, lo: Tensor) -> Tensor:
-        """Sum of u over the tokens of a scope that are at neither bound."""
+        """Return the sum of u over the tokens of a scope that are at neither bound."""
         end = torch.cat([suffix, suffix.new_zeros(1)])
 
-        def from_place(place: Tensor) -> Tensor:
-            inside = place < self.n[group]
-            return torch.where(inside, end[torch.where(inside, self.start[group] + place, self.size).long()], 0.0)
+        def sum_from(rank: Tensor) -> Tensor:
+            inside = rank < self.n[group]
+            return torch.where(inside, end[torch.where(inside, self.start[group] + rank, self.size).long()], 0.0)
 
-        middle = from_place(hi) - from_place(self.n[group] - lo)
+        middle = sum_from(hi) - sum_from(self.n[group] - lo)
         return torch.where(hi + lo >= self.n[group], 0.0, middle)
 
     def _sum(
@@ -197,7 +199,7 @@ class _Order:
 
 
 def _suffix_sums(values: Tensor, group: Tensor) -> Tensor:
-    """Sum from each place to the end of its group, of values sorted by group: log2(N) doubling steps."""
+    """Return sums from each index to the end of its group, of values sorted by group, in log2(N) doubling steps."""
     sums, N, step = values.clone(), len(values), 1
     while step < N:
         same = group[step:] == group[:-step]
@@ -207,7 +209,7 @@ def _suffix_sums(values: Tensor, group: Tensor) -> Tensor:
 
 
 def sequence_groups(shape: torch.Size, document_ids: Tensor | None, device: torch.device) -> Tensor:
-    """The sequence [B * S] that every token belongs to, a row or a run of one document, as a number below B * S."""
+    """Return the sequence [B * S] of every token, a row or a run of one document, as a number below B * S."""
     B, S = shape
     runs = torch.zeros(B, S, dtype=torch.int64, device=device)
     if document_ids is not None and S > 1:
@@ -218,16 +220,16 @@ def sequence_groups(shape: torch.Size, document_ids: Tensor | None, device: torc
 def _gather(
     scores: Tensor, supervised: Tensor, group: torch.distributed.ProcessGroup | None
 ) -> tuple[tuple[int, int], Tensor, Tensor]:
-    """(This rank, number of ranks) and the rows of all ranks, one rank below the other."""
+    """Return (this rank, number of ranks), and scores and mask of all ranks, concatenated along the rows."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return (0, 1), scores, supervised
     ranks = torch.distributed.get_world_size(group)
-    # One message: NaN stands for a token that is not supervised, and a supervised NaN for the same as infinity.
+    # Both in one message: NaN encodes an unsupervised token, and a supervised NaN is sent as infinity.
     message = torch.where(supervised, scores.nan_to_num(math.inf, math.inf, -math.inf), math.nan).contiguous()
-    parts = [torch.empty_like(message) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, message, group=group)
-    whole = torch.cat(parts)
-    return (torch.distributed.get_rank(group), ranks), whole, ~whole.isnan()
+    messages = [torch.empty_like(message) for _ in range(ranks)]
+    torch.distributed.all_gather(messages, message, group=group)
+    gathered = torch.cat(messages)
+    return (torch.distributed.get_rank(group), ranks), gathered, ~gathered.isnan()
 
 
 def check_normalization(
@@ -240,7 +242,11 @@ def check_normalization(
     scope: str = "sequence",
     group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
-    """ValueError where an option of `normalize_weights` is out of its range."""
+    """Check the options of `normalize_weights`.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
     if mode not in ("softmax", "topk"):
         raise ValueError(f"mode is {mode!r}; expected 'softmax' or 'topk'.")
     if scope not in ("sequence", "batch", "global"):
@@ -254,7 +260,7 @@ def check_normalization(
     if not 1 <= w_max < math.inf:
         raise ValueError(f"w_max is {w_max}; expected a largest weight of at least 1, or the mean can't be 1.")
     if not 0 < top_fraction <= 1:
-        raise ValueError(f"top_fraction is {top_fraction}; expected a share in (0, 1].")
+        raise ValueError(f"top_fraction is {top_fraction}; expected a fraction in (0, 1].")
 
 
 def _check_tensors(scores: Tensor, supervised: Tensor, document_ids: Tensor | None) -> None:

@@ -1,8 +1,9 @@
-"""Rho-1: a token matters as much as the model is worse at it than a reference model.
+"""Rho-1 excess loss: the model's cross entropy of a token less that of a reference model (arXiv:2404.07965).
 
     s[i] = ce_model(i) - ce_reference(i)           nats, signed, of token i
 
-Positive: still to be learnt. Near zero: learnt, or noise that the reference can't predict either. arXiv:2404.07965.
+Positive: the reference predicts the token better, so that it can still be learned. Near zero: learned already, or noise
+that the reference can't predict either.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.normalize import check_normalization, normalize_weights
 from mtp_ce.scorers.weights import TokenWeights
 from mtp_ce.unembedding import Unembedding
@@ -22,15 +23,15 @@ class Rho1ExcessScorer:
     """Weights from the excess loss of the model over a frozen reference.
 
     Args:
-        reference: a Hugging Face causal language model of the same vocabulary; it is put into eval mode and never
-            learns.
+        reference: a Hugging Face causal language model of the same vocabulary; it is put into eval mode, and its
+            parameters are frozen.
         ignore_index: the label of a token that is not supervised.
         **normalization: options of `normalize_weights`: mode "softmax" or "topk", temperature, eps, w_max,
             top_fraction, scope, group.
 
     Raises:
-        TypeError, ValueError: the reference can't predict tokens, or makes its logits in a way that is not known here,
-            or an option is wrong.
+        TypeError, ValueError: the reference can't predict tokens, its logits are more than a linear layer, a scale and
+            a softcap, or an option is out of its range.
 
     Source: arXiv:2404.07965, equations 2 and 3.
     """
@@ -56,7 +57,7 @@ class Rho1ExcessScorer:
         position_ids: Tensor | None = None,  # [B, S]
         current: NextToken,
     ) -> dict[str, Tensor]:
-        """What the weights come from, [B, S] fp32 nats of the token that stands there: score, ce and reference_ce.
+        """Return score, ce and reference_ce of the token at each position, [B, S] fp32, nats.
 
         NaN where nothing predicts the token. Arguments as in `run`.
         """
@@ -79,25 +80,27 @@ class Rho1ExcessScorer:
         position_ids: Tensor | None = None,  # [B, S]
         current: NextToken | None = None,
     ) -> TokenWeights:
-        """Weigh the tokens of one batch.
+        """Compute the weights of one batch.
 
         Args:
-            input_ids: the tokens, which the reference reads.
+            input_ids: the tokens.
             labels: `input_ids` with `ignore_index` at the tokens that are not supervised, unshifted.
             document_ids: borders in packed rows; a document's weights don't depend on its neighbours.
-            position_ids: beginning again at every document, so that the reference's attention stays inside it.
-            current: the model's own next-token head on this batch (`NextToken.of(model, input_ids)`, or its parts
-                where the hidden states are at hand).
+            position_ids: restarting at every document, so that the reference's attention stays inside it.
+            current: the model's own next-token head on this batch: `NextToken.of(model, input_ids)`, or built from
+                hidden states that are already computed.
 
         Returns:
-            Weights [B, S] fp32 of the token that stands there (weight_alignment="target"), and their statistics.
+            Weights [B, S] fp32 of the token at each position (weight_alignment="target"), and their statistics.
             The first token of a row or document has no score and gets the neutral weight 1.
 
         Raises:
             ValueError: `current` is missing, or of another vocabulary than the reference.
         """
         if current is None:
-            raise ValueError("current is None; expected the model's NextToken on this batch, whose loss is compared.")
-        parts = self.explain(input_ids, labels, document_ids, position_ids=position_ids, current=current)
+            raise ValueError(
+                "current is None; expected the model's NextToken on this batch, to compare with the reference."
+            )
+        scores = self.explain(input_ids, labels, document_ids, position_ids=position_ids, current=current)
         supervised = labels != self.ignore_index
-        return normalize_weights(parts["score"], supervised, document_ids=document_ids, **self.normalization)
+        return normalize_weights(scores["score"], supervised, document_ids=document_ids, **self.normalization)

@@ -1,4 +1,4 @@
-"""The scorer that every other one is compared with: each supervised token weighs 1."""
+"""The baseline of all scorers: every supervised token has weight 1."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class UniformScorer:
         document_ids: Tensor | None = None,  # [B, S]
         **context: Any,
     ) -> TokenWeights:
-        """Weigh the tokens of one batch.
+        """Compute the weights of one batch.
 
         Args:
-            input_ids: the tokens; a uniform weight does not look at them.
+            input_ids: the tokens; only their shape is used.
             labels: `input_ids` with `ignore_index` at the tokens that are not supervised, unshifted.
-            document_ids: which document each token belongs to; not looked at either.
-            **context: what other scorers need; not looked at.
+            document_ids: which document each token belongs to; not used.
+            **context: arguments of other scorers; not used.
 
         Returns:
-            Weights [B, S] fp32 on the labels' device, *of the token standing there* (so the loss takes
+            Weights [B, S] fp32 on the labels' device, *of the token at each position* (so the loss takes
             them with weight_alignment="target"), and their statistics. No host synchronisation.
 
         Raises:

@@ -1,10 +1,10 @@
-"""What a scorer gives: weights, and what they look like as sums, so that batches add up exactly.
+"""The output of a scorer: token weights, and their statistics as sums, which can be added over batches.
 
     mean = sum w / n        ess = (sum w)^2 / (n sum w^2)       over the n supervised tokens
 
-ess is the effective sample size as a share of n: 1 when all tokens weigh the same, 1/n when one token
-carries everything. With mean(w) = 1 it is 1 / mean(w^2). Means of means are wrong as soon as batches
-differ in n, so the sums are what is stored, and `merge` adds them.
+ess is the effective sample size as a fraction of n: 1 when all weights are equal, 1/n when one token has all the
+weight. With mean(w) = 1 it is 1 / mean(w^2). A mean of means is wrong as soon as batches differ in n, so sums are
+stored, and `merge` adds them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mtp_ce.scorers.next_token import NextToken
+    from mtp_ce.next_token import NextToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class WeightStatistics:
         total_squares: sum of w^2, fp32.
         lowest: smallest w, fp32; +inf where there is no supervised token.
         highest: largest w, fp32; -inf where there is no supervised token.
-        clipped: tokens whose weight stands at a bound of the scorer, int64.
-        neutral: tokens whose score was not finite, and whose weight is 1 for that reason, int64.
+        clipped: tokens whose weight is at a bound of the scorer, int64.
+        neutral: tokens with weight 1 because their score was not finite, int64.
     """
 
     count: Tensor
@@ -49,12 +49,12 @@ class WeightStatistics:
 
         Args:
             weights: [B, S] fp32.
-            supervised: [B, S] bool, the tokens that count.
+            supervised: [B, S] bool.
             clipped: [B, S] bool, the tokens at a bound of the scorer; None means none of them.
             neutral: [B, S] bool, the tokens without a finite score; None means none of them.
         """
         w = torch.where(supervised, weights, 0.0)
-        # A reduction over nothing has no minimum; one extra element that can't win gives it one.
+        # amin of an empty tensor raises; one extra infinite element prevents that and never changes the result.
         edge = weights.new_full((1,), float("inf"))
         none = supervised.new_zeros((), dtype=torch.int64)
         return cls(
@@ -68,7 +68,7 @@ class WeightStatistics:
         )
 
     def merge(self, other: WeightStatistics) -> WeightStatistics:
-        """Give the statistics of both batches together."""
+        """Return the statistics of both batches together."""
         return WeightStatistics(
             count=self.count + other.count,
             total=self.total + other.total,
@@ -96,7 +96,7 @@ class WeightStatistics:
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size as a share of the supervised tokens, 0..1; 0 where all weights are 0."""
+        """Effective sample size as a fraction of the supervised tokens, 0..1; 0 where all weights are 0."""
         mean_square = self.total_squares / self.count.clamp(min=1)
         return torch.where(self.total_squares > 0, self.mean.square() / mean_square, 0.0)
 
@@ -104,12 +104,12 @@ class WeightStatistics:
 class TokenWeights(NamedTuple):
     """The weights of one batch."""
 
-    weights: Tensor  # [B, S] fp32, detached, of the token that stands there; 0 where it is not supervised
+    weights: Tensor  # [B, S] fp32, detached, of the token at each position; 0 where it is not supervised
     statistics: WeightStatistics
 
 
 class Scorer(Protocol):
-    """Anything that weighs the tokens of a batch."""
+    """Computes token weights for a batch."""
 
     def run(
         self,
@@ -120,5 +120,5 @@ class Scorer(Protocol):
         position_ids: Tensor | None = None,
         current: NextToken | None = None,
     ) -> TokenWeights:
-        """Weigh the tokens of one batch [B, S]; see `Rho1ExcessScorer.run` for the arguments."""
+        """Compute the weights of one batch [B, S]; see `Rho1ExcessScorer.run` for the arguments."""
         ...

@@ -1,1 +1,1 @@
-"""Layouts in which serving engines read prediction heads."""
+"""Serving: one file per layout in which engines and checkpoints store a model or its heads, and a table of layouts."""

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPHeads, MTPWrapper
-from mtp_ce.serving.medusa import export_base, export_heads, export_medusa
+from mtp_ce.serving.base import export_base
+from mtp_ce.serving.heads import export_heads
+from mtp_ce.serving.medusa import export_medusa
 
 V, D, H = 61, 16, 4
 TOKENS = torch.arange(2, 26).view(2, 12)
@@ -34,14 +36,14 @@ SMALL = {
 
 
 def wrap(architecture: str = "llama", kind: Any = "residual", horizon: int = H, **config: Any) -> MTPWrapper:
-    """A tiny model in which nothing is what it was at initialisation, heads and biases included."""
+    """A tiny model with all parameters changed from their initial values, heads and biases included."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SMALL, **config))
     return moved(MTPWrapper(model, horizon, heads=kind)).eval()
 
 
 def moved(module: Any) -> Any:
-    """Give a module other parameters, where it learns."""
+    """Change the trainable parameters of a module."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -50,7 +52,7 @@ def moved(module: Any) -> Any:
 
 
 class MedusaOfVLLM(nn.Module):
-    """What vLLM makes of a draft model's folder, said again in few words, without its parallel layers.
+    """vLLM's reading of a draft model's folder, reimplemented without its parallel layers.
 
     Source: vllm-project/vllm, vllm/transformers_utils/configs/medusa.py (`from_pretrained`), and
     vllm/model_executor/models/medusa.py (`Medusa.__init__`, `compute_logits`, `load_weights`).
@@ -78,7 +80,7 @@ class MedusaOfVLLM(nn.Module):
         self.unread = self.load(folder)
 
     def load(self, folder: Path) -> set[str]:
-        """Fill the parameters, all of them; give the names that vLLM would pass over in silence."""
+        """Load all parameters; return the names that vLLM would ignore."""
         parameters, unread, filled = dict(self.named_parameters()), set(), set()
         for file in folder.glob("*.safetensors"):
             for name, tensor in load_file(file).items():

@@ -114,7 +114,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(made, trunk, tmp_path):
 
 @pytest.mark.parametrize("made", MADE)
 def test_the_best_model_at_the_end_is_the_best_one(made, tmp_path):
-    """Random rows are learnt by heart, so the held-out loss soon grows, and the last model is not the best."""
+    """Random rows are memorised, so the held-out loss soon grows, and the last model is not the best."""
     trainer = train(
         MTPTrainer, build(tmp_path, made), tmp_path / "out", steps=40, save_steps=4, eval_steps=4,
         eval_strategy="steps", load_best_model_at_end=True, learning_rate=5e-2, lr_scheduler_type="constant",
@@ -174,7 +174,7 @@ def test_a_trainer_that_would_load_nothing_says_so(tmp_path):
 
 @pytest.mark.parametrize("kind", [Trainer, MTPTrainer])
 def test_evaluation_gives_the_loss(kind, tmp_path):
-    """With arguments that say nothing of labels, as for a model of transformers itself."""
+    """With arguments that do not mention labels, as for a model of transformers itself."""
     trainer = train(kind, build(tmp_path), tmp_path / "out")
     assert trainer.label_names == ["labels"]
     tokens = torch.stack([row["input_ids"] for row in HELD_OUT])
@@ -218,7 +218,7 @@ def test_weights_that_are_a_column_of_the_data_weigh_the_loss(kind, tmp_path):
 
 
 def test_a_loss_that_would_train_no_head_is_refused(tmp_path):
-    """Both take the labels away and look at the logits of the model alone; the plain trainer fails at once."""
+    """Both remove the labels and use the logits of the model alone; the plain trainer fails at once."""
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1; .*MTPWrapper\(label_smoothing=0\.1\)"):
         train(MTPTrainer, build(tmp_path), tmp_path / "out", label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match=r"num_items_in_batch is given without labels; .*label_smoothing_factor"):

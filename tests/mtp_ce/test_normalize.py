@@ -98,7 +98,7 @@ def test_higher_scores_never_weigh_less() -> None:
 
 
 def test_weights_between_the_bounds_are_softmax_weights() -> None:
-    """log w falls by dz / T from token to token, so that T means what it says."""
+    """log w falls by dz / T from token to token, which is the definition of T."""
     scores = torch.tensor([[0.0, 0.3, 0.5, 1.0, 4.0]])
     weights, _ = normalize_weights(scores, torch.ones(1, 5, dtype=torch.bool), temperature=2.0, eps=0.0, w_max=50.0)
     z = (scores - scores.mean()) / scores.std(correction=0)

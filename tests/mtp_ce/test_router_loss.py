@@ -51,7 +51,7 @@ def test_one_head_has_loss_and_gradients_of_the_model_itself(architecture):
     model.zero_grad()
     got = MTPWrapper(model, 1)(**inputs)
     got.loss.backward()
-    assert float(own.aux_loss.detach()) > 2.001, "out of balance, or nothing would be learnt of it"
+    assert float(own.aux_loss.detach()) > 2.001, "the routers are out of balance, or the test would show nothing"
     torch.testing.assert_close(got.aux_loss, own.aux_loss)
     # The model's own mean is over rows of labels, this one over positions: of one head they are the same.
     torch.testing.assert_close(got.loss, own.loss, rtol=1e-5, atol=1e-6)
@@ -130,7 +130,7 @@ def test_a_model_without_such_a_loss_is_refused():
         wrap(build("llama"))
     # One that has the number, and no experts.
     wrapper = wrap(build("doge"))
-    with pytest.raises(ValueError, match="DogeForCausalLM gave no balancing loss of its routers"):
+    with pytest.raises(ValueError, match="DogeForCausalLM returned no balancing loss of its routers"):
         wrapper(TOKENS, labels=TOKENS)
 
 

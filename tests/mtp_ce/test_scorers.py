@@ -24,7 +24,7 @@ V = 40
 
 
 class Oracle(nn.Module):
-    """A causal language model that knows the next token of one text exactly, or, where told so, nothing."""
+    """A causal language model that predicts the next token of one text exactly, except at chosen positions."""
 
     def __init__(
         self, text: Tensor, blind: Tensor | None = None
@@ -83,18 +83,18 @@ def test_a_text_moved_by_one_is_not_predicted(packed) -> None:
         assert ce[packed.scored].median() > 10
 
 
-@pytest.mark.parametrize("place", [(0, 3), (0, 6), (0, 11), (0, 15), (0, 23), (1, 1), (1, 19)])
-def test_the_token_that_the_model_lacks_and_the_reference_knows_weighs_most(packed, place) -> None:
+@pytest.mark.parametrize("position", [(0, 3), (0, 6), (0, 11), (0, 15), (0, 23), (1, 1), (1, 19)])
+def test_the_token_that_only_the_reference_predicts_has_the_largest_weight(packed, position) -> None:
     """First and last tokens of documents, after a prompt, before padding."""
     blind = torch.zeros_like(packed.labels, dtype=torch.bool)
-    blind[place] = True
+    blind[position] = True
     scorer = Rho1ExcessScorer(Oracle(packed.input_ids))
     current = NextToken.of(Oracle(packed.input_ids, blind), packed.input_ids)
     weights, statistics = scorer.run(packed.input_ids, packed.labels, packed.document_ids, current=current)
-    document = packed.document_ids[place[0]] == packed.document_ids[place]
-    others = packed.scored[place[0]] & document
-    others[place[1]] = False
-    assert weights[place] > 2 * weights[place[0]][others].max()
+    document = packed.document_ids[position[0]] == packed.document_ids[position]
+    others = packed.scored[position[0]] & document
+    others[position[1]] = False
+    assert weights[position] > 2 * weights[position[0]][others].max()
     assert (weights[packed.labels == -100] == 0).all()
     assert (weights[packed.first & (packed.labels != -100)] == 1).all()
     assert float(statistics.mean) == pytest.approx(1, abs=1e-5)
@@ -232,7 +232,7 @@ def test_a_token_classifier_of_transformers_is_a_critic(packed) -> None:
 
 
 def test_a_critic_as_transformers_makes_it_sees_no_other_document_of_the_row(packed) -> None:
-    """Its configuration asks for a cache, with which transformers would let attention cross the borders."""
+    """Its configuration enables the cache, with which transformers lets attention cross the borders."""
     critic = llama(LlamaForTokenClassification, num_labels=1, initializer_range=0.3)
     assert critic.config.use_cache
     positions = torch.arange(24) - torch.tensor([0] * 7 + [7] * 9 + [16] * 8)
@@ -333,11 +333,11 @@ def test_bad_input_names_the_argument(packed) -> None:
         CriticDeltaScorer(nn.Identity(), gamma=0)
     with pytest.raises(ValueError, match=r"gae_lambda is 1\.5; expected"):
         CriticDeltaScorer(nn.Identity(), gae_lambda=1.5)
-    with pytest.raises(ValueError, match=r"critic gives \[2, 24, 40\]; expected one value a token, \[2, 24\]"):
+    with pytest.raises(ValueError, match=r"critic returns \[2, 24, 40\]; expected one value per token, \[2, 24\]"):
         CriticDeltaScorer(llama()).run(*given)
     critic = nn.Module()
     critic.forward = lambda input_ids: SimpleNamespace()
-    with pytest.raises(TypeError, match="critic gives SimpleNamespace; expected values"):
+    with pytest.raises(TypeError, match="critic returns SimpleNamespace; expected values"):
         CriticDeltaScorer(critic).run(*given)
     with pytest.raises(TypeError, match="Linear has no output embeddings; expected a causal language model"):
         NextToken.of(nn.Linear(2, 2), packed.input_ids)

@@ -1,4 +1,4 @@
-"""Speculative decoding gives what the model alone would give: token by token, or in distribution."""
+"""Speculative decoding has the output of the model alone: token by token, or in distribution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPWrapper
-from mtp_ce.decoding.drafting import drafter
 from mtp_ce.decoding.speculative import Speculation, _Sampling, generate_speculatively
 
 V = 23
@@ -76,7 +75,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 
 
 def plain(wrapper: MTPWrapper, prompt: torch.Tensor, tokens: int, **options: Any) -> torch.Tensor:
-    """What the model's own `generate` gives. Without a mask it would take the prompt's own tokens 0 for padding."""
+    """The output of the model's own `generate`. Without a mask it would take tokens 0 of the prompt for padding."""
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt), **options}
     sequences: torch.Tensor = wrapper.generate(prompt, max_new_tokens=tokens, **options)
     return sequences
@@ -101,26 +100,26 @@ def test_greedy_decoding_is_the_models_own_token_for_token(architecture, horizon
 
 @pytest.mark.parametrize("kind", ["layer", "sequential"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_heads_draft_with_caches_what_they_say_of_the_whole_text(monkeypatch, architecture, kind):
+def test_heads_draft_with_caches_as_without_them(monkeypatch, architecture, kind):
     """In float64, of which some layers make float32 inside: what was let through otherwise is a wrong position."""
     wrapper = drafting(architecture, kind).double()
-    rounds = []
+    rounds, unrecorded = [], wrapper.heads.drafter
 
     @contextmanager
-    def noting(*arguments):
-        with drafter(*arguments) as heads:
-            draft_unnoted = heads.draft
+    def recording(*arguments):
+        with unrecorded(*arguments) as drafter:
+            draft_unrecorded = drafter.draft
 
             def draft(hidden, last, tokens, width, draw):
-                decided, logits = heads.layers[0].get_seq_length() + last + 2, []
-                drafted = draft_unnoted(hidden, last, tokens, width, lambda x: (logits.append(x), draw(x))[1])
+                decided, logits = drafter.layers[0].get_seq_length() + last + 2, []
+                drafted = draft_unrecorded(hidden, last, tokens, width, lambda x: (logits.append(x), draw(x))[1])
                 rounds.append((decided, drafted[0], torch.cat(logits)))
                 return drafted
 
-            heads.draft = draft
-            yield heads
+            drafter.draft = draft
+            yield drafter
 
-    monkeypatch.setattr("mtp_ce.decoding.speculative.drafter", noting)
+    monkeypatch.setattr(wrapper.heads, "drafter", recording)
     for prompt in prompts(1, 4, 11):
         rounds.clear()
         text = generate_speculatively(wrapper, prompt, max_new_tokens=16).sequences
@@ -136,7 +135,7 @@ def test_heads_draft_with_caches_what_they_say_of_the_whole_text(monkeypatch, ar
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
-def test_it_stops_at_the_number_of_tokens_asked_for(tokens, kind):
+def test_it_stops_at_max_new_tokens(tokens, kind):
     wrapper = drafting(kind=kind)
     for prompt in prompts(1, 3, 6):
         expected = plain(wrapper, prompt, tokens)
@@ -148,8 +147,8 @@ def test_it_stops_at_the_number_of_tokens_asked_for(tokens, kind):
     "options", [{}, {"max_length": 17}, {"max_new_tokens": 6}, {"max_length": 17, "max_new_tokens": 6}]
 )
 @pytest.mark.parametrize("length", [7, 90])
-def test_it_gives_as_many_tokens_as_the_model_is_asked_for(settings, options, length):
-    """By option, by the model's own settings, or 20 as far as there are positions; with what a tokenizer gives."""
+def test_the_number_of_new_tokens_follows_the_models_own_rules(settings, options, length):
+    """By option, by the model's own settings, or 20 within the model's positions; with a tokenizer's mask."""
     wrapper = drafting()
     for name, value in settings.items():
         setattr(wrapper.causal.generation_config, name, value)
@@ -201,8 +200,8 @@ def test_it_stops_at_the_end_of_text_also_inside_a_draft():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_that_always_guess_right_give_their_number_of_tokens_in_every_forward(kind):
-    """A model that says one token whatever came before: every head that says the same is right."""
+def test_heads_that_are_always_right_yield_h_tokens_per_forward(kind):
+    """A model that always predicts one token: every head that predicts the same token is accepted."""
     wrapper = drafting(kind=kind, noise=0.0)
     with torch.no_grad():
         for name, parameter in wrapper.named_parameters():
@@ -211,7 +210,7 @@ def test_heads_that_always_guess_right_give_their_number_of_tokens_in_every_forw
     _, found = generate_speculatively(wrapper, prompts(5)[0], max_new_tokens=41)
     assert found.acceptance == [1.0, 1.0, 1.0]
     assert found.acceptance_length == 4.0
-    assert found.forwards == 1 + 10, "the prompt, which gives a token, and ten rounds of four"
+    assert found.forwards == 1 + 10, "the prompt with one token, and ten rounds of four"
     assert found.tokens_per_forward == pytest.approx(41 / 11)
 
 
@@ -265,7 +264,7 @@ def test_sampling_keeps_the_models_distribution(kind, options):
         assert chi2 < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_the_same_generator_gives_the_same_text():
+def test_the_same_generator_yields_the_same_text():
     wrapper = drafting()
     one, other = (
         wrapper.generate(
@@ -310,8 +309,7 @@ def refused(kind: Any, horizon: int = 3) -> MTPWrapper:
         (lambda: generate_speculatively(drafting(), prompts(1)[0], temperature=0.0), r"temperature is 0\.0"),
         (
             lambda: generate_speculatively(refused("teacher_forcing"), prompts(1)[0], max_new_tokens=3),
-            "heads are 'teacher_forcing' with horizon 3; speculative decoding needs heads of one of the kinds "
-            "'residual', 'layer', 'sequential'",
+            "heads are 'teacher_forcing' with horizon 3; speculative decoding needs heads that draft",
         ),
         (lambda: generate_speculatively(refused("none", 1), prompts(1)[0], max_new_tokens=3), "heads are 'none'"),
         (
@@ -320,11 +318,11 @@ def refused(kind: Any, horizon: int = 3) -> MTPWrapper:
         ),
         (
             lambda: generate_speculatively(drafting("mamba"), prompts(4)[0], max_new_tokens=3),
-            r"model is MambaForCausalLM, whose cache transformers \S+ can't cut back",
+            r"model is MambaForCausalLM, whose cache transformers \S+ can't crop",
         ),
         (
             lambda: generate_speculatively(drafting("rwkv"), prompts(4)[0], max_new_tokens=3),
-            r"model is RwkvForCausalLM, whose cache transformers \S+ can't cut back",
+            r"model is RwkvForCausalLM, whose cache transformers \S+ can't crop",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_scale_softcap_bias_and_vocabulary_are_the_models(name, dtype):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layer_before_the_output_layer_is_refused_by_name(name):
     architecture = name.partition(" ")[0]
-    words = f"model is {CLASSES[architecture]}.*, which has something else than a linear layer"
+    words = f"model is {CLASSES[architecture]}.*, which has more than a linear layer"
     with pytest.raises(ValueError, match=words):
         MTPWrapper(build(architecture, REFUSED[name]), 2)
 
@@ -135,12 +135,12 @@ def test_a_wrong_reading_is_found_also_of_small_weights(monkeypatch, config, wro
     output = Unembedding.of(model)
     Unembedding.checked(model)
     monkeypatch.setattr(Unembedding, "of", lambda _: output._replace(**wrong))
-    with pytest.raises(ValueError, match="something else than a linear layer"):
+    with pytest.raises(ValueError, match="more than a linear layer"):
         Unembedding.checked(model)
 
 
 def test_a_reference_is_held_to_it_too():
-    with pytest.raises(ValueError, match="model is BertLMHeadModel, which has something else"):
+    with pytest.raises(ValueError, match="model is BertLMHeadModel, which has more"):
         Rho1ExcessScorer(build("bert", SIZES))
 
 
@@ -214,6 +214,6 @@ def test_layers_with_inputs_of_their_own_are_heads(name, kind):
 def test_layers_that_can_not_be_heads_are_refused_by_name(architecture, config, kind):
     config = {**config, "activation_sparsity_pattern": [0.0, 0.0]} if architecture == "gemma3n_text" else config
     model = build(architecture, config)
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has decoder layers .*; take heads='residual'"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has decoder layers .*; use heads='residual'"):
         MTPWrapper(model, 3, heads=kind)
     assert isinstance(MTPWrapper(model, 3).causal, nn.Module)

@@ -84,7 +84,7 @@ def build(architecture: str = "llama", seed: int = 0) -> Any:
 
 
 def wrap(model: Any, kind: str, horizon: int = 3, **options: Any) -> MTPWrapper:
-    """Heads that have learnt something."""
+    """Heads with parameters changed from their initial values."""
     wrapper = MTPWrapper(model, 1 if kind == "none" else horizon, heads=kind, **options)
     with torch.no_grad():
         for parameter in wrapper.heads.parameters():
@@ -101,7 +101,7 @@ def batch(rows: int = 2, length: int = 12) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def full_logits(wrapper: MTPWrapper, tokens: torch.Tensor, **inputs: Any) -> list[torch.Tensor]:
-    """Logits of every head by the model's own output layer: fed with the heads' hidden states, it does the rest."""
+    """Logits of every head, by the model's own output layer on the heads' hidden states."""
     model = wrapper.causal
     heads = wrapper.head_hidden_states(input_ids=tokens, **inputs)
     if wrapper.kind == "teacher_forcing":
@@ -278,13 +278,13 @@ def test_weights_may_be_made_of_the_forwards_own_next_token_head():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("said", ["document_ids", "position_ids"])
-def test_packed_documents_give_the_loss_of_documents_alone(kind, said):
+@pytest.mark.parametrize("argument", ["document_ids", "position_ids"])
+def test_packed_documents_have_the_loss_of_separate_documents(kind, argument):
     """Attention inside a document and no head across its end: rows of one document each have the same losses."""
     tokens, labels, weights = batch(1, 12)
     wrapper = wrap(build(), kind)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    given = {"document_ids": torch.tensor([[3] * 5 + [4] * 7])} if said == "document_ids" else {}
+    given = {"document_ids": torch.tensor([[3] * 5 + [4] * 7])} if argument == "document_ids" else {}
     packed = wrapper(
         tokens, labels=labels, token_weights=weights, position_ids=positions, num_items_in_batch=10, **given
     ).loss
@@ -346,7 +346,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_around_the_whole_wrapper_changes_no_gradient(reentrant):
-    """The loss is in it, whose gradient takes the place of the logits only where nobody keeps them."""
+    """With the loss in it: its gradient may overwrite the logits only where no checkpoint keeps them."""
     tokens, labels, _ = batch()
     gradients = []
     for checkpointing in (False, True):
@@ -392,7 +392,7 @@ def test_adapters_of_peft_learn_in_the_trunk_and_heads_beside_them(kind):
     assert wrapper.generate(input_ids=tokens, max_new_tokens=2, do_sample=False).shape[1] <= tokens.shape[1] + 2
 
 
-def test_an_h_of_more_than_one_without_heads_is_one_head_and_says_so():
+def test_a_horizon_above_1_without_heads_is_a_warning():
     with pytest.warns(UserWarning, match="horizon is 4 with heads='none'; there is one head"):
         assert MTPWrapper(build(), 4, heads="none").horizon == 1
 
@@ -411,7 +411,7 @@ MISTAKES = {
     "nothing to train": (
         lambda: MTPWrapper(build(), 2, heads="teacher_forcing", trunk="frozen"),
         ValueError,
-        "nothing would learn",
+        "nothing would be trained",
     ),
     "no language model": (
         lambda: MTPWrapper(LlamaModel(LlamaConfig(**SMALL)), 2),

@@ -28,7 +28,7 @@ TOKENS = torch.randint(2, V, (2, 12), generator=torch.Generator().manual_seed(1)
 
 
 def wrap(model: Any = None, kind: Any = "residual", **options: Any) -> MTPWrapper:
-    """A tiny model and heads; what learns is other than at initialisation."""
+    """A tiny model and heads; trainable parameters differ from their initial values."""
     torch.manual_seed(0)
     wrapper = MTPWrapper(LlamaForCausalLM(LlamaConfig(**SIZES)) if model is None else model, 3, heads=kind, **options)
     with torch.no_grad():
@@ -58,10 +58,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path):
     MTPHeads(16, 3).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "mtp_heads.json").read_text())
     (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "horizon": 5}))
-    with pytest.raises(ValueError, match=r"blocks\.2\.weight is not there in mtp_heads\.safetensors; .* for 5 heads"):
+    with pytest.raises(ValueError, match=r"blocks\.2\.weight is missing in mtp_heads\.safetensors; .* for 5 heads"):
         MTPWrapper.from_pretrained(tmp_path)
     (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "horizon": 2}))
-    with pytest.raises(ValueError, match=r"blocks\.1\.bias is \[16\] in mtp_heads.* expected not there for 2"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.bias is \[16\] in mtp_heads.* expected missing for 2"):
         MTPWrapper.from_pretrained(tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 def test_an_empty_state_dict_writes_no_heads(tmp_path):
-    """DeepSpeed gives one where it can't gather the parameters; its own files have them."""
+    """DeepSpeed passes one where it can't gather the parameters; its own files have them."""
     wrapper = wrap()
     wrapper.save_pretrained(tmp_path)
     before = (tmp_path / "mtp_heads.safetensors").read_bytes()
@@ -132,7 +132,7 @@ def test_options_of_the_loss_are_given_anew(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=["adapters", "and a whole layer"])
-def test_reloaded_adapters_learn_on_where_the_model_learns(whole, tmp_path):
+def test_reloaded_adapters_are_trained_further_where_the_model_is(whole, tmp_path):
     """The same parameters as before, and no others; what was saved once is saved and read again."""
     wrapper = wrap(adapted(tmp_path / "base", modules_to_save=whole))
     wrapper.save_pretrained(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""What the wrapper is given beside tokens: wrong ones are refused by name, borders of documents are honoured."""
+"""Arguments of the wrapper beside tokens: mistakes are refused by name, borders of documents are respected."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_labels_is_all_that_trainers_take_for_labels():
 @pytest.mark.parametrize("loss", ["linear", "logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_smoothing_and_z_loss_are_the_contracts(kind, loss):
-    """Of all heads; what statistics say is the cross entropy without them."""
+    """For all heads; statistics report the cross entropy without them."""
     wrapper = wrap(kind, loss=loss, label_smoothing=0.1, z_loss=1e-2)
     output = wrapper(TOKENS, labels=TOKENS, return_stats=True)
     if kind == "teacher_forcing":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights
 from mtp_ce.training.config.frozen import CriticConfig, ReferenceConfig
 from mtp_ce.training.config.scorers.critic import CriticScorerConfig

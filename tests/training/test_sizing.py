@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce, weighted_mtp_linear_ce
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.training.models.build import checkpoint_activations
 from mtp_ce.training.models.sizing import (
     forward_products,

@@ -12,10 +12,8 @@ from moto import mock_aws
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
 
-from mtp_ce.heads import residual as heads
-from mtp_ce.training.cli import export as export_cli
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.models.sources import HEADS_FILE, fetch_source, find_sources
+from mtp_ce.training.models.sources import fetch_source, find_sources
 from mtp_ce.training.run import pipeline
 from mtp_ce.training.run.inputs import read_inputs
 
@@ -153,11 +151,6 @@ def test_a_file_that_only_calls_itself_gguf_is_one_line(tmp_path):
     with pytest.raises(RecipeError, match=r"model\.source .*model\.gguf' can't be read") as raised:
         fetch_source("model.source", str(tmp_path / "model.gguf"))
     assert "\n" not in str(raised.value)
-
-
-def test_the_names_of_files_that_are_looked_for_without_torch_are_those_that_are_written():
-    assert HEADS_FILE == export_cli._CONFIG == heads.CONFIG_FILE
-    assert export_cli._TENSORS == heads.TENSORS_FILE
 
 
 def test_saved_heads_that_can_not_be_read_are_one_line(weighted_run, rho1, tmp_path):

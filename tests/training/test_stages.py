@@ -189,7 +189,7 @@ def test_a_corpus_without_documented_files_is_refused_before_anything_is_written
 
 def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run, rho1):
     """The whole way: stage, cache, scorer. The model is made again from the seed, the reference read from disk."""
-    from mtp_ce.scorers.next_token import NextToken
+    from mtp_ce.next_token import NextToken
     from mtp_ce.training.data.rows import rows_of_step
     from mtp_ce.training.models.build import build_model
 

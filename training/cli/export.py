@@ -1,7 +1,7 @@
 """`export-mtp`: write a part of a trained checkpoint as a folder that other programs load.
 
-See mtp_ce/serving/medusa.py for the content of the folders. As in `train-mtp`, errors that need no model to detect are
-reported before torch is loaded: one line on stderr, exit code 2.
+The parts are the layouts of mtp_ce/serving/layouts.py, each described in its own file. As in `train-mtp`, errors that
+need no model to detect are reported before torch is loaded: one line on stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
+from mtp_ce.registry import load_class
+from mtp_ce.serving.layouts import LAYOUTS, PATHS
 from mtp_ce.training.cli.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
@@ -26,27 +29,20 @@ from mtp_ce.training.storage.atomic import whole_folder
 if TYPE_CHECKING:
     from mtp_ce.hf.wrapper import MTPWrapper
 
-# As mtp_ce/heads/residual.py has them, which imports torch.
-_CONFIG, _TENSORS = "mtp_heads.json", "mtp_heads.safetensors"
 # As training/storage/s3.py has it, which imports pydantic.
 _S3 = "s3://"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
-# Kinds of heads that there is something to write of.
-_KINDS = {"heads": ("residual", "layer", "sequential"), "medusa": ("residual",)}
-
 _EPILOG = """\
 parts:
-  base      the model alone with its tokenizer, adapters merged: AutoModelForCausalLM.from_pretrained
-  heads     the heads alone: inside a base's folder MTPWrapper.from_pretrained; MTPHeads.from_pretrained if "residual"
-  medusa    "residual" heads as a draft model, which vLLM serves beside the base
+{parts}
 
 examples:
   export-mtp runs/first base served/model
   export-mtp runs/first medusa served/medusa
   export-mtp runs/first base s3://bucket/models/first
   vllm serve served/model --speculative-config \\
-    '{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}'
+    '{{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}}'
 
 exit codes:
   0 success   1 crash   2 error in the command line, nothing was written   130 Ctrl-C
@@ -79,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="export-mtp",
         description="Write a part of a checkpoint as a folder that other programs load.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(parts="\n".join(f"  {name:<8}  {layout.about}" for name, layout in LAYOUTS.items())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -88,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="a run directory, or a folder written by MTPWrapper.save_pretrained, local or at an s3:// address",
     )
-    parser.add_argument("part", choices=("base", "heads", "medusa"), help="what to write")
+    parser.add_argument("part", choices=tuple(LAYOUTS), help="what to write")
     parser.add_argument("folder", metavar="DIR", help="output folder or s3:// address; must not exist")
     return parser
 
@@ -104,9 +100,9 @@ def _export(checkpoint: str, part: str, folder: str) -> str:
     else:
         _check_new(Path(folder))
         _write_whole(source, part, Path(folder))
-    if part != "medusa":
-        return f"{folder}: the {'model' if part == 'base' else 'heads'} of {checkpoint}"
-    speculation = {"method": "medusa", "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
+    if LAYOUTS[part].vllm_method is None:
+        return f"{folder}: the {LAYOUTS[part].what} of {checkpoint}"
+    speculation = {"method": LAYOUTS[part].vllm_method, "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
     return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
 
 
@@ -131,11 +127,12 @@ def _storage() -> Iterator[ModuleType]:
 
 
 def _write_whole(source: Path, part: str, folder: Path) -> None:
-    wrapper = None if part == "heads" else _load(source)
+    copied = LAYOUTS[part].copied
+    wrapper = None if copied else _load(source)
     try:
         with whole_folder(folder) as aside:
             if wrapper is None:
-                for name in (_CONFIG, _TENSORS):
+                for name in copied:
                     shutil.copyfile(source / name, aside / name)
             else:
                 _write(wrapper, part, source, aside)
@@ -148,28 +145,32 @@ def _model_folder(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         raise ExportError(f"checkpoint {checkpoint} is not a folder; expected {written}")
     for folder in (checkpoint, checkpoint / "model"):
-        if (folder / _CONFIG).is_file():
+        if (folder / CONFIG_FILE).is_file():
             return folder
-    raise ExportError(f"checkpoint {checkpoint} has no {_CONFIG}, and no model/{_CONFIG}; expected {written}")
+    raise ExportError(f"checkpoint {checkpoint} has no {CONFIG_FILE}, and no model/{CONFIG_FILE}; expected {written}")
 
 
 def _read_heads(source: Path, part: str) -> dict[str, Any]:
     """Read the configuration of the heads, and check that `part` can be exported from them."""
     try:
-        heads: dict[str, Any] = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
+        heads: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
         kind, horizon = heads["kind"], int(heads["horizon"])
     except (ValueError, KeyError, TypeError):
-        raise ExportError(f"{source / _CONFIG} is damaged; expected kind, hidden_size and horizon as JSON") from None
-    if part in _KINDS and (kind not in _KINDS[part] or horizon < 2):
-        expected = " or ".join(map(repr, _KINDS[part]))
+        raise ExportError(
+            f"{source / CONFIG_FILE} is damaged; expected kind, hidden_size and horizon as JSON"
+        ) from None
+    # Heads of a class of your own are checked by the export function, once the class is loaded.
+    supported = kind not in KINDS or part in KINDS[kind].layouts
+    if LAYOUTS[part].of_heads and (not supported or horizon < 2):
+        expected = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
         raise ExportError(
             f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {expected} heads and a horizon above 1, "
             "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
         )
-    models = () if part == "heads" else (("config.json", "adapter_config.json"),)
-    for names in ((_TENSORS,), *models):
+    models = () if LAYOUTS[part].copied else (("config.json", "adapter_config.json"),)
+    for names in ((TENSORS_FILE,), *models):
         if not any((source / name).is_file() for name in names):
-            raise ExportError(f"{source} has {_CONFIG} but no {names[0]}; the checkpoint is incomplete")
+            raise ExportError(f"{source} has {CONFIG_FILE} but no {names[0]}; the checkpoint is incomplete")
     return heads
 
 
@@ -201,15 +202,10 @@ def _load(source: Path) -> MTPWrapper:
 
 
 def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
+    load_class(part, PATHS, "part")(wrapper, folder)
+    if LAYOUTS[part].tokenizer and any((source / name).is_file() for name in _TOKENIZER):
+        from transformers import AutoTokenizer
 
-    from mtp_ce.serving.medusa import export_base, export_medusa
-
-    if part == "medusa":
-        export_medusa(wrapper, folder)
-        return
-    export_base(wrapper, folder)
-    if any((source / name).is_file() for name in _TOKENIZER):
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 

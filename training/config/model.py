@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mtp_ce.heads.kinds import EXTRA_PATHS, may_have_parameters
+from mtp_ce.registry import check_name
 from mtp_ce.training.config.group import Group
 
 
 class MTPConfig(Group):
     """The prediction heads."""
 
-    kind: Literal["residual", "layer", "sequential", "teacher_forcing"] = Field(
+    kind: str = Field(
         default="residual",
-        description="form of the extra heads: residual blocks, decoder layers, a chain of decoder layers, or none with "
-        "parameters (teacher forcing)",
+        description="form of the extra heads. residual: residual blocks; layer: decoder layers; sequential: a chain of "
+        "decoder layers; teacher_forcing: no parameters; package.module:Class: your own class",
     )
     horizon: int = Field(default=4, ge=1, description="H: number of heads; head h predicts token t + 1 + h")
     trunk: Literal["joint", "detached", "frozen"] = Field(
@@ -28,9 +30,15 @@ class MTPConfig(Group):
         description="linear: never builds the logits of all heads; logits: builds them. The value is the same",
     )
 
+    @field_validator("kind")
+    @classmethod
+    def _kind_is_known(cls, kind: str) -> str:
+        check_name(kind, EXTRA_PATHS, "kind")
+        return kind
+
     @model_validator(mode="after")
     def _has_parameters_to_train(self) -> Self:
-        if self.trunk != "joint" and (self.kind == "teacher_forcing" or self.horizon == 1):
+        if self.trunk != "joint" and (not may_have_parameters(self.kind) or self.horizon == 1):
             raise ValueError(
                 f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves no parameter to train; "
                 "give trunk joint, or heads that have parameters"

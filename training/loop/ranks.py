@@ -38,7 +38,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from mtp_ce.heads.layers import LayerHeads, decoder_layers
+from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.loop import TrainConfig
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StoppedError
@@ -178,13 +178,12 @@ class Ranks:
         if self.mesh is None:
             return
         layers, _ = decoder_layers(model.causal)
-        heads = model.heads.layers if isinstance(model.heads, LayerHeads) else ()
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         precision = half if train.precision == "bf16" else MixedPrecisionPolicy()
         # Pinned memory makes copies to a GPU asynchronous.
         pinned = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
         where: dict[str, Any] = {"mesh": self.mesh, "offload_policy": pinned if train.cpu_offload else OffloadPolicy()}
-        for layer in (*layers, *heads):
+        for layer in (*layers, *model.heads.decoder_layers):
             fully_shard(layer, mp_policy=precision, **where)
         # The root's inputs are tokens and the loss's weights and normalizer, which a cast to bf16 would round.
         fully_shard(model, mp_policy=replace(precision, cast_forward_inputs=False), **where)

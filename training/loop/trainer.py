@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.next_token import NextToken
 from mtp_ce.ops.rows import row_targets
-from mtp_ce.scorers.next_token import NextToken
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows, rows_of_step, seed_of

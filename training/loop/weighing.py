@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.schema import Recipe

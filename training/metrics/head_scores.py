@@ -75,7 +75,7 @@ def score_heads(
         _, label, valid = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
         output = Unembedding.of(model.causal)  # gathered on a sharded model only after a forward
         scores = [_score(output, x, label[..., h], valid[..., h]) for h, x in enumerate(hidden)]
-        if len(scores) < H:  # one tensor of hidden states: head h is head 0, h positions later
+        if len(scores) < H:  # one hidden state serves all heads: head h's rows are head 0's, h positions later
             scores = [scores[0].shifted(h) for h in range(H)]
         agrees = valid[..., 0]
         for h, rows in enumerate(scores):
@@ -84,7 +84,7 @@ def score_heads(
             terms = (rows.ce, rows.top1, rows.top5, agrees, torch.ones_like(rows.ce))
             sums[:, h] += torch.stack([torch.where(mask, term.double(), 0.0).sum() for term in terms])
     add(sums)
-    drafts = model.kind != "teacher_forcing"
+    drafts = model.heads.drafts
     results = []
     for h, (*totals, rows) in enumerate(sums.T.tolist()):
         ce, top1, top5, agreed = (total / max(rows, 1) for total in totals)

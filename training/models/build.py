@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE
+from mtp_ce.heads.protocol import heads_class
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.config.model import PretrainedModelConfig, TrunkConfig
+from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 
@@ -26,16 +27,36 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
         end_of_text: token id that opens and closes a document; None if there is no tokenizer yet.
         pretrained: folder of the model that a recipe of kind "pretrained" starts from. Heads saved beside it are loaded
             with it.
+
+    Raises:
+        RecipeError: as `with_heads`.
     """
     heads = recipe.model.mtp
+    _check_kind(heads)
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
         assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
         wrapper.loss = heads.loss
         return wrapper
-    trunk = _trunk(recipe, end_of_text, pretrained)
+    return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
+
+
+def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
+    """Return a trunk with new heads.
+
+    Raises:
+        RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
+    """
+    _check_kind(heads)
     return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+
+
+def _check_kind(heads: MTPConfig) -> None:
+    try:
+        heads_class(heads.kind, "model.mtp.kind")
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error)) from None
 
 
 def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from mtp_ce.heads.layers import LayerHeads, decoder_layers
+from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.linear import _chunk_rows
 from mtp_ce.ops.chunks import rows_at_once
@@ -116,7 +116,7 @@ def step_products(model: MTPWrapper, row_length: int) -> Products:
     """
     causal, reaches = model.causal, model.trunk == "joint"
     V, D = Unembedding.of(causal).weight.shape
-    layers = len(model.heads.layers) if isinstance(model.heads, LayerHeads) else 0
+    layers = len(model.heads.decoder_layers)
     attention = attention_products(causal, row_length)
     per_layer = attention // max(1, len(decoder_layers(causal)[0]))
     # The input of a residual head is the trunk's output; layers begin with norms that learn.
@@ -130,7 +130,7 @@ def step_products(model: MTPWrapper, row_length: int) -> Products:
 
 
 def _unembedding_products(model: MTPWrapper) -> int:
-    horizon = 1 if model.kind == "teacher_forcing" else model.horizon
+    horizon = model.heads.output_count
     if model.trunk == "joint":
         return 6 * horizon
     # The linear path walks the rows of all heads alike; separate products leave out head 0, which does not learn.
@@ -216,7 +216,7 @@ def _gathered(model: MTPWrapper, whole: int) -> int:
 
     Their gradients are whole, too, until they are dealt out: the root's and those of the layer in work.
     """
-    layers = [*decoder_layers(model.causal)[0], *(model.heads.layers if isinstance(model.heads, LayerHeads) else ())]
+    layers = [*decoder_layers(model.causal)[0], *model.heads.decoder_layers]
     sizes = [compute_module_sizes(layer)[""] for layer in layers]
     root, largest = whole - sum(sizes), max(sizes)
     learns = model.trunk == "joint"
@@ -228,8 +228,7 @@ def loss_bytes(
 ) -> LossBytes:
     """Say what the loss of a micro-batch of `rows` rows of `row_length` tokens holds, on each of the paths."""
     (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
-    horizon = 1 if model.kind == "teacher_forcing" else model.horizon
-    N = rows * row_length * horizon
+    N = rows * row_length * model.heads.output_count
     d_hidden = N * D * item
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
     # A CPU makes the product of half types into fp32 sums from a copy.

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mtp_ce.heads.kinds import CONFIG_FILE as HEADS_FILE
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
@@ -24,9 +25,6 @@ from mtp_ce.training.storage.s3 import is_s3
 
 PACKAGE = "package:"
 GGUF = ".gguf"
-
-# mtp_ce.heads.residual.CONFIG_FILE, which can't be imported without torch; a test compares them.
-HEADS_FILE = "mtp_heads.json"
 
 
 def sources_of(recipe: Recipe) -> dict[str, tuple[str, ModelKind]]:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.filesize import decimal, pick_unit_and_suffix
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.recipe import flatten, without_password
 from mtp_ce.training.config.schema import Recipe
@@ -25,7 +24,7 @@ from mtp_ce.training.data.corpus import find_files
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.loop.weighing import MODEL_CLASSES
-from mtp_ce.training.models.build import checkpoint_activations, llama_config
+from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
 from mtp_ce.training.models.gguf import converted_folder
 from mtp_ce.training.models.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.models.sources import local_source, sources_of
@@ -124,7 +123,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
     with torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model = MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+        model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
     frozen = "" if heads.trunk == "joint" else "; only the heads are trained"
     say(out, f"model       {parameters(model)}{frozen}")

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from mtp_ce.decoding.drafting import KINDS as DRAFTING
-from mtp_ce.heads.residual import CONFIG_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
@@ -81,7 +80,7 @@ def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> Decodin
 
     Prompt and continuation are each cut to half of the model's maximum number of positions.
     """
-    if not config.prompts or model.horizon == 1 or model.kind not in DRAFTING:
+    if not config.prompts or model.horizon == 1 or not model.heads.drafts:
         return None
     most = getattr(model.causal.config, "max_position_embeddings", None) or config.prompt_tokens + config.new_tokens
     prompt_tokens = min(config.prompt_tokens, most // 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.training.data.corpus import is_documented
 from mtp_ce.training.data.rows import PackedRows
 from mtp_ce.training.loop.weighing import Weighing

@@ -1,9 +1,9 @@
-"""What a language model says about every token before it sees it: the cross entropy of *that* token.
+"""Cross entropy of every token under a causal language model.
 
     ce[i] = -log p(token i | tokens before i)           nats
 
-A model's hidden state at t scores the token at t + 1, so the values move one place to the right: the classic mistake of
-token weighting is to leave them where they were computed, and so to weigh the wrong token.
+A model's hidden state at t scores the token at t + 1, so the values are shifted by one position to the right. A common
+mistake of token weighting is to leave them at the position that computed them, and so to weight the wrong token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mtp_ce.unembedding import Unembedding
 
 
 class NextToken(NamedTuple):
-    """A causal language model's next-token head on one batch, before its logits exist."""
+    """A causal language model's next-token head on one batch, without its logits."""
 
     hidden: Tensor  # [B, S, D]; position t predicts token t + 1
     unembed: Tensor  # [V, D]
@@ -32,32 +32,32 @@ class NextToken(NamedTuple):
 
         Args:
             model: has `base_model` and `get_output_embeddings()`; its configuration's final softcap and logit scale
-                are honoured.
+                are applied.
             input_ids: [B, S].
-            position_ids: [B, S], beginning again at every document of a packed row; None where rows are not packed.
+            position_ids: [B, S], restarting at every document of a packed row; None where rows are not packed.
 
         Raises:
             TypeError: the model has no output embeddings, so it can't predict tokens.
         """
         output = Unembedding.of(model)
-        given = {} if position_ids is None else {"position_ids": position_ids}
+        options = {} if position_ids is None else {"position_ids": position_ids}
         base: Any = model.base_model
-        hidden = base(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+        hidden = base(input_ids=input_ids, use_cache=False, **options).last_hidden_state
         return cls(output.scaled(hidden), output.weight, output.bias, output.softcap)
 
     def token_ce(self, labels: Tensor, document_ids: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-        """Cross entropy [B, S] fp32 of the token that stands there, detached.
+        """Return the cross entropy [B, S] fp32 of the token at each position, detached.
 
         NaN where the label is `ignore_index`, and at the first token of a row or document, which nothing predicts.
         """
         B, S = labels.shape
-        at = token_ce(
+        predicting = token_ce(
             self.hidden, self.unembed, labels,
             bias=self.bias, softcap=self.softcap, document_ids=document_ids, ignore_index=ignore_index,
         )  # fmt: skip
         predicted = labels[:, 1:] != ignore_index
         if document_ids is not None:
             predicted = predicted & (document_ids[:, 1:] == document_ids[:, :-1])
-        ce = at.new_full((B, S), torch.nan)
-        ce[:, 1:] = torch.where(predicted, at[:, :-1], torch.nan)
+        ce = predicting.new_full((B, S), torch.nan)
+        ce[:, 1:] = torch.where(predicted, predicting[:, :-1], torch.nan)
         return ce

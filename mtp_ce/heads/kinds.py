@@ -1,0 +1,46 @@
+"""The kinds of prediction heads by name, with what must be known of them before torch is loaded.
+
+A head kind is one file with a subclass of `mtp_ce.heads.protocol.Heads`, and one line here. A class of your own needs
+no line: its path, `package.module:Class`, is accepted wherever a name is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class HeadKind(NamedTuple):
+    """One kind of heads.
+
+    Attributes:
+        path: `package.module:Class` of the heads.
+        extra: whether there are heads beside head 0, so that a recipe can ask for them.
+        parameters: whether the extra heads have parameters of their own.
+        layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
+    """
+
+    path: str
+    extra: bool = True
+    parameters: bool = True
+    layouts: tuple[str, ...] = ()
+
+
+KINDS: dict[str, HeadKind] = {
+    "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False),
+    "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", layouts=("heads", "medusa")),
+    "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", layouts=("heads",)),
+    "sequential": HeadKind("mtp_ce.heads.sequential:SequentialHeads", layouts=("heads",)),
+    "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
+}
+
+PATHS = {name: kind.path for name, kind in KINDS.items()}
+EXTRA_PATHS = {name: kind.path for name, kind in KINDS.items() if kind.extra}
+
+# Files of the heads, beside those of the model.
+CONFIG_FILE = "mtp_heads.json"
+TENSORS_FILE = "mtp_heads.safetensors"
+
+
+def may_have_parameters(name: str) -> bool:
+    """Return whether heads of this kind have parameters, as far as can be known without importing their class."""
+    return name not in KINDS or KINDS[name].parameters

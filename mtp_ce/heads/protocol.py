@@ -1,0 +1,205 @@
+"""The protocol of prediction heads. A kind subclasses `Heads` and overrides what differs from the defaults.
+
+    class Scaled(Heads):
+        def __init__(self, hidden_size, horizon):
+            super().__init__(hidden_size, horizon)
+            self.scales = nn.Parameter(torch.ones(horizon - 1, hidden_size))
+
+        def forward(self, hidden, trunk=None):
+            return [hidden, *(hidden * scale for scale in self.scales)]
+
+    MTPWrapper(model, horizon=4, heads="my_package.heads:Scaled")
+
+Such heads train, draft, and are saved and loaded: tests/extending/test_own_head.py does all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+from torch import Tensor, nn
+
+from mtp_ce.heads.drafting import Drafter, HiddenStateDrafter
+from mtp_ce.heads.kinds import CONFIG_FILE, PATHS, TENSORS_FILE
+from mtp_ce.heads.trunk import TrunkPass
+from mtp_ce.loss import MTPLoss
+from mtp_ce.registry import load_class
+from mtp_ce.unembedding import Unembedding
+
+
+class LossRule(NamedTuple):
+    """Options of the loss that one call of the wrapper sets; meanings as in `weighted_mtp_ce`."""
+
+    shift: int
+    weight_alignment: str
+    document_ids: Tensor | None  # [B, S]
+    normalizer: float | Tensor | None
+
+
+# The loss of hidden states under labels and token weights; keyword arguments are those of `weighted_mtp_ce`.
+FusedLoss = Callable[..., MTPLoss]
+
+
+class Heads(nn.Module):
+    """H prediction heads on a trunk; head 0 is the model's own next-token head.
+
+    Args:
+        hidden_size: D, the trunk's hidden size.
+        horizon: H, the number of heads including head 0.
+
+    Attributes:
+        kind: the name or class path under which the heads are saved and loaded.
+        drafts: whether the heads can draft in speculative decoding.
+        reads_last_layer: whether forward needs a `TrunkPass`: the last decoder layer's call, the final norm and the
+            token embeddings.
+        may_have_routers: whether the heads may hold routers of a mixture of experts. No model's balancing loss covers
+            those, so that such heads are not trained with it.
+        residual_blocks: one `nn.Linear` per extra head with hidden_h = hidden + SiLU(block(hidden)), as Medusa layouts
+            store them; None for heads of another form.
+        file_metadata: metadata of the safetensors file.
+    """
+
+    kind: str = ""
+    drafts: ClassVar[bool] = True
+    reads_last_layer: ClassVar[bool] = False
+    may_have_routers: ClassVar[bool] = False
+    file_metadata: ClassVar[dict[str, str] | None] = {"format": "pt"}
+
+    def __init__(self, hidden_size: int, horizon: int) -> None:
+        super().__init__()
+        self.hidden_size, self.horizon = hidden_size, horizon
+
+    @classmethod
+    def of_model(cls, model: Any, horizon: int) -> Self:
+        """Build the heads of a causal language model, on the device and in the dtype of its output embeddings.
+
+        Args:
+            model: the model, without PEFT's wrapper.
+            horizon: H.
+
+        Raises:
+            ValueError: the model cannot have heads of this kind.
+        """
+        unembed = model.get_output_embeddings().weight
+        return cls(unembed.shape[1], horizon).to(device=unembed.device, dtype=unembed.dtype)
+
+    def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:
+        """Return the hidden states of the heads, tensors [B, S, D]; the first one is `hidden` itself.
+
+        Args:
+            hidden: [B, S, D], the trunk's last hidden state, after its final norm.
+            trunk: present where `reads_last_layer` is True.
+        """
+        raise NotImplementedError
+
+    @property
+    def output_count(self) -> int:
+        """How many tensors `forward` returns, each multiplied with the unembedding: H, or 1 that serves all heads."""
+        return self.horizon
+
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        """Layers of the model's own class: FSDP groups of their own, with attention of their own."""
+        return ()
+
+    @property
+    def residual_blocks(self) -> nn.ModuleList | None:
+        """See the class."""
+        return None
+
+    def loss(
+        self, fused: FusedLoss, hidden: list[Tensor], labels: Tensor, token_weights: Tensor | None, rule: LossRule
+    ) -> MTPLoss:
+        """Return the loss over all heads, with statistics of H heads.
+
+        Args:
+            fused: called with (hidden, labels, token_weights, **options of `weighted_mtp_ce`).
+            hidden: what `forward` returned.
+            labels: [B, S].
+            token_weights: [B, S] or [B, S, H].
+            rule: further options of this call.
+        """
+        return fused(hidden, labels, token_weights, **rule._asdict())
+
+    @contextmanager
+    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
+        """Yield the drafter; inside the block it follows the model's forwards.
+
+        Args:
+            causal: the model that decodes.
+            new_cache: returns an empty cache of the model's configuration.
+        """
+        yield HiddenStateDrafter(self, Unembedding.of(causal))
+
+    def extra_repr(self) -> str:
+        """Sizes and kind, for `print(model)`."""
+        return f"hidden_size={self.hidden_size}, horizon={self.horizon}, kind={self.kind!r}"
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write `mtp_heads.json` and `mtp_heads.safetensors` into `folder`, beside a saved model.
+
+        Args:
+            folder: created where it is missing.
+            state_dict: the parameters, where they were gathered from elsewhere; None takes the module's own.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed; `pip install 'mtp_ce[train]'` brings it.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / TENSORS_FILE, metadata=self.file_metadata)
+
+
+class ModelWithHeads(Protocol):
+    """A causal language model and its prediction heads, such as `MTPWrapper`: all that decoding and export need."""
+
+    model: Any  # with PEFT's wrapper, where there is one
+    heads: Heads
+
+    @property
+    def causal(self) -> Any:
+        """The causal language model, without PEFT's wrapper."""
+        ...
+
+
+def heads_class(kind: str, argument: str = "heads") -> type[Heads]:
+    """Import the class of a kind.
+
+    Args:
+        kind: a name of `mtp_ce.heads.kinds.KINDS`, or `package.module:Class` of a subclass of `Heads`.
+        argument: the argument or recipe key that the kind came from, for the message.
+
+    Raises:
+        TypeError: the class is no subclass of `Heads`.
+        ValueError: the name is unknown, or its class can't be imported.
+    """
+    loaded = load_class(kind, PATHS, argument)
+    if not (isinstance(loaded, type) and issubclass(loaded, Heads)):
+        raise TypeError(f"{argument} is {kind!r}; expected a subclass of mtp_ce.heads.protocol.Heads.")
+    return loaded
+
+
+def build_heads(kind: str, model: Any, horizon: int) -> Heads:
+    """Build the heads of a model.
+
+    Args:
+        kind: as in `heads_class`.
+        model: the causal language model, without PEFT's wrapper.
+        horizon: H.
+
+    Raises:
+        TypeError, ValueError: as `heads_class`, or the model can't have such heads.
+    """
+    heads = heads_class(kind).of_model(model, horizon)
+    heads.kind = kind
+    return heads

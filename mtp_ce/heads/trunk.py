@@ -1,0 +1,95 @@
+"""The model's last decoder layer, as heads that are decoder layers use it: how it was called, and what it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+# Norms that stand beside the decoder layers without being the final norm: BART's of embeddings, Gemma's of per-layer
+# inputs.
+OTHER_NORMS = ("layernorm_embedding", "per_layer_projection_norm")
+
+
+@dataclass
+class LayerCall:
+    """Arguments and output of the model's last decoder layer in one forward."""
+
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    output: Tensor | None = None  # [B, S, D]
+
+    @property
+    def hidden(self) -> Tensor:  # [B, S, D]
+        """The layer's output, before the model's final norm."""
+        assert self.output is not None, "the model has not run inside the block that observes its last layer"
+        return self.output
+
+    def repeat(self, layer: nn.Module, hidden: Tensor, cache: Any = None) -> Tensor:
+        """Call another layer with the same arguments, on other hidden states, with the given cache or without one."""
+
+        def replace_cache(value: Any) -> Any:
+            # Architectures differ in the name and the position of the cache argument, so it is found by its type. The
+            # model's own cache must not receive the keys of another layer.
+            return cache if hasattr(value, "get_seq_length") else value
+
+        options = {name: replace_cache(value) for name, value in self.options.items() if name != "hidden_states"}
+        if cache is None and "use_cache" in options:
+            options["use_cache"] = False
+        return _hidden_states(layer(hidden, *map(replace_cache, self.arguments), **options))
+
+
+class TrunkPass(NamedTuple):
+    """One forward of the trunk, for heads that read more of it than its last hidden state."""
+
+    call: LayerCall
+    norm: Callable[[Tensor], Tensor]  # the model's final norm
+    tokens: Tensor  # [B, S, D], embeddings of the input tokens
+
+
+def decoder_layers(model: Any) -> tuple[nn.ModuleList, nn.Module]:
+    """Return a causal language model's decoder layers and its final norm.
+
+    Raises:
+        ValueError: there is no list of as many modules as the configuration has layers.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for parent in model.get_decoder().modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                norms = [
+                    module
+                    for other, module in parent.named_children()
+                    if other not in OTHER_NORMS and other != name and "Norm" in type(module).__name__
+                ]
+                # A norm of embeddings comes before the final one. BART and some OPT models have no final norm.
+                return child, norms[-1] if norms else nn.Identity()
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers; use heads='residual'.")
+
+
+@contextmanager
+def observed(layer: nn.Module) -> Iterator[LayerCall]:
+    """Record how a layer is called inside the block; the hooks are removed at its end."""
+    call = LayerCall()
+
+    def before(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        call.arguments, call.options = arguments[1:], dict(options)
+
+    def after(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        call.output = _hidden_states(output)
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+    try:
+        yield call
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hidden_states(output: Any) -> Tensor:
+    # The layers of some architectures return a tuple that begins with the hidden states.
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

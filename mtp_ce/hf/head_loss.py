@@ -1,0 +1,79 @@
+"""The loss of a wrapper's heads, from their hidden states: on the linear path or over logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mtp_ce.checks import saved_tensors_are_hooked
+from mtp_ce.heads.protocol import FusedLoss
+from mtp_ce.linear import weighted_mtp_linear_ce
+from mtp_ce.loss import MTPLoss, weighted_mtp_ce
+from mtp_ce.unembedding import Unembedding
+
+
+def fused_loss(output: Unembedding, *, linear: bool, label_smoothing: float, z_loss: float) -> FusedLoss:
+    """Return the loss as a function of hidden states, labels, token weights and options of `weighted_mtp_ce`.
+
+    Args:
+        output: the model's output layer.
+        linear: whether the logits are never built; the same loss.
+        label_smoothing: of the loss.
+        z_loss: of the loss.
+    """
+    options: dict[str, Any] = {
+        "softcap": output.softcap, "label_smoothing": label_smoothing, "z_loss": z_loss, "return_stats": True
+    }  # fmt: skip
+    path: Callable[..., MTPLoss] = _linear if linear else _logits
+    return partial(path, output, options)
+
+
+def _linear(
+    output: Unembedding,
+    options: dict[str, Any],
+    hidden: list[Tensor],  # H x [B, S, D]
+    labels: Tensor,
+    token_weights: Tensor | None,
+    **rule: Any,
+) -> MTPLoss:
+    scaled = [output.scaled(x) for x in hidden]
+    return weighted_mtp_linear_ce(scaled, output.weight, labels, token_weights, bias=output.bias, **options, **rule)
+
+
+def _logits(
+    output: Unembedding,
+    options: dict[str, Any],
+    hidden: list[Tensor],  # H x [B, S, D]
+    labels: Tensor,
+    token_weights: Tensor | None,
+    **rule: Any,
+) -> MTPLoss:
+    logits = [nn.functional.linear(output.scaled(x), output.weight, output.bias) for x in hidden]
+    # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
+    # keeps them.
+    inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
+    return weighted_mtp_ce(logits, labels, token_weights, inplace_backward=inplace, **options, **rule)
+
+
+def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:
+    """Return what the sum over positions is divided by, from the `num_items_in_batch` that a trainer passes.
+
+    Raises:
+        ValueError: it comes without labels, or is not above 0.
+    """
+    if num_items is None:
+        return None
+    if targets is None:
+        raise ValueError(
+            "num_items_in_batch is given without labels; expected labels. Trainer removes them for "
+            "label_smoothing_factor and compute_loss_func, with which no head would be trained: "
+            "MTPWrapper(label_smoothing=...) smooths the loss of all heads."
+        )
+    if isinstance(num_items, Tensor):
+        return num_items.float()
+    if not num_items > 0:
+        raise ValueError(f"num_items_in_batch is {num_items}; expected a number of targets above 0, or None.")
+    return num_items

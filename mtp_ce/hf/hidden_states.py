@@ -1,0 +1,66 @@
+"""One forward of a trunk and its heads: the hidden states of all heads, and the routers' balancing loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_ce.heads.protocol import Heads
+from mtp_ce.heads.trunk import TrunkPass, decoder_layers, observed
+from mtp_ce.hf.router_loss import routed, wants_router_loss
+
+
+def head_hidden_states(
+    causal: Any, heads: Heads, inputs: dict[str, Any], joint: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """Run the trunk once and the heads on it.
+
+    Args:
+        causal: the model.
+        heads: its heads.
+        inputs: arguments of the model's forward.
+        joint: whether the heads' gradient reaches the trunk.
+
+    Returns:
+        The hidden states [B, S, D] of the heads, and the balancing loss [] of the model's routers where the call or the
+        configuration requests it and the trunk is trained, else None.
+
+    Raises:
+        ValueError: the heads return another number of tensors than they declare.
+    """
+    # The check also refuses heads with routers of their own, whether the trunk is trained or not.
+    balances = wants_router_loss(causal, heads, inputs.get("output_router_logits")) and joint
+    trains = joint and torch.is_grad_enabled()
+    if heads.reads_last_layer:
+        layers, norm = decoder_layers(causal)
+        with torch.set_grad_enabled(trains), observed(layers[-1]) as call:
+            hidden, router_loss = _run(causal, inputs, balances)
+            tokens = inputs.get("inputs_embeds")
+            if tokens is None:
+                tokens = causal.get_input_embeddings()(inputs["input_ids"])
+        outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens))
+    else:
+        with torch.set_grad_enabled(trains):
+            hidden, router_loss = _run(causal, inputs, balances)
+        outputs = heads(hidden)
+    if len(outputs) != heads.output_count:
+        raise ValueError(
+            f"heads of the kind {heads.kind!r} returned {len(outputs)} tensors; expected {heads.output_count}, "
+            "head 0's hidden state first."
+        )
+    return outputs, router_loss
+
+
+def _run(causal: Any, inputs: dict[str, Any], balances: bool) -> tuple[Tensor, Tensor | None]:
+    if balances:
+        return routed(causal, inputs)
+    return causal.base_model(**inputs).last_hidden_state, None
+
+
+def _detached(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a module's function with its parameters detached, so that no gradient reaches them."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return lambda hidden: torch.func.functional_call(module, parameters, (hidden,))
