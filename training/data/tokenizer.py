@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer, trained on the training documents alone and kept in a cache.
+"""A byte-level BPE tokenizer, trained on the training documents only and cached.
 
-It is an ordinary transformers tokenizer. The one special token `<|endoftext|>` opens and closes a document
-(both begin- and end-of-sequence, as in GPT-2) and fills the end of the last row.
+It is an ordinary transformers tokenizer. Its one special token `<|endoftext|>` begins and ends a document (as in
+GPT-2 it is both begin- and end-of-sequence) and pads rows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mtp_ce.training.storage.cache import cache_folder
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Part of every cache key: raise it when the code below changes what comes out.
+# Part of every cache key: raise it when a change of the code below changes the tokenizer.
 _FORMAT = "1"
 
 
 def tokenizer_key(texts: Sequence[str], vocab_size: int) -> str:
-    """Hash everything that decides the tokenizer."""
+    """Return the cache key: a hash of everything that decides the tokenizer."""
     hasher = hashlib.sha256(f"{_FORMAT}\0{vocab_size}\0".encode())
     for text in texts:
         hasher.update(hashlib.sha256(text.encode()).digest())
@@ -32,14 +32,14 @@ def tokenizer_key(texts: Sequence[str], vocab_size: int) -> str:
 
 
 def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of these texts from the cache, or train it and put it there.
+    """Return the tokenizer of these texts from the cache, or train it and store it there.
 
     Args:
         texts: the training documents.
-        vocab_size: entries, the 256 bytes and the special token included.
+        vocab_size: number of entries, including the 256 bytes and the special token.
 
     Raises:
-        RecipeError: the texts are too few for that many entries.
+        RecipeError: the texts are too short for that many entries.
     """
     folder = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
     if not folder.exists():
@@ -48,27 +48,27 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
             with whole_folder(folder) as aside:
                 tokenizer.save_pretrained(aside)
         except FileExistsError:
-            pass  # another process trained the same tokenizer meanwhile
+            pass  # another process stored the same tokenizer meanwhile
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Read a tokenizer that is there already.
+    """Load a trained tokenizer.
 
     Args:
-        folder: where its files are.
-        key: the recipe's key that names it.
-        source: how the recipe calls it.
-        vocab_size: entries of the model, at least those of the tokenizer.
+        folder: the folder of its files.
+        key: the recipe's key that names it, for messages.
+        source: its name in the recipe, for messages.
+        vocab_size: entries of the model's vocabulary, at least those of the tokenizer.
 
     Raises:
-        RecipeError: there is none, or it does not fit.
+        RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(f"{key} '{source}' has no tokenizer that can be read: {reason}") from None
+        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:
@@ -82,7 +82,7 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train the tokenizer; the same texts give the same entries every time."""
+    """Train the tokenizer; the same texts result in the same entries every time."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
