@@ -1,7 +1,8 @@
-"""What is written to S3: whole or not there, the manifest last, and never in the way of training."""
+"""Writes to S3: a folder is complete or absent, its manifest comes last, and training never waits."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -69,55 +70,61 @@ def test_a_folder_comes_back_as_it_was_and_its_manifest_is_written_last(s3, prox
     assert done[-2:] == [f"PUT {MANIFEST}", f"DELETE {UNFINISHED}"]
     assert sum(line == "PUT model.bin part" for line in done) == 2, "in parts of 8 MiB"
     assert names(s3, prefix) == {*contents(large), MANIFEST}
+    manifest = json.loads(s3.get_object(Bucket="models", Key=f"{prefix}/{MANIFEST}")["Body"].read())
+    assert manifest["files"] == {
+        name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in contents(large).items()
+    }
 
 
-def test_what_lies_beside_a_manifest_does_not_count(s3, folder, prefix):
-    upload_folder("DIR", folder, f"s3://models/{prefix}")
-    s3.put_object(Bucket="models", Key=f"{prefix}/old.bin", Body=b"of an earlier upload")
-    assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+# An object that is replaced or deleted (None) after the upload, and the message, if this is an error.
+DIFFERENT = [
+    ("old.bin", b"of an earlier upload", None),
+    ("model.bin", b"short", r"'model\.bin' has 5 bytes and 9,000 in its manifest; upload it again"),
+    ("model.bin", bytes(9000), r"model\.bin' has other content than its manifest says; upload it again"),
+    ("model.bin", None, r"'model\.bin' is in its manifest but not in the bucket; upload it again"),
+    (MANIFEST, b'{"files": ["model.bin"]}', rf"its {MANIFEST} is damaged; upload it again"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "body", "words"),
-    [
-        ("model.bin", b"short", r"'model\.bin' has 5 bytes and 9,000 in its manifest; upload it again"),
-        ("model.bin", bytes(9000), r"model\.bin' has another content than its manifest says; upload it again"),
-        ("model.bin", None, r"'model\.bin' is not there, but in its manifest; upload it again"),
-        (MANIFEST, b'{"files": ["model.bin"]}', rf"its {MANIFEST} is damaged; upload it again"),
-        (MANIFEST, None, None),
-    ],
-)
-def test_an_object_that_is_not_what_the_manifest_says_is_one_line(s3, folder, prefix, name, body, words):
-    upload_folder("DIR", folder, f"s3://models/{prefix}")
-    if body is None:
-        s3.delete_object(Bucket="models", Key=f"{prefix}/{name}")
-    else:
-        s3.put_object(Bucket="models", Key=f"{prefix}/{name}", Body=body)
-    if words is None:
-        assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
-        return
-    with pytest.raises(RecipeError, match=words) as raised:
-        fetch_folder("model.source", f"s3://models/{prefix}")
-    assert "\n" not in str(raised.value)
+def test_a_folder_is_what_its_manifest_says_or_an_error_of_one_line(s3, folder, prefix):
+    for name, body, words in DIFFERENT:
+        upload_folder("DIR", folder, f"s3://models/{prefix}", overwrite=True)
+        if body is None:
+            s3.delete_object(Bucket="models", Key=f"{prefix}/{name}")
+        else:
+            s3.put_object(Bucket="models", Key=f"{prefix}/{name}", Body=body)
+        if words is None:
+            assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
+            continue
+        with pytest.raises(RecipeError, match=words) as raised:
+            fetch_folder("model.source", f"s3://models/{prefix}")
+        assert "\n" not in str(raised.value)
 
 
-def test_an_upload_that_ended_early_is_no_folder_and_can_be_done_again(s3, folder, prefix):
+def test_an_upload_that_was_stopped_is_no_folder_and_can_be_repeated(s3, folder, prefix):
     stop = threading.Event()
     stop.set()
     with pytest.raises(RecipeError, match="can't be written: stopped before its end"):
         upload_folder("DIR", folder, f"s3://models/{prefix}", stop=stop)
     assert MANIFEST not in names(s3, prefix)
-    with pytest.raises(RecipeError, match="its upload has not come to its end; upload it again"):
+    with pytest.raises(RecipeError, match="its upload is incomplete; upload it again"):
         fetch_folder("model.source", f"s3://models/{prefix}")
     check_free("DIR", f"s3://models/{prefix}")
     upload_folder("DIR", folder, f"s3://models/{prefix}")
     assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
 
 
-def test_what_is_there_is_left_alone_unless_it_is_to_be_replaced(s3, proxy, folder, prefix):
+def test_what_exists_is_refused_unless_it_is_to_be_replaced(s3, proxy, folder, prefix):
+    """Another folder, complete, and objects of other tools."""
     upload_folder("DIR", folder, f"s3://models/{prefix}")
-    with pytest.raises(RecipeError, match=f"DIR 's3://models/{prefix}' can't be written: something is there already"):
-        upload_folder("DIR", folder, f"s3://models/{prefix}")
+    s3.put_object(Bucket="models", Key=f"{prefix}-foreign/theirs", Body=b"theirs")
+    for address in (f"s3://models/{prefix}", f"s3://models/{prefix}-foreign"):
+        message = f"DIR '{address}' can't be written: there are objects at this address already; name another one"
+        with pytest.raises(RecipeError, match=message):
+            check_free("DIR", address)
+        with pytest.raises(RecipeError, match=message):
+            upload_folder("DIR", folder, address)
+    assert names(s3, f"{prefix}-foreign") == {"theirs"}
     (folder / "model.bin").write_bytes(b"another one")
     proxy.asked.clear()
     upload_folder("DIR", folder, f"s3://models/{prefix}", overwrite=True)
@@ -125,17 +132,9 @@ def test_what_is_there_is_left_alone_unless_it_is_to_be_replaced(s3, proxy, fold
     assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == contents(folder)
 
 
-def test_foreign_objects_are_not_mixed_with_an_upload(s3, folder, prefix):
-    s3.put_object(Bucket="models", Key=f"{prefix}/theirs", Body=b"theirs")
-    for write in (check_free, lambda *place: upload_folder(place[0], folder, place[1])):
-        with pytest.raises(RecipeError, match="something is there already, and left alone; name another place"):
-            write("DIR", f"s3://models/{prefix}")
-    assert names(s3, prefix) == {"theirs"}
-
-
 @pytest.mark.parametrize("same", [False, True])
 def test_of_two_uploads_to_one_address_the_second_to_end_is_refused(conditions, folder, prefix, tmp_path, same):
-    """The other ends while this one is under way; of the same files, it may be this one, whose answer was lost."""
+    """The other ends while this one is under way; with the same files, it may be this one, whose response was lost."""
     others = [folder if same else small(tmp_path, 1)]
     expected = contents(others[0])
     opened = Path.open
@@ -156,7 +155,7 @@ def test_of_two_uploads_to_one_address_the_second_to_end_is_refused(conditions, 
     assert contents(fetch_folder("model.source", f"s3://models/{prefix}")) == expected
 
 
-def test_an_upload_goes_on_after_a_broken_connection(s3, proxy, large, prefix):
+def test_an_upload_survives_a_broken_connection(s3, proxy, large, prefix):
     proxy.breaks = 2
     upload_folder("DIR", large, f"s3://models/{prefix}")
     assert proxy.breaks == 0
@@ -206,7 +205,7 @@ def test_folders_are_uploaded_in_order_and_the_latest_stay(s3, proxy, prefix, tm
     assert (fetched / "weights.bin").read_text() == "weights of step 100"
 
 
-def test_a_folder_that_is_gone_is_one_line_and_the_next_one_gets_there(s3, prefix, tmp_path):
+def test_a_deleted_folder_is_one_line_and_the_next_one_is_uploaded(s3, prefix, tmp_path):
     said: list[str] = []
     uploads = Uploads(f"s3://models/{prefix}", said.append, keep=2)
     uploads.send(tmp_path / "step-1", "step-1")
@@ -214,11 +213,11 @@ def test_a_folder_that_is_gone_is_one_line_and_the_next_one_gets_there(s3, prefi
     uploads.close(30)
     (line,) = said
     assert line.startswith(f"checkpoint.upload s3://models/{prefix}/step-1: ")
-    assert line.endswith("step-1 was deleted before it was uploaded; training goes on")
+    assert line.endswith("step-1 was deleted before it was uploaded; training continues")
     assert complete_folders("DIR", f"s3://models/{prefix}") == ["step-2"]
 
 
-def test_half_of_a_folder_is_removed_when_another_one_gets_there(s3, proxy, large, prefix, tmp_path, monkeypatch):
+def test_part_of_a_folder_is_removed_after_the_next_upload(s3, proxy, large, prefix, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     said: list[str] = []
     proxy.breaks = 1
@@ -232,7 +231,7 @@ def test_half_of_a_folder_is_removed_when_another_one_gets_there(s3, proxy, larg
     assert {name.partition("/")[0] for name in names(s3, prefix)} == {"step-2"}
 
 
-def test_a_server_that_is_away_is_one_line_for_each_folder(s3, tmp_path, monkeypatch):
+def test_an_unreachable_server_is_one_line_for_each_folder(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     said: list[str] = []
@@ -247,7 +246,7 @@ def test_a_server_that_is_away_is_one_line_for_each_folder(s3, tmp_path, monkeyp
         assert "\n" not in line
 
 
-def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, prefix, tmp_path):
+def test_uploads_that_miss_the_time_limit_are_named_and_given_up(s3, proxy, prefix, tmp_path):
     """Nothing goes through to the server meanwhile: neither sending nor the end waits for it."""
     said: list[str] = []
     with proxy.held():
@@ -257,14 +256,14 @@ def test_what_is_not_there_when_time_is_up_is_named_and_given_up(s3, proxy, pref
         uploads.close(0.3)
         assert uploads._thread.is_alive()
         assert said == [
-            f"checkpoint.upload s3://models/{prefix} has no step-1, step-2 after 0.3 s; given up",
+            f"checkpoint.upload s3://models/{prefix} lacks step-1, step-2 after 0.3 s; given up",
         ]
     uploads._thread.join(60)
     assert not uploads._thread.is_alive()
     assert "step-2/weights.bin" not in names(s3, prefix)
 
 
-def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the_end(s3, proxy, prefix, tmp_path):
+def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_delay_the_end(s3, proxy, prefix, tmp_path):
     small(tmp_path, 1)
     program = (
         "import sys; from pathlib import Path; from mtp_ce.training.storage.uploads import Uploads\n"
@@ -282,16 +281,5 @@ def test_a_server_that_falls_silent_in_the_middle_of_a_file_does_not_hold_up_the
         # Shorter than the client itself waits for an answer.
         said, errors = run.communicate("\n", timeout=READ_S - 5)
     assert (run.returncode, errors) == (0, "")
-    assert said == f"checkpoint.upload s3://models/{prefix} has no step-1 after 0.3 s; given up\n"
+    assert said == f"checkpoint.upload s3://models/{prefix} lacks step-1 after 0.3 s; given up\n"
     assert f"PUT step-1/{UNFINISHED}" in writes(proxy)
-
-
-def test_the_manifest_says_what_others_need_to_check_it(s3, folder, prefix):
-    import hashlib
-
-    upload_folder("DIR", folder, f"s3://models/{prefix}")
-    written = json.loads(s3.get_object(Bucket="models", Key=f"{prefix}/{MANIFEST}")["Body"].read())
-    expected = {
-        name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in contents(folder).items()
-    }
-    assert written == {"files": expected}

@@ -1,4 +1,4 @@
-"""A folder that is either there as a whole or not at all."""
+"""Folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; it takes the name `folder` when the block ends without error.
+    """Yield an empty folder to write into; it is renamed to `folder` when the block ends without error.
 
-    The aside folder lies beside the final one, so that the rename stays on one file system, where it is one
-    step. A process that dies in between leaves only the aside folder, whose name begins with a dot.
+    It lies beside `folder`, so that the rename stays on one file system, where it is atomic. A process that is killed
+    leaves only this folder, whose name begins with a dot.
 
     Raises:
-        FileExistsError: `folder` is there already when the block ends; it is left as it is.
+        FileExistsError: `folder` exists when the block ends; it stays as it is.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -26,16 +26,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield aside
         # mkdtemp makes it private to the user; a finished folder gets the ordinary permissions.
         aside.chmod(0o777 & ~_umask())
-        # On POSIX a rename replaces an empty folder without a word, so that case is checked by hand.
+        # On POSIX a rename replaces an empty folder silently.
         if folder.exists():
-            raise FileExistsError(f"{folder} exists and is left alone")
+            raise FileExistsError(f"{folder} already exists")
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:
-    # There is no way to ask for the umask without setting it.
+    # The umask can't be read without setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

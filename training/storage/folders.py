@@ -1,117 +1,84 @@
-"""Files and folders in S3: read through a cache, checked, and written so that half of a folder is never taken for one.
+"""Files and folders in S3: downloaded through a cache, and uploaded so that part of one is never read as the whole.
 
     s3://bucket/prefix/config.json              files of a folder
-    s3://bucket/prefix/mtp_upload.unfinished    while it is written or deleted
+    s3://bucket/prefix/mtp_upload.unfinished    present while the folder is written or deleted
     s3://bucket/prefix/mtp_manifest.json        written last: {"files": {"config.json": {"size": 7, "sha256": ...}}}
 
-A folder with a manifest is what its manifest says, whatever else lies beside it. One that others have put there has
-neither of the two, and is what is there.
+A folder with a manifest consists of the files in it, whatever else lies beside them. A folder that other tools have
+uploaded has neither of the two marks, and consists of all objects below the prefix.
+
+In every function `key` is the recipe's key or the argument that holds the address, for messages, and `address` is
+s3://bucket/prefix. All raise a RecipeError of one line if the address is malformed, or S3 refuses or does not answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
-from mtp_ce.training.storage.objects import Stored, fetch_object, look_up
-from mtp_ce.training.storage.s3 import Address, ChangedError, StorageError, connected, error_code, parse_address
+from mtp_ce.training.storage.cache import cache_folder, exclusive
+from mtp_ce.training.storage.objects import StoredObject, download, look_up
+from mtp_ce.training.storage.s3 import Location, ReadAgainError, StorageError, connected, error_code
 
 MANIFEST = "mtp_manifest.json"
 UNFINISHED = "mtp_upload.unfinished"
 
-# Objects that are loaded at once, one stream each.
-_STREAMS = 8
-
-# How often a folder that changes while it is read is read again.
-_READINGS = 3
+# How often a folder is read that changes meanwhile.
+_READS = 3
 
 
 def fetch_folder(key: str, address: str) -> Path:
-    """Give a folder of the cache with every object below an address, loaded where it is not there yet.
-
-    Args:
-        key: the recipe's key that holds the address, for messages.
-        address: s3://bucket/prefix.
+    """Return a folder of the cache with every object below an address, downloaded where it is not there yet.
 
     Raises:
-        RecipeError: the address is not one, nothing or half an upload is there, an object does not fit the manifest,
-            or S3 refuses or does not answer.
+        RecipeError: also if there is no object or only part of an upload, or an object does not match the manifest.
     """
-    place = parse_address(key, address)
-    with connected(key, address, "read") as client:
-        return _unchanged(lambda: _fetch(client, place, _contents(client, place)))
+    with connected(key, address, "read") as (client, location):
+        return _unchanged(lambda: _fetch(client, location, _contents(client, location)))
 
 
 def fetch_file(key: str, address: str) -> Path:
-    """Give a file of the cache with one object, under its own name.
-
-    Args:
-        key: the recipe's key that holds the address, for messages.
-        address: s3://bucket/path/name.
-
-    Raises:
-        RecipeError: the address is not one, nothing is there, or S3 refuses or does not answer.
-    """
-    place = parse_address(key, address)
-    name = PurePosixPath(place.key).name
-    with connected(key, address, "read") as client:
-        return _unchanged(lambda: _fetch(client, place, {name: look_up(client, place)})) / name
+    """Return a file of the cache with the object at an address, under its own name."""
+    with connected(key, address, "read") as (client, location):
+        name = PurePosixPath(location.key).name
+        return _unchanged(lambda: _fetch(client, location, {name: look_up(client, location)})) / name
 
 
 def check_address(key: str, address: str) -> None:
-    """Look whether an object, or any below an address, is there and may be read; loads nothing.
-
-    Raises:
-        RecipeError: the address is not one, nothing is there, or S3 refuses or does not answer.
-    """
-    place = parse_address(key, address)
-    with connected(key, address, "read") as client:
+    """Check that an object, or any below the address, exists and may be read; download nothing."""
+    with connected(key, address, "read") as (client, location):
         from botocore.exceptions import ClientError
 
         try:
-            look_up(client, place)
+            look_up(client, location)
         except ClientError as error:
-            # Who may not list is told so instead of being told that there is no such object.
+            # S3 answers AccessDenied in place of NoSuchKey to those who may not list.
             if error_code(error) not in ("NoSuchKey", "AccessDenied"):
                 raise
-            found = [item for item in _page(client, place, 10) if not item["Key"].endswith("/")]
-            if not found:
-                raise StorageError("nothing is there, neither an object nor any below it") from None
-            look_up(client, Address(place.bucket, found[0]["Key"]))
+            files = [item for item in _page(client, location, 10) if not item["Key"].endswith("/")]
+            if not files:
+                raise StorageError("there is neither an object of this name nor any below it") from None
+            look_up(client, Location(location.bucket, files[0]["Key"]))
 
 
 def check_writable(key: str, address: str) -> None:
-    """Look whether the bucket of a destination is there and may be listed; writes nothing.
-
-    Raises:
-        RecipeError: the address is not one, there is no such bucket, or S3 refuses or does not answer.
-    """
-    place = parse_address(key, address)
-    with connected(key, address, "written") as client:
-        _page(client, place, 1)
+    """Check that the bucket of a destination exists and may be listed; write nothing."""
+    with connected(key, address, "written") as (client, location):
+        _page(client, location, 1)
 
 
 def check_free(key: str, address: str) -> None:
-    """Look whether a folder can be uploaded to an address: nothing is there but half of an earlier upload.
-
-    Raises:
-        RecipeError: something is there, or as `check_writable`.
-    """
-    place = parse_address(key, address)
-    with connected(key, address, "written") as client:
-        _refuse_taken(client, place)
+    """Check that a folder can be uploaded to an address: nothing is there but part of an earlier upload."""
+    with connected(key, address, "written") as (client, location):
+        _refuse_taken(client, location)
 
 
 def upload_folder(
@@ -122,193 +89,154 @@ def upload_folder(
     stop: threading.Event | None = None,
     parallel: bool = True,
 ) -> None:
-    """Write every file of a folder below an address, and at last the manifest that makes it whole.
+    """Upload every file of a folder below an address, and at last the manifest that makes it complete.
 
     Args:
-        key: the recipe's key or the argument that holds the address, for messages.
-        folder: on this machine; its files stay as they are meanwhile.
-        address: s3://bucket/prefix.
-        overwrite: replaces a folder that is there; it counts as not there from the first byte on.
-        stop: ends the upload early; what is there then has no manifest.
-        parallel: sends the parts of a file at once, in threads that a process waits for at its end.
+        key: see above.
+        folder: on this machine; its files must not change meanwhile.
+        address: see above.
+        overwrite: replace a folder that exists; it is incomplete from the first byte on.
+        stop: ends the upload early, without a manifest.
+        parallel: upload the parts of a file at once, in threads that the interpreter waits for at exit.
 
     Raises:
-        RecipeError: the folder is empty or vanishes, another one is there, or S3 refuses or does not answer.
+        RecipeError: also if the folder is empty or vanishes, or the address is taken.
     """
-    place = parse_address(key, address)
-    with connected(key, address, "written") as client:
-        # Only where it is known that boto3 is there.
-        from boto3.s3.transfer import TransferConfig
-        from botocore.exceptions import ClientError
 
+    def check_stop(_: int) -> None:
+        if stop and stop.is_set():
+            raise StorageError("stopped before its end")
+
+    with connected(key, address, "written") as (client, location):
+        from boto3.s3.transfer import TransferConfig
+
+        bucket, manifest, unfinished = location.bucket, f"{location.key}/{MANIFEST}", f"{location.key}/{UNFINISHED}"
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         names = [name for name in names if name not in (MANIFEST, UNFINISHED)]
         if not names:
             raise StorageError(f"folder {folder} has no files")
         if not overwrite:
-            _refuse_taken(client, place)
-        _put(client, place, UNFINISHED, b"")
+            _refuse_taken(client, location)
+        client.put_object(Bucket=bucket, Key=unfinished, Body=b"")
         if overwrite:
-            client.delete_object(Bucket=place.bucket, Key=f"{place.key}/{MANIFEST}")
-        files: dict[str, dict[str, Any]] = {}
+            client.delete_object(Bucket=bucket, Key=manifest)
+        files = {}
         for name in names:
-            files[name] = _describe(folder / name)
-            client.upload_file(
-                str(folder / name),
-                place.bucket,
-                f"{place.key}/{name}",
-                Config=TransferConfig(use_threads=parallel),
-                Callback=_stopping(stop or threading.Event()),
-            )
-        manifest = json.dumps({"files": files}, indent=1).encode()
-        try:
-            # Of two uploads to one address the second to end is refused, where the server knows conditions.
-            _put(client, place, MANIFEST, manifest, IfNoneMatch="*")
-        except ClientError as error:
-            if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise
-            # One whose answer is lost is put again, and refused because of itself.
-            there = client.get_object(Bucket=place.bucket, Key=f"{place.key}/{MANIFEST}")["Body"].read()
-            if there != manifest:
-                raise StorageError("another upload to this address has ended meanwhile; give each its own") from None
-        client.delete_object(Bucket=place.bucket, Key=f"{place.key}/{UNFINISHED}")
+            path, config = folder / name, TransferConfig(use_threads=parallel)
+            files[name] = _manifest_entry(path)
+            client.upload_file(str(path), bucket, f"{location.key}/{name}", Config=config, Callback=check_stop)
+        _put_manifest(client, bucket, manifest, json.dumps({"files": files}, indent=1).encode())
+        client.delete_object(Bucket=bucket, Key=unfinished)
 
 
 def complete_folders(key: str, address: str) -> list[str]:
-    """Name the folders directly below an address whose upload is complete, the one completed longest ago first.
-
-    Raises:
-        RecipeError: the address is not one, or S3 refuses or does not answer.
-    """
-    place = parse_address(key, address)
-    found: list[tuple[datetime, list[int], str]] = []
-    with connected(key, address, "read") as client:
-        for item in _list(client, place):
-            name, _, inside = item["Key"].removeprefix(f"{place.key}/").partition("/")
+    """Return the names of the complete folders directly below an address, the oldest first."""
+    folders = []
+    with connected(key, address, "read") as (client, location):
+        for item in _list(client, location):
+            name, _, inside = item["Key"].removeprefix(f"{location.key}/").partition("/")
             if inside == MANIFEST:
                 # Times are whole seconds on some servers; step-9 comes before step-10.
-                found.append((item["LastModified"], [int(number) for number in re.findall(r"\d+", name)], name))
-    return [name for *_, name in sorted(found)]
+                folders.append((item["LastModified"], [int(number) for number in re.findall(r"\d+", name)], name))
+    return [name for *_, name in sorted(folders)]
 
 
 def delete_folder(key: str, address: str) -> None:
-    """Delete every object below an address, the manifest first: it counts as not there from the first one on.
-
-    Raises:
-        RecipeError: the address is not one, or S3 refuses or does not answer.
-    """
-    place = parse_address(key, address)
-    with connected(key, address, "deleted") as client:
-        keys = [item["Key"] for item in _list(client, place)]
+    """Delete every object below an address; the manifest is the first, so that what is left is incomplete."""
+    with connected(key, address, "deleted") as (client, location):
+        keys = {item["Key"] for item in _list(client, location)}
         if not keys:
             return
-        _put(client, place, UNFINISHED, b"")
-        first, last = f"{place.key}/{MANIFEST}", f"{place.key}/{UNFINISHED}"
-        for one in [first, *sorted({*keys} - {first, last}), last]:
-            client.delete_object(Bucket=place.bucket, Key=one)
+        first, last = f"{location.key}/{MANIFEST}", f"{location.key}/{UNFINISHED}"
+        client.put_object(Bucket=location.bucket, Key=last, Body=b"")
+        for one in [first, *sorted(keys - {first, last}), last]:
+            client.delete_object(Bucket=location.bucket, Key=one)
 
 
 def _unchanged(read: Callable[[], Path]) -> Path:
-    """Read, and once more from the beginning where something changed meanwhile."""
-    for _ in range(_READINGS - 1):
-        with suppress(ChangedError):
+    """Read, and again from the beginning if something changed meanwhile."""
+    for _ in range(_READS - 1):
+        with suppress(ReadAgainError):
             return read()
     return read()
 
 
-def _page(client: Any, place: Address, most: int) -> list[dict[str, Any]]:
-    answer = client.list_objects_v2(Bucket=place.bucket, Prefix=f"{place.key}/", MaxKeys=most)
-    return list(answer.get("Contents", []))
+def _fetch(client: Any, location: Location, objects: dict[str, StoredObject]) -> Path:
+    """A folder of the cache with these objects, by name."""
+    for name, item in objects.items():
+        inside = PurePosixPath(name)
+        if ".." in inside.parts or inside.is_absolute():
+            raise StorageError(f"it holds '{item.key}', which is outside of its folder")
+    listing = "\n".join(f"{name} {item}" for name, item in sorted(objects.items()))
+    content = f"{client.meta.endpoint_url}\n{location.bucket}\n{listing}"
+    folder = cache_folder() / "s3" / hashlib.sha256(content.encode()).hexdigest()[:32]
+    if not folder.exists():
+        with exclusive(folder):
+            # Another process may have downloaded it while this one waited.
+            if not folder.exists():
+                with whole_folder(folder) as aside:
+                    download(client, location.bucket, objects, aside)
+    return folder
 
 
-def _list(client: Any, place: Address) -> list[dict[str, Any]]:
-    """Every object below an address, without those that stand for an empty folder."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=place.bucket, Prefix=f"{place.key}/")
-    return [item for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
-
-
-def _contents(client: Any, place: Address) -> dict[str, Stored]:
-    """The objects of a folder by their names in it."""
+def _contents(client: Any, location: Location) -> dict[str, StoredObject]:
+    """The objects of a folder, by their names in it."""
     listed = {
-        item["Key"].removeprefix(f"{place.key}/"): Stored(item["Key"], item["ETag"], item["Size"])
-        for item in _list(client, place)
+        item["Key"].removeprefix(f"{location.key}/"): StoredObject(item["Key"], item["ETag"], item["Size"])
+        for item in _list(client, location)
     }
     if not listed:
         raise StorageError("it has no objects below it")
     if MANIFEST not in listed:
         if UNFINISHED in listed:
-            raise StorageError("its upload has not come to its end; upload it again")
+            raise StorageError("its upload is incomplete; upload it again")
         return listed
-    written = fetch_object(client, place.bucket, listed[MANIFEST], threading.Event()).read_text(encoding="utf-8")
+    manifest = (_fetch(client, location, {MANIFEST: listed[MANIFEST]}) / MANIFEST).read_bytes()
     try:
-        files = {name: (int(file["size"]), str(file["sha256"])) for name, file in json.loads(written)["files"].items()}
+        files = {name: (int(file["size"]), str(file["sha256"])) for name, file in json.loads(manifest)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(f"its {MANIFEST} is damaged; upload it again") from None
-    whole: dict[str, Stored] = {}
-    for name, (size, sha256) in files.items():
+    for name, (size, _) in files.items():
         if name not in listed:
-            raise StorageError(f"'{name}' is not there, but in its manifest; upload it again")
+            raise StorageError(f"'{name}' is in its manifest but not in the bucket; upload it again")
         if listed[name].size != size:
             raise StorageError(
                 f"'{name}' has {listed[name].size:,} bytes and {size:,} in its manifest; upload it again"
             )
-        whole[name] = replace(listed[name], sha256=sha256)
-    return whole
+    return {name: replace(listed[name], sha256=sha256) for name, (_, sha256) in files.items()}
 
 
-def _fetch(client: Any, place: Address, items: dict[str, Stored]) -> Path:
-    """A folder of the cache with these objects, by name."""
-    for name in items:
-        inside = PurePosixPath(name)
-        if ".." in inside.parts or inside.is_absolute():
-            raise StorageError(f"it holds '{items[name].key}', which leads out of its folder")
-    listing = "\n".join(f"{name} {item}" for name, item in sorted(items.items()))
-    content = f"{client.meta.endpoint_url}\n{place.bucket}\n{listing}"
-    folder = cache_folder() / "s3" / hashlib.sha256(content.encode()).hexdigest()[:32]
-    if folder.exists():
-        return folder
-    stop = threading.Event()
-    with ThreadPoolExecutor(_STREAMS) as streams:
-        try:
-            loading = [streams.submit(fetch_object, client, place.bucket, item, stop) for item in items.values()]
-            loaded = [one.result() for one in loading]
-        except BaseException:
-            stop.set()
-            streams.shutdown(wait=False, cancel_futures=True)
-            raise
-    try:
-        with whole_folder(folder) as aside:
-            for name, file in zip(items, loaded, strict=True):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                # A second name of the same file: folders that share an object share its room.
-                os.link(file, aside / name)
-    except FileExistsError:
-        if not folder.exists():
-            raise
-        # Another process fetched the same objects meanwhile.
-    return folder
+def _page(client: Any, location: Location, most: int) -> list[dict[str, Any]]:
+    response = client.list_objects_v2(Bucket=location.bucket, Prefix=f"{location.key}/", MaxKeys=most)
+    return list(response.get("Contents", []))
 
 
-def _refuse_taken(client: Any, place: Address) -> None:
-    names = {item["Key"].removeprefix(f"{place.key}/") for item in _list(client, place)}
+def _list(client: Any, location: Location) -> list[dict[str, Any]]:
+    """Every object below an address, except those that stand for an empty folder."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=location.bucket, Prefix=f"{location.key}/")
+    return [item for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
+
+
+def _refuse_taken(client: Any, location: Location) -> None:
+    names = {item["Key"].removeprefix(f"{location.key}/") for item in _list(client, location)}
     if MANIFEST in names or (names and UNFINISHED not in names):
-        raise StorageError("something is there already, and left alone; name another place")
+        raise StorageError("there are objects at this address already; name another one")
 
 
-def _put(client: Any, place: Address, name: str, body: bytes, **conditions: str) -> None:
-    client.put_object(Bucket=place.bucket, Key=f"{place.key}/{name}", Body=body, **conditions)
+def _put_manifest(client: Any, bucket: str, key: str, manifest: bytes) -> None:
+    """Put the manifest; of two uploads to one address the second to end is refused, if the server knows conditions."""
+    from botocore.exceptions import ClientError
+
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=manifest, IfNoneMatch="*")
+    except ClientError as error:
+        if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise
+        # A retry after a lost response is refused because of the first attempt.
+        if client.get_object(Bucket=bucket, Key=key)["Body"].read() != manifest:
+            raise StorageError("another upload to this address has ended meanwhile; give each its own") from None
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _stopping(stop: threading.Event) -> Callable[[int], None]:
-    """What the transfer calls after some bytes; an error in it ends the transfer."""
-
-    def sent(_: int) -> None:
-        if stop.is_set():
-            raise StorageError("stopped before its end")
-
-    return sent
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

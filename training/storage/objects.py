@@ -1,47 +1,40 @@
-"""Objects of S3 in the cache: each is loaded once, and a body that was cut off goes on where it ended.
+"""Download of objects into the cache, each once, by boto3's own transfer.
 
-    cache/s3/objects/<hash of endpoint, bucket, key, ETag>         whole objects
-    cache/s3/objects/<the same>.part                               what has come of one
+    cache/s3/objects/<hash of endpoint, bucket, key, ETag, SHA-256>
 
-An object that changes has another ETag, hence another file here. The rest of a body is asked for by Range under
-If-Match with the ETag of its beginning, so that no file is made of two.
+s3transfer downloads in parts and retries each; every request has If-Match, so that no file mixes two versions of an
+object. A file enters the cache once its size and its checksum are verified. An object that changes gets another ETag,
+hence another file.
 """
 
 from __future__ import annotations
 
-import base64
-import fcntl
 import hashlib
 import os
 import threading
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from mtp_ce.training.storage.cache import cache_folder
-from mtp_ce.training.storage.s3 import Address, ChangedError, StorageError, error_code
+from mtp_ce.training.storage.s3 import Location, ReadAgainError, StorageError, error_code
 
-_CHUNK = 1 << 20
-
-# Broken connections in a row without a byte in between; the pauses between them add up to 12 seconds.
-_FRUITLESS = 6
-_FIRST_PAUSE_S = 0.4
-
-# IfMatch refused, and what a HEAD says of it, whose answer has no body.
+# If-Match failed, or the object is gone; a response to HEAD has no body, hence no other code than its status.
 _CHANGED = {"PreconditionFailed", "412", "NoSuchKey", "404"}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredObject:
     """An object as S3 lists it.
 
     Attributes:
-        key: its whole key.
+        key: its full key.
         etag: changes with its content.
         size: in bytes.
-        sha256: of its content, where a manifest says it.
+        sha256: of its content, if a manifest names it.
     """
 
     key: str
@@ -50,121 +43,135 @@ class Stored:
     sha256: str | None = None
 
 
-def look_up(client: Any, place: Address) -> Stored:
-    """Ask for one object, and read a byte of it; a HEAD would not say why it is refused."""
+def look_up(client: Any, location: Location) -> StoredObject:
+    """Return an object's ETag and size, from a read of its first byte: a HEAD does not explain a refusal."""
     from botocore.exceptions import ClientError
 
     try:
-        given = client.get_object(Bucket=place.bucket, Key=place.key, Range="bytes=0-0")
+        response = client.get_object(Bucket=location.bucket, Key=location.key, Range="bytes=0-0")
     except ClientError as error:
         if error_code(error) != "InvalidRange":
             raise
-        # An empty one has no first byte.
-        given = client.get_object(Bucket=place.bucket, Key=place.key)
-    given["Body"].close()
-    size = given["ContentRange"].rpartition("/")[2] if "ContentRange" in given else given["ContentLength"]
-    return Stored(place.key, given["ETag"], int(size))
+        # An empty object has no first byte.
+        response = client.get_object(Bucket=location.bucket, Key=location.key)
+    response["Body"].close()
+    size = response["ContentRange"].rpartition("/")[2] if "ContentRange" in response else response["ContentLength"]
+    return StoredObject(location.key, response["ETag"], int(size))
 
 
-def fetch_object(client: Any, bucket: str, item: Stored, stop: threading.Event) -> Path:
-    """Give the file in the cache that an object is in, loaded or loaded to its end where it is not whole.
-
-    Args:
-        client: of S3.
-        bucket: the object's.
-        item: the object.
-        stop: ends the loading early; what has come stays for the next time.
+def download(client: Any, bucket: str, objects: dict[str, StoredObject], folder: Path) -> None:
+    """Write objects into a folder under their names, from the cache or from S3.
 
     Raises:
-        ChangedError: it is another object than `item` says.
-        StorageError: it does not have the content that it should have.
+        ReadAgainError: an object is no longer the one listed, or its body came damaged.
+        StorageError: an object does not have the listed size or the manifest's content.
     """
-    name = "\n".join((client.meta.endpoint_url, bucket, item.key, item.etag, item.sha256 or ""))
-    whole = cache_folder() / "s3" / "objects" / hashlib.sha256(name.encode()).hexdigest()[:32]
-    part = whole.with_suffix(".part")
-    if whole.exists():
-        return whole
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("a+b") as file:
-        # Another process may be loading it: wait for that one, and look again.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if whole.exists():
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(file.fileno())):
-                part.unlink()
-            return whole
-        if file.seek(0, os.SEEK_END) > item.size:
-            file.truncate(0)
-        resumed = _load(client, bucket, item, file, stop)
-        file.flush()
-        try:
-            _verify(client, bucket, item, file, resumed)
-        except StorageError:
-            file.truncate(0)
+    cache = cache_folder() / "s3" / "objects"
+    cache.mkdir(parents=True, exist_ok=True)
+    downloads: list[_Download] = []
+    done: SimpleQueue[tuple[_Download, Any]] = SimpleQueue()
+    for name, item in objects.items():
+        version = "\n".join((client.meta.endpoint_url, bucket, item.key, item.etag, item.sha256 or ""))
+        cached = cache / hashlib.sha256(version.encode()).hexdigest()[:32]
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if cached.exists():
+            os.link(cached, file)
+        else:
+            downloads.append(_Download(item, file, cached, done))
+    with _transfers(client) as transfers:
+        for one in downloads:
+            transfers.download(bucket, one.item.key, str(one.file), {"IfMatch": one.item.etag}, [one])
+        for _ in downloads:
+            one, transfer = done.get()
+            with _translated(one.item):
+                transfer.result()
+                in_parts = one.item.size >= transfers.config.multipart_threshold
+                _verify(client, bucket, one.item, one.file, in_parts)
+            # Another process may have downloaded the same object for another folder.
+            with suppress(FileExistsError):
+                os.link(one.file, one.cached)
+
+
+@dataclass(frozen=True)
+class _Download:
+    """One object on its way into a file, as a subscriber of s3transfer."""
+
+    item: StoredObject
+    file: Path
+    cached: Path
+    done: SimpleQueue[tuple[_Download, Any]]
+
+    def on_queued(self, future: Any, **_: Any) -> None:
+        # Otherwise every download begins with a HEAD.
+        future.meta.provide_transfer_size(self.item.size)
+        future.meta.provide_object_etag(self.item.etag)
+
+    def on_done(self, future: Any, **_: Any) -> None:
+        self.done.put((self, future))
+
+
+@contextmanager
+def _transfers(client: Any) -> Iterator[Any]:
+    """Yield a transfer manager; after an error or an interrupt in the block it sends no more requests."""
+    from boto3.s3.transfer import TransferConfig
+    from s3transfer.manager import TransferManager
+
+    ended = threading.Event()
+
+    def refuse(**_: Any) -> None:
+        # s3transfer ends a cancelled transfer between two reads, but first retries one whose server is silent.
+        if ended.is_set():
+            raise StorageError("the transfer was cancelled")
+
+    client.meta.events.register("before-send.s3", refuse)
+    try:
+        with TransferManager(client, TransferConfig()) as manager:
+            # s3transfer itself makes parts conditional, but not an object in one request.
+            manager.ALLOWED_DOWNLOAD_ARGS = [*manager.ALLOWED_DOWNLOAD_ARGS, "IfMatch"]
+            try:
+                yield manager
+            except BaseException:
+                ended.set()
+                raise
+    finally:
+        client.meta.events.unregister("before-send.s3", refuse)
+
+
+@contextmanager
+def _translated(item: StoredObject) -> Iterator[None]:
+    """Translate the errors of s3transfer into those that `connected` reports."""
+    from botocore.exceptions import ClientError, FlexibleChecksumError
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+
+    try:
+        yield
+    except RetriesExceededError as error:
+        raise error.last_exception from None
+    except FlexibleChecksumError:
+        raise ReadAgainError(f"'{item.key}' does not match its checksum; try again") from None
+    except (ClientError, S3DownloadFailedError) as error:
+        # s3transfer raises the latter where If-Match fails.
+        if isinstance(error, ClientError) and error_code(error) not in _CHANGED:
             raise
-        part.rename(whole)
-    return whole
+        raise ReadAgainError(f"'{item.key}' changes while it is read; try again") from None
 
 
-def _load(client: Any, bucket: str, item: Stored, file: BufferedRandom, stop: threading.Event) -> bool:
-    """Append to a file what it lacks; says whether the body came in more than one piece."""
-    from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError, IncompleteReadError
-    from botocore.exceptions import ConnectionError as NoConnectionError
+def _verify(client: Any, bucket: str, item: StoredObject, path: Path, in_parts: bool) -> None:
+    from botocore.httpchecksum import Crc32Checksum, Sha1Checksum, Sha256Checksum
 
-    fruitless = pieces = 0
-    resumed = False
-    while (have := file.seek(0, os.SEEK_END)) < item.size or not pieces:
-        pieces += 1
-        problem: Exception | None = None
-        try:
-            rest = {"Range": f"bytes={have}-"} if have else {}
-            given = client.get_object(Bucket=bucket, Key=item.key, IfMatch=item.etag, **rest)
-            if have and "ContentRange" not in given:
-                # A server that knows no ranges sends everything again.
-                file.truncate(0)
-            resumed = resumed or bool(have)
-            for chunk in given["Body"].iter_chunks(_CHUNK):
-                file.write(chunk)
-                if stop.is_set():
-                    raise StorageError("stopped")
-        except ClientError as error:
-            if error_code(error) in _CHANGED:
-                raise ChangedError(f"'{item.key}' changes while it is read; try again") from None
-            raise
-        except FlexibleChecksumError as error:
-            file.truncate(0)
-            problem = error
-        except (HTTPClientError, NoConnectionError, IncompleteReadError) as error:
-            problem = error
-        fruitless = 0 if file.seek(0, os.SEEK_END) > have else fruitless + 1
-        if fruitless == _FRUITLESS:
-            raise problem or StorageError(f"'{item.key}' ends after {have:,} of {item.size:,} bytes")
-        if problem and stop.wait(_FIRST_PAUSE_S * 2 ** (fruitless - 1) if fruitless else 0):
-            raise StorageError("stopped")
-    return resumed
-
-
-def _verify(client: Any, bucket: str, item: Stored, file: BufferedRandom, resumed: bool) -> None:
-    if (size := file.seek(0, os.SEEK_END)) != item.size:
-        raise StorageError(f"'{item.key}' came with {size:,} bytes and should have {item.size:,}")
-    file.seek(0)
-    if item.sha256 is not None:
-        if hashlib.file_digest(file, "sha256").hexdigest() != item.sha256:
-            raise StorageError(f"'{item.key}' has another content than its manifest says; upload it again")
-    # botocore compares the checksum of a body that comes as a whole; nobody does for one in pieces.
-    elif resumed and client.meta.config.response_checksum_validation == "when_supported":
-        head = client.head_object(Bucket=bucket, Key=item.key, IfMatch=item.etag, ChecksumMode="ENABLED")
-        for algorithm in ("CRC32", "SHA1", "SHA256"):
-            expected = head.get(f"Checksum{algorithm}")
-            # A dash is followed by a number of parts: a checksum of their checksums.
-            if expected and "-" not in expected and _checksum(file, algorithm) != expected:
-                raise StorageError(f"'{item.key}' does not fit its {algorithm} checksum; try again")
-
-
-def _checksum(file: BufferedRandom, algorithm: str) -> str:
-    file.seek(0)
-    if algorithm != "CRC32":
-        return base64.b64encode(hashlib.file_digest(file, algorithm.lower()).digest()).decode()
-    crc = 0
-    while chunk := file.read(_CHUNK):
-        crc = zlib.crc32(chunk, crc)
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) != item.size:
+            raise StorageError(f"'{item.key}' has {size:,} bytes and should have {item.size:,}")
+        if item.sha256 is not None:
+            if hashlib.file_digest(file, "sha256").hexdigest() != item.sha256:
+                raise StorageError(f"'{item.key}' has other content than its manifest says; upload it again")
+        # botocore verifies the checksum of a response with the whole object; nobody verifies that of one in parts.
+        elif in_parts and client.meta.config.response_checksum_validation == "when_supported":
+            head = client.head_object(Bucket=bucket, Key=item.key, IfMatch=item.etag, ChecksumMode="ENABLED")
+            algorithms = {"CRC32": Crc32Checksum, "SHA1": Sha1Checksum, "SHA256": Sha256Checksum}
+            for name, algorithm in algorithms.items():
+                expected = head.get(f"Checksum{name}")
+                # With a dash it is the checksum of the checksums of the uploaded parts.
+                if expected and "-" not in expected and algorithm().handle(file) != expected:
+                    raise ReadAgainError(f"'{item.key}' does not match its checksum; try again")
