@@ -125,7 +125,7 @@ def train_critic(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         critic = build_critic(recipe, tokenizer.eos_token_id, pretrained)
-    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    # transformers wraps its own `to` in a way that hides `self` from type checkers.
     critic = nn.Module.to(critic, device)
     optimizer = build_optimizer(critic, optimizer_config)
     schedule = build_schedule(optimizer, optimizer_config, train.steps)
@@ -133,8 +133,8 @@ def train_critic(
 
     def micro_batches(pairs: Sequence[Pair]) -> list[PairRows]:
         size = train.micro_batch_size or train.batch_size
-        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        return [PairRows.of(part, tokenizer.eos_token_id, device) for part in parts]
+        starts = range(0, len(pairs), size)
+        return [PairRows.of(pairs[start : start + size], tokenizer.eos_token_id, device) for start in starts]
 
     critic.train()
     window = _Window()

@@ -169,98 +169,97 @@ def step_memory(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
 ) -> tuple[Memory, LossBytes]:
-    """Say what one rank holds.
+    """Return the bytes that one rank holds in a training step, and those of the loss on each path.
 
     Args:
         model: on the meta device.
-        scoring: models that only score, likewise.
-        rows: of a micro-batch on this rank.
+        scoring: frozen scoring models, on the meta device.
+        rows: rows of a micro-batch on this rank.
         row_length: S.
-        device: where it would compute.
-        ranks: over how many the model is sharded.
+        device: device of the computation.
+        ranks: number of ranks over which the model is sharded.
         dtype: of forward and backward.
-        offload: whether the rank's part of the model waits in main memory.
+        offload: whether shards are kept in main memory.
     """
     sizes = compute_module_sizes(model)
-    learning: nn.Module = model if model.trunk == "joint" else model.heads
-    gradients = _bytes(x for x in learning.parameters() if x.requires_grad)
-    own = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
-    own = {name: -(-size // ranks) for name, size in own.items()}
+    trained: nn.Module = model if model.trunk == "joint" else model.heads
+    gradients = _bytes(x for x in trained.parameters() if x.requires_grad)
+    full = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
+    shards = {name: -(-size // ranks) for name, size in full.items()}
     loss = loss_bytes(model, rows, row_length, device, dtype)
-    # One rank is a group of its own where parameters are cast or moved before they compute.
+    # FSDP also gathers on a single rank, where parameters are cast or copied before the computation.
     grouped = ranks > 1 or offload or dtype != torch.float32
     return Memory(
-        **(dict.fromkeys(own, 0) | {"offloaded": sum(own.values())} if offload else own),
+        **(dict.fromkeys(shards, 0) | {"offloaded": sum(shards.values())} if offload else shards),
         gathered=_gathered(model, sizes[""]) * dtype.itemsize // 4 if grouped else 0,
-        scoring=sum(_scoring_bytes(part, ranks) for part in scoring),
-        activations=kept_for_backward(model, rows, row_length, device, dtype),
+        scoring=sum(_scoring_bytes(frozen, ranks) for frozen in scoring),
+        activations=saved_for_backward(model, rows, row_length, device, dtype),
         loss=loss.linear if model.loss == "linear" else loss.logits,
     ), loss
 
 
 def _scoring_bytes(model: PreTrainedModel, ranks: int) -> int:
-    """A model that only scores is sharded, too, but for its output layer; two layers of it are whole at a time."""
-    whole = compute_module_sizes(model)[""]
+    """Bytes of a frozen scoring model: sharded except for its output layer, with two layers gathered at a time."""
+    full = compute_module_sizes(model)[""]
     if ranks == 1:
-        return int(whole)
+        return int(full)
     layers = sum(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
     return (
         -(-layers // ranks)
         + 2 * max(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
-        + (whole - layers)
+        + (full - layers)
     )
 
 
-def _gathered(model: MTPWrapper, whole: int) -> int:
-    """Bytes of the groups that are whole on a rank: the root's all along, a layer in work and the next one.
+def _gathered(model: MTPWrapper, full: int) -> int:
+    """Bytes of the FSDP groups gathered at a time: the root throughout, the current layer and the prefetched one.
 
-    Their gradients are whole, too, until they are dealt out: the root's and those of the layer in work.
+    Gradients of the root and of the current layer are also full-size until they are reduced and scattered.
     """
     layers = [*decoder_layers(model.causal)[0], *model.heads.decoder_layers]
     sizes = [compute_module_sizes(layer)[""] for layer in layers]
-    root, largest = whole - sum(sizes), max(sizes)
-    learns = model.trunk == "joint"
-    return int(root + 2 * largest + (root + largest if learns else 0))
+    root, largest = full - sum(sizes), max(sizes)
+    return int(root + 2 * largest + (root + largest if model.trunk == "joint" else 0))
 
 
 def loss_bytes(
     model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> LossBytes:
-    """Say what the loss of a micro-batch of `rows` rows of `row_length` tokens holds, on each of the paths."""
+    """Return the bytes of the loss for a micro-batch of `rows` rows of `row_length` tokens, on each path."""
     (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
     N = rows * row_length * model.heads.output_count
     d_hidden = N * D * item
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
-    # A CPU makes the product of half types into fp32 sums from a copy.
+    # On a CPU, products of half types accumulate in fp32 from a copy.
     wide = 4 if device.type == "cpu" and item < 4 else 0
     chunk = rows_at_once(N, _chunk_rows(None, V * item, device), device)
-    # A CPU gathers the rows that are live.
+    # The CPU path gathers the valid rows.
     gathered = N * D * item if device.type == "cpu" else 0
-    whole = N * V * item
+    logits = N * V * item
     return LossBytes(
         linear=min(chunk, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
-        logits=whole + d_hidden + d_unembed,
+        logits=logits + d_hidden + d_unembed,
         eager=N * V * 4 + 2 * rows * row_length * V * 4,
         chunk_rows=min(chunk, N),
     )
 
 
-def kept_for_backward(
+def saved_for_backward(
     model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> int:
     """Return the bytes that autograd saves for one micro-batch, parameters excluded, by a forward on fake tensors.
 
     Args:
         model: on the meta device.
-        rows: of the micro-batch.
+        rows: rows of the micro-batch.
         row_length: S.
         device: device of the fake tensors; operators save different tensors on different devices.
         dtype: of forward and backward, to which parameters are cast.
     """
-    # What the loss keeps is said by `loss_bytes`; the linear path keeps nothing that autograd sees.
+    # `loss_bytes` counts the loss; its linear path saves nothing through autograd.
     chosen, model.loss = model.loss, "linear"
     with FakeTensorMode():
-        own = {
+        fake = {
             name: torch.empty(
                 x.shape, dtype=dtype if isinstance(x, nn.Parameter) else x.dtype, device=device
             ).requires_grad_(x.requires_grad)
@@ -269,23 +268,23 @@ def kept_for_backward(
         tokens = torch.zeros(rows, row_length, dtype=torch.int64, device=device)
         batch = {"position_ids": tokens, "labels": tokens, "document_ids": tokens, "return_stats": True}
         batch["num_items_in_batch"] = torch.ones((), device=device)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
+        def save(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(model, own, (tokens,), batch)
+        with saved_tensors_hooks(save, lambda tensor: tensor):
+            torch.func.functional_call(model, fake, (tokens,), batch)
         model.loss = chosen
-        return storage_bytes(kept, own.values())
+        return storage_bytes(saved, fake.values())
 
 
 def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
     """Return the bytes of the storages of tensors, each counted once, without those shared with others."""
-    aside = {x.untyped_storage()._cdata for x in without}
-    pieces = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    return sum(size for piece, size in pieces.items() if piece not in aside)
+    excluded = {x.untyped_storage()._cdata for x in without}
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(size for storage, size in storages.items() if storage not in excluded)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

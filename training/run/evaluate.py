@@ -42,7 +42,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
     transformers_logging.disable_progress_bar()
     out = out or Console()
     inputs = read_held_out(recipe, source, out)
-    model = load_checkpoint(source, inputs.given["CHECKPOINT"])
+    model = load_checkpoint(source, inputs.model_folders["CHECKPOINT"])
     # transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device).eval()
     say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
