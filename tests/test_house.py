@@ -37,7 +37,7 @@ ARROWS = {
         "metrics": {"data"},
         "models": {"storage", "config", "errors"},
         "data": {"storage", "config", "errors"},
-        "tracking": {"config", "interrupt", "errors"},
+        "tracking": {"config", "errors"},
         "config": {"storage", "errors"},
         "storage": {"errors"},
         "interrupt": {"errors"},

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: lines, warnings, and a bar that moves."""
+"""Terminal output of a running command: lines, warnings, and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Display:
     """The progress of a run.
 
-    On a terminal, one line that is redrawn. Elsewhere (a file, a pipe, a CI log), one line each time
-    metrics arrive, which stays readable because nothing is redrawn.
+    On a terminal, a progress bar. Elsewhere (a file, a pipe, a CI log), one line per logged step, because nothing can
+    be redrawn there.
 
     Args:
         console: where to write.
-        steps: how many steps the run has.
-        done: how many of them an earlier process has done.
+        steps: number of steps of the run.
+        done: number of steps done by earlier processes.
     """
 
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
@@ -48,19 +48,21 @@ class Display:
         self._bar.advance(self._task)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the newest metrics of a model or of a critic, of training or of validation."""
+        """Show metrics of training or validation, of a model or a critic."""
         if "train/loss" in metrics:
             loss, rate = metrics["train/loss"], metrics["perf/tokens_per_s"]
             numbers = f"loss {loss:.3f}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
         elif "critic/loss" in metrics:
             numbers = f"loss {metrics['critic/loss']:.3f}  {metrics['critic/accuracy']:.1%} of pairs in order"
         else:
-            found = f"{_heads(metrics, 'val')} nats"
+            result = f"{_heads(metrics, 'val')} nats"
             if "critic/val_loss" in metrics:
-                found = f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
-            self._line(f"step {step:>5}  validation  {found}")
+                result = (
+                    f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
+                )
+            self._line(f"step {step:>5}  validation  {result}")
             if self._done == self._before:
-                # What came before the first step says nothing about how long steps take.
+                # A validation before the first step does not count towards the time per step.
                 self._started = time.monotonic()
             return
         if self._console.is_terminal:
@@ -75,7 +77,7 @@ class Display:
         warn(self._console, message)
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Start drawing."""
         self._started = time.monotonic()
         self._bar.start()
         return self
@@ -83,7 +85,7 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leave the last state on the screen."""
+        """Stop drawing; the last state stays on the screen."""
         self._bar.stop()
 
     def _line(self, text: str) -> None:
@@ -91,12 +93,12 @@ class Display:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is, however long."""
+    """Print one line without wrapping, highlighting or markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def warn(console: Console, message: str) -> None:
-    """Print a warning; above the bar where one is shown."""
+    """Print a warning, above the progress bar if there is one."""
     console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -12,7 +12,7 @@ from mtp_ce.training.errors import RecipeError
 
 SURPRISE = '''
 from mtp_ce import normalize_weights
-from mtp_ce.scorers.next_token import NextToken
+from mtp_ce.next_token import NextToken
 from mtp_ce.training.config.scorers.options import ScoreConfig
 
 

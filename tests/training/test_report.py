@@ -11,7 +11,7 @@ from mtp_ce.training.console import Display
 from mtp_ce.training.metrics.decoding import DecodingResult
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import HeadResult
-from mtp_ce.training.report.evaluation import say_evaluation
+from mtp_ce.training.report.evaluation import print_evaluation
 
 METRICS = {
     "train/loss": 4.5,
@@ -60,20 +60,20 @@ def head(ce: float, agrees: float | None) -> HeadResult:
 def table(evaluation: Evaluation) -> tuple[str, list[list[str]]]:
     """What is printed on 80 columns: the whole text, and its lines in words."""
     file = StringIO()
-    say_evaluation(Console(file=file, width=80), evaluation)
+    print_evaluation(Console(file=file, width=80), evaluation)
     return file.getvalue(), [line.split() for line in file.getvalue().splitlines()]
 
 
 def test_the_table_numbers_heads_from_0_and_puts_the_unigram_entropy_beside_them():
     text, rows = table(Evaluation([head(1.0, 1.0), head(2.0, 0.25)], unigram=6.5))
-    assert ["head", "CE", "unigram", "perplexity", "top-1", "top-5", "agrees"] in rows
+    assert ["head", "CE", "unigram", "perplexity", "top-1", "top-5", "agree"] in rows
     assert ["0", "(+1)", "1.000", "6.500", "2.7", "50.0%", "75.0%"] in rows
     assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%", "25.0%"] in rows
     assert "held-out text: 1,200 tokens" in text
     assert "1.25 tokens per forward" in text
 
 
-def test_the_table_of_a_trained_model_shows_where_it_began_and_what_decoding_kept():
+def test_the_table_of_a_trained_model_shows_the_values_before_and_the_acceptance():
     found = Speculation(forwards=60, rounds=58, tokens=80, offered=[50, 20], kept=[20, 2])
     decoding = DecodingResult(
         prompts=2, prompt_tokens=16, identical=2, speculation=found, plain_seconds=3.0, speculative_seconds=2.0
@@ -84,7 +84,7 @@ def test_the_table_of_a_trained_model_shows_where_it_began_and_what_decoding_kep
     assert ["1", "(+2)", "9.000", "2.000", "6.500", "7.4", "50.0%", "75.0%", "50.0%", "40.0%"] in rows
     assert ["2", "(+3)", "9.500", "3.000", "6.500", "20.1", "50.0%", "75.0%", "25.0%", "4.0%"] in rows
     assert "80 new tokens: 1.33 tokens per forward (acceptance length 1.38), 1.50 times the speed" in text
-    assert "the same text for 2 of 2" in text
+    assert "identical text for 2 of 2 prompts" in text
 
 
 def test_heads_that_can_not_draft_have_no_agreement():

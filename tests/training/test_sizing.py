@@ -19,8 +19,8 @@ from mtp_ce.next_token import NextToken
 from mtp_ce.training.models.build import checkpoint_activations
 from mtp_ce.training.models.sizing import (
     forward_products,
-    kept_for_backward,
     loss_bytes,
+    saved_for_backward,
     step_memory,
     step_products,
     storage_bytes,
@@ -93,7 +93,7 @@ def test_the_products_of_a_scoring_model_are_those_that_torch_counts():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name):
+def test_what_is_saved_for_backward_is_what_a_real_step_keeps(name):
     model = MTPWrapper(llama(), **MODELS[name])
     kept: list[torch.Tensor] = []
 
@@ -104,13 +104,13 @@ def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name):
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**batch(), return_stats=True)
     real = storage_bytes(kept, [*model.parameters(), *model.buffers()])
-    assert kept_for_backward(on_meta(**MODELS[name]), B, S, CPU) == pytest.approx(real, rel=0.02)
+    assert saved_for_backward(on_meta(**MODELS[name]), B, S, CPU) == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["residual", "layer"])
 def test_half_precision_and_checkpointed_layers_keep_what_a_real_step_keeps(name):
     real, meta = MTPWrapper(llama(), **MODELS[name]), on_meta(**MODELS[name])
-    whole = kept_for_backward(meta, B, S, CPU)
+    whole = saved_for_backward(meta, B, S, CPU)
     for model in (real, meta):
         checkpoint_activations(model)
     real.to(torch.bfloat16)
@@ -125,7 +125,7 @@ def test_half_precision_and_checkpointed_layers_keep_what_a_real_step_keeps(name
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         real(**batch(), return_stats=True)
     expected = storage_bytes(kept, [*real.parameters(), *real.buffers()])
-    found = kept_for_backward(meta, B, S, CPU, torch.bfloat16)
+    found = saved_for_backward(meta, B, S, CPU, torch.bfloat16)
     assert found == pytest.approx(expected, rel=0.02)
     assert found < whole / 4
 
@@ -168,7 +168,7 @@ def test_the_bytes_of_the_loss_are_those_that_it_holds(dtype):
     V, H, rows, length = 16384, 3, 2, 512
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(**{**llama().config.to_dict(), "vocab_size": V})), H)
     expected = loss_bytes(model, rows, length, CPU, dtype)
-    assert expected.slab_rows < rows * length * H
+    assert expected.chunk_rows < rows * length * H
     hidden = [torch.randn(rows, length, D, dtype=dtype, requires_grad=True) for _ in range(H)]
     unembed = torch.randn(V, D, dtype=dtype, requires_grad=True)
     labels = torch.randint(V, (rows, length))

@@ -65,7 +65,7 @@ def test_a_reference_in_s3_is_fetched_once(reference, rho1, bucket, tmp_path, mo
     upload(bucket, reference, "some/reference")
     recipe = rho1(["reference.source=s3://models/some/reference"])
     find_sources(recipe)
-    folder = read_inputs(recipe, QUIET).given["reference.source"]
+    folder = read_inputs(recipe, QUIET).model_folders["reference.source"]
     assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
     assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     written = (folder / "model.safetensors").stat().st_mtime_ns

@@ -18,7 +18,7 @@ from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.run import pipeline, stages
 from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
-from mtp_ce.training.run.stage_cache import keep_stage, kept_stage, stage_key
+from mtp_ce.training.run.stage_cache import cached_stage, stage_key, store_stage
 from mtp_ce.training.run.stages import documents_of, reference_recipe
 
 
@@ -148,11 +148,11 @@ def test_a_kept_folder_is_a_copy_and_the_first_one_wins(tmp_path, empty_cache):
     for text in ("first", "second"):
         (tmp_path / text).mkdir()
         (tmp_path / text / "file.txt").write_text(text)
-        kept = keep_stage("critic", "some-key", tmp_path / text)
-    assert kept == kept_stage("critic", "some-key")
+        kept = store_stage("critic", "some-key", tmp_path / text)
+    assert kept == cached_stage("critic", "some-key")
     assert (kept / "file.txt").read_text() == "first"
-    assert kept_stage("critic", "other-key") is None
-    assert kept_stage("reference", "some-key") is None
+    assert cached_stage("critic", "other-key") is None
+    assert cached_stage("reference", "some-key") is None
 
 
 def test_a_reference_learns_from_documented_files_alone(rho1, corpus_folder, tmp_path):
@@ -264,7 +264,7 @@ def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho
     assert found["alive"] == [None] * 4
     warnings = [line for line in printed.splitlines() if "OutOfMemoryError" in line]
     assert len(warnings) == 1
-    assert "ended in OutOfMemoryError: CUDA out of memory. The model is saved, and eval-mtp" in warnings[0]
+    assert "failed with OutOfMemoryError: CUDA out of memory. The model is saved; eval-mtp" in warnings[0]
     said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert said["decoding"] is None
     assert said["heads"][0]["ce"] > 0

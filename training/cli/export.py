@@ -1,7 +1,7 @@
 """`export-mtp`: write a part of a trained checkpoint as a folder that other programs load.
 
-The parts are the layouts of mtp_ce/serving/layouts.py, each described in its own file. Mistakes that can be seen
-without the model are reported before torch is loaded, as by `train-mtp`: one line on stderr, exit code 2.
+The parts are the layouts of mtp_ce/serving/layouts.py, each described in its own file. As in `train-mtp`, errors that
+need no model to detect are reported before torch is loaded: one line on stderr, exit code 2.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class DataConfig(Group):
     )
     reader: str | None = Field(
         default=None,
-        description="a reader of your own for corpus and validation_corpus, as package.module:Class; null: selected by "
-        "the address",
+        description="your own reader for corpus and validation_corpus, as package.module:Class; null: selected by the "
+        "address",
     )
     subset: str | None = Field(default=None, min_length=1, description="name of the subset of a hub data set")
     split: str = Field(default="train", min_length=1, description="name of the split of a hub data set")

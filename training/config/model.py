@@ -16,8 +16,8 @@ class MTPConfig(Group):
 
     kind: str = Field(
         default="residual",
-        description="form of the extra heads. residual: small blocks; layer: decoder layers; sequential: a chain of "
-        "decoder layers; teacher_forcing: no parameters; package.module:Class: a class of your own",
+        description="form of the extra heads. residual: residual blocks; layer: decoder layers; sequential: a chain of "
+        "decoder layers; teacher_forcing: no parameters; package.module:Class: your own class",
     )
     horizon: int = Field(default=4, ge=1, description="H: number of heads; head h predicts token t + 1 + h")
     trunk: Literal["joint", "detached", "frozen"] = Field(

@@ -93,7 +93,7 @@ def to_yaml(recipe: BaseModel) -> str:
 
 
 def without_password(recipe: AnyRecipe) -> AnyRecipe:
-    """Give the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
+    """Return the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
     tracking = recipe.tracking
     options = {
         key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()

@@ -15,10 +15,10 @@ class TrackingConfig(Group):
     kind: str = Field(
         default="mlflow",
         min_length=1,
-        description="mlflow; none, which needs no mlflow; or a tracker of your own as package.module:Class",
+        description="mlflow; none, which needs no mlflow; or your own tracker as package.module:Class",
     )
     uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
     experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of a tracker of your own, stored with the recipe"
+        default_factory=dict, description="keyword arguments of your own tracker, stored with the recipe"
     )

@@ -1,12 +1,12 @@
-"""Functions that compile, and what becomes of them when one place is corrupted: a reward that can be checked.
+"""Pairs of a function that compiles and a corrupted copy of it, with a verifiable reward.
 
     reward(ids) = 1 if compile(decode(ids)) succeeds, else 0
 
     delete   a b c d e  ->  a b d e          one token, any
     swap     a b c d e  ->  a d c b e        two different tokens, at most `SWAP_REACH` apart
 
-Both work on the tokenizer's tokens, since those are what gets a value. Not every corruption breaks a
-function: a word of a docstring or of a comment can go. So the reward is never assumed: Python compiles every text.
+Both act on tokens of the tokenizer, because values belong to tokens. Not every corruption breaks a function: a word of
+a docstring or comment can go. So the reward is never assumed: Python compiles every text.
 
 Source: corrupting code that a parser accepts and asking the parser again, as Break-It-Fix-It does, arXiv:2106.06600.
 """
@@ -29,13 +29,13 @@ from mtp_ce.training.data.python_source import NOT_PYTHON, SOURCE_NAME, parse_py
 
 Corruption = Literal["delete", "swap", "both"]
 
-# Largest distance between two swapped tokens. A larger one is easier to see and says less about where it went wrong.
+# Largest distance between two swapped tokens. A larger one is easier to detect and localises the error less.
 SWAP_REACH = 4
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A function and the same function corrupted in one place.
+    """A function and a copy corrupted at one position.
 
     Attributes:
         intact: token ids, the end-of-text token at both ends.
@@ -51,7 +51,7 @@ class Pair:
 
     @property
     def differs(self) -> bool:
-        """Whether the corruption changed the reward."""
+        """Return whether the corruption changed the reward."""
         return self.rewards[0] != self.rewards[1]
 
 
@@ -66,7 +66,7 @@ class PairRows:
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], pad_id: int, device: torch.device | None = None) -> PairRows:
-        """Collect pairs, padded to the longest of them."""
+        """Stack pairs, padded to the longest function."""
         rows = [*(pair.intact for pair in pairs), *(pair.corrupted for pair in pairs)]
         longest = max(map(len, rows))
         rewards = [*(pair.rewards[0] for pair in pairs), *(pair.rewards[1] for pair in pairs)]
@@ -78,29 +78,29 @@ class PairRows:
         )
 
     def real(self) -> Tensor:
-        """Where a token stands, not padding: [2P, T]."""
+        """Return the mask of tokens that are not padding: [2P, T]."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def compared(self) -> Tensor:
-        """Where ranking compares: [P, T]."""
+        """Return the mask of tokens that the ranking loss compares: [P, T]."""
         i = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         shorter = torch.minimum(*self.lengths.chunk(2))[:, None]
         return (i >= self.first[:, None]) & (i < shorter) & self.differ()[:, None]
 
     def differ(self) -> Tensor:
-        """Which pairs have two rewards: [P]."""
+        """Return the mask of pairs whose rewards differ: [P]."""
         intact, corrupted = self.rewards.chunk(2)
         return intact != corrupted
 
     def ranked(self, values: Tensor) -> Tensor:  # [2P, T]
-        """Which pairs of two rewards have the intact function above the corrupted one at the last token: [P]."""
+        """Return the mask of pairs with differing rewards that the last token's value ranks correctly: [P]."""
         last = values.gather(1, self.lengths[:, None] - 1)[:, 0]
         intact, corrupted = last.chunk(2)
         return (intact > corrupted) & self.differ()
 
 
 def compiles(source: str) -> bool:
-    """Say whether Python compiles a text; nothing is run."""
+    """Return whether Python compiles a text, without running it."""
     try:
         # dont_inherit: this file's own __future__ imports must not decide what is valid.
         compile(source, SOURCE_NAME, "exec", dont_inherit=True)
@@ -110,15 +110,15 @@ def compiles(source: str) -> bool:
 
 
 def find_functions(documents: Sequence[Document]) -> list[str]:
-    """Give the source of every function and method, with its decorators, each text once.
+    """Return the source of every function and method with its decorators, without duplicates.
 
-    A function is dedented and kept where it compiles by itself; one that names an outer scope's variable as
-    nonlocal doesn't. A file that is not valid Python is passed over.
+    A function is dedented, and dropped if it does not compile alone, for example because of a nonlocal variable. Files
+    that are not valid Python are skipped.
 
     Args:
         documents: files in any order; functions come in the order of the files and of their lines.
     """
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     for document in documents:
         tree = parse_python(document.text)
         if tree is None:
@@ -129,22 +129,22 @@ def find_functions(documents: Sequence[Document]) -> list[str]:
         for node in sorted(nodes, key=lambda node: node.lineno):
             start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             source = textwrap.dedent("\n".join(lines[start - 1 : node.end_lineno])) + "\n"
-            if source not in found and compiles(source):
-                found[source] = None
-    return list(found)
+            if source not in sources and compiles(source):
+                sources[source] = None
+    return list(sources)
 
 
 def encode_functions(functions: Sequence[str], tokenizer: PreTrainedTokenizerFast, longest: int) -> list[list[int]]:
-    """Give the token ids of functions, the end-of-text token at both ends as documents have it.
+    """Return the token ids of functions, with the end-of-text token at both ends as in documents.
 
     Args:
         functions: sources.
         tokenizer: a fast one; it has an end-of-text token.
-        longest: tokens of the longest function to keep, both ends counted.
+        longest: maximum number of tokens of a function, both ends included; longer ones are dropped.
     """
     border = tokenizer.eos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(functions), add_special_tokens=False)
-    # Two tokens that differ, or there is nothing to swap.
+    # A swap needs two different tokens.
     return [
         [border, *encoding.ids, border]
         for encoding in encoded
@@ -155,13 +155,14 @@ def encode_functions(functions: Sequence[str], tokenizer: PreTrainedTokenizerFas
 def make_pair(
     intact: list[int], corruption: Corruption, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
 ) -> Pair:
-    """Corrupt a function in one place and let Python decide both rewards.
+    """Corrupt a function at one position, and compute both rewards with Python's compiler.
 
     Args:
-        intact: token ids with the end-of-text token at both ends, which stays; at least two others that differ.
-        corruption: what is done; "both" tosses a coin.
-        tokenizer: gives the text back.
-        generator: where the draw comes from.
+        intact: token ids with the end-of-text token at both ends, which is not corrupted; at least two other tokens
+            must differ.
+        corruption: "delete", "swap", or "both" for either with probability 1/2.
+        tokenizer: decodes the ids.
+        generator: source of randomness.
     """
     swap = _draw(2, generator) == 1 if corruption == "both" else corruption == "swap"
     corrupted = _swapped(intact, generator) if swap else _deleted(intact, generator)
@@ -172,8 +173,8 @@ def make_pair(
 
 
 def _deleted(ids: list[int], generator: torch.Generator) -> list[int]:
-    place = 1 + _draw(len(ids) - 2, generator)
-    return ids[:place] + ids[place + 1 :]
+    i = 1 + _draw(len(ids) - 2, generator)
+    return ids[:i] + ids[i + 1 :]
 
 
 def _swapped(ids: list[int], generator: torch.Generator) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a critic learns from pairs of an intact and a corrupted function.
+"""The losses of the critic on pairs of an intact and a corrupted function.
 
     V = critic(ids)                     [2P, T]         P intact functions, then the same P corrupted
 
@@ -6,14 +6,14 @@
                  the mean over i from the first difference to the end of the shorter one, pairs whose rewards differ,
                  n such terms; the sum over every token of those pairs
     regression   loss = mean_{r,i} (V[r, i] - reward[r])^2
-                 over every token of every function: the least error is V[i] = P(compiles | tokens up to i)
+                 over every token of every function; the minimum is at V[i] = P(compiles | tokens up to i)
 
-Both are means over the whole batch of an optimizer step, counted before the first forward, so micro-batches
-add up to the gradient of the batch. Rows are padded on the right: attention is causal, so no token sees
-padding, and values there enter no loss.
+Both are means over the whole batch of an optimizer step, counted before the first forward, so micro-batches accumulate
+to the gradient of the batch. Rows are padded on the right: attention is causal, so no token sees padding, and values
+there enter no loss.
 
-Ranking alone says nothing about values before the difference, and leaves them wherever training happens to put them;
-what the scorer reads are differences between any two tokens. The small square holds them near 0.
+Ranking alone does not constrain values before the first difference, but the scorer uses differences between any two
+tokens. The small squared term keeps all values near 0.
 
 Source: the reward model of arXiv:2203.02155, equation 1, at every token from the difference on; the square is that of
 arXiv:2312.09244, section 2.
@@ -37,8 +37,8 @@ class Objective:
     """A loss as a sum over tokens.
 
     Attributes:
-        total: takes values [2P, T] and their rows, gives the sum, 0-d; padding's values may be anything.
-        tokens: takes the rows, gives True where a token has a term in the sum.
+        total: maps values [2P, T] and their rows to the sum, 0-d; values at padding are ignored.
+        tokens: maps the rows to the mask of tokens that have a term in the sum.
     """
 
     total: Callable[[Tensor, PairRows], Tensor]
@@ -73,7 +73,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True)
 class PairSums:
-    """What pairs add to the loss and to the accuracy."""
+    """Sums over pairs for loss and accuracy."""
 
     loss: float = 0.0
     tokens: int = 0
@@ -89,10 +89,10 @@ class PairSums:
         )
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Name the mean loss and the accuracy.
+        """Return the mean loss and the accuracy by name.
 
-        The accuracy is the share of the pairs of differing reward whose intact function has the higher value at
-        the last token; chance is 0.5.
+        The accuracy is the ratio of pairs with differing rewards whose intact function has the higher value at the last
+        token; chance is 0.5.
         """
         return {
             f"{prefix}loss": self.loss / max(self.tokens, 1),
@@ -101,11 +101,11 @@ class PairSums:
 
 
 def score_pairs(critic: PreTrainedModel, micro_batches: Sequence[PairRows], objective: Objective) -> PairSums:
-    """Sum losses and accuracy over micro-batches; with gradients enabled, add that of their mean loss to the critic's.
+    """Sum losses and accuracy over micro-batches; with gradients enabled, accumulate the gradient of the mean loss.
 
     Args:
-        critic: gives values as logits [2P, T, 1].
-        micro_batches: what one optimizer step learns from, or anything that is only scored.
+        critic: returns values as logits [2P, T, 1].
+        micro_batches: the batch of one optimizer step, or pairs to score.
         objective: the loss.
     """
     counts = [int(objective.tokens(rows).sum()) for rows in micro_batches]

@@ -1,13 +1,13 @@
-"""Trains the critic of critic_delta: a value at every token that says whether the function will compile.
+"""Train the critic of critic_delta: a value at every token that predicts whether the function will compile.
 
     V = score(trunk(ids))               [R, T]          a value head of width 1 on a random or trained trunk
 
-It learns from the functions of the training files, intact and corrupted; what corrupting one does is decided by
-Python. The losses are in critic_loss. It is an ordinary transformers model for token classification with one
-label, so the scorer reads it like any other.
+Training data are the functions of the training files, intact and corrupted; Python's compiler decides the reward. The
+losses are in training/critic/loss.py. The critic is an ordinary transformers model for token classification with one
+label.
 
-Most of what a corruption can do to a text leaves it valid, so a corruption is drawn again until one breaks the
-function. Half of what is learnt from compiles, then, and the values of regression are chances under that half.
+Most corruptions leave a function valid, so a corruption is drawn again until one breaks it. About half of the training
+functions then compile, and the values of regression are probabilities under that ratio.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 # Pairs of each held-out function: a corpus of a few hundred files holds out few functions.
 _HELD_OUT_PAIRS = 4
 
-# A function that these many draws all leave valid is learnt from as it is.
+# Maximum number of draws; a function that all of them leave valid is trained on as it is.
 _DRAWS = 8
 
 
@@ -54,7 +54,7 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
         recipe: sizes come from `recipe.critic.model` or `recipe.model`, the vocabulary and the longest row from
             `recipe.data`.
         end_of_text: token id that opens and closes a function.
-        pretrained: folder of the trained model that the trunk begins with, where `recipe.model` is one and
+        pretrained: folder of the model that the trunk starts from, if `recipe.model` is pretrained and
             `recipe.critic` has no sizes of its own.
     """
     sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
@@ -65,17 +65,17 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
     else:
         config = llama_config(sizes, recipe.data, end_of_text)
     config.num_labels = 1
-    # Without this transformers drops a tenth of the hidden states before the value head.
+    # transformers' default is a dropout of 0.1 before the value head.
     config.classifier_dropout = 0.0
-    # The scorer reads packed rows, and transformers tells their documents apart only where it makes no cache.
+    # The scorer reads packed rows, and transformers separates their documents only without a cache.
     config.use_cache = False
     critic: PreTrainedModel
     if isinstance(sizes, PretrainedModelConfig) and pretrained:
         critic = AutoModelForTokenClassification.from_pretrained(pretrained, config=config, dtype=torch.float32)
     else:
         critic = LlamaForTokenClassification(config)
-    # Values begin alike everywhere. Random ones differ by far more than the rewards do, and regression would
-    # spend its first steps on taking them back.
+    # Zero initial values: random ones differ by far more than the rewards do, and regression would spend its first
+    # steps on removing that.
     for head in critic.children():
         if isinstance(head, nn.Linear):
             nn.init.zeros_(head.weight)
@@ -96,18 +96,18 @@ def train_critic(
     """Train a critic on the functions of the corpus, and validate it on those of the held-out files.
 
     Args:
-        recipe: `recipe.critic` says how; its seed decides the initial weights, the order and the corruptions.
-        corpus: where the functions are from.
+        recipe: `recipe.critic` has the settings; its seed decides initial weights, order and corruptions.
+        corpus: source of the functions.
         tokenizer: a fast one; it has an end-of-text token.
-        device: where to train.
+        device: device of the critic.
         pretrained: see `build_critic`.
-        log: takes metrics by name: critic/loss and critic/accuracy over the steps since the last line, optim/lr
+        log: receives metrics by name: critic/loss and critic/accuracy over the steps since the last line, optim/lr
             and optim/grad_norm (before clipping) of the last step.
         tick: called after every step.
         stop: set from outside; the loop ends with StoppedError before the next step.
 
     Returns:
-        The critic in eval mode, and what the validation found: critic/val_loss and critic/val_accuracy.
+        The critic in eval mode, and the validation metrics critic/val_loss and critic/val_accuracy.
 
     Raises:
         RecipeError: the corpus has too few functions.
@@ -125,7 +125,7 @@ def train_critic(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         critic = build_critic(recipe, tokenizer.eos_token_id, pretrained)
-    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    # transformers wraps its own `to` in a way that hides `self` from type checkers.
     critic = nn.Module.to(critic, device)
     optimizer = build_optimizer(critic, optimizer_config)
     schedule = build_schedule(optimizer, optimizer_config, train.steps)
@@ -133,8 +133,8 @@ def train_critic(
 
     def micro_batches(pairs: Sequence[Pair]) -> list[PairRows]:
         size = train.micro_batch_size or train.batch_size
-        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        return [PairRows.of(part, tokenizer.eos_token_id, device) for part in parts]
+        starts = range(0, len(pairs), size)
+        return [PairRows.of(pairs[start : start + size], tokenizer.eos_token_id, device) for start in starts]
 
     critic.train()
     window = _Window()
@@ -143,7 +143,7 @@ def train_critic(
             stop.check()
             chosen = rows_of_step(step - 1, train.batch_size, len(functions), config.seed).tolist()
             pairs = [_broken_pair(functions[i], config.corruption, tokenizer, generator) for i in chosen]
-            # Functions of like length share a micro-batch, which needs less padding.
+            # Functions of similar length share a micro-batch, which needs less padding.
             pairs.sort(key=lambda pair: len(pair.intact))
             optimizer.zero_grad(set_to_none=True)
             sums = score_pairs(critic, micro_batches(pairs), objective)
@@ -157,7 +157,7 @@ def train_critic(
                 log(step, window.metrics())
                 window = _Window()
     except (StepRefusedError, StoppedError):
-        # The steps that were taken since the last line are part of the record too.
+        # Log the steps taken since the last line of metrics.
         if window.step:
             log(window.step, window.metrics())
         raise
@@ -176,7 +176,7 @@ def train_critic(
 def _functions(
     recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[list[int]], list[Pair]]:
-    """Give the training functions, and held-out pairs that are the same for every seed, short ones first."""
+    """Return the training functions, and held-out pairs sorted by length that are equal for every seed."""
     config = recipe.critic
     assert config is not None
     assert config.train is not None
@@ -194,8 +194,8 @@ def _functions(
     broken = sum(pair.differs for pair in pairs)
     if len(functions) < config.train.batch_size or not broken:
         raise RecipeError(
-            f"the critic has {len(functions)} functions of at most {longest - 2} tokens to learn from and "
-            f"{broken} broken ones to be tested with; it needs critic.train.batch_size "
+            f"the critic has {len(functions)} functions of at most {longest - 2} tokens to train on and "
+            f"{broken} broken ones to validate on; it needs critic.train.batch_size "
             f"{config.train.batch_size} and 1: raise data.sequence_length or data.holdout_fraction, take more "
             "Python files as data.corpus, or give a trained critic as critic.source"
         )

@@ -1,1 +1,1 @@
-"""The training loop, its ranks, checkpoints and signals."""
+"""The training loop, its ranks, checkpoints and token weights."""

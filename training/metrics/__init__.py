@@ -1,1 +1,1 @@
-"""What is measured on heads: cross entropy, accuracy, acceptance."""
+"""Metrics of prediction heads: cross entropy, accuracy, acceptance."""

@@ -1,7 +1,7 @@
-"""What the heads are worth when they draft: the same text with fewer forwards, counted and timed.
+"""Speculative decoding with the model's own heads: forwards counted and timed against plain generation.
 
-Every prompt is decoded greedily by the model alone and with its heads drafting, one after the other, so that both meet
-the same machine. The texts must be the same.
+Every prompt is decoded greedily by the model alone and then with its heads drafting, in turns, so that both see the
+same load on the machine. The texts must be identical.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mtp_ce.training.data.tokens import DocumentTokens
 
 @dataclass(frozen=True)
 class DecodingResult:
-    """Decoding of some prompts.
+    """Results of decoding prompts with and without drafts.
 
     Attributes:
-        prompts: how many.
-        prompt_tokens: tokens in each.
-        identical: how many gave the same text both ways. Verifying several tokens at once rounds differently from
-            decoding one, so where two tokens are equally likely but for rounding, the texts may part.
-        speculation: what the drafts came to, over all prompts.
+        prompts: number of prompts.
+        prompt_tokens: tokens of each prompt.
+        identical: number of prompts with identical text both ways. Verifying several tokens in one forward rounds
+            differently from decoding one token, so texts may diverge where two logits are equal up to rounding.
+        speculation: counts of drafted and accepted tokens over all prompts.
         plain_seconds: time of the model's own `generate`.
         speculative_seconds: time with drafts.
     """
@@ -43,23 +43,23 @@ class DecodingResult:
 
     @property
     def speedup(self) -> float:
-        """Plain time over time with drafts."""
+        """Return plain time divided by time with drafts."""
         return self.plain_seconds / self.speculative_seconds
 
     @property
     def kept(self) -> list[float]:
-        """For each extra head, the share of rounds in which its token was kept: it and all before it were right."""
+        """Return for each extra head the ratio of rounds in which its draft and all before it were accepted."""
         rounds = max(self.speculation.offered[0], 1)
         return [kept / rounds for kept in self.speculation.kept]
 
 
 def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list[Tensor]:
-    """Give passages from inside documents that are long enough, spread over all of them.
+    """Return passages from inside documents that are long enough, evenly spread over them.
 
     Args:
         documents: 1-d token ids.
-        count: how many prompts, fewer where the documents have no more places.
-        tokens: of each.
+        count: number of prompts; fewer if the documents have no room for more.
+        tokens: tokens of each prompt.
 
     Returns:
         Prompts [1, tokens].
@@ -67,23 +67,23 @@ def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list
     documents = DocumentTokens.of(documents)
     long = (documents.starts.diff() >= tokens).nonzero()[:, 0].tolist()
     prompts = []
-    for place, several in Counter(i * len(long) // count for i in range(count if long else 0)).items():
-        document = documents[long[place]]
-        # One stands in the middle, two at the thirds.
+    for index, several in Counter(i * len(long) // count for i in range(count if long else 0)).items():
+        document = documents[long[index]]
+        # One prompt starts in the middle of the free range, two at its thirds.
         for start in sorted({(len(document) - tokens) * (j + 1) // (several + 1) for j in range(several)}):
             prompts.append(document[start : start + tokens].long()[None])
     return prompts
 
 
 def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: int) -> DecodingResult:
-    """Decode prompts both ways.
+    """Decode prompts with and without drafts.
 
     Args:
         model: in eval mode, with heads that can draft.
         prompts: [1, S] each, on the model's device; at least one.
-        new_tokens: to decode from each, at most; decoding ends at the model's end of text.
+        new_tokens: maximum number of tokens to decode from each; decoding stops at the model's end-of-text token.
     """
-    found: Speculation | None = None
+    total: Speculation | None = None
     identical, plain_seconds, speculative_seconds = 0, 0.0, 0.0
     pad = model.causal.generation_config.pad_token_id
     plain: dict[str, Any] = {
@@ -91,7 +91,7 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
         "max_new_tokens": new_tokens,
         "pad_token_id": 0 if pad is None else pad,
     }
-    # What runs for the first time is slower.
+    # Warm-up: the first call of each path is slower.
     few = min(new_tokens, 2 * model.horizon)
     model.generate(prompts[0], attention_mask=torch.ones_like(prompts[0]), **{**plain, "max_new_tokens": few})
     generate_speculatively(model, prompts[0], max_new_tokens=few)
@@ -99,13 +99,13 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
         started = _now(prompt)
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **plain)
         between = _now(prompt)
-        sequences, one = generate_speculatively(model, prompt, max_new_tokens=new_tokens)
+        sequences, speculation = generate_speculatively(model, prompt, max_new_tokens=new_tokens)
         plain_seconds += between - started
         speculative_seconds += _now(prompt) - between
         identical += torch.equal(sequences, expected)
-        found = one if found is None else found + one
-    assert found is not None
-    return DecodingResult(len(prompts), prompts[0].shape[1], identical, found, plain_seconds, speculative_seconds)
+        total = speculation if total is None else total + speculation
+    assert total is not None
+    return DecodingResult(len(prompts), prompts[0].shape[1], identical, total, plain_seconds, speculative_seconds)
 
 
 def _now(tensor: Tensor) -> float:

@@ -11,13 +11,13 @@ from mtp_ce.training.metrics.head_scores import HeadResult
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured.
+    """Measurements of a model with prediction heads.
 
     Attributes:
         heads: one result per head, on held-out text.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
-        before: the heads before training, where that was measured.
-        decoding: what decoding with drafts found; None where nothing drafts.
+        before: the heads before training, if that was measured.
+        decoding: results of speculative decoding; None if no head drafts.
     """
 
     heads: list[HeadResult]
@@ -27,29 +27,29 @@ class Evaluation:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """What the heads' agreement with head 0 would give; None where nothing drafts."""
+        """Return the tokens per forward that the heads' agreement with head 0 predicts; None if no head drafts."""
         agrees = [head.agrees for head in self.heads]
-        return None if len(agrees) == 1 or None in agrees else sum(share for share in agrees if share is not None)
+        return None if len(agrees) == 1 or None in agrees else sum(ratio for ratio in agrees if ratio is not None)
 
     def metrics(self) -> dict[str, float]:
-        """Name what is not in `validation_metrics`."""
+        """Return the metrics that `validation_metrics` does not have, by name."""
         metrics = {"val/unigram_entropy": self.unigram}
         if self.tokens_per_forward is not None:
             metrics["val/tokens_per_forward"] = self.tokens_per_forward
         if self.decoding:
-            found = self.decoding.speculation
+            speculation = self.decoding.speculation
             metrics |= {
-                "decoding/tokens_per_forward": found.tokens_per_forward,
-                "decoding/acceptance_length": found.acceptance_length,
+                "decoding/tokens_per_forward": speculation.tokens_per_forward,
+                "decoding/acceptance_length": speculation.acceptance_length,
                 "perf/decoding_speedup": self.decoding.speedup,
                 "decoding/identical_ratio": self.decoding.identical / self.decoding.prompts,
             }
-            for h, (kept, accepted) in enumerate(zip(self.decoding.kept, found.acceptance, strict=True), start=1):
+            for h, (kept, accepted) in enumerate(zip(self.decoding.kept, speculation.acceptance, strict=True), start=1):
                 metrics |= {f"decoding/kept_head_{h}": kept, f"decoding/acceptance_head_{h}": accepted}
         return metrics
 
     def as_json(self) -> dict[str, Any]:
-        """Give everything as plain values; a perplexity that overflows is null."""
+        """Return all results as plain values; a perplexity that overflows is null."""
 
         def head(h: int, result: HeadResult) -> dict[str, Any]:
             finite = result.perplexity if result.ce < 700 else None
@@ -57,11 +57,11 @@ class Evaluation:
 
         decoding = None
         if self.decoding:
-            found = self.decoding.speculation
+            speculation = self.decoding.speculation
             decoding = asdict(self.decoding) | {
-                "tokens_per_forward": found.tokens_per_forward,
-                "acceptance_length": found.acceptance_length,
-                "acceptance": found.acceptance,
+                "tokens_per_forward": speculation.tokens_per_forward,
+                "acceptance_length": speculation.acceptance_length,
+                "acceptance": speculation.acceptance,
                 "kept": self.decoding.kept,
                 "speedup": self.decoding.speedup,
             }

@@ -1,11 +1,11 @@
-"""How well each head predicts held-out text, and how far its guesses would carry, from one pass over the text.
+"""Accuracy of each head on held-out text, and its agreement with head 0, in one pass over the text.
 
     ce, top1, top5   of head h at position t, whose target is the token t + 1 + h
-    agrees[h]        share of positions t at which every head i = 1..h says what head 0 says i tokens later:
+    agrees[h]        ratio of positions t where every head i = 1..h matches head 0's argmax i tokens later:
                      argmax z_i(t) = argmax z_0(t + i)
 
-A draft of speculative decoding is kept as far as its heads agree with head 0, so 1 + sum_h agrees[h] estimates the
-tokens of a forward. Here the text in between is given; what decoding finds on text of its own is in `decoding`.
+Speculative decoding accepts a draft as far as its heads agree with head 0, so 1 + sum_h agrees[h] estimates the tokens
+per forward. Here the tokens in between come from the text; `decoding` measures text that the model generates.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from mtp_ce.ops.rows import row_targets
 from mtp_ce.training.data.rows import IGNORE, Batch
 from mtp_ce.unembedding import Unembedding
 
-# Rows whose logits are alive at a time: on a CPU they stay near the caches.
+# Rows of logits in memory at a time; on a CPU they fit the caches.
 CHUNK_ROWS = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """How one head did.
+    """Scores of one head.
 
     Attributes:
         ce: mean cross entropy, nats per row.
-        top1: share of rows whose most likely token is the target.
-        top5: share of rows whose target is among the five most likely tokens.
-        agrees: share of rows at which this head and all before it say what head 0 says later; 1 for head 0, None for
-            heads that can't draft.
-        rows: how many rows that is the mean of.
+        top1: ratio of rows whose argmax is the target.
+        top5: ratio of rows whose target is among the five most likely tokens.
+        agrees: ratio of rows where heads 1..h match head 0's later argmax; 1 for head 0, None for heads that can't
+            draft.
+        rows: number of valid rows.
     """
 
     ce: float
@@ -49,7 +49,7 @@ class HeadResult:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity, the exponential of the cross entropy; infinite where that overflows."""
+        """Return the perplexity, the exponential of the cross entropy; infinite if it overflows."""
         return math.exp(self.ce) if self.ce < 700 else math.inf
 
 
@@ -57,32 +57,32 @@ class HeadResult:
 def score_heads(
     model: MTPWrapper, batches: Iterable[Batch], add: Callable[[Tensor], None] = lambda sums: None
 ) -> list[HeadResult]:
-    """Score every head on batches, each live row with the same weight.
+    """Score every head on batches, all valid rows with the same weight.
 
     Args:
         model: in eval mode.
-        batches: where the model computes; parameters may wait elsewhere.
-        add: adds up a tensor over all that score a part of the batches, in place.
+        batches: on the device on which the model computes; parameters may be offloaded.
+        add: sums a tensor over the ranks in place.
 
     Returns:
-        One result per head; of no rows, zeros.
+        One result per head; zeros if there are no valid rows.
     """
     H = model.horizon
     sums = torch.zeros(5, H, dtype=torch.float64)  # ce, top1, top5, agrees, rows
     for batch in batches:
         sums = sums.to(batch.labels.device)
         hidden = model.head_hidden_states(input_ids=batch.input_ids, position_ids=batch.position_ids)
-        _, label, live = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
-        output = Unembedding.of(model.causal)  # of a sharded model, whole only after a forward
-        read = [_read(output, x, label[..., h], live[..., h]) for h, x in enumerate(hidden)]
-        if len(read) < H:  # one hidden state serves all heads: head h's rows are head 0's, h positions later
-            read = [read[0].further(h) for h in range(H)]
-        agrees = live[..., 0]
-        for h, rows in enumerate(read):
-            alive = live[..., h]
-            agrees = agrees & alive & (rows.said == read[0].further(h).said)
-            parts = (rows.ce, rows.top1, rows.top5, agrees, torch.ones_like(rows.ce))
-            sums[:, h] += torch.stack([torch.where(alive, part.double(), 0.0).sum() for part in parts])
+        _, label, valid = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
+        output = Unembedding.of(model.causal)  # gathered on a sharded model only after a forward
+        scores = [_score(output, x, label[..., h], valid[..., h]) for h, x in enumerate(hidden)]
+        if len(scores) < H:  # one hidden state serves all heads: head h's rows are head 0's, h positions later
+            scores = [scores[0].shifted(h) for h in range(H)]
+        agrees = valid[..., 0]
+        for h, rows in enumerate(scores):
+            mask = valid[..., h]
+            agrees = agrees & mask & (rows.argmax == scores[0].shifted(h).argmax)
+            terms = (rows.ce, rows.top1, rows.top5, agrees, torch.ones_like(rows.ce))
+            sums[:, h] += torch.stack([torch.where(mask, term.double(), 0.0).sum() for term in terms])
     add(sums)
     drafts = model.heads.drafts
     results = []
@@ -93,7 +93,7 @@ def score_heads(
 
 
 def validation_metrics(results: list[HeadResult]) -> dict[str, float]:
-    """Name what a validation found."""
+    """Return the metrics of a validation by name."""
     rows = sum(result.rows for result in results)
     metrics = {"val/ce_mean": sum(result.ce * result.rows for result in results) / max(rows, 1)}
     for h, result in enumerate(results):
@@ -106,35 +106,35 @@ def validation_metrics(results: list[HeadResult]) -> dict[str, float]:
     return metrics
 
 
-class _Read(NamedTuple):
-    """What a head's logits say at every position; only live rows are read."""
+class _Scores(NamedTuple):
+    """Scores of one head at every position; only valid rows are computed."""
 
     ce: Tensor  # [B, S] fp32, nats
     top1: Tensor  # [B, S] bool
     top5: Tensor  # [B, S] bool
-    said: Tensor  # [B, S] int64, the most likely token; -1 where nothing was read
+    argmax: Tensor  # [B, S] int64; -1 at masked rows
 
-    def further(self, h: int) -> _Read:
-        """The rows h positions later; past the end nothing was read."""
-        S = self.said.shape[1]
-        ce, top1, top5 = (F.pad(part[:, h:], (0, min(h, S))) for part in self[:3])
-        return _Read(ce, top1, top5, F.pad(self.said[:, h:], (0, min(h, S)), value=-1))
+    def shifted(self, h: int) -> _Scores:
+        """Return the rows h positions later; rows past the end are masked."""
+        S = self.argmax.shape[1]
+        ce, top1, top5 = (F.pad(column[:, h:], (0, min(h, S))) for column in self[:3])
+        return _Scores(ce, top1, top5, F.pad(self.argmax[:, h:], (0, min(h, S)), value=-1))
 
 
-def _read(output: Unembedding, hidden: Tensor, label: Tensor, live: Tensor) -> _Read:
-    """Read one head's logits, a chunk of rows at a time."""
+def _score(output: Unembedding, hidden: Tensor, label: Tensor, valid: Tensor) -> _Scores:
+    """Score one head from its hidden states, a chunk of rows at a time."""
     count = CHUNK_ROWS[hidden.device.type]
-    parts = []
-    for x, target in zip(hidden[live].split(count), label[live].split(count), strict=True):
+    chunks = []
+    for x, target in zip(hidden[valid].split(count), label[valid].split(count), strict=True):
         logits = output.logits(x).float()
-        # Ties go to the first token, as in greedy decoding, which topk does not promise.
-        said, best = logits.argmax(-1), logits.topk(min(5, logits.shape[-1])).indices
+        # argmax breaks ties by the first token, as greedy decoding does; topk does not guarantee that.
+        argmax, top5 = logits.argmax(-1), logits.topk(min(5, logits.shape[-1])).indices
         ce = logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]
-        parts.append((ce, said == target, (best == target[:, None]).any(-1), said))
+        chunks.append((ce, argmax == target, (top5 == target[:, None]).any(-1), argmax))
 
-    def place(column: Sequence[Tensor], elsewhere: float) -> Tensor:
+    def scatter(column: Sequence[Tensor], masked: float) -> Tensor:
         values = torch.cat([*column])
-        return live.new_full(live.shape, elsewhere, dtype=values.dtype).masked_scatter(live, values)
+        return valid.new_full(valid.shape, masked, dtype=values.dtype).masked_scatter(valid, values)
 
-    ces, top1, top5, tokens = zip(*parts, strict=True)
-    return _Read(place(ces, 0), place(top1, 0), place(top5, 0), place(tokens, -1))
+    ces, top1s, top5s, tokens = zip(*chunks, strict=True)
+    return _Scores(scatter(ces, 0), scatter(top1s, 0), scatter(top5s, 0), scatter(tokens, -1))

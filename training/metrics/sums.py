@@ -1,7 +1,7 @@
-"""What training reports about its heads, kept as sums on the device and divided once, at the end.
+"""Cross entropies of the heads during training, accumulated as sums on the device and divided once.
 
-A mean over batches of means over rows is wrong as soon as two batches differ in live rows, and every
-division on the host would wait for the device.
+A mean over batches of means over rows is wrong as soon as two batches differ in valid rows, and every division on the
+host would synchronise with the device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mtp_ce.loss import MTPStats
 
 @dataclass
 class HeadSums:
-    """Sums over the rows (b, t) that a loss has read, per head.
+    """Sums per head over the rows (b, t) that the loss has computed.
 
     Attributes:
         ce: [H] fp64, total cross entropy in nats.
-        rows: [H] int64, rows read: live, and of a weight other than 0.
+        rows: [H] int64, number of rows that are valid and have a nonzero weight.
     """
 
     ce: Tensor
@@ -28,26 +28,26 @@ class HeadSums:
 
     @classmethod
     def zeros(cls, horizon: int, device: torch.device) -> HeadSums:
-        """Start with nothing counted."""
+        """Return sums of zero."""
         return cls(
             ce=torch.zeros(horizon, dtype=torch.float64, device=device),
             rows=torch.zeros(horizon, dtype=torch.int64, device=device),
         )
 
     def add(self, stats: MTPStats) -> None:
-        """Count one batch, without a host synchronisation."""
+        """Add one batch, without a host synchronisation."""
         self.ce += stats.ce.sum((0, 1), dtype=torch.float64)
         self.rows += (stats.live & (stats.top1 >= 0)).sum((0, 1))
 
     def merge(self, other: HeadSums) -> None:
-        """Add what another one has counted."""
+        """Add other sums."""
         self.ce += other.ce
         self.rows += other.rows
 
     def ce_of_heads(self) -> list[float]:
-        """Mean cross entropy of each head, nats; waits for the device."""
+        """Return the mean cross entropy of each head, nats; synchronises with the device."""
         return (self.ce / self.rows.clamp(min=1)).tolist()
 
     def ce_mean(self) -> float:
-        """Mean cross entropy over the rows of all heads together, nats; waits for the device."""
+        """Return the mean cross entropy over the rows of all heads, nats; synchronises with the device."""
         return self.ce.sum().item() / max(int(self.rows.sum().item()), 1)

@@ -1,1 +1,1 @@
-"""Models: built, found, converted, sized and saved."""
+"""Models: sources, conversion, building, optimizer, sizes, saving."""

@@ -1,4 +1,4 @@
-"""The model of a run: a Llama with random weights or a trained model, in the wrapper that gives it prediction heads."""
+"""The model of a run: a Llama with random weights or a pretrained model, wrapped with prediction heads."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mtp_ce.training.errors import RecipeError
 
 
 def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
-    """Build the model, on the default device; what is random comes from torch's global seed.
+    """Build the model on the default device; random weights come from torch's global seed.
 
     Args:
         recipe: sizes and heads come from `recipe.model`, vocabulary and longest row from `recipe.data`.
-        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
-        pretrained: folder of the trained model that a recipe of kind "pretrained" begins with. Heads that are saved
-            beside it are read with it.
+        end_of_text: token id that opens and closes a document; None if there is no tokenizer yet.
+        pretrained: folder of the model that a recipe of kind "pretrained" starts from. Heads saved beside it are loaded
+            with it.
 
     Raises:
         RecipeError: as `with_heads`.
     """
     heads = recipe.model.mtp
     _check_kind(heads)
-    # A model of one head, such as a reference, needs none of those that are saved.
+    # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
         assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
@@ -68,27 +68,29 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
 
 
 def checkpoint_activations(model: MTPWrapper) -> None:
-    """Have every decoder layer, of the trunk and of the heads, compute its activations again in the backward.
+    """Recompute the activations of every decoder layer, of the trunk and of the heads, in the backward.
 
     Raises:
-        RecipeError: the architecture's layers can't.
+        RecipeError: the architecture's layers do not support it.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         name = type(model.causal).__name__
-        raise RecipeError(f"train.activation_checkpointing is true, but the layers of {name} can't; give false")
+        raise RecipeError(
+            f"train.activation_checkpointing is true, but the layers of {name} do not support it; give false"
+        )
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:
-    """Give the configuration of a Llama that reads the recipe's rows.
+    """Return the configuration of a Llama for the recipe's rows.
 
     Args:
         sizes: widths and depth.
         data: the vocabulary and the longest row.
-        end_of_text: token id that opens and closes a document; None where there is no tokenizer yet.
+        end_of_text: token id that opens and closes a document; None if there is no tokenizer yet.
     """
     assert data.vocab_size is not None
     return LlamaConfig(

@@ -1,7 +1,7 @@
-"""Models in one GGUF file, as llama.cpp keeps them, turned into the files that transformers writes.
+"""Convert a model in one GGUF file, the format of llama.cpp, into the files that transformers writes.
 
-What was quantised is made fp32, the weights that the file stands for. The folder is kept under a hash of the file, so
-it is made once: reading the file's tokenizer alone takes longer than loading what was made of it.
+Quantised weights become fp32. The result is cached under a hash of the file and made once: reading the tokenizer of a
+GGUF file alone takes longer than loading the converted model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mtp_ce.training.storage.cache import cache_folder
 
 
 def converted_folder(file: Path) -> Path:
-    """Give the folder that a file's model and tokenizer are kept in, or will be."""
+    """Return the cache folder of a file's model and tokenizer, whether or not it exists."""
     with file.open("rb") as opened:
         return cache_folder() / "gguf" / hashlib.file_digest(opened, "sha256").hexdigest()[:32]
 
 
 def convert_gguf(key: str, file: Path) -> Path:
-    """Give a folder with a file's model and tokenizer, in fp32.
+    """Return a folder with a file's model and tokenizer, in fp32.
 
     Args:
-        key: the recipe's key that names the file, for messages.
+        key: recipe key that names the file, for messages.
         file: a causal language model of an architecture that transformers reads from GGUF.
 
     Raises:
@@ -42,25 +42,25 @@ def convert_gguf(key: str, file: Path) -> Path:
     folder = converted_folder(file)
     if folder.exists():
         return folder
-    # Some releases keep the weights in their blocks where a kernel for those is installed; older ones never do.
+    # Some releases of transformers keep weights quantised if a kernel for them is installed; older ones never do.
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        read = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
+        quantised = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise RecipeError(f"{key} '{file}' can't be read: {' '.join(str(error).split())[:200]}") from None
-    # What was read from a quantised file refuses to be saved; a model of the same weights does not.
-    config = copy.deepcopy(read.config)
+    # transformers refuses to save a model that was read from a quantised file; a new model of the same weights saves.
+    config = copy.deepcopy(quantised.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = type(read)(config)
-    model.load_state_dict(read.state_dict(), assign=True)
+        model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
-    model.generation_config = read.generation_config
+    model.generation_config = quantised.generation_config
     try:
         with whole_folder(folder) as aside:
             tokenizer.save_pretrained(aside)

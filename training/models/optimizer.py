@@ -1,4 +1,4 @@
-"""AdamW and its learning rate over the steps."""
+"""AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mtp_ce.training.config.loop import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Give AdamW over all parameters; weight decay pulls on matrices alone.
+    """Return AdamW over all parameters, with weight decay on matrices only.
 
-    Norms, biases and both embeddings are not decayed: a token that is rare gets few gradients and would
-    shrink towards zero by decay alone.
+    Norms, biases and both embeddings are not decayed: a rare token gets few gradients, and decay alone would shrink its
+    embedding to zero.
 
     Args:
-        model: a transformers model, or a module that holds some; they say which parameters are embeddings. Those of
-            a wrapper's extra heads have a learning rate of their own.
-        config: rates and decays.
+        model: a transformers model, or a module that contains some; they identify the embeddings. The extra heads of a
+            wrapper have their own learning rate.
+        config: learning rates and weight decay.
     """
     embeddings = {
         id(embedding.weight)
@@ -30,10 +30,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
         if embedding is not None
     }
     groups: dict[tuple[bool, bool], list[Parameter]] = {}
-    for name, parameter in model.named_parameters():  # tied parameters come once
+    for name, parameter in model.named_parameters():  # tied parameters appear once
         matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         groups.setdefault((name.startswith("heads."), matrix), []).append(parameter)
-    # The trunk comes first: its learning rate is the one that is logged.
+    # The trunk's group comes first, because the logged learning rate is that of the first group.
     return AdamW(
         [
             {
@@ -51,9 +51,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
-    """Give a linear rise over the warm-up and a cosine down to `final_lr_ratio * lr`, as transformers counts steps.
+    """Return a linear warm-up and a cosine decay to `final_lr_ratio * lr`, with transformers' counting of steps.
 
-    The first step of a warm-up has the rate 0, and the last step's is a little above the end of the cosine.
+    The first step of a warm-up has a learning rate of 0, and the last step one slightly above the end of the cosine.
     """
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup_steps, steps, min_lr_rate=config.final_lr_ratio

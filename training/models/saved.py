@@ -1,11 +1,11 @@
-"""The trained model as files that other programs read.
+"""Save the trained model as files that other programs load.
 
     model/config.json, model.safetensors, ...           AutoModelForCausalLM.from_pretrained
     model/tokenizer.json, tokenizer_config.json         AutoTokenizer.from_pretrained
     model/mtp_heads.json, mtp_heads.safetensors         mtp_ce.MTPHeads.from_pretrained
 
-All in one folder, so that it can be copied or uploaded as one model; who knows nothing of the extra heads
-loads an ordinary causal language model from it.
+All are in one folder, so it can be copied or uploaded as one model. A program that does not know the extra heads loads
+an ordinary causal language model from it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mtp_ce.training.storage.atomic import whole_folder
 
 
 class Saves(Protocol):
-    """A model, a tokenizer, heads: what writes its own files into a folder."""
+    """An object that writes its files into a folder: a model or a tokenizer."""
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """Write the files."""
@@ -30,15 +30,15 @@ class Saves(Protocol):
 
 
 def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the parts of a model; `folder` appears when all of it is there.
+    """Write a model and what belongs to it; `folder` appears atomically.
 
     Args:
-        folder: where.
-        parts: the model, and what goes with it.
-        state_dict: the model's tensors, where they were gathered from elsewhere; None takes its own.
+        folder: the folder to create.
+        parts: the model, then for example its tokenizer.
+        state_dict: the model's tensors, if they were gathered from other ranks; None takes the model's own.
 
     Raises:
-        FileExistsError: `folder` is there already.
+        FileExistsError: `folder` exists already.
         OSError: it can't be written, such as to a full disk.
     """
     with whole_folder(folder) as aside:
@@ -48,7 +48,7 @@ def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None
             for part in others:
                 part.save_pretrained(aside)
         except SafetensorError as error:
-            # safetensors says in words what the system said in numbers.
+            # safetensors reports the system's error number in its text only.
             if number := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
             raise

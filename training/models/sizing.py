@@ -1,18 +1,18 @@
-"""What a training step costs, from shapes alone: products of a token, bytes that a rank holds.
+"""The cost of a training step from shapes alone: FLOPs per token, bytes per rank.
 
-FLOPs of one token, forward and backward, a multiplication and an addition being two:
+FLOPs of one token, forward and backward; a multiply-add counts as two:
 
     matrices       6 P          P: entries of the parameters that multiply, embedding tables aside
-    attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked places too
+    attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked positions too
     unembedding    6 H V D      every head's product with the unembedding; once for "teacher_forcing"
 
-A forward alone is a third of each. Where the trunk does not learn it has no backward, the unembedding's gradient is not
-made (4 H V D), and nor is that of the input of residual heads (4 P). What is computed twice to save memory counts once,
-rows without a target count, and so do all experts of a mixture.
+A forward alone is a third of each. A frozen trunk has no backward: neither the gradient of the unembedding (4 H V D)
+nor that of the input of residual heads (4 P) is computed. Recomputation counts once; rows without a target and all
+experts of a mixture count.
 
-Bytes of a rank: weights, gradients and AdamW's two means of what learns, each divided by the ranks; the groups that are
-gathered while they compute; models that only score, sharded but for their output layer; what autograd keeps of one
-micro-batch, which a forward on tensors without memory shows; and the loss.
+Bytes of a rank: weights, gradients and AdamW's two moments of trained parameters, each divided by the ranks; gathered
+FSDP groups; frozen scoring models, sharded except for their output layer; what autograd saves for one micro-batch,
+measured by a forward on fake tensors; and the loss.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Products:
         attention: scores and values, of trunk and heads.
         heads: matrices of the extra heads.
         unembedding: the logits of all heads, and their gradients.
-        scoring: forwards of the models that a scorer asks.
+        scoring: forwards of the scorer's frozen models.
     """
 
     trunk: int
@@ -56,40 +56,40 @@ class Products:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class LossBytes:
-    """What the loss of one micro-batch holds besides hidden states and statistics, by the way it is computed.
+    """Bytes that the loss of one micro-batch holds besides hidden states and statistics, by path.
 
     Attributes:
-        linear: one slab of logits; the gradients of hidden states and unembedding until backward.
-        logits: the logits of all heads, whose place their gradient takes; then the same two gradients.
+        linear: one chunk of logits, and the gradients of hidden states and unembedding until backward.
+        logits: the logits of all heads, overwritten by their gradient, and the same two gradients.
         eager: torch's cross entropy in a loop over the heads: log-probabilities of all, two gradients of one, fp32.
-        slab_rows: rows of logits that the linear path holds at a time.
+        chunk_rows: rows of logits that the linear path holds at a time.
     """
 
     linear: int
     logits: int
     eager: int
-    slab_rows: int
+    chunk_rows: int
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in a training step; their sum is reached, or nearly, where micro-batches follow each other.
+    """Bytes of one rank in a training step; consecutive micro-batches reach their sum, or nearly.
 
     Attributes:
-        weights: this rank's part of the parameters.
-        gradients: likewise.
-        optimizer: AdamW's two means of what learns, likewise.
-        gathered: groups that are whole while they compute, in the precision in which they do.
-        scoring: models that a scorer asks.
-        activations: what autograd keeps of a micro-batch.
-        loss: what the loss of a micro-batch holds.
-        offloaded: weights, gradients and optimizer that wait in main memory; no part of the total.
+        weights: this rank's shards of the parameters.
+        gradients: shards of the gradients.
+        optimizer: shards of AdamW's two moments.
+        gathered: FSDP groups gathered for computation, in its precision.
+        scoring: frozen models of the scorer.
+        activations: tensors that autograd saves for a micro-batch.
+        loss: memory of the loss of a micro-batch.
+        offloaded: weights, gradients and optimizer in main memory; not part of the total.
     """
 
     weights: int
@@ -103,12 +103,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them that are on the device."""
+        """Return the bytes on the device."""
         return sum(getattr(self, field.name) for field in fields(self)) - self.offloaded
 
 
 def step_products(model: MTPWrapper, row_length: int) -> Products:
-    """Count what one token costs the model in training.
+    """Return the FLOPs of one token in a training step.
 
     Args:
         model: on any device, meta included.
@@ -138,14 +138,14 @@ def _unembedding_products(model: MTPWrapper) -> int:
 
 
 def forward_products(model: PreTrainedModel, row_length: int) -> int:
-    """Count what one token costs a model that only scores."""
+    """Return the FLOPs of one token in the forward of a frozen scoring model."""
     output = model.get_output_embeddings()
     matrices = multiplying(model.base_model) + (output.weight.numel() if output is not None else 0)
     return 2 * matrices + attention_products(model, row_length)
 
 
 def attention_products(model: Any, row_length: int) -> int:
-    """FLOPs of a token's scores and values in all layers, forward."""
+    """Return the FLOPs of one token's attention scores and values in all layers, forward."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
@@ -153,7 +153,7 @@ def attention_products(model: Any, row_length: int) -> int:
 
 
 def multiplying(module: nn.Module) -> int:
-    """Entries of the parameters that multiply: matrices that are no embedding table."""
+    """Return the number of matrix entries, embedding tables excluded."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     return sum(x.numel() for x in module.parameters() if x.ndim >= 2 and id(x) not in tables)
 
@@ -169,98 +169,97 @@ def step_memory(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
 ) -> tuple[Memory, LossBytes]:
-    """Say what one rank holds.
+    """Return the bytes that one rank holds in a training step, and those of the loss on each path.
 
     Args:
         model: on the meta device.
-        scoring: models that only score, likewise.
-        rows: of a micro-batch on this rank.
+        scoring: frozen scoring models, on the meta device.
+        rows: rows of a micro-batch on this rank.
         row_length: S.
-        device: where it would compute.
-        ranks: over how many the model is sharded.
+        device: device of the computation.
+        ranks: number of ranks over which the model is sharded.
         dtype: of forward and backward.
-        offload: whether the rank's part of the model waits in main memory.
+        offload: whether shards are kept in main memory.
     """
     sizes = compute_module_sizes(model)
-    learning: nn.Module = model if model.trunk == "joint" else model.heads
-    gradients = _bytes(x for x in learning.parameters() if x.requires_grad)
-    own = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
-    own = {name: -(-size // ranks) for name, size in own.items()}
+    trained: nn.Module = model if model.trunk == "joint" else model.heads
+    gradients = _bytes(x for x in trained.parameters() if x.requires_grad)
+    full = {"weights": sizes[""], "gradients": gradients, "optimizer": 2 * gradients}
+    shards = {name: -(-size // ranks) for name, size in full.items()}
     loss = loss_bytes(model, rows, row_length, device, dtype)
-    # One rank is a group of its own where parameters are cast or moved before they compute.
+    # FSDP also gathers on a single rank, where parameters are cast or copied before the computation.
     grouped = ranks > 1 or offload or dtype != torch.float32
     return Memory(
-        **(dict.fromkeys(own, 0) | {"offloaded": sum(own.values())} if offload else own),
+        **(dict.fromkeys(shards, 0) | {"offloaded": sum(shards.values())} if offload else shards),
         gathered=_gathered(model, sizes[""]) * dtype.itemsize // 4 if grouped else 0,
-        scoring=sum(_scoring_bytes(part, ranks) for part in scoring),
-        activations=kept_for_backward(model, rows, row_length, device, dtype),
+        scoring=sum(_scoring_bytes(frozen, ranks) for frozen in scoring),
+        activations=saved_for_backward(model, rows, row_length, device, dtype),
         loss=loss.linear if model.loss == "linear" else loss.logits,
     ), loss
 
 
 def _scoring_bytes(model: PreTrainedModel, ranks: int) -> int:
-    """A model that only scores is sharded, too, but for its output layer; two layers of it are whole at a time."""
-    whole = compute_module_sizes(model)[""]
+    """Bytes of a frozen scoring model: sharded except for its output layer, with two layers gathered at a time."""
+    full = compute_module_sizes(model)[""]
     if ranks == 1:
-        return int(whole)
+        return int(full)
     layers = sum(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
     return (
         -(-layers // ranks)
         + 2 * max(compute_module_sizes(layer)[""] for layer in decoder_layers(model)[0])
-        + (whole - layers)
+        + (full - layers)
     )
 
 
-def _gathered(model: MTPWrapper, whole: int) -> int:
-    """Bytes of the groups that are whole on a rank: the root's all along, a layer in work and the next one.
+def _gathered(model: MTPWrapper, full: int) -> int:
+    """Bytes of the FSDP groups gathered at a time: the root throughout, the current layer and the prefetched one.
 
-    Their gradients are whole, too, until they are dealt out: the root's and those of the layer in work.
+    Gradients of the root and of the current layer are also full-size until they are reduced and scattered.
     """
     layers = [*decoder_layers(model.causal)[0], *model.heads.decoder_layers]
     sizes = [compute_module_sizes(layer)[""] for layer in layers]
-    root, largest = whole - sum(sizes), max(sizes)
-    learns = model.trunk == "joint"
-    return int(root + 2 * largest + (root + largest if learns else 0))
+    root, largest = full - sum(sizes), max(sizes)
+    return int(root + 2 * largest + (root + largest if model.trunk == "joint" else 0))
 
 
 def loss_bytes(
     model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> LossBytes:
-    """Say what the loss of a micro-batch of `rows` rows of `row_length` tokens holds, on each of the paths."""
+    """Return the bytes of the loss for a micro-batch of `rows` rows of `row_length` tokens, on each path."""
     (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
     N = rows * row_length * model.heads.output_count
     d_hidden = N * D * item
     d_unembed = V * D * 4 if model.trunk == "joint" else 0
-    # A CPU makes the product of half types into fp32 sums from a copy.
+    # On a CPU, products of half types accumulate in fp32 from a copy.
     wide = 4 if device.type == "cpu" and item < 4 else 0
-    slab = rows_at_once(N, _chunk_rows(None, V * item, device), device)
-    # A CPU gathers the rows that are live.
+    chunk = rows_at_once(N, _chunk_rows(None, V * item, device), device)
+    # The CPU path gathers the valid rows.
     gathered = N * D * item if device.type == "cpu" else 0
-    whole = N * V * item
+    logits = N * V * item
     return LossBytes(
-        linear=min(slab, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
-        logits=whole + d_hidden + d_unembed,
+        linear=min(chunk, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
+        logits=logits + d_hidden + d_unembed,
         eager=N * V * 4 + 2 * rows * row_length * V * 4,
-        slab_rows=min(slab, N),
+        chunk_rows=min(chunk, N),
     )
 
 
-def kept_for_backward(
+def saved_for_backward(
     model: MTPWrapper, rows: int, row_length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Measure the bytes that autograd keeps of one micro-batch, parameters aside: a forward without any memory.
+    """Return the bytes that autograd saves for one micro-batch, parameters excluded, by a forward on fake tensors.
 
     Args:
         model: on the meta device.
-        rows: of the micro-batch.
+        rows: rows of the micro-batch.
         row_length: S.
-        device: what the tensors pretend to be on; operators differ in what they keep.
+        device: device of the fake tensors; operators save different tensors on different devices.
         dtype: of forward and backward, to which parameters are cast.
     """
-    # What the loss keeps is said by `loss_bytes`; the linear path keeps nothing that autograd sees.
+    # `loss_bytes` counts the loss; its linear path saves nothing through autograd.
     chosen, model.loss = model.loss, "linear"
     with FakeTensorMode():
-        own = {
+        fake = {
             name: torch.empty(
                 x.shape, dtype=dtype if isinstance(x, nn.Parameter) else x.dtype, device=device
             ).requires_grad_(x.requires_grad)
@@ -269,23 +268,23 @@ def kept_for_backward(
         tokens = torch.zeros(rows, row_length, dtype=torch.int64, device=device)
         batch = {"position_ids": tokens, "labels": tokens, "document_ids": tokens, "return_stats": True}
         batch["num_items_in_batch"] = torch.ones((), device=device)
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
+        def save(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.func.functional_call(model, own, (tokens,), batch)
+        with saved_tensors_hooks(save, lambda tensor: tensor):
+            torch.func.functional_call(model, fake, (tokens,), batch)
         model.loss = chosen
-        return storage_bytes(kept, own.values())
+        return storage_bytes(saved, fake.values())
 
 
 def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
-    """Bytes of the memory behind tensors, each piece once, without that behind others."""
-    aside = {x.untyped_storage()._cdata for x in without}
-    pieces = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    return sum(size for piece, size in pieces.items() if piece not in aside)
+    """Return the bytes of the storages of tensors, each counted once, without those shared with others."""
+    excluded = {x.untyped_storage()._cdata for x in without}
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(size for storage, size in storages.items() if storage not in excluded)
 
 
 def _bytes(tensors: Iterator[Tensor]) -> int:

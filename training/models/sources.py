@@ -1,12 +1,12 @@
-"""Models and tokenizers that are there already, and how a recipe names them.
+"""Sources of pretrained models and tokenizers, and how a recipe names them.
 
-    folder, or file.gguf                on this machine; a run's folder stands for the model in it
+    folder, or file.gguf                on this machine; a run directory stands for the model in it
     package:NAME/FILE                   inside an installed Python package
     s3://bucket/prefix, or s3://bucket/path/file.gguf
     owner/model, owner/model/file.gguf  on the Hugging Face hub
 
-A reference or a critic must read the same tokens as the model in training. A vocabulary of the same size is not
-enough: other entries under the same numbers would give scores without any meaning, and no error.
+A reference or a critic must use the tokenizer of the model in training. A vocabulary of the same size is not enough:
+other entries under the same ids would give meaningless scores without an error.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def sources_of(recipe: Recipe) -> dict[str, tuple[str, ModelKind]]:
 
 
 def find_sources(recipe: Recipe) -> None:
-    """Look at what can be looked at without a network or torch.
+    """Check local sources, without a network or torch.
 
     Raises:
-        RecipeError: a local folder is missing or holds no model, or a model that does not fit.
+        RecipeError: a local folder is missing, or holds no model or one that does not fit.
     """
     named = {key: source for key, (source, _) in sources_of(recipe).items()}
     if recipe.data.tokenizer:
@@ -58,10 +58,10 @@ def find_sources(recipe: Recipe) -> None:
 
 
 def fetch_source(key: str, source: str) -> Path:
-    """Give the folder with a source's files, downloaded where it is not local, converted where it is a GGUF file.
+    """Return the folder with a source's files, downloaded if it is not local, converted if it is a GGUF file.
 
     Raises:
-        RecipeError: it is not there, or can't be reached or read.
+        RecipeError: it is missing, or can't be reached or read.
     """
     if is_s3(source):
         from mtp_ce.training.storage.folders import fetch_file, fetch_folder
@@ -77,12 +77,12 @@ def fetch_source(key: str, source: str) -> Path:
 
 
 def local_source(key: str, source: str) -> Path | None:
-    """Give a source's folder or GGUF file on this machine, or None where it is an s3:// address or a hub name.
+    """Return a source's folder or GGUF file on this machine, or None for an s3:// address or a hub name.
 
-    Hub names are `model`, `owner/model` or `owner/model/file.gguf`; what is here under such a name wins.
+    Hub names are `model`, `owner/model` or `owner/model/file.gguf`; a local path of that name takes precedence.
 
     Raises:
-        RecipeError: it is a path or in a package, and not there.
+        RecipeError: it is a path or in a package, and missing.
     """
     if is_s3(source):
         return None
@@ -109,13 +109,13 @@ def local_source(key: str, source: str) -> Path | None:
 
 
 def find_checkpoint(source: str) -> tuple[str, Path | None]:
-    """Say where a checkpoint's model is, and the recipe that made it, where that lies beside it.
+    """Return the source of a checkpoint's model, and the recipe of its run if that lies beside it.
 
     Args:
-        source: a run's folder or the model's in it; or a source as in recipes.
+        source: a run directory or its model folder; or a source as in recipes.
 
     Raises:
-        RecipeError: it is not there.
+        RecipeError: it is missing.
     """
     if is_s3(source):
         from mtp_ce.training.storage.folders import check_address
@@ -131,25 +131,25 @@ def find_checkpoint(source: str) -> tuple[str, Path | None]:
 
 
 def _model_in(folder: Path) -> Path:
-    """The model's folder in a run's, or the folder itself."""
+    """Return the model folder of a run directory, or the folder itself."""
     return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_size: int | None) -> int:
-    """Look into a trained model's configuration.
+    """Check the configuration of a pretrained model.
 
     Args:
-        key: the recipe's key that names it.
-        source: how the recipe calls it.
-        folder: where it is.
-        kind: what it must be.
-        vocab_size: V of the model in training, None where that is not known.
+        key: recipe key that names it.
+        source: value of that key.
+        folder: its files.
+        kind: the kind it must have.
+        vocab_size: V of the model in training; None if that is unknown.
 
     Returns:
-        Its V.
+        V of the pretrained model.
 
     Raises:
-        RecipeError: it has none that can be read, is of another kind, or of another vocabulary size.
+        RecipeError: the configuration is unreadable, or of another kind or vocabulary size.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -177,10 +177,10 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
 
 
 def check_tensors(key: str, source: str, folder: Path) -> None:
-    """Read the head of each file of tensors, which says how long the file is.
+    """Read the header of each safetensors file, and check the length of the file against it.
 
     Raises:
-        RecipeError: one is cut off, or something else.
+        RecipeError: a file is truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -195,10 +195,10 @@ def check_tensors(key: str, source: str, folder: Path) -> None:
 
 
 def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:
-    """Compare the heads that are saved beside a model, if there are any, with those that a recipe asks for.
+    """Check that heads saved beside a model, if any, are those that a recipe asks for.
 
     Raises:
-        RecipeError: they are of another number or kind.
+        RecipeError: they have another horizon or kind.
     """
     try:
         saved: dict[str, Any] = json.loads((folder / HEADS_FILE).read_text(encoding="utf-8"))
@@ -215,16 +215,16 @@ def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:
 
 
 def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, int]) -> None:
-    """Compare a trained model's tokenizer with the run's own.
+    """Check that a pretrained model has the tokenizer of the run.
 
     Args:
-        key: the recipe's key that names the model.
-        source: how the recipe calls it.
-        folder: where it is.
+        key: recipe key that names the model.
+        source: value of that key.
+        folder: the model's files.
         vocabulary: entries of the run's tokenizer and their ids.
 
     Raises:
-        RecipeError: it has none, or another one.
+        RecipeError: it has no tokenizer, or another one.
     """
     from transformers import AutoTokenizer
 
@@ -250,4 +250,6 @@ def _from_hub(key: str, source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{key} is '{source}', which is not here, and the hub does not give it ({reason})") from None
+        raise RecipeError(
+            f"{key} is '{source}', which is not on this machine, and the hub refuses it ({reason})"
+        ) from None

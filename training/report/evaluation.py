@@ -14,12 +14,12 @@ from mtp_ce.training.metrics.evaluation import Evaluation
 
 
 def results_table(evaluation: Evaluation) -> Table:
-    """Lay out an evaluation, one line per head, beside what token frequencies alone would score."""
+    """Return an evaluation as a table, one row per head, beside the unigram entropy."""
     title = f"held-out text: {evaluation.heads[0].rows:,} tokens; cross entropies in nats"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
     before, decoding = evaluation.before, evaluation.decoding
     columns = ["head", *(["before"] if before else []), "CE", "unigram", "perplexity", "top-1", "top-5"]
-    for column in (*columns, "agrees", *(["kept"] if decoding else [])):
+    for column in (*columns, "agree", *(["accepted"] if decoding else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for h, result in enumerate(evaluation.heads):
         table.add_row(
@@ -36,23 +36,23 @@ def results_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def say_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """Show the table, what its columns mean, and what decoding found."""
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Print the table, the meaning of its columns, and the results of decoding."""
     console.print(results_table(evaluation))
     lines = ["unigram: cross entropy of the held-out tokens under the training tokens' frequencies, add-one smoothed"]
     if evaluation.tokens_per_forward:
         lines.append(
-            "agrees: this head and all before it say what head 0 says later, in the held-out text; "
-            f"{evaluation.tokens_per_forward:.2f} tokens per forward, if decoding went like that"
+            "agree: positions where heads 1..h match head 0's later argmax, on held-out text; "
+            f"decoding at these rates gives {evaluation.tokens_per_forward:.2f} tokens per forward"
         )
     if decoding := evaluation.decoding:
-        found = decoding.speculation
+        speculation = decoding.speculation
         lines += [
-            "kept: rounds of decoding in which this head's token and all before it were kept",
-            f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, {found.tokens:,} new tokens: "
-            f"{found.tokens_per_forward:.2f} tokens per forward (acceptance length {found.acceptance_length:.2f}), "
-            f"{decoding.speedup:.2f} times the speed of plain generate; the same text for {decoding.identical} of "
-            f"{decoding.prompts}",
+            "accepted: decoding rounds in which the drafts of heads 1..h were accepted",
+            f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, "
+            f"{speculation.tokens:,} new tokens: {speculation.tokens_per_forward:.2f} tokens per forward "
+            f"(acceptance length {speculation.acceptance_length:.2f}), {decoding.speedup:.2f} times the speed of plain "
+            f"generate; identical text for {decoding.identical} of {decoding.prompts} prompts",
         ]
     for line in lines:
         say(console, line)
@@ -60,7 +60,7 @@ def say_evaluation(console: Console, evaluation: Evaluation) -> None:
 
 def write_evaluation(evaluation: Evaluation, folder: Path, title: str) -> list[Path]:
     """Write evaluation.json and evaluation.png, and return the two paths."""
-    # matplotlib writes a font cache when it is first imported; a dry run writes nothing.
+    # matplotlib writes a font cache on first import; a dry run writes nothing.
     from mtp_ce.training.report.plot import draw_evaluation
 
     table, picture = folder / "evaluation.json", folder / "evaluation.png"

@@ -1,4 +1,4 @@
-"""Two pictures of a run: the cross entropy of every head over the steps, and what the heads are worth at the end."""
+"""Two plots of a run: cross entropy of every head over the steps, and the evaluation of the trained heads."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from matplotlib.lines import Line2D
 
 from mtp_ce.training.metrics.evaluation import Evaluation
 
-# Okabe and Ito's palette, told apart by colour-blind eyes too; its black is kept for the reference line.
+# The colour-blind safe palette of Okabe and Ito, without its black, which is the reference line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
 def open_figure(inches: tuple[float, float]) -> Figure:
-    """Give an empty figure that can be saved; no pyplot: no global state, and no window system is ever asked for."""
+    """Return an empty figure that can be saved; without pyplot there is no global state and no window system."""
     figure = Figure(figsize=inches, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> None:
-    """Draw training as lines, validation as points, and the unigram entropy as a level to be beaten.
+    """Draw training as lines, validation as points, and the unigram entropy as a horizontal line.
 
     Args:
         metrics: the run's metrics.jsonl.
         picture: PNG file to write.
-        title: what stands above it.
+        title: title of the figure.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -65,12 +65,12 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
 
 
 def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
-    """Draw the cross entropy of every head, and how far their drafts carry.
+    """Draw the cross entropy of every head, and the acceptance of their drafts.
 
     Args:
-        evaluation: what was measured.
+        evaluation: results to draw.
         picture: PNG file to write.
-        title: what stands above it.
+        title: title of the figure.
     """
     heads = evaluation.heads
     figure = open_figure((8.5, 4.2))
@@ -83,13 +83,13 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
         left.plot(names, before, "_", color="black", markersize=22, markeredgewidth=1.5, label="before training")
     left.axhline(evaluation.unigram, color="black", linestyle="--", linewidth=1, label="unigram entropy")
     left.set_ylabel("cross entropy [nats per token]")
-    right.set_ylabel("share of drafts")
+    right.set_ylabel("ratio of drafts")
     right.set_ylim(0, 1)
     agrees = [head.agrees for head in heads[1:]]
     if agrees and None not in agrees:
         right.plot(names[1:], agrees, "o-", color=COLOURS[0], label="agree with head 0 on held-out text")
         if evaluation.decoding:
-            right.plot(names[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="kept when decoding")
+            right.plot(names[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="accepted in decoding")
         right.margins(x=0.15)
     else:
         right.text(0.5, 0.5, "no heads that draft", ha="center", transform=right.transAxes)

@@ -1,4 +1,4 @@
-"""A picture of text with every token in a box of its weight's colour."""
+"""A picture of text in which each token's box has the colour of its weight."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from mtp_ce.training.report.weights_passage import (
     weight_norm,
 )
 
-# The picture: characters in a line, lines in all, passages at most, and sizes in points.
+# Characters per line, maximum numbers of lines and passages, and sizes in points.
 _COLUMNS, _LINES, _PASSAGES = 100, 60, 10
 _FONT_SIZE, _LINE_HEIGHT = 9.0, 12.5
-# matplotlib's own font: the picture is the same on every machine.
+# The font that ships with matplotlib, so the picture is the same on every machine.
 _MONO = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 _CHARACTER_WIDTH = 0.602 * _FONT_SIZE
 _GREY = "#767676"
 
 
 def draw_weights(passages: Sequence[Passage], picture: Path, *, title: str, scorer: str) -> None:
-    """Draw the beginnings of the passages into a PNG, at most 60 lines of text in all.
+    """Draw the first lines of the passages into a PNG, at most 60 lines in total.
 
     Args:
-        passages: what to show.
-        picture: file to write.
-        title: what stands above all.
-        scorer: name of what gave the weights.
+        passages: the passages.
+        picture: PNG file to write.
+        title: title of the picture.
+        scorer: name of the scorer.
     """
     norm, shown = weight_norm(passages), passages[:_PASSAGES]
     limit = _LINES // max(1, len(shown))
     blocks = [_rows(passage) for passage in shown]
-    # Above and below its text a passage has its title, its summary, a word on what is cut, and some space.
+    # Around its text a passage has a title, a summary, a note on omitted lines, and some space.
     figure, axes = _sheet(sum(min(len(rows), limit) + 3.5 for rows in blocks) + 1, norm)
     _write(axes, 0, -3.2, title, fontsize=12)
     _write(axes, 0, -1.8, f"scorer: {scorer}", color=_GREY)
@@ -71,12 +71,12 @@ def draw_weights(passages: Sequence[Passage], picture: Path, *, title: str, scor
 
 
 def _rows(passage: Passage) -> list[list[tuple[str, int, bool]]]:
-    """Lay a passage out on a grid, long lines wrapped: each character, its token, and whether it replaces another."""
+    """Arrange a passage on a grid with wrapped lines: each character, its token, and whether it is a mark."""
     rows: list[list[tuple[str, int, bool]]] = [[]]
     for token, text in enumerate(passage.texts):
         for character in text or PART:
             shown = {"\t": " " * (4 - len(rows[-1]) % 4), "\n": NEWLINE}.get(character) or _drawable(character)
-            # The mark of a newline may stand past the border: it needs no row of its own.
+            # The mark of a newline may exceed the line width, so it needs no row of its own.
             if len(rows[-1]) >= _COLUMNS and character != "\n":
                 rows.append([])
             rows[-1] += [(c, token, c != character or not text) for c in shown]
@@ -86,15 +86,15 @@ def _rows(passage: Passage) -> list[list[tuple[str, int, bool]]]:
 
 
 def _drawable(text: str) -> str:
-    """Replace what the font lacks, and what has no cell of its own."""
+    """Replace characters that the font lacks or that have no width."""
     known = get_font(str(_MONO)).get_charmap()
     return "".join(c if c.isprintable() and not combining(c) and ord(c) in known else SHAPELESS for c in text)
 
 
 def _sheet(height: float, norm: TwoSlopeNorm) -> tuple[Figure, Axes]:
-    """A white sheet on which one unit is a character or a line, with the colour scale at the top right."""
+    """Return white axes in units of characters and lines, with the colour scale at the top right."""
     size = ((_COLUMNS + 6) * _CHARACTER_WIDTH / 72, (height + 5) * _LINE_HEIGHT / 72)
-    # A Figure of our own instead of pyplot: no global state, and no window system is ever asked for.
+    # Without pyplot there is no global state and no window system.
     figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-3, _COLUMNS + 3), ylim=(height, -5))
@@ -110,19 +110,19 @@ def _sheet(height: float, norm: TwoSlopeNorm) -> tuple[Figure, Axes]:
 
 def _write(axes: Axes, x: float, y: float, text: str, **look: Any) -> None:
     look = {"fontsize": _FONT_SIZE, "font": _MONO, **look}
-    # Source code has dollar signs, which would begin a formula.
+    # Dollar signs in source code would start a formula.
     axes.text(x, y + 0.75, _drawable(text), parse_math=False, **look)
 
 
 def _draw_row(axes: Axes, y: float, row: list[tuple[str, int, bool]], passage: Passage, norm: TwoSlopeNorm) -> None:
-    for (token, replaces), places in groupby(range(len(row)), key=lambda x: row[x][1:]):
-        weight, first, *rest = passage.weights[token], *places
+    for (token, is_mark), columns in groupby(range(len(row)), key=lambda x: row[x][1:]):
+        weight, first, *rest = passage.weights[token], *columns
         text = "".join(row[x][0] for x in (first, *rest))
         if not isnan(weight):
             box = Rectangle((first, y), len(text), 1, facecolor=SCALE(norm(weight)), edgecolor="white", linewidth=0.4)
             axes.add_patch(box)
-        # Each token is placed by itself: widths rounded to pixels would add up along a line.
+        # Each token is positioned separately: pixel rounding of widths would accumulate along a line.
         if text.strip():
             blanks = len(text) - len(text.lstrip())
-            look = {"color": _GREY if isnan(weight) else "black", "alpha": 0.6 if replaces else 1.0}
+            look = {"color": _GREY if isnan(weight) else "black", "alpha": 0.6 if is_mark else 1.0}
             _write(axes, first + blanks, y, text.strip(), **look)

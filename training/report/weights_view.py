@@ -1,6 +1,6 @@
-"""A page to hover over: text with every token coloured by its weight.
+"""An HTML page of text with every token coloured by its weight.
 
-One HTML file without scripts, which needs no other file and no network. A token's numbers are in its title attribute.
+One file without scripts that needs no other file and no network. A token's numbers are in its title attribute.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _HIGHEST = 10
 
 
 def write_page(passages: Sequence[Passage], page: Path, *, title: str, scorer: str) -> None:
-    """Write one HTML file that needs no other: legend, passages, and the highest weights of each.
+    """Write one self-contained HTML file: legend, passages, and the highest weights of each.
 
     Args:
-        passages: what to show.
-        page: file to write.
-        title: what stands above all.
-        scorer: name of what gave the weights.
+        passages: the passages.
+        page: HTML file to write.
+        title: title of the page.
+        scorer: name of the scorer.
     """
     norm = weight_norm(passages)
     ticks = "".join(f"<span>{tick:.3g}</span>" for tick in scale_ticks(norm))
-    scale = ", ".join(f"{colour} {place:.0%}" for place, colour in STOPS)
+    scale = ", ".join(f"{colour} {position:.0%}" for position, colour in STOPS)
     sections = "\n".join(_section(f"p{p}", passage, norm) for p, passage in enumerate(passages))
     page.write_text(
         f"""<!doctype html>
@@ -108,7 +108,7 @@ def _token(anchor: str, passage: Passage, i: int, norm: TwoSlopeNorm) -> str:
 
 
 def _highest(name: str, passage: Passage, norm: TwoSlopeNorm) -> str:
-    """A table of the tokens of the highest weights; among equal ones, such as clipped ones, the scores decide."""
+    """Return a table of the tokens with the highest weights; the score breaks ties of clipped weights."""
     weights = np.asarray(passage.weights, dtype=float)
     scores = np.asarray(passage.details.get("score", weights), dtype=float)
     order = [i for i in np.lexsort((-scores, -weights))[:_HIGHEST].tolist() if not np.isnan(weights[i])]
@@ -117,7 +117,7 @@ def _highest(name: str, passage: Passage, norm: TwoSlopeNorm) -> str:
     rows = []
     for i in order:
         before, after = "".join(passage.texts[max(0, i - 40) : i])[-40:], "".join(passage.texts[i + 1 : i + 41])[:40]
-        left, text, right = (_in_line(part) for part in (before.rjust(40), passage.texts[i], after))
+        left, text, right = (_in_line(piece) for piece in (before.rjust(40), passage.texts[i], after))
         mark = f'<mark style="background:{_colour(weights[i], norm)}">{text or PART}</mark>'
         numbers = "".join(f"<td>{_number(passage.details[detail][i])}</td>" for detail in units)
         rows.append(
@@ -146,7 +146,7 @@ def _in_line(text: str) -> str:
 
 
 def _marked(character: str) -> str:
-    """Put a mark before what could not be seen or pointed at."""
+    """Prefix an invisible character with a mark."""
     if character.isprintable() or character == "\t":
         return _escape(character)
     return _mark(NEWLINE if character == "\n" else SHAPELESS) + _escape(character)

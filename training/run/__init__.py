@@ -1,1 +1,1 @@
-"""Runs: stages, resume, dry run, comparison, evaluation."""
+"""Runs: stages, resuming, dry run, comparison, evaluation."""

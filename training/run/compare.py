@@ -77,8 +77,8 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
         models = scoring_stages(recipe, inputs, output, tracking)
         for seed in comparison["seeds"]:
             for name, arm in arms.items():
-                own = arm.model_copy(update={"seed": seed})
-                comparison["results"][name].append(_run(name, own, inputs, models, output, tracking))
+                seeded = arm.model_copy(update={"seed": seed})
+                comparison["results"][name].append(_run(name, seeded, inputs, models, output, tracking))
         for path in write_comparison(comparison, output):
             tracking.artifact(path)
     out.print(comparison_table(comparison), soft_wrap=True, highlight=False, markup=False)

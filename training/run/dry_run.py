@@ -58,7 +58,7 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     say(out, f"recipe      {recipe.name}: {recipe.description}")
     say(out, f"corpus      {corpus}")
     for key, (source, kind) in sources_of(recipe).items():
-        say(out, f"given       {key}: {kind} {source}")
+        say(out, f"source      {key}: {kind} {source}")
     for key, address in addresses.items():
         say(out, f"reachable   {key}: {address}")
     for line in _stages(recipe):
@@ -127,8 +127,8 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         scoring = {}
     products = replace(step_products(model, S), scoring=_scoring_products(recipe, config, scoring, unknown))
     tokens = train.steps * train.batch_size * S
-    parts = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
-    say(out, f"compute     {_flops(products.total)} per token: {', '.join(parts)}")
+    items = (f"{name} {_flops(value)}" for name, value in vars(products).items() if value)
+    say(out, f"compute     {_flops(products.total)} per token: {', '.join(items)}")
     say(out, f"            {_flops(products.total * tokens)} in total for the last stage")
 
     rows = train.micro_batch_size or train.batch_size // ranks.size
@@ -138,12 +138,12 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
     memory, loss = step_memory(
         model, scoring.values(), rows, S, device, ranks.size, dtype=dtype, offload=train.cpu_offload
     )
-    parts = (f"{name} {decimal(value)}" for name, value in vars(memory).items() if value)
+    items = (f"{name} {decimal(value)}" for name, value in vars(memory).items() if value)
     whose = f"a rank of {ranks.size}" if ranks.size > 1 else "one process"
-    say(out, f"memory      {decimal(memory.total)} for {whose}, {rows} x {S} tokens at a time: {', '.join(parts)}")
+    say(out, f"memory      {decimal(memory.total)} for {whose}, {rows} x {S} tokens at a time: {', '.join(items)}")
     say(
         out,
-        f"loss        linear {decimal(loss.linear)} ({loss.slab_rows:,} rows of logits at a time), "
+        f"loss        linear {decimal(loss.linear)} ({loss.chunk_rows:,} rows of logits at a time), "
         f"logits {decimal(loss.logits)}, eager torch {decimal(loss.eager)}; the recipe uses {heads.loss}",
     )
     if device.type == "cuda":

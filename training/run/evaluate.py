@@ -21,7 +21,7 @@ from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
-from mtp_ce.training.report.evaluation import say_evaluation, write_evaluation
+from mtp_ce.training.report.evaluation import print_evaluation, write_evaluation
 from mtp_ce.training.run.folder import make_folder
 from mtp_ce.training.run.inputs import Inputs, read_held_out
 from mtp_ce.training.tracking.composite import Tracking
@@ -42,7 +42,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
     transformers_logging.disable_progress_bar()
     out = out or Console()
     inputs = read_held_out(recipe, source, out)
-    model = load_checkpoint(source, inputs.given["CHECKPOINT"])
+    model = load_checkpoint(source, inputs.model_folders["CHECKPOINT"])
     # transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device).eval()
     say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
@@ -56,7 +56,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
         tracking.log(0, validation_metrics(heads) | evaluation.metrics())
         for path in write_evaluation(evaluation, output, f"{source}: the heads on held-out text"):
             tracking.artifact(path)
-    say_evaluation(out, evaluation)
+    print_evaluation(out, evaluation)
     say(out, f"saved       {output}/evaluation.json, evaluation.png, metrics.jsonl, recipe.yaml")
     return evaluation
 

@@ -59,9 +59,9 @@ def fit(
         The finished loop, and its last validation, one result per head.
     """
     torch.manual_seed(recipe.seed)
-    pretrained = inputs.given["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
+    pretrained = inputs.model_folders["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
     model = build_model(recipe, inputs.tokenizer.eos_token_id, pretrained)
-    # Types: transformers wraps its own `to` in a way that hides `self` from type checkers.
+    # transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device)
     ranks = inputs.ranks
     where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)

@@ -42,7 +42,7 @@ class Inputs:
         tokenizer: tokenizer of the run.
         tokens: token ids, document by document.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
-        given: folders of the pretrained models that the recipe names, by recipe key.
+        model_folders: folders of the pretrained models that the recipe names, by recipe key.
         row_length: S.
         vocab_size: V of the model in training.
         ranks: the ranks of the run.
@@ -55,7 +55,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     tokens: TokenisedCorpus
     unigram: float
-    given: dict[str, Path]
+    model_folders: dict[str, Path]
     row_length: int
     vocab_size: int
     ranks: Ranks
@@ -81,26 +81,26 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
         RecipeError: the corpus, the tokenizer, a pretrained model or the device is missing or does not fit.
     """
     device, V, sources = find_device(recipe.train.device, "train.device"), recipe.data.vocab_size, sources_of(recipe)
-    given: dict[str, Path] = {}
+    model_folders: dict[str, Path] = {}
     # Downloads come first: they fail within seconds, and training a tokenizer takes longer. The model in training comes
     # first among them, because the others must share its vocabulary.
     for key, (source, kind) in sources.items():
-        say(console, f"given       {key}: {kind} {source}")
-        given[key] = fetch_source(key, source)
-        theirs = check_config(key, source, given[key], kind, V)
+        say(console, f"source      {key}: {kind} {source}")
+        model_folders[key] = fetch_source(key, source)
+        theirs = check_config(key, source, model_folders[key], kind, V)
         if key == "model.source":
             V = theirs
-            check_heads(source, given[key], recipe.model.mtp)
+            check_heads(source, model_folders[key], recipe.model.mtp)
     assert V is not None
-    tokenizer = _named_tokenizer(recipe, given, V)
+    tokenizer = _named_tokenizer(recipe, model_folders, V)
     corpus = read_corpus(recipe.data)
     _print_corpus(console, corpus)
     stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
     tokenizer = tokenizer or load_tokenizer(texts(corpus.train[::stride]), V)
-    for key, folder in given.items():
+    for key, folder in model_folders.items():
         if key != "model.source":
             check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
-    return _inputs(console, device, recipe.data, corpus, tokenizer, V, given, ranks)
+    return _inputs(console, device, recipe.data, corpus, tokenizer, V, model_folders, ranks)
 
 
 def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> Inputs:
@@ -108,7 +108,7 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
 
     Args:
         recipe: names the text.
-        source: the checkpoint; `given["CHECKPOINT"]` of the result is its folder.
+        source: the checkpoint; `model_folders["CHECKPOINT"]` of the result is its folder.
         console: where to print.
 
     Raises:
@@ -139,7 +139,7 @@ def _inputs(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     vocab_size: int,
-    given: dict[str, Path],
+    model_folders: dict[str, Path],
     ranks: Ranks,
 ) -> Inputs:
     tokens = tokenise(corpus, tokenizer)
@@ -150,15 +150,17 @@ def _inputs(
         say(console, f"rows        {longer:,} of {len(tokens.train):,} documents cut at {data.sequence_length} tokens")
     unigram = unigram_cross_entropy(tokens, vocab_size)
     S = data.sequence_length
-    return Inputs(console, device, corpus, tokenizer, tokens, unigram, given, S, vocab_size, ranks, data.packing)
+    return Inputs(
+        console, device, corpus, tokenizer, tokens, unigram, model_folders, S, vocab_size, ranks, data.packing
+    )
 
 
-def _named_tokenizer(recipe: Recipe, given: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:
+def _named_tokenizer(recipe: Recipe, model_folders: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:
     """Return the tokenizer that the recipe names, or the pretrained model's; None if one must be trained."""
     if named := recipe.data.tokenizer:
         return read_tokenizer(fetch_source("data.tokenizer", named), "data.tokenizer", named, vocab_size)
     if isinstance(recipe.model, PretrainedModelConfig):
-        return read_tokenizer(given["model.source"], "model.source", recipe.model.source, vocab_size)
+        return read_tokenizer(model_folders["model.source"], "model.source", recipe.model.source, vocab_size)
     return None
 
 

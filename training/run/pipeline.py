@@ -16,7 +16,7 @@ from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
-from mtp_ce.training.report.evaluation import say_evaluation
+from mtp_ce.training.report.evaluation import print_evaluation
 from mtp_ce.training.run.folder import RECIPE_FILE, check_same, start_run
 from mtp_ce.training.run.inputs import find_device, read_inputs
 from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
@@ -78,7 +78,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
         tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
-    say_evaluation(out, evaluation)
+    print_evaluation(out, evaluation)
     weights = ", weights.html, weights.png" if recipe.scorer.weighted else ""
     say(
         out,

@@ -79,7 +79,7 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
     data = recipe.data.model_copy(update={"vocab_size": inputs.vocab_size})
     sized = recipe.model_copy(update={"data": data})
     return {
-        model.role: inputs.given[model.key]
+        model.role: inputs.model_folders[model.key]
         if model.source
         else TRAINING_STAGES[model.role](sized, inputs, output, tracking) / "model"
         for model in recipe.frozen_models()
@@ -167,13 +167,13 @@ def reference_recipe(recipe: Recipe) -> Recipe:
     assert stage is not None
     assert stage.train is not None
     next_token = MTPConfig(horizon=1, loss=recipe.model.mtp.loss)
-    own = LlamaModelConfig(**stage.model.model_dump()) if stage.model else recipe.model
+    sizes = LlamaModelConfig(**stage.model.model_dump()) if stage.model else recipe.model
     return recipe.model_copy(
         update={
             "name": "reference",
             "description": f"next-token model of the {stage.documents} files",
             "seed": stage.seed,
-            "model": own.model_copy(update={"mtp": next_token}),
+            "model": sizes.model_copy(update={"mtp": next_token}),
             "scorer": UniformScorerConfig(),
             "precompute_weights": False,
             "reference": None,
@@ -203,25 +203,27 @@ def documents_of(stage: ReferenceConfig, inputs: Inputs) -> DocumentTokens:
 
 
 def _reference(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
-    own, stage = reference_recipe(recipe), recipe.reference
+    reference, stage = reference_recipe(recipe), recipe.reference
     assert stage is not None
     documents = documents_of(stage, inputs)
-    settings = own.model_dump(include={"seed", "model", "optimizer", "train"}) | {"row_length": inputs.row_length}
+    settings = reference.model_dump(include={"seed", "model", "optimizer", "train"}) | {"row_length": inputs.row_length}
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        weighing = build_weighing(own, {}, inputs.device)
-        _, results = fit(own, inputs, inputs.rows(documents), weighing.weigh, folder, run)
+        weighing = build_weighing(reference, {}, inputs.device)
+        _, results = fit(reference, inputs, inputs.rows(documents), weighing.weigh, folder, run)
         return validation_metrics(results)
 
-    what = f"a next-token model of {len(documents)} {stage.documents} files, {own.train.steps:,} steps"
-    digests = [*inputs.digests, *_pretrained_digest(own.model, inputs)]
+    what = f"a next-token model of {len(documents)} {stage.documents} files, {reference.train.steps:,} steps"
+    digests = [*inputs.digests, *_pretrained_digest(reference.model, inputs)]
     key = stage_key("reference", {**settings, "documents": stage.documents}, digests)
-    return run_stage(Stage("reference", "reference", what, key, own, work, together=True), inputs, output, tracking)
+    return run_stage(
+        Stage("reference", "reference", what, key, reference, work, together=True), inputs, output, tracking
+    )
 
 
 def _pretrained_digest(model: TrunkConfig | PretrainedModelConfig, inputs: Inputs) -> list[str]:
     """Return the hash of the pretrained model that a stage starts from, if any."""
-    return [folder_digest(inputs.given["model.source"])] if isinstance(model, PretrainedModelConfig) else []
+    return [folder_digest(inputs.model_folders["model.source"])] if isinstance(model, PretrainedModelConfig) else []
 
 
 def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> Path:
@@ -243,7 +245,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
         with Display(inputs.console, steps) as display, stop_on_signal() as stop:
             model, results = train_critic(
                 recipe, inputs.corpus, inputs.tokenizer, inputs.device,
-                pretrained=inputs.given.get("model.source"),
+                pretrained=inputs.model_folders.get("model.source"),
                 log=log_and_show(run, display), tick=display.tick, stop=stop,
             )  # fmt: skip
         save_model(folder / "model", model, inputs.tokenizer)
