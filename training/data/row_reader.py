@@ -65,7 +65,7 @@ class RowReader(ABC):
         return
 
     def read(self, fraction: float, seen: set[bytes]) -> Corpus:
-        """Read the rows, or reuse those in the cache while its identity and the paths, sizes and times of its files are the same.
+        """Read the rows, or reuse the cached ones while identity, paths, sizes and times of the files are the same.
 
         Args:
             fraction: of the rows, which are held out.
