@@ -39,10 +39,10 @@ class RowReader(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield every document in order; its path names its place, such as `file:number`.
+        """Yield every document in order; its path locates it, such as `file:number`.
 
         Raises:
-            RecipeError: a row can't be read; the message names its place.
+            RecipeError: a row can't be read; the message names the line or row.
         """
 
     def identity(self) -> list[Any]:
@@ -65,7 +65,7 @@ class RowReader(ABC):
         return
 
     def read(self, fraction: float, seen: set[bytes]) -> Corpus:
-        """Read the rows, or reuse those in the cache while identity, places, sizes and times of the files are the same.
+        """Read the rows, or reuse the cached ones while identity, paths, sizes and times of the files are the same.
 
         Args:
             fraction: of the rows, which are held out.
@@ -179,7 +179,7 @@ class FileRows(RowReader):
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield the lines of a UTF-8 file that are not blank: number, place for messages, text.
+    """Yield the lines of a UTF-8 file that are not blank: number, location for messages, text.
 
     Raises:
         RecipeError: the file can't be read, or a line is not UTF-8.
