@@ -1,6 +1,7 @@
 """The cases of a kind of device, in their order: by default the shapes that matter most, with --full all of them.
 
-Summary    The shapes of the table in docs/benchmarks.md. At the first of a path every provider and every pass.
+Summary    The shapes of the table in docs/benchmarks.md. At the first of a path every pass and, on a CPU with --full,
+           every provider.
 Sweeps     The points of the plots: over the vocabularies of real models at H = 4, and over H at one vocabulary. On a
            GPU with the models' own D, and this project's passes apart at every vocabulary; on a CPU small.
 More       On a GPU, shapes that a tile is chosen by: an aligned vocabulary beside an odd one, few rows, H = 1.
@@ -24,7 +25,7 @@ SWEPT_HORIZONS = (1, 2, 4, 8)
 # Of the sweeps: positions, dtype, and the model whose vocabulary the horizons are swept at.
 SWEEP = {"cpu": (32, "fp32", "Llama-2 7B"), "cuda": (2048, "bf16", "Llama-3 8B")}
 CPU_D, CPU_SWEEP_D = 512, 256
-# Measured by default at every shape of a CPU's summary; the others at the first shape of a path.
+# Measured by default at every shape of a CPU's summary; other providers at the first shape of a path.
 ALWAYS = ("bare_products", "mtp_ce", "mtp_ce_inplace", "eager_loop")
 
 
@@ -103,11 +104,11 @@ def cases(kind: str, full: bool) -> Iterator[Case]:
     """Yield the cases of all paths: the summaries, then with `full` the rest; shape by shape, pass by pass."""
     for path in PATHS:
         main, *others = summary(kind, path)
-        yield from _cases(main, PASSES[path], PROVIDERS[path])
+        swept = [provider for provider in PROVIDERS[path] if provider.swept]
+        yield from _cases(main, PASSES[path], PROVIDERS[path] if full or kind == "cuda" else swept)
+        if kind == "cpu" and not full:
+            swept = [BY_NAME[path][name] for name in ALWAYS if name in BY_NAME[path]]
         for shape in others:
-            swept = [provider for provider in PROVIDERS[path] if provider.swept]
-            if kind == "cpu" and not full:
-                swept = [BY_NAME[path][name] for name in ALWAYS if name in BY_NAME[path]]
             yield from _cases(shape, (MAIN_PASS[path],), swept)
     if not full:
         return

@@ -45,7 +45,7 @@ class Provider(NamedTuple):
     weighted: bool = True
     # The bare matrix products: no loss, but the ceiling of one.
     ceiling: bool = False
-    # Measured at every shape, and drawn in the plots; the others at the first shape of a path only.
+    # Measured at every shape, and drawn in the plots; the others with --full at the first shape of a path.
     swept: bool = True
 
     @property

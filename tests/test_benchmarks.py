@@ -332,7 +332,7 @@ def test_the_full_suite_covers_models_heads_and_providers(load: Load, kind: str)
         assert {32000, 50257, 128256, 152064, 256000} <= {case.shape.V for case in mine}
         assert {1, 2, 4, 8} <= {case.shape.H for case in mine}
         assert {case.shape.softcap for case in mine if case.shape.V == 256000} == {30.0}
-        first = [case for case in default if case.shape == cases.summary(kind, path)[0]]
+        first = [case for case in full if case.shape == cases.summary(kind, path)[0]]
         assert {case.provider for case in first} == set(providers.PROVIDERS[path])
         assert {case.which for case in first} == set(cases.PASSES[path])
         # A ceiling is measured before what is held against it.
