@@ -149,14 +149,17 @@ def test_the_figures_of_a_path_are_of_its_steps(load: Load, monkeypatch: pytest.
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the process would take the GPU")
 def test_memory_is_of_a_fresh_process_with_the_model(load: Load) -> None:
-    """Eager holds the logits and their log-softmax, the linear path neither."""
+    """Eager holds the logits and their log-softmax; the linear path holds less by more than the logits.
+
+    Fixed costs of a process (threads, loaded code) depend on the machine. Both peaks have them: compare the two.
+    """
     step, training_step = load("step"), load("training_step")
     shape = load("shapes").Shape("linear", "Llama-2 7B", 128, 4, "fp32", 16)
     size = step.Size("a tiny Llama", shape, 1, 2, 1, 32)
     training, batch = step.Training(size), step.make_batch(shape, 1)
     eager, linear = (training_step.peak_bytes(training, size, path, batch) for path in (step.PATHS[0], step.LINEAR))
-    assert training.held_bytes() < linear < training.held_bytes() + shape.logits_bytes
-    assert eager > training.held_bytes() + 1.5 * shape.logits_bytes
+    assert linear > training.held_bytes()
+    assert eager - linear > shape.logits_bytes
 
 
 def test_the_largest_micro_batch_is_found_by_doubling_and_bisection(load: Load) -> None:

@@ -278,8 +278,9 @@ def _new_cache(causal: Any) -> DynamicCache:
 
 def _crop(layers: list[Any], positions: int) -> None:
     for layer in layers:
-        # One that records its past has to be told also that nothing was rejected.
-        if positions or getattr(layer, "record_past", False):
+        # A layer that records its past has to be told also that nothing was rejected. One that holds nothing yet is
+        # skipped: transformers before 5.22 fails to crop it.
+        if layer.is_initialized and (positions or getattr(layer, "record_past", False)):
             layer.crop(-positions)
 
 
