@@ -6,6 +6,7 @@ dtype, plus the last bits of the terms that it sums (`UNITS_IN_LAST_PLACE`).
 """
 
 import gc
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -104,8 +105,33 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def _covering(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Return few of a test's crossed cases, such that any two values that meet in one of `cases` still meet in one.
+
+    Greedy, in the order of the cases: the same choice in every process.
+    """
+    pairs = [{*itertools.combinations(sorted(case.callspec.indices.items()), 2)} for case in cases]
+    missing, chosen = set().union(*pairs), set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [case for i, case in enumerate(cases) if i in chosen]
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Drop the cases that `pairwise` tests do not need; the random cases cross the options in full."""
+    crossed: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            crossed.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    wanted = {case.nodeid for cases in crossed.values() for case in _covering(cases)}
+    items[:] = [item for item in items if item.nodeid in wanted or not item.get_closest_marker("pairwise")]
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _thin_out(items)
     items.sort(key=lambda item: "training" not in item.path.parts)  # the longest first
     needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
