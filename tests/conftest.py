@@ -110,7 +110,8 @@ def _covering(cases: list[pytest.Function]) -> list[pytest.Function]:
 
     Greedy, in the order of the cases: the same choice in every process.
     """
-    pairs = [{*itertools.combinations(sorted(case.callspec.indices.items()), 2)} for case in cases]
+    values = [sorted((name, repr(value)) for name, value in case.callspec.params.items()) for case in cases]
+    pairs = [{*itertools.combinations(case, 2)} for case in values]
     missing, chosen = set().union(*pairs), set()
     while missing:
         best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
