@@ -6,9 +6,11 @@ dtype, plus the last bits of the terms that it sums (`UNITS_IN_LAST_PLACE`).
 """
 
 import gc
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,13 +52,34 @@ def _mend_interpreter() -> None:
         modules = [m for m in (function.__globals__.get("tl"), function.__globals__.get("core")) if m in (tl, tl.core)]
         if modules and not any(tl.core.is_builtin(m.load) for m in modules):
             return None
-        return patch(function)
+        scope = patch(function)
+        # Triton 3.6 calls int() on an array of one element, which numpy 2.4 refuses.
+        tl.tensor.__index__ = lambda self: self.handle.data.item()
+        return scope
 
     interpreter._convert_float, interpreter._patch_lang = convert_float, patch_lang
 
 
 if not HAS_GPU:
     _mend_interpreter()
+
+
+# The fast tier, `pytest -m core`: the contract, both implementations, gradients, and the first random cases.
+CORE = {
+    "test_contract", "test_dead_rows", "test_gradients", "test_linear_contract", "test_linear_gradients", "test_oracle",
+    "test_random_cases",
+}  # fmt: skip
+CORE_SEEDS = 40
+NO_PARAMETERS = SimpleNamespace(params={})
+
+
+def _core_alone(config: pytest.Config) -> bool:
+    return config.option.markexpr == "core"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip the import of files without a core test."""
+    return True if _core_alone(config) and collection_path.is_file() and collection_path.stem not in CORE else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,6 +89,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
     if whole and not HAS_GPU and config.pluginmanager.hasplugin("xdist") and option.numprocesses is None:
         option.numprocesses, option.dist = (0, "no") if option.usepdb else (WORKERS, "loadfile")
+        if _core_alone(config) and not option.usepdb:
+            option.dist = "load"  # a few files of very different lengths
         # By itself xdist begins with the files of most tests, and its end waits for those of few and long ones.
         option.loadscopereorder = False
 
@@ -80,10 +105,40 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def _covering(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Return few of a test's crossed cases, such that any two values that meet in one of `cases` still meet in one.
+
+    Greedy, in the order of the cases: the same choice in every process.
+    """
+    values = [sorted((name, repr(value)) for name, value in case.callspec.params.items()) for case in cases]
+    pairs = [{*itertools.combinations(case, 2)} for case in values]
+    missing, chosen = set().union(*pairs), set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        chosen.add(best)
+        missing -= pairs[best]
+    return [case for i, case in enumerate(cases) if i in chosen]
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Drop the cases that `pairwise` tests do not need; the random cases cross the options in full."""
+    crossed: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            crossed.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    wanted = {case.nodeid for cases in crossed.values() for case in _covering(cases)}
+    items[:] = [item for item in items if item.nodeid in wanted or not item.get_closest_marker("pairwise")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _thin_out(items)
     items.sort(key=lambda item: "training" not in item.path.parts)  # the longest first
     needs_gpu = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
     for item in items:
+        seed = getattr(item, "callspec", NO_PARAMETERS).params.get("seed", 0)
+        if item.path.stem in CORE and seed < CORE_SEEDS:
+            item.add_marker("core")
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(needs_gpu)
 

@@ -299,11 +299,9 @@ def _new_cache(causal: Any) -> DynamicCache:
 
 def _crop(layers: list[Any], positions: int) -> None:
     for layer in layers:
-        # The cache of a head that has not drafted yet is empty; transformers before 5.22 can't crop it.
-        if isinstance(layer, DynamicLayer) and not layer.get_seq_length():
-            continue
-        # A layer that records its past must be cropped also when nothing was rejected.
-        if positions or getattr(layer, "record_past", False):
+        # A layer that records its past has to be told also that nothing was rejected. One that holds nothing yet is
+        # skipped: transformers before 5.22 fails to crop it.
+        if layer.is_initialized and (positions or getattr(layer, "record_past", False)):
             layer.crop(-positions)
 
 

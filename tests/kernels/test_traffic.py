@@ -63,6 +63,7 @@ def meter(monkeypatch):
     return meter
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001, 30011])
 @pytest.mark.parametrize("inplace", [False, True])
@@ -157,6 +158,7 @@ def linear_batch(V, dtype):
     return hidden, unembed, labels, token_weights, document_ids
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001])
 @pytest.mark.parametrize("drop", [True, False])

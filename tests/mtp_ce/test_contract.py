@@ -77,6 +77,7 @@ def test_a_row_is_live_just_where_its_target_is_inside_the_sequence(impl, device
         assert stats.live[0, t].tolist() == [t + shift + h < S for h in range(H)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("S", "H"), [(1, 1), (1, 4), (2, 5), (3, 3)])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sequences_shorter_than_the_horizon(compare, draw, S: int, H: int, shift: int) -> None:
@@ -114,6 +115,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reason", EMPTY)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -147,6 +149,7 @@ def test_no_live_row_gives_zero_under_a_normalizer_too(impl, device, draw, norma
     assert bool((logits.grad == 0).all())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("shape", [(0, 5, 2, 7), (2, 0, 2, 7), (0, 0, 1, 7)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -85,6 +85,7 @@ def test_dead_rows_are_never_read(impl, draw, reason: str) -> None:
 D = 9
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize(("drop", "poison"), [(True, torch.nan), (False, torch.inf), (B * S * H, torch.nan)])
 def test_hidden_states_of_dead_rows_reach_nobody(impl, draw, reason: str, drop: bool | int, poison: float) -> None:
@@ -116,6 +117,7 @@ def test_hidden_states_of_dead_rows_reach_nobody(impl, draw, reason: str, drop: 
         assert torch.equal(clean, poisoned)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reason", ["zero_weight", "zero_target_weight", "zero_row_weight"])
 @pytest.mark.parametrize(
     ("path", "drop"), [("logits", None), ("linear", True), ("linear", False), ("linear", B * S * H)]
@@ -149,6 +151,7 @@ def test_a_row_that_is_read_for_its_weight_alone_harms_nobody_else(impl, draw, r
     assert torch.equal(d_clean[kept], d_poisoned[kept])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_an_infinite_upstream_of_a_dead_row_reaches_nobody(impl, draw, reason: str, path: str) -> None:

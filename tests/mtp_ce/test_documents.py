@@ -48,6 +48,7 @@ def test_packed_is_unpacked(impl, draw, device, alignment: str) -> None:
         torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("alignment", ["position", "target"])

@@ -209,6 +209,7 @@ LEAVES = ("hidden", "unembed", "bias", "token_weights")
 NO_SYNC = [False, 500, 512]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("drop", NO_SYNC)
 @pytest.mark.parametrize("several", [False, True])

@@ -16,6 +16,7 @@ def batch(draw, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     return draw.normal(B, S, H, V, scale=2, dtype=dtype), labels, draw.normal(B, S)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("upstream", [2.5, -1e-3])
@@ -24,6 +25,7 @@ def test_a_scalar_upstream_other_than_one(compare, draw, dtype, reduction: str, 
     compare(*batch(draw, dtype), reduction=reduction, upstream=upstream)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alignment", ["position", "target"])
 def test_an_upstream_for_every_token(compare, draw, dtype, alignment: str) -> None:
@@ -81,6 +83,7 @@ def test_an_upstream_of_zero_kills_its_rows(impl, device, draw) -> None:
     assert bool((x.grad[0, 0] != 0).any())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_logits_are_bitwise_unchanged(impl, draw, dtype, softcap) -> None:
@@ -180,6 +183,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("per_row", [False, True])

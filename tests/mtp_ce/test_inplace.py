@@ -28,6 +28,7 @@ def as_heads(logits: Tensor, form: str):
     return [head.contiguous() if form == "list" else head for head in logits.unbind(2)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["one", "list", "views"])
 def test_the_gradient_is_the_same_bit_for_bit(impl, draw, dtype, form: str) -> None:

@@ -29,6 +29,7 @@ def test_on_a_cpu_the_error_names_the_place(impl, device, draw, label: int) -> N
         weighted_mtp_ce(*batch(draw, label), impl=impl, validate=device.type != "cpu")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("function", [weighted_mtp_linear_ce, token_ce])
 @pytest.mark.parametrize("label", OUTSIDE)

@@ -42,6 +42,7 @@ def test_the_number_of_chunks_changes_no_row_by_one_bit(impl, draw, evaluate, dr
             assert torch.equal(one, other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_gradients_of_chunks_of_any_size_err_as_little_as_those_of_one(compare, draw, rows: int, dtype) -> None:
@@ -56,6 +57,7 @@ def test_gradients_of_chunks_of_any_size_err_as_little_as_those_of_one(compare, 
 DROPS = ["auto", True, False, "exact", "one_more", N, 10 * N]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_dropping_rows_changes_no_row_by_one_bit(impl, draw, evaluate, several: bool, learned: bool) -> None:
@@ -81,6 +83,7 @@ def test_dropping_rows_changes_no_row_by_one_bit(impl, draw, evaluate, several: 
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("drop", DROPS[:3] + DROPS[5:])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("several", [False, True])
@@ -154,6 +157,7 @@ def test_sums_over_many_chunks_are_kept_in_fp32(impl, draw) -> None:
         assert half >= 10 * chunked
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_take_the_dtype_of_their_inputs(impl, draw, dtype, grad_dtype) -> None:

@@ -235,6 +235,7 @@ def test_the_operators_keep_their_promises(impl, draw, name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.mtp_ce, operator).default, arguments)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("several", [False, True])
 def test_autocast_casts_as_a_linear_layer_does(impl, device, draw, dtype: torch.dtype, several: bool) -> None:
@@ -282,6 +283,7 @@ def test_autocast_leaves_float64_alone(impl, draw) -> None:
     assert torch.equal(loss, weighted_mtp_linear_ce(x, u, labels, impl=impl))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inside_activation_checkpointing(impl, draw, reentrant: bool, reduction: str) -> None:

@@ -96,6 +96,7 @@ def test_results_have_the_documented_shapes_and_dtypes(impl, draw, dtype: torch.
     assert torch.equal(alone, result.loss)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("V", [1, 2, 127, 507, 1000, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,6 +109,7 @@ def test_vocabularies_on_and_off_the_edge_of_a_tile(compare, draw, V: int, dtype
     compare(hidden, labels, unembed=unembed, softcap=0.3, z_loss=0.02, label_smoothing=0.1)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("length", "heads"), [(1, 1), (1, 4), (2, 5), (3, 3)])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sequences_shorter_than_the_horizon(compare, draw, length: int, heads: int, shift: int) -> None:
@@ -129,6 +131,7 @@ EMPTY: dict[str, Any] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("reason", EMPTY)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -154,6 +157,7 @@ def test_no_live_row_gives_exactly_zero_and_zero_gradients(
         assert bool((gradient == 0).all())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(0, 5, 2, 7), (2, 0, 2, 7), (0, 0, 1, 7)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -28,6 +28,7 @@ def learned(draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (*(x.requires_grad_() for x in (hidden, unembed, bias, weights)), labels)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("upstream", [2.5, -1e-3])
@@ -37,6 +38,7 @@ def test_a_scalar_upstream_other_than_one(compare, draw, dtype, reduction: str, 
     compare(hidden, labels, weights, unembed=unembed, reduction=reduction, upstream=upstream)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alignment", ["position", "target"])
 def test_an_upstream_for_every_token(compare, draw, dtype, alignment: str) -> None:
@@ -69,6 +71,7 @@ def test_the_square_of_the_loss(impl, draw) -> None:
         assert error <= 3 * allowed + 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("size", [1e5, 1e-7])
 def test_weights_beyond_the_range_of_fp16_leave_gradients_within_it(impl, draw, reduction: str, size: float) -> None:
@@ -105,6 +108,7 @@ def test_an_upstream_of_zero_kills_its_rows(impl, draw) -> None:
     assert bool(x.grad[0, 0].any())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inputs_are_bitwise_unchanged(impl, draw, dtype, reduction: str) -> None:
@@ -122,6 +126,7 @@ def test_inputs_are_bitwise_unchanged(impl, draw, dtype, reduction: str) -> None
         assert tensor._version == version
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("several", [False, True])
 def test_backward_twice_gives_the_same_gradient_twice(impl, draw, reduction: str, several: bool) -> None:
@@ -204,6 +209,7 @@ def test_an_unembed_that_is_the_embedding_too_gets_both_gradients(impl, draw) ->
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", ["hidden", "unembed", "bias", "weights"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_gradient_of_one_input_alone(impl, draw, name: str, reduction: str) -> None:
@@ -235,6 +241,7 @@ def test_backward_twice_without_retaining_the_graph_raises(impl, draw, reduction
         loss.backward()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("wrt", ["hidden", "unembed", "bias", "weights", "all"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_second_derivative_raises(impl, draw, wrt: str, reduction: str) -> None:
@@ -266,6 +273,7 @@ def test_a_second_derivative_through_the_layer_before_raises(impl, draw) -> None
         (d_layer**2).sum().backward()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("frozen", [("hidden",), ("unembed",), ("bias",), ("hidden", "unembed"), ("unembed", "bias")])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_inputs_get_no_gradient_and_the_others_theirs(compare, draw, frozen, reduction: str) -> None:

@@ -8,6 +8,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, S, H, D, V = 2, 4, 3, 10, 53
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "order",
@@ -43,6 +44,7 @@ BIAS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", UNEMBED)
 @pytest.mark.parametrize("bias", BIAS)

@@ -63,6 +63,7 @@ def call(impl, draw) -> Caller:
     return make
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -96,6 +97,7 @@ def test_backward_allocates_nothing(call, watch) -> None:
 LIGHT = {"features": 512, "vocabulary": 64}  # a slab is far smaller than hidden, unembed and their gradients
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("wanted", ["nothing", "no_grad", "none"])
 def test_forward_alone_holds_a_slab(call, device, watch, drop: bool, wanted: str) -> None:
@@ -190,6 +192,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 @pytest.mark.parametrize("name", CASES)

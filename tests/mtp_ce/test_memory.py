@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layout", ["one", "list", "column_major"])
@@ -108,6 +109,7 @@ def test_no_result_depends_on_uninitialised_memory(
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 @pytest.mark.parametrize("shape", [(0, 4, 2, 5), (2, 0, 2, 5)])

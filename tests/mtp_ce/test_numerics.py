@@ -32,6 +32,7 @@ def test_vocabularies_of_real_models(compare, draw, V: int, dtype: torch.dtype) 
     compare(draw.normal(1, 3, 1, V, scale=3, dtype=dtype), labels, draw.uniform(1, 3), label_smoothing=0.1)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("softcap", [1e-3, 0.5, 3.0, 30.0, 1e4])
 @pytest.mark.parametrize("V", [5, 1000, 2047])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,6 +60,7 @@ def test_a_softcap_near_zero_logits_keeps_their_digits(compare, draw) -> None:
     compare(draw.normal(1, 4, 2, 300, scale=1.0), draw.integers(300, 1, 4), softcap=1.8)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_vocabulary_entries_of_minus_infinity(compare, draw, dtype, smoothing: float) -> None:
@@ -97,6 +99,7 @@ def test_a_row_of_minus_infinity_everywhere(impl, draw, V: int) -> None:
     assert loss[0].isnan().tolist() == [False, True, False, False]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
 def test_large_logits_cost_no_digits_of_the_gradient(compare, draw, offset: float, options: dict) -> None:
@@ -125,6 +128,7 @@ def test_both_signs_of_large_logits_in_one_row(compare, draw) -> None:
         compare(logits, draw.integers(300, 1, 4))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lead", [12.0, 16.0, 20.0])
 def test_a_sure_prediction_keeps_its_gradient(compare, draw, dtype, lead: float) -> None:
@@ -144,6 +148,7 @@ def test_a_sure_prediction_keeps_its_gradient(compare, draw, dtype, lead: float)
     assert bool(((label_gradient - exact).abs() <= allowed).all())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("smoothing", [0.05, 0.99])
 @pytest.mark.parametrize("V", [2, 507])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])

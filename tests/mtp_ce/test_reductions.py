@@ -42,6 +42,7 @@ def test_two_micro_batches_equal_one_batch(impl, draw, device, kind: str) -> Non
     assert not torch.allclose(sum(means) / 2, loss, rtol=1e-2), "the batch must be one where a mean of means differs"
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss_scale", [0.25, -3.0, 0.0])
 def test_loss_scale_multiplies_loss_and_gradients(impl, draw, reduction: str, loss_scale: float) -> None:
@@ -70,6 +71,7 @@ def test_none_sums_to_sum_and_mean_is_sum_over_the_count(impl, draw) -> None:
     torch.testing.assert_close(total / stats.live.any(-1).sum(), mean, rtol=1e-6, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", [{"head_reduction": "horizon"}, {"normalizer": 17.0}, {"loss_scale": -0.3}, {}])
 def test_every_reduction(compare, draw, reduction: str, options: dict) -> None:
