@@ -1,4 +1,4 @@
-"""The public loss on hidden states: the logits are never built whole. Its arguments are checked in checks.py."""
+"""The public loss on hidden states, which never builds all logits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-# Logits alive at a time. Each chunk reads unembed twice and its gradient once more, so a GPU's products want thousands
-# of rows; a CPU's are fast at hundreds.
+# Logits of one chunk. Each chunk reads unembed twice and its gradient once, so a GPU's products want thousands of
+# rows; a CPU's are fast at hundreds.
 GPU_CHUNK_BYTES, GPU_LEAST_ROWS = 2**30, 1024
 CPU_CHUNK_BYTES = 36 * 2**20
 
 
 class LinearOptions(CallOptions, total=False):
-    """Options of `weighted_mtp_linear_ce`."""
+    """Keyword arguments of `weighted_mtp_linear_ce`."""
 
     bias: Tensor | None
     chunk_bytes: int | None
@@ -90,10 +90,10 @@ def weighted_mtp_linear_ce(
     """`weighted_mtp_ce` of hidden @ unembed.T + bias, whose [B, S, H, V] logits are never built.
 
         logits[b,t,h] = unembed @ hidden[b,t,h] + bias
-        loss          = loss_scale / N * sum_{b,t} w[b,t] * mean_{h live} ce(b,t,h)
+        loss          = loss_scale / N * sum_{b,t} w[b,t] * mean_{h valid} ce(b,t,h)
 
     Logits exist for one chunk of rows at a time. A scalar loss computes its gradients in forward, with three products
-    and nothing computed twice; reduction="none" computes the logits again in backward.
+    a chunk and nothing computed twice; reduction="none" computes the logits again in backward.
 
     Args:
         hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D] for H = 1; float32, bfloat16, float16 (float64 with
@@ -102,21 +102,22 @@ def weighted_mtp_linear_ce(
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
         token_weights: [B, S] or [B, S, H], any float dtype; None means ones. Differentiable.
         bias: [V], of hidden's dtype.
-        chunk_bytes: bytes of logits alive at a time. None: 1 GiB on a GPU and at least 1024 rows; 36 MiB on a CPU.
-        grad_dtype: dtype in which the gradients of unembed and bias are summed over chunks, before they take
-            their own.
-        drop_dead_rows: leave out the rows that are not live or of weight 0, so that cost falls with them. True counts
-            them, which waits for a GPU; a number is an upper bound of the rows that are left (a lower one gives
-            an error on a CPU, NaN on a GPU) and waits for nothing. "auto": True on a CPU, False on a GPU.
+        chunk_bytes: bytes of one chunk of logits. None: 1 GiB on a GPU, and at least 1024 rows; 36 MiB on a CPU.
+        grad_dtype: dtype in which the gradients of unembed and bias are accumulated over chunks, before the cast to
+            the dtype of unembed.
+        drop_dead_rows: leave masked rows (not valid, or of weight 0) out of the products. True counts the others,
+            which synchronises with a GPU. A number is an upper bound of the others and does not synchronise; too
+            small a number raises a ValueError on a CPU and returns NaN on a GPU. "auto": True on a CPU, False on
+            a GPU.
         shift: as in `weighted_mtp_ce`, like all that follow.
         weight_alignment: "position" or "target".
         head_reduction: "live" or "horizon".
         head_weights: [H] constants.
         seq_lens: [B] integers.
         document_ids: [B, S] integers.
-        ignore_index: label of tokens that are no target.
+        ignore_index: the label of tokens that are not targets.
         reduction: "mean", "sum" or "none".
-        normalizer: a number or a 0-d tensor in place of N.
+        normalizer: a number or a 0-d tensor that replaces N.
         loss_scale: factor on the loss.
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2.
@@ -130,7 +131,7 @@ def weighted_mtp_linear_ce(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value, before anything is computed.
-        IndexError: on a CPU, or with `validate`, a live label outside [0, V). On a GPU such a row's loss is NaN.
+        IndexError: on a CPU, or with `validate`, a valid label outside [0, V). On a GPU the loss of its row is NaN.
 
     Example:
         >>> import torch
@@ -173,7 +174,7 @@ def token_ce(
     validate: bool = False,
     impl: str = "auto",
 ) -> Float[Tensor, "B S H"] | Float[Tensor, "B S"]:
-    """Cross entropy of every row, without its logits and without a gradient: what scorers and evaluation call.
+    """Return the cross entropy of every row, without a gradient and without building all logits.
 
         out[b,t,h] = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,t+shift+h]]            nats
 
@@ -181,13 +182,13 @@ def token_ce(
         hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D], as in `weighted_mtp_linear_ce`.
         unembed: [V, D].
         labels: [B, S] integers.
-        shift: 1: labels are `input_ids`; 0: labels are shifted already.
+        shift: 1: labels are `input_ids`; 0: labels are already shifted.
         bias: [V].
         softcap: c > 0: logits become c * tanh(logits / c).
         seq_lens: [B] integers.
         document_ids: [B, S] integers.
-        ignore_index: label of tokens that are no target.
-        chunk_bytes: bytes of logits alive at a time.
+        ignore_index: the label of tokens that are not targets.
+        chunk_bytes: bytes of one chunk of logits.
         drop_dead_rows: as in `weighted_mtp_linear_ce`.
         validate: also check values.
         impl: "auto", "triton", "cpu" or "reference".
@@ -278,9 +279,9 @@ def _evaluate(
 def _autocast(
     hidden: Tensor | Sequence[Tensor], unembed: Tensor, bias: Tensor | None
 ) -> tuple[Tensor | Sequence[Tensor], Tensor, Tensor | None]:
-    """What torch.nn.Linear does under torch.autocast."""
+    """Cast as torch.nn.Linear does under torch.autocast."""
     kind = unembed.device.type if isinstance(unembed, Tensor) else ""
-    # torch.compile of torch 2.11 cannot trace the question whether there is such a thing on a device.
+    # torch.compile of torch 2.11 cannot trace is_autocast_available.
     if not kind or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)):
         return hidden, unembed, bias
     if not torch.is_autocast_enabled(kind):

@@ -1,4 +1,4 @@
-"""The public loss on logits; its arguments are checked in checks.py."""
+"""The public loss on logits."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 class MTPStats(NamedTuple):
     """Statistics of one call, from the same read of the logits: detached, on their device, without a sync.
 
-    A row that was not read (not live, or of weight 0) has ce = lse = 0 and top1 = -1.
+    A masked row (not valid, or of weight 0) has ce = lse = 0 and top1 = -1.
     """
 
     ce: Float[Tensor, "B S H"]  # cross entropy in nats, without label smoothing and z-loss
-    live: Bool[Tensor, "B S H"]  # the row has a target
-    lse: Float[Tensor, "B S H"]  # log of the sum of exp of the logits
+    live: Bool[Tensor, "B S H"]  # valid: the row has a target
+    lse: Float[Tensor, "B S H"]  # logsumexp of the logits
     top1: Int[Tensor, "B S H"]  # argmax over the vocabulary, int32
 
 
@@ -109,47 +109,47 @@ def weighted_mtp_ce(
     """Weighted cross entropy of H heads that predict the next H tokens, fused.
 
         target(t,h) = t + shift + h
-        live(b,t,h) = target < seq_lens[b], labels[b,target] != ignore_index, same document as t
-        ce(b,t,h)   = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,target]]            nats
-        loss        = loss_scale / N * sum_{b,t} w[b,t] * mean_{h live} ce(b,t,h)
+        valid(b,t,h) = target < seq_lens[b], labels[b,target] != ignore_index, same document as t
+        ce(b,t,h)    = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,target]]            nats
+        loss         = loss_scale / N * sum_{b,t} w[b,t] * mean_{h valid} ce(b,t,h)
 
-    N is the number of positions with a live head. Neither the probabilities nor shifted copies are ever built; a row
-    that is not live, or of weight 0, is not read.
+    N is the number of positions with a valid head. Neither the probabilities nor shifted copies are ever built. A
+    masked row (not valid, or of weight 0) is not read.
 
     Args:
         logits: [B, S, H, V], or H tensors [B, S, V], or [B, S, V] for H = 1; any strides; float32, bfloat16, float16
             (float64 with impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
         token_weights: [B, S] or [B, S, H], any float dtype; None means ones. Differentiable.
-        shift: 1: head 0 is the next-token head; 0: labels are shifted already; 2: extra heads only.
+        shift: 1: head 0 is the next-token head; 0: labels are already shifted; 2: extra heads only.
         weight_alignment: "position": all heads at t use w[b,t]. "target": head h uses the weight of the token that
             it predicts, w[b,target]. For [B, S] weights.
-        head_reduction: "live": divide by the number of live heads. "horizon": divide by H.
-        head_weights: [H] constants a: the mean over heads becomes sum a ce / sum a over live heads.
-        seq_lens: [B] integers: tokens from seq_lens[b] on are padding.
+        head_reduction: "live": divide by the number of valid heads. "horizon": divide by H.
+        head_weights: [H] constants a: the mean over heads becomes sum a ce / sum a over valid heads.
+        seq_lens: [B] integers: tokens from index seq_lens[b] on are padding.
         document_ids: [B, S] integers: a head never predicts a token of another document.
-        ignore_index: label of tokens that are no target.
+        ignore_index: the label of tokens that are not targets.
         reduction: "mean"; "sum" (N = 1); "none": [B, S], loss_scale * w * mean over heads.
         normalizer: replaces N in "mean": a number, or a 0-d tensor on the logits' device. A global count here makes
-            micro-batches and ranks add up to the loss of the whole batch. (Under torch.compile give a tensor: a number
-            is a constant, and each new one compiles again.)
+            micro-batches and ranks add up to the loss of the whole batch. Under torch.compile a tensor is better: the
+            first numbers are constants of the graph, and compile again.
         loss_scale: factor on the loss.
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2, added to every row.
         label_smoothing: e in [0, 1): (1 - e) of the target's logit and e of the mean logit.
         inplace_backward: the gradient overwrites the logits, which are then unusable; saves B*S*H*V elements. Refused
-            where torch could not notice that somebody saved them: under non-reentrant checkpointing, for one.
+            where torch cannot detect that they were saved, such as under non-reentrant checkpointing.
         validate: also check values (label range, lengths, finite weights); synchronises with a GPU.
         return_stats: also return `MTPStats`.
-        impl: "auto" (Triton on a GPU, blocked on a CPU), "triton", "cpu", or "reference" (slow, eager).
+        impl: "auto" (Triton on a GPU, cache-sized blocks on a CPU), "triton", "cpu", or "reference" (slow, eager).
 
     Returns:
         The loss, [] or [B, S] for "none", float32 (float64 for float64 logits); or `MTPLoss(loss, stats)`. Exactly 0,
-        and connected to the graph, where no row is live.
+        and connected to the graph, where no row is valid.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value, before anything is computed.
-        IndexError: on a CPU, or with `validate`, a live label outside [0, V). On a GPU such a row's loss is NaN.
+        IndexError: on a CPU, or with `validate`, a valid label outside [0, V). On a GPU the loss of its row is NaN.
 
     Example:
         >>> import torch
@@ -200,7 +200,7 @@ def reference_loss(heads: list[Tensor], inputs: LossInputs, options: LossOptions
 
 
 class WeightedMTPLoss(nn.Module):
-    """`weighted_mtp_ce` with its options held: called with (logits, labels, token_weights, ...).
+    """`weighted_mtp_ce` as a module that stores the options; called with (logits, labels, token_weights, ...).
 
     Args:
         return_stats: return `MTPLoss(loss, stats)` instead of the loss.
@@ -208,7 +208,7 @@ class WeightedMTPLoss(nn.Module):
             the module.
 
     Raises:
-        TypeError, ValueError: an option that does not exist, of the wrong type or value.
+        TypeError, ValueError: an unknown option, or one of the wrong type or value.
 
     Example:
         >>> import torch
@@ -227,8 +227,8 @@ class WeightedMTPLoss(nn.Module):
             raise TypeError(
                 f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__optional_keys__)}"
             )
-        own = {name: options[name] for name in OPTION_NAMES if name in options}
-        check_head_weights(options.get("head_weights"), LossOptions(**own))
+        loss_options = LossOptions(**{name: options[name] for name in OPTION_NAMES if name in options})
+        check_head_weights(options.get("head_weights"), loss_options)
         flags = {name: options[name] for name in ("inplace_backward", "validate") if name in options}
         check_flags(return_stats=return_stats, **flags)
         check_choice("impl", options.get("impl", "auto"))
@@ -246,7 +246,7 @@ class WeightedMTPLoss(nn.Module):
         document_ids: Int[Tensor, "B S"] | None = None,
         normalizer: float | Float[Tensor, ""] | None = None,
     ) -> Tensor | MTPLoss:
-        """The loss of one batch; arguments as in `weighted_mtp_ce`."""
+        """Return the loss of one batch; arguments as in `weighted_mtp_ce`."""
         call: _Call = {
             **self.options,
             "seq_lens": seq_lens,
@@ -259,5 +259,5 @@ class WeightedMTPLoss(nn.Module):
         return weighted_mtp_ce(logits, labels, token_weights, **call)
 
     def extra_repr(self) -> str:
-        """The options, as they were given."""
+        """Return the options, as they were passed."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _ZeroWeighted(torch.autograd.Function):
-    """w * row_loss at w = 0: value 0 whatever the row's loss is, and d / d w = row_loss all the same."""
+    """w * row_loss at w = 0: the value is 0 whatever the row's loss is, and d / d w is still row_loss."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, row_loss: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def reference_weighted_mtp_ce(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, ce [B,S,H], live [B,S,H], lse [B,S,H], top1 [B,S,H] of the contract; the last four detached."""
+    """Return loss, ce, valid, lse and top1 of the contract; all but the loss [B,S,H] and detached."""
     B, S, _V = heads[0].shape
     H = len(heads)
     dtype = heads[0].dtype if heads[0].dtype == torch.float64 else torch.float32
@@ -51,7 +51,7 @@ def reference_weighted_mtp_ce(
     labels = labels.long()
     ce, lse = (torch.zeros(B, S, H, dtype=dtype, device=device) for _ in range(2))
     top1 = torch.full((B, S, H), -1, dtype=torch.int32, device=device)
-    live = torch.zeros(B, S, H, dtype=torch.bool, device=device)
+    valid = torch.zeros(B, S, H, dtype=torch.bool, device=device)
     for h in range(H):
         for t in range(S):
             target = t + shift + h
@@ -62,31 +62,31 @@ def reference_weighted_mtp_ce(
                 counts = counts & (target < seq_lens)
             if document_ids is not None:
                 counts = counts & (document_ids[:, target] == document_ids[:, t])
-            live[:, t, h] = counts
+            valid[:, t, h] = counts
 
     weights_need_gradient = token_weights is not None and token_weights.requires_grad
-    losses: list[Tensor] = []  # one [B, S] a head: coefficient * the row's loss, before the division
-    shares = torch.ones(H, dtype=dtype, device=device) if head_weights is None else head_weights.to(dtype)
+    losses: list[Tensor] = []  # one [B, S] a head: a_h * w * the row's loss, before the division
+    a = torch.ones(H, dtype=dtype, device=device) if head_weights is None else head_weights.to(dtype)
     for h in range(H):
         w = torch.ones(B, S, dtype=dtype, device=device)
         if token_weights is not None:
-            given = token_weights.to(dtype) if token_weights.dim() == 2 else token_weights[:, :, h].to(dtype)
+            weights = token_weights.to(dtype) if token_weights.dim() == 2 else token_weights[:, :, h].to(dtype)
             distance = shift + h
             if weight_alignment == "target":
-                w = torch.cat([given[:, distance:], given.new_zeros(B, min(distance, S))], dim=1)
+                w = torch.cat([weights[:, distance:], weights.new_zeros(B, min(distance, S))], dim=1)
             else:
-                w = given
-        read = live[:, :, h] & (shares[h] != 0)
+                w = weights
+        row_mask = valid[:, :, h] & (a[h] != 0)
         if not weights_need_gradient:
-            read = read & (w != 0)
-        b, at = read.nonzero(as_tuple=True)
-        z = heads[h][b, at].to(dtype)  # [rows, V]: a dead row never enters the graph
+            row_mask = row_mask & (w != 0)
+        b, t = row_mask.nonzero(as_tuple=True)
+        z = heads[h][b, t].to(dtype)  # [rows, V]: a masked row never enters the graph
         # Read only for the gradient of its weight: 0 * NaN must reach neither the loss nor the logits.
-        zero = w[b, at] == 0
+        zero = w[b, t] == 0
         z = torch.where(zero[:, None], z.detach(), z)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        y = labels[b, at + shift + h]
+        y = labels[b, t + shift + h]
         logp = torch.log_softmax(z, dim=-1)
         row_ce = -logp.gather(1, y[:, None])[:, 0]
         row_lse = torch.logsumexp(z, dim=-1)
@@ -95,25 +95,25 @@ def reference_weighted_mtp_ce(
             row_loss = row_ce + label_smoothing * (-logp.mean(dim=-1) - row_ce)
         if z_loss != 0:
             row_loss = row_loss + z_loss * row_lse**2
-        ce[b, at, h] = row_ce.detach()
-        lse[b, at, h] = row_lse.detach()
-        top1[b, at, h] = z.detach().argmax(dim=-1).int()
+        ce[b, t, h] = row_ce.detach()
+        lse[b, t, h] = row_lse.detach()
+        top1[b, t, h] = z.detach().argmax(dim=-1).int()
         weighted = torch.empty_like(row_loss)
-        weighted[~zero] = w[b, at][~zero] * row_loss[~zero]
-        weighted[zero] = _ZeroWeighted.apply(w[b, at][zero], row_loss[zero])
-        weighted = shares[h] * weighted
-        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, at), weighted))
+        weighted[~zero] = w[b, t][~zero] * row_loss[~zero]
+        weighted[zero] = _ZeroWeighted.apply(w[b, t][zero], row_loss[zero])
+        weighted = a[h] * weighted
+        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, t), weighted))
 
     if head_weights is not None:
-        denominator = (live * shares).sum(-1)
+        denominator = (valid * a).sum(-1)
     elif head_reduction == "horizon":
         denominator = torch.full((B, S), float(H), dtype=dtype, device=device)
     else:
-        denominator = live.sum(-1).to(dtype)
+        denominator = valid.sum(-1).to(dtype)
     average = sum(losses, start=torch.zeros(B, S, dtype=dtype, device=device))
     average = average / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
 
-    positions = live.any(-1).sum()
+    positions = valid.any(-1).sum()
     if reduction == "none":
         loss = loss_scale * average
     elif positions == 0:
@@ -122,4 +122,4 @@ def reference_weighted_mtp_ce(
         loss = loss_scale * average.sum()
     else:
         loss = loss_scale * average.sum() / (positions if normalizer is None else normalizer)
-    return loss.to(dtype), ce, live, lse, top1
+    return loss.to(dtype), ce, valid, lse, top1
