@@ -1,6 +1,7 @@
 """The plots: time and memory of every provider and the ceiling, over the vocabularies of real models and over H.
 
-One figure for a device and a path, in SVG with text as text. The same results produce the same bytes.
+One figure for a device and a path, and one of peak memory alone for the README. SVG with text as text; the same results
+produce the same bytes.
 """
 
 from pathlib import Path
@@ -34,6 +35,21 @@ STYLES = {
     "liger_rows": ("#8e44ad", "P", "-"),
     "liger_heads": ("#8e44ad", "p", "--"),
     "cce": ("#b2182b", "X", "-"),
+}
+
+# Bars of the memory figure: provider -> its name in words.
+BARS = {
+    "eager_loop": "eager PyTorch",
+    "compiled_loop": "torch.compile",
+    "torch_chunked": "torch, chunked",
+    "liger": "Liger",
+    "cce": "cut-cross-entropy",
+    "mtp_ce": "mtp_ce",
+    "mtp_ce_inplace": "mtp_ce, in place",
+}
+SOURCES = {
+    "logits": "from logits\n(the gradient alone: {} MiB)",
+    "linear": "from hidden states\n(the gradients alone: {} MiB)",
 }
 
 Points = dict[int, dict[str, Any]]  # index on the axis -> case
@@ -103,16 +119,66 @@ def _panel(axes: Any, runs: list[results.Run], shapes: tuple[Shape, ...], what: 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(runs: list[results.Run], path: str, file: Path) -> None:
-    """Write one figure, in the format of the file's suffix."""
+def memory_shapes(runs: list[results.Run]) -> list[Shape]:
+    """Return the shapes of the memory figure that mtp_ce was measured at: the first one of each path with gradients."""
+    shapes = [cases.summary(runs[-1]["kind"], path)[0] for path in SOURCES]
+    return [shape for shape in shapes if points(runs, (shape,), "mtp_ce")]
+
+
+def draw_memory(runs: list[results.Run], file: Path) -> None:
+    """Write a figure with a bar for each provider: the peak above the inputs, forward and backward."""
+    pyplot = _pyplot(font_size=10)
+    figure, axes = pyplot.subplots(figsize=(9, 3.4), layout="constrained")
+    shapes, ticks, y = memory_shapes(runs), {}, 0
+    for shape in shapes:
+        bars = {name: case for name in BARS for case in points(runs, (shape,), name).values()}
+        widest = max(case["peak_bytes"] for case in bars.values()) / MIB
+        text = SOURCES[shape.path].format(f"{shape.gradient_bytes / MIB:.0f}")
+        axes.text(1, y + len(bars) / 2 - 0.5, text, transform=axes.get_yaxis_transform(), ha="right", color="#444444")
+        for name, case in bars.items():
+            peak, ours = case["peak_bytes"] / MIB, name.startswith("mtp_ce")
+            axes.barh(y, peak, color="#0b62c4" if ours else "#b8bec6", height=0.72)
+            axes.text(peak + 8, y, f"{peak:.0f} MiB", va="center", fontweight="bold" if ours else "normal")
+            ticks[y] = BARS[name]
+            y += 1
+        axes.set_xlim(0, max(axes.get_xlim()[1], widest * 1.15))
+        y += 1
+    axes.set_yticks([*ticks], [*ticks.values()])
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+    first = shapes[0]
+    size = f"{first.H} heads, {first.rows // first.H} tokens, V = {first.V}, {first.dtype}"
+    title = f"Peak memory above the inputs, forward and backward: {size}, {runs[-1]['device']}"
+    figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
+    _save(figure, file)
+
+
+def _pyplot(font_size: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "mtp_ce", "svg.fonttype": "none", "font.size": font_size})
+    return pyplot
+
+
+def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot
+
+    metadata = {"Date": None, "Creator": None} if file.suffix == ".svg" else None
+    figure.savefig(file, metadata=metadata, facecolor="white", dpi=100)
+    pyplot.close(figure)
+
+
+def draw(runs: list[results.Run], path: str, file: Path) -> None:
+    """Write one figure, in the format of the file's suffix."""
+    pyplot = _pyplot(font_size=9)
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     run, kind = runs[-1], runs[-1]["kind"]
-    matplotlib.rcParams.update({"svg.hashsalt": "mtp_ce", "svg.fonttype": "none", "font.size": 9})
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.4), width_ratios=(5, 4), layout="constrained")
     sweeps = (("V", cases.over_vocabularies(kind, path)), ("H", cases.over_horizons(kind, path)))
     for column, (over, shapes) in enumerate(sweeps):
@@ -133,6 +199,4 @@ def draw(runs: list[results.Run], path: str, file: Path) -> None:
     lines = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.suptitle(f"{TITLES[path]}, {shapes[0].dtype}: {run['device']}", fontsize=12)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
-    metadata = {"Date": None, "Creator": None} if file.suffix == ".svg" else None
-    figure.savefig(file, metadata=metadata, facecolor="white", dpi=100)
-    pyplot.close(figure)
+    _save(figure, file)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import cases, results
-from benchmarks.plots import MIB, TITLES, draw, drawable, label
+from benchmarks.plots import MIB, TITLES, draw, draw_memory, drawable, label, memory_shapes
 from benchmarks.providers import BY_NAME
 from benchmarks.shapes import Shape
 
@@ -271,6 +271,10 @@ def main(arguments: list[str]) -> int:
             for path in drawn(runs):
                 file = Path(folder) / f"{slug}-{path}.svg"
                 draw(runs, path, file)
+                files[PLOTS / file.name] = file.read_bytes()
+            if memory_shapes(runs):
+                file = Path(folder) / f"{slug}-memory.svg"
+                draw_memory(runs, file)
                 files[PLOTS / file.name] = file.read_bytes()
     changed = [file for file, content in files.items() if not file.exists() or file.read_bytes() != content]
     gone = [file for file in PLOTS.glob("*.svg") if file not in files]
