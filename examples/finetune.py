@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mtp_ce import MTPTrainer, MTPWrapper
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.corpus import texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.tokenizer import load_tokenizer
 
 

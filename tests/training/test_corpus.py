@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Document, find_files, is_documented, is_held_out, read_corpus, texts
+from mtp_ce.training.data.corpus import Document, texts
+from mtp_ce.training.data.python_source import is_documented
+from mtp_ce.training.data.reader import find_corpus, read_corpus
+from mtp_ce.training.data.text_files import is_held_out
 from mtp_ce.training.errors import RecipeError
 
 
@@ -27,9 +30,9 @@ def many(count: int) -> dict[str, str | bytes]:
 
 
 def test_the_stdlib_corpus_is_source_and_nothing_else():
-    source = find_files(DataConfig())
-    root, paths = source.root, source.paths
-    size = sum((root / path).stat().st_size for path in paths)
+    source = find_corpus(DataConfig())
+    paths = source.source.paths
+    size = sum(file.stat().st_size for file in source.files)
     assert 5e6 < size < 20e6
     assert "json/decoder.py" in paths
     for path in paths:
@@ -97,7 +100,7 @@ def test_the_digest_changes_with_a_text_a_name_and_the_split(tmp_path):
 def test_a_split_with_an_empty_side_is_refused(tmp_path):
     write(tmp_path, {"only.py": "x = 1\n"})
     with pytest.raises(RecipeError, match="both sides need at least one"):
-        find_files(DataConfig(corpus=str(tmp_path)))
+        find_corpus(DataConfig(corpus=str(tmp_path)))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
@@ -148,7 +151,7 @@ def test_warnings_about_a_corpus_are_not_shown_and_filters_stay_as_they_are():
     """In a process of its own: the test runner has filters of its own."""
     program = (
         "import warnings\n"
-        "from mtp_ce.training.data.corpus import parse_python\n"
+        "from mtp_ce.training.data.python_source import parse_python\n"
         "from mtp_ce.training.critic.functions import compiles\n"
         "before = list(warnings.filters)\n"
         "text = 'x = \\'\\\\d\\' is 1'\n"

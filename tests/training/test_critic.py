@@ -15,7 +15,8 @@ from mtp_ce.training.critic import training as module
 from mtp_ce.training.critic.functions import Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.critic.loss import CENTRE, OBJECTIVES, ranking_loss, regression_loss, score_pairs
 from mtp_ce.training.critic.training import build_critic, train_critic
-from mtp_ce.training.data.corpus import Corpus, Document, read_corpus, texts
+from mtp_ce.training.data.corpus import Corpus, Document, texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.tokenizer import load_tokenizer, train_tokenizer
 from mtp_ce.training.errors import RecipeError, StepRefusedError
 from mtp_ce.training.interrupt import Stop

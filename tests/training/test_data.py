@@ -11,7 +11,8 @@ from rich.console import Console
 
 from mtp_ce.training.data import rows as module
 from mtp_ce.training.data import tokens
-from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.corpus import texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows, PaddedRows, rows_of_step
 from mtp_ce.training.data.tokenizer import load_tokenizer
 from mtp_ce.training.data.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy

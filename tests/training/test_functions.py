@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.critic.functions import SWAP_REACH, PairRows, compiles, encode_functions, find_functions, make_pair
-from mtp_ce.training.data.corpus import Corpus, Document, read_corpus, texts
+from mtp_ce.training.data.corpus import Corpus, Document, texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.tokenizer import load_tokenizer
 
 SOURCE = '''

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.recipe import load_recipe
-from mtp_ce.training.data import row_corpus
-from mtp_ce.training.data.corpus import Corpus, read_corpus, texts
+from mtp_ce.training.data import row_store
+from mtp_ce.training.data.corpus import Corpus, texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import IGNORE, PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import train_tokenizer
 from mtp_ce.training.data.tokens import tokenise
@@ -147,7 +148,7 @@ def test_parquet_names_the_column_or_the_row_that_is_wrong(tmp_path):
 
 
 NOT_FOUND: dict[str, tuple[dict, str]] = {
-    "no file of a pattern": ({"corpus": "./*.jsonl"}, "no file is named like that"),
+    "no file of a pattern": ({"corpus": "./*.jsonl"}, "no file matches it"),
     "other files": ({"corpus": "here/*"}, r"end in \.md, \.txt; expected one of \.jsonl"),
     "another kind of file": ({"corpus": "here/notes.md"}, r"end in \.md.*give the folder, and data\.suffix"),
     "fields of lines": ({"corpus": "here/a.txt", "prompt_field": "p", "completion_field": "c"}, "have no fields"),
@@ -185,12 +186,12 @@ def test_a_validation_corpus_is_held_out_and_all_else_is_trained_on(tmp_path):
 def test_files_are_read_once_and_again_when_they_have_changed(tmp_path, monkeypatch):
     path = write_json(tmp_path / "a.jsonl", [{"text": text, "other": text[::-1]} for text in TEXTS])
     first = read(path)
-    original = row_corpus._write
-    monkeypatch.setattr(row_corpus, "_write", None)
+    original = row_store._write
+    monkeypatch.setattr(row_store, "_write", None)
     again = read(path)
     assert again.digest == first.digest
     assert both(again) == both(first)
-    monkeypatch.setattr(row_corpus, "_write", original)
+    monkeypatch.setattr(row_store, "_write", original)
     digests = {first.digest, read(path, text_field="other").digest, read(path, holdout_fraction=0.5).digest}
     with path.open("a") as file:
         file.write('{"text": "one more"}\n')
@@ -298,7 +299,7 @@ def test_a_data_set_of_the_hub_is_read_row_by_row(offline):
 
 @pytest.mark.parametrize(("name", "split"), [("nobody/nothing", "train"), ("someone/texts", "train")])
 def test_a_data_set_that_can_not_be_had_is_one_line(offline, name, split):
-    with pytest.raises(RecipeError, match=f"data.corpus is '{name}', which is not here") as raised:
+    with pytest.raises(RecipeError, match=f"data.corpus is '{name}', which is not a local path") as raised:
         read(name, split=split)
     assert f"'{split}'" in str(raised.value)
     assert "\n" not in str(raised.value)

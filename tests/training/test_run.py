@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce import MTPWrapper
 from mtp_ce.training.config.recipe import load_recipe, to_yaml
-from mtp_ce.training.data.corpus import read_corpus, texts
+from mtp_ce.training.data.corpus import texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows
 from mtp_ce.training.data.tokenizer import load_tokenizer
 from mtp_ce.training.data.tokens import tokenise, unigram_cross_entropy

@@ -131,7 +131,8 @@ def workplace(s3, small, corpus_folder, tmp_path, monkeypatch) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mtp_ce import MTPWrapper
-    from mtp_ce.training.data.corpus import read_corpus, texts
+    from mtp_ce.training.data.corpus import texts
+    from mtp_ce.training.data.reader import read_corpus
     from mtp_ce.training.data.tokenizer import load_tokenizer
 
     monkeypatch.chdir(tmp_path)

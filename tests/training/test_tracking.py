@@ -18,7 +18,8 @@ from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.errors import StepRefusedError
 from mtp_ce.training.tracking import mlflow as module
-from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking
+from mtp_ce.training.tracking.composite import Tracking
+from mtp_ce.training.tracking.jsonl import METRICS_FILE
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_dead_server_costs_one_warning_and_no_time(small, tmp_path, warnings):
         assert time.monotonic() - logging < module.FIRST_PAUSE_S, "logging never waits"
     assert time.monotonic() - started < module.CLOSE_S
     assert len(lines(tmp_path)) == 100
-    assert sum("training goes on" in warning for warning in warnings) == 1
+    assert sum("training continues" in warning for warning in warnings) == 1
     assert sum("did not take everything" in warning for warning in warnings) == 1
     assert len(warnings) == 2
     assert all("\n" not in warning for warning in warnings)
@@ -205,7 +206,7 @@ def test_a_server_that_comes_back_gets_every_metric_once_and_in_order(small, tmp
         server.shutdown()
     assert [metric["step"] for metric in _Flaky.metrics if metric["key"] == "train/loss"] == list(range(5))
     assert len(warnings) == 1
-    assert "training goes on" in warnings[0]
+    assert "training continues" in warnings[0]
 
 
 @pytest.mark.parametrize("lines_before", [2, 5], ids=["in the middle", "at the end"])
@@ -233,7 +234,7 @@ def test_a_server_that_goes_away_costs_what_it_did_not_take_and_says_so(
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(5))
     assert [metric["step"] for metric in _Flaky.metrics] == list(range(lines_before))
-    assert "training goes on" in warnings[0]
+    assert "training continues" in warnings[0]
     assert "did not take everything; metrics.jsonl has all metrics" in warnings[-1]
 
 

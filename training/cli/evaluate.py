@@ -54,8 +54,9 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_evaluation, to_yaml
-    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_checkpoint
+    from mtp_ce.training.tracking.tracker import build_tracker
 
     try:
         checkpoints, overrides = sort_out(arguments.what)
@@ -68,10 +69,9 @@ def _main(argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
-        if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
-            return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
+        build_tracker(recipe.tracking)
         output = output_folder("eval", arguments.output)
-        find_files(recipe.data)
+        find_corpus(recipe.data)
         # Torch and transformers load here, after all cheap checks.
         from mtp_ce.training.run.evaluate import evaluate
 

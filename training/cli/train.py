@@ -76,9 +76,10 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
-    from mtp_ce.training.data.corpus import find_files
+    from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
+    from mtp_ce.training.tracking.tracker import build_tracker
 
     try:
         comparing = arguments.what[:1] == ["compare"]
@@ -103,8 +104,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return EXIT_DONE
-        if recipe.tracking.kind == "mlflow" and (missing := missing_packages("mlflow")):
-            return _complain(f"{missing}, or give tracking.kind=none", EXIT_USAGE)
+        build_tracker(recipe.tracking)
         if resumed:
             check_same(resumed, recipe)
             if when := finished(resumed):
@@ -112,7 +112,7 @@ def _main(argv: Sequence[str] | None) -> int:
                     print(f"run {resumed} finished {when}; its model is in {resumed}/model")
                 return EXIT_DONE
         output = resumed or output_folder(recipe.name, arguments.output)
-        find_files(recipe.data)
+        find_corpus(recipe.data)
         find_sources(recipe)
         seeds = (arguments.seeds or 3) if comparing else None
         return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=resumed is not None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from mtp_ce.registry import is_class_path
 from mtp_ce.training.config.group import Group
 
 
@@ -17,6 +18,11 @@ class DataConfig(Group):
         min_length=1,
         description="'stdlib' (the source of Python's standard library), a folder of files, a .jsonl, .parquet or "
         ".txt file, a glob of those, an s3:// address of any of them, or the hub name of a data set",
+    )
+    reader: str | None = Field(
+        default=None,
+        description="a reader of your own for corpus and validation_corpus, as package.module:Class; null: chosen by "
+        "the address",
     )
     subset: str | None = Field(default=None, min_length=1, description="name of the subset of a hub data set")
     split: str = Field(default="train", min_length=1, description="name of the split of a hub data set")
@@ -64,6 +70,13 @@ class DataConfig(Group):
         description="packed: documents are concatenated and cut into rows; padded: one document per row, truncated or "
         "padded",
     )
+
+    @field_validator("reader")
+    @classmethod
+    def _reader_is_a_class(cls, reader: str | None) -> str | None:
+        if reader is not None and not is_class_path(reader):
+            raise ValueError(f"it is '{reader}'; expected a class of your own as package.module:Class, or null")
+        return reader
 
     @model_validator(mode="after")
     def _prompts_have_completions(self) -> Self:

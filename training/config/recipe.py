@@ -94,9 +94,17 @@ def to_yaml(recipe: BaseModel) -> str:
 
 def without_password(recipe: AnyRecipe) -> AnyRecipe:
     """Return the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
-    uri = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", recipe.tracking.uri)
-    hidden = recipe.tracking.model_copy(update={"uri": uri})
+    tracking = recipe.tracking
+    options = {
+        key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()
+    }
+    hidden = tracking.model_copy(update={"uri": hide_password(tracking.uri), "options": options})
     return cast(AnyRecipe, recipe.model_copy(update={"tracking": hidden}))
+
+
+def hide_password(text: str) -> str:
+    """Return a text in which the password of every URI is replaced by ***."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", text)
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mtp_ce.training.data.corpus import NOT_PYTHON, SOURCE_NAME, Document, parse_python
+from mtp_ce.training.data.corpus import Document
+from mtp_ce.training.data.python_source import NOT_PYTHON, SOURCE_NAME, parse_python
 
 Corruption = Literal["delete", "swap", "both"]
 

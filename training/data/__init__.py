@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, tokens and rows."""
+"""Readers of documents, one file per source behind one protocol; tokenizers, tokens and rows."""

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.data.corpus import Corpus, Document
-from mtp_ce.training.data.tokenizer import cache_folder
 from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.cache import cache_folder
 
 # Part of the cache key: raise it when `_encode` or the layout changes.
 _FORMAT = "2"

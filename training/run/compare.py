@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
-from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.python_source import is_documented
+from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
 from mtp_ce.training.metrics.head_scores import validation_metrics
@@ -30,7 +31,7 @@ from mtp_ce.training.run.folder import RECIPE_FILE, make_folder
 from mtp_ce.training.run.inputs import Inputs, find_device, read_inputs
 from mtp_ce.training.run.stage_cache import folder_digest, stage_key
 from mtp_ce.training.run.stages import STAGE_FILE, Stage, check_stages, run_stage, scoring_stages
-from mtp_ce.training.tracking.mlflow import Tracking
+from mtp_ce.training.tracking.composite import Tracking
 
 
 def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
         "torch": torch.__version__.partition("+")[0],
         "results": {name: [] for name in arms},
     }
-    with Tracking(recipe, output, partial(warn, out)) as tracking:
+    with Tracking(recipe, output, partial(warn, out), on_error=ignore_sigterm) as tracking:
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
         for seed in comparison["seeds"]:

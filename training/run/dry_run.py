@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import torch
 from rich.console import Console
@@ -18,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.model import PretrainedModelConfig
-from mtp_ce.training.config.recipe import flatten, without_password
+from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
-from mtp_ce.training.data.corpus import find_files
+from mtp_ce.training.data.reader import find_corpus
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.loop.weighing import MODEL_CLASSES
@@ -31,10 +27,7 @@ from mtp_ce.training.models.sizing import forward_products, step_memory, step_pr
 from mtp_ce.training.models.sources import local_source, sources_of
 from mtp_ce.training.run.fitting import parameters
 from mtp_ce.training.run.inputs import find_device
-from mtp_ce.training.tracking.mlflow import METRICS_FILE, shown_by
-
-# Timeout of the health check of an MLflow server.
-MLFLOW_TIMEOUT_S = 3.0
+from mtp_ce.training.tracking.composite import describe_tracking
 
 FLOPS = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"]
 
@@ -81,17 +74,17 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     say(out, f"device      {device}{f', {ranks.size} ranks' if ranks.size > 1 else ''}")
     _print_sizes(out, recipe, device, ranks)
     say(out, f"output      {output}")
-    say(out, f"tracking    {_tracking(recipe)}")
+    say(out, f"tracking    {describe_tracking(recipe.tracking)}")
     say(out, "dry run: nothing was written")
 
 
 def _corpus(recipe: Recipe) -> str:
     data = recipe.data
-    source = find_files(data)
-    for path in source.paths:
-        if not os.access(source.root / path, os.R_OK):
-            raise RecipeError(f"{source.key} has {source.root / path}, which can't be read; see its permissions")
-    return f"{source}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
+    reader = find_corpus(data)
+    for file in reader.files:
+        if not os.access(file, os.R_OK):
+            raise RecipeError(f"data.corpus has {file}, which can't be read; see its permissions")
+    return f"{reader.describe()}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
 
 
 def _addresses(recipe: Recipe) -> dict[str, str]:
@@ -216,37 +209,6 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
         with torch.device("meta"):
             models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype)
     return models, unknown
-
-
-def _tracking(recipe: Recipe) -> str:
-    why = None if recipe.tracking.kind == "none" else _unreachable(recipe.tracking.uri)
-    if why is None:
-        return shown_by(recipe)
-    shown = without_password(recipe).tracking.uri
-    return f"MLflow at {shown} is not reachable: {why}; training would write {METRICS_FILE} only"
-
-
-def _unreachable(uri: str) -> str | None:
-    """Return why MLflow can't be written to; None if it can, or if only MLflow itself can know."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        # The health check needs no credentials.
-        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
-        try:
-            urlopen(address, timeout=MLFLOW_TIMEOUT_S).close()
-        except HTTPError as error:
-            return f"it answers {error.code} {error.reason}" if error.code >= 500 else None
-        except (OSError, HTTPException) as error:
-            return str(getattr(error, "reason", error))
-        return None
-    if parts.scheme == "sqlite" and parts.path not in ("", "/"):
-        # sqlite:///relative, sqlite:////absolute
-        file = Path(parts.path.removeprefix("/"))
-        target = file if file.exists() else file.parent
-        if not target.exists():
-            return f"there is no folder {target}"
-        return None if os.access(target, os.W_OK) else f"{target} is not writable"
-    return None
 
 
 def _flops(count: int) -> str:

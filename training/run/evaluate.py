@@ -18,13 +18,14 @@ from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
 from mtp_ce.training.report.evaluation import say_evaluation, write_evaluation
 from mtp_ce.training.run.folder import make_folder
 from mtp_ce.training.run.inputs import Inputs, read_held_out
-from mtp_ce.training.tracking.mlflow import Tracking
+from mtp_ce.training.tracking.composite import Tracking
 
 
 def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console | None = None) -> Evaluation:
@@ -47,7 +48,7 @@ def evaluate(source: str, recipe: EvaluationRecipe, output: Path, out: Console |
     nn.Module.to(model, inputs.device).eval()
     say(out, f"model       {model.horizon} heads, {model.kind}; on {inputs.device}")
     make_folder(output, recipe)
-    with Tracking(recipe, output, partial(warn, out)) as tracking:
+    with Tracking(recipe, output, partial(warn, out), on_error=ignore_sigterm) as tracking:
         tracking.tags({"checkpoint": source})
         rows = inputs.rows(inputs.tokens.held_out)
         batches = rows.in_order(recipe.validation.batch_size, recipe.validation.rows)

@@ -29,7 +29,8 @@ from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 from mtp_ce.training.models.saved import save_model
 from mtp_ce.training.run.folder import decided_by
 from mtp_ce.training.run.inputs import Inputs
-from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking
+from mtp_ce.training.tracking.composite import Tracking
+from mtp_ce.training.tracking.jsonl import METRICS_FILE
 
 
 def fit(

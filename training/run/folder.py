@@ -28,7 +28,7 @@ RUN_FILE = "run.json"
 # Groups of a recipe that may differ in a resumed run: names, and what is measured or stored but not trained on.
 _NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
 # Paths may differ; their contents are hashed with the inputs of a checkpoint.
-_PLACES = {"data.corpus", "data.tokenizer", "model.source"}
+_PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.console import say
-from mtp_ce.training.data.corpus import Corpus, read_corpus, texts
+from mtp_ce.training.data.corpus import Corpus, texts
+from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import load_tokenizer, read_tokenizer
 from mtp_ce.training.data.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.scorers.next_token import NextToken
-from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.rows import PackedRows
 from mtp_ce.training.loop.weighing import Weighing
 from mtp_ce.training.report.weights_passage import Passage, token_texts

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.errors import StepRefusedError
+from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
@@ -20,7 +21,8 @@ from mtp_ce.training.run.folder import RECIPE_FILE, check_same, start_run
 from mtp_ce.training.run.inputs import find_device, read_inputs
 from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage.folders import check_writable
-from mtp_ce.training.tracking.mlflow import METRICS_FILE, Tracking, shown_by
+from mtp_ce.training.tracking.composite import Tracking
+from mtp_ce.training.tracking.jsonl import METRICS_FILE
 
 
 def train(
@@ -71,7 +73,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
 
     ranks.lead(start)
     say(out, f"output      {output}")
-    with Tracking(recipe, output, partial(warn, out), records=ranks.leads) as tracking:
+    with Tracking(recipe, output, partial(warn, out), records=ranks.leads, on_error=ignore_sigterm) as tracking:
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
@@ -83,7 +85,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
         f"saved       {output}/model (model, tokenizer, heads), losses.png, evaluation.json, evaluation.png{weights}, "
         f"{METRICS_FILE}, recipe.yaml",
     )
-    say(out, f"tracking    {shown_by(recipe)}")
+    say(out, f"tracking    {tracking.where}")
     return evaluation
 
 

@@ -30,7 +30,7 @@ from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.config.scorers.uniform import UniformScorerConfig
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.critic.training import train_critic
-from mtp_ce.training.data.corpus import is_documented
+from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.tokens import DocumentTokens
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.interrupt import stop_on_signal
@@ -55,7 +55,7 @@ from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
 from mtp_ce.training.storage.uploads import copies
-from mtp_ce.training.tracking.mlflow import Tracking
+from mtp_ce.training.tracking.composite import Tracking
 
 # Results of a finished stage, stored beside its model.
 STAGE_FILE = "stage.json"

@@ -1,1 +1,1 @@
-"""Where metrics of a run are logged."""
+"""Trackers: where a run records its metrics, one file per tracker behind one protocol."""

@@ -1,214 +1,114 @@
-"""Where the numbers of a run go: always to metrics.jsonl, and to MLflow where the recipe asks for it.
+"""The MLflow tracker: `tracking.kind: mlflow`. Training never waits for MLflow.
 
-    with Tracking(recipe, folder, warn) as tracking:
-        tracking.log(step, {"train/loss": 4.2})
+    training thread     puts calls into a queue and returns at once
+    MLflow thread       connects, sends the calls in order, and sends a call again that the server did not take
 
-Leaving the block ends the MLflow run: FINISHED, KILLED on Ctrl-C, FAILED on any other exception, with tags
-that say why. A stage of a run is a child of its MLflow run. Training never waits for MLflow and never fails
-with it: a thread of its own connects and sends, a server that does not answer is asked again later, and what
-it never took is in metrics.jsonl all the same.
+A stage is a nested run of its run. A server that does not answer is tried again after a pause; one that refuses a call
+loses this call only. What MLflow never took is in metrics.jsonl.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from io import FileIO
+from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
-from mtp_ce.training.config.recipe import flatten, without_password
-from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
-from mtp_ce.training.interrupt import ignore_sigterm
+from mtp_ce.training.config.recipe import hide_password
+from mtp_ce.training.config.tracking import TrackingConfig
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.tracking.jsonl import METRICS_FILE
+from mtp_ce.training.tracking.tracker import Status, Tracker, Warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-METRICS_FILE = "metrics.jsonl"
-# Which runs of MLflow belong to a folder, so that a resumed run goes on in them.
+# Ids of the MLflow runs of a run directory, so that a resumed run continues them.
 MLFLOW_FILE = "mlflow.json"
 
-# A server that does not answer is asked again after the first pause, then after twice that, and so on.
+# Pause before a failed call is sent again; it doubles after every failure.
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 300.0
 
-# How long the end of a run waits for MLflow to take what is left.
+# How long the end of a run waits for calls that are still in the queue.
 CLOSE_S = 30.0
+
+# How long a dry run waits for a server's health.
+CHECK_TIMEOUT_S = 3.0
 
 _MLFLOW_ENVIRONMENT = {
     # Training sends nothing about its user to anyone; an explicit choice in the environment wins.
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow announces every table that it creates.
+    # MLflow logs every table that it creates.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # The thread below does the waiting between attempts; MLflow's own would be 7 attempts of 2 minutes.
+    # The thread below pauses between attempts; MLflow's own defaults are 7 attempts of 2 minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
-# MLflow refuses longer ones.
-_LONGEST_TAG = 5000
+# Characters of a tag's value; MLflow refuses longer ones.
+_TAG_CHARACTERS = 5000
 
-# One thing to send.
 _Call = Callable[["MlflowClient"], Any]
 
 
-def shown_by(recipe: Recipe) -> str:
-    """Where the metrics of a recipe can be looked at."""
-    if recipe.tracking.kind == "none":
-        return f"none; metrics go to {METRICS_FILE}"
-    return f"mlflow ui --backend-store-uri {without_password(recipe).tracking.uri}"
-
-
-class Tracking:
-    """The metrics file of a run or of one of its stages, and its MLflow run if it has one.
+class MlflowTracker:
+    """One MLflow run; every method only puts a call into the connection's queue.
 
     Args:
-        recipe: what the run does; its values become MLflow parameters.
-        folder: the run's folder, which exists; the first metrics make the file in it.
-        warn: takes a line about a server that does not answer.
-        whole: the tracking of the run that this is a stage of; None for the run itself.
-        name: what MLflow calls it; None takes the folder's name.
-        records: whether anything is written or sent; of several ranks one does.
+        config: server and experiment.
+
+    Raises:
+        RecipeError: MLflow is not installed.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe | EvaluationRecipe,
-        folder: Path,
-        warn: Callable[[str], None],
-        whole: Tracking | None = None,
-        name: str | None = None,
-        records: bool = True,
-    ) -> None:
-        self._path = folder / METRICS_FILE
-        self._records = records
-        self._warn = warn
-        self._file: FileIO | None = None
-        self._kept_bytes = 0
-        self._unwritten = False
-        name = name or folder.name
-        self._run = None
-        # Who opens the connection closes it.
-        self._connection = None
-        if not records:
-            return
-        if whole is None and recipe.tracking.kind == "mlflow":
-            self._connection = MlflowConnection(recipe, warn, folder / MLFLOW_FILE)
-            self._run = MlflowRun(self._connection, name)
-        elif whole is not None and whole._run is not None:
-            self._run = MlflowRun(whole._run.connection, name, whole._run)
-        if self._run:
-            self._run.parameters(flatten(without_password(recipe)))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics by name after `step` optimizer steps; what is not finite is null in the file."""
-        if not self._records:
-            return
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        try:
-            self._write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        except OSError as error:  # a full disk must not end the training
-            if not self._unwritten:
-                self._warn(f"{self._path} can't be written from step {step} on ({error.strerror}); training goes on")
-            self._unwritten = True
-        if self._run:
-            self._run.log(step, metrics)
-
-    @property
-    def size(self) -> int:
-        """Bytes in the metrics file."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def rewind(self, size: int) -> None:
-        """Go on after the first `size` bytes of a file from before; without this, the first metrics begin it."""
-        assert self._file is None
-        # A file that was lost with another machine has none of them.
-        self._kept_bytes = min(size, self.size)
-
-    def _write(self, line: str) -> None:
-        if self._file is None:
-            self._file = self._path.open("ab", buffering=0)
-            self._file.truncate(self._kept_bytes)
-        before, data = self.size, line.encode()
-        # A disk that becomes full takes a part; the file has whole lines only.
-        if self._file.write(data) != len(data):
-            self._file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def summary(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show metrics in the MLflow run that another file has already."""
-        if self._run:
-            self._run.log(step, metrics)
-
-    def artifact(self, path: Path) -> None:
-        """Attach a file to the MLflow run; it has to stay where it is until the run ends."""
-        if self._run:
-            self._run.artifact(path)
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        """Describe the MLflow run."""
-        if self._run:
-            self._run.tags(tags)
-
-    def __enter__(self) -> Self:
-        """Open nothing: the first metrics make the file, and the thread connects by itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End the run with the status that the exception calls for."""
-        if error is not None:
-            ignore_sigterm()
-        if self._file:
-            self._file.close()
-        if self._run is None:
-            return
-        if error is None:
-            self._run.end("FINISHED", {})
-        elif isinstance(error, KeyboardInterrupt):
-            reason = getattr(error, "signal", None)
-            self._run.end("KILLED", {"stop.reason": reason.name if reason else "interrupted"})
-        else:
-            # trainer.StepRefusedError knows where it happened; other exceptions have their message alone.
-            where = {
-                f"stop.{name}": str(getattr(error, name))
-                for name in ("step", "quantity", "value")
-                if hasattr(error, name)
-            }
-            reason = f"{type(error).__name__}: {error}"
-            self._run.end("FAILED", {"stop.reason": reason[:_LONGEST_TAG], **where})
-        if self._connection:
-            self._connection.close()
-
-
-class MlflowRun:
-    """One MLflow run; every method only puts something into the connection's queue.
-
-    Args:
-        connection: what sends.
-        name: how the run is called.
-        parent: the run that it is a part of.
-    """
-
-    def __init__(self, connection: MlflowConnection, name: str, parent: MlflowRun | None = None) -> None:
-        self.connection = connection
+    def __init__(self, config: TrackingConfig) -> None:
+        if find_spec("mlflow") is None:
+            raise RecipeError("training needs mlflow: pip install 'mtp_ce[train]', or give tracking.kind=none")
+        self._config = config
+        self._parent: MlflowTracker | None = None
+        self._connection: MlflowConnection
+        self._key = ""
         self._id = ""
         self._resumed = False
-        self.key: str = f"{parent.key}/{name}" if parent else name
+
+    def where(self) -> str:
+        """Return the command that shows the runs."""
+        return f"mlflow ui --backend-store-uri {hide_password(self._config.uri)}"
+
+    def check(self) -> str | None:
+        """Ask the server for its health, or check that the database can be written."""
+        reason = _unreachable(self._config.uri)
+        return reason and f"MLflow at {hide_password(self._config.uri)} is not reachable: {reason}"
+
+    def start(self, name: str, folder: Path, warn: Warn) -> None:
+        """Connect, and create the run or reopen the one that the folder had before."""
+        self._open(MlflowConnection(self._config, warn, folder / MLFLOW_FILE), name, None)
+
+    def child(self, name: str, folder: Path) -> Tracker:
+        """Return a nested run over the same connection."""
+        child = MlflowTracker(self._config)
+        child._open(self._connection, name, self)
+        return child
+
+    def _open(self, connection: MlflowConnection, name: str, parent: MlflowTracker | None) -> None:
+        self._connection, self._parent = connection, parent
+        self._key = f"{parent._key}/{name}" if parent else name
         started = int(time.time() * 1000)
 
         def create(client: MlflowClient) -> None:
-            if known := connection.known_run(client, self.key):
+            if known := connection.known_run(client, self._key):
                 self._id, self._resumed = known, True
                 client.update_run(known, status="RUNNING")
                 return
@@ -217,22 +117,22 @@ class MlflowRun:
                 tags["mlflow.parentRunId"] = parent._id
             run = client.create_run(connection.experiment_id, start_time=started, run_name=name, tags=tags)
             self._id = run.info.run_id
-            connection.remember(self.key, self._id)
+            connection.remember(self._key, self._id)
 
-        # Calls are sent in their order, so the id is there before any other call needs it.
+        # Calls are sent in order, so the id is set before any other call reads it.
         connection.send(create)
 
-    def parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Send what decides the run; a run that is gone on with has it, and MLflow refuses other values."""
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Send parameters; a resumed run has them already, and MLflow refuses other values."""
 
         def call(client: MlflowClient) -> None:
             from mlflow.entities import Param
 
             if self._resumed:
                 return
-            client.log_batch(self._id, params=[Param(name, str(value)) for name, value in parameters.items()])
+            client.log_batch(self._id, params=[Param(name, str(value)) for name, value in params.items()])
 
-        self.connection.send(call)
+        self._connection.send(call)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics, with the time of this call."""
@@ -243,40 +143,46 @@ class MlflowRun:
 
             client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
-        self.connection.send(call)
+        self._connection.send(call)
 
-    def artifact(self, path: Path) -> None:
-        """Send a file."""
-        self.connection.send(lambda client: client.log_artifact(self._id, str(path)))
+    def summary(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send final figures as metrics, so that the list of runs shows them."""
+        self.log(step, metrics)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Send tags."""
 
         def call(client: MlflowClient) -> None:
             for name, value in tags.items():
-                client.set_tag(self._id, name, value)
+                client.set_tag(self._id, name, value[:_TAG_CHARACTERS])
 
-        self.connection.send(call)
+        self._connection.send(call)
 
-    def end(self, status: str, tags: Mapping[str, str]) -> None:
-        """Send tags and status."""
+    def artifact(self, path: Path) -> None:
+        """Send a file."""
+        self._connection.send(lambda client: client.log_artifact(self._id, str(path)))
+
+    def finish(self, status: Status, tags: Mapping[str, str]) -> None:
+        """Send tags and status; the whole run waits for the queue, its stages do not."""
         self.tags(tags)
-        self.connection.send(lambda client: client.set_terminated(self._id, status))
+        self._connection.send(lambda client: client.set_terminated(self._id, status))
+        if self._parent is None:
+            self._connection.close()
 
 
 class MlflowConnection:
-    """A thread that sends to one MLflow server, in order, what it finds in a queue.
+    """A thread that sends the calls of a queue to one MLflow server, in order.
 
     Args:
-        recipe: names server and experiment.
-        warn: takes one line when the server fails for the first time, and one if it never took everything.
-        memory: the file that knows which runs were made for the same folder before.
+        config: server and experiment.
+        warn: takes one line at the first failure, and one at the end if the server never took everything.
+        memory: the file with the ids of the runs that the folder had before.
     """
 
-    def __init__(self, recipe: Recipe | EvaluationRecipe, warn: Callable[[str], None], memory: Path) -> None:
-        self._config = recipe.tracking
+    def __init__(self, config: TrackingConfig, warn: Warn, memory: Path) -> None:
+        self._config = config
         self._memory = memory
-        self._shown_uri = without_password(recipe).tracking.uri
+        self._shown_uri = hide_password(config.uri)
         self._warn = warn
         self._warned = False
         self._lost = False
@@ -288,11 +194,11 @@ class MlflowConnection:
         self._thread.start()
 
     def send(self, call: _Call) -> None:
-        """Put something into the queue."""
+        """Put a call into the queue."""
         self._calls.put(call)
 
     def known_run(self, client: MlflowClient, key: str) -> str | None:
-        """Give the id of a run that was made for this folder before, and is still there."""
+        """Return the id of a run that was created for this folder before, if the server still has it."""
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -300,13 +206,13 @@ class MlflowConnection:
         try:
             return client.get_run(known).info.run_id if known else None
         except MlflowException as error:
-            # The server that has it may be another one, or someone has removed it.
+            # The run may be on another server, or someone has deleted it.
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
             return None
 
     def remember(self, key: str, run_id: str) -> None:
-        """Note the id of a run that was made."""
+        """Store the id of a run that was created."""
         aside = self._memory.with_name(f".{self._memory.name}")
         aside.write_text(json.dumps({**self._remembered(), key: run_id}, indent=2), encoding="utf-8")
         aside.replace(self._memory)
@@ -319,7 +225,7 @@ class MlflowConnection:
         return known
 
     def close(self) -> None:
-        """Wait for the thread to send what is left, at most `CLOSE_S` seconds."""
+        """Wait for the thread to send the rest of the queue, at most `CLOSE_S` seconds."""
         self._calls.put(None)
         self._closing.set()
         self._thread.join(CLOSE_S)
@@ -339,16 +245,16 @@ class MlflowConnection:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _try(self, call: _Call) -> bool:
-        """Send one thing; False if the server is away, so that it is worth another attempt."""
+        """Send one call; return False if the server does not answer, so that the call is worth another attempt."""
         try:
             call(self._connected())
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # whatever it is, training continues
             if not self._warned:
                 self._warned = True
-                reason = _one_line(str(error).replace(self._config.uri, self._shown_uri))
+                reason = _shortened(str(error).replace(self._config.uri, self._shown_uri))
                 self._warn(
                     f"MLflow at {self._shown_uri} fails ({type(error).__name__}: {reason}); "
-                    f"training goes on, metrics are in {METRICS_FILE}"
+                    f"training continues, metrics are in {METRICS_FILE}"
                 )
             # A server that answers has refused this very call and would refuse it again.
             if not self._answers():
@@ -361,7 +267,7 @@ class MlflowConnection:
             return self._client
         for name, value in _MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # urllib3 prints each of its attempts, with a traceback's worth of detail.
+        # urllib3 logs each of its attempts at length.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
@@ -383,6 +289,29 @@ class MlflowConnection:
         return True
 
 
-def _one_line(message: str) -> str:
+def _unreachable(uri: str) -> str | None:
+    """Return why MLflow can't be written to; None where it can, or where only MLflow itself could tell."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        # The health check needs no password, so none is sent.
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
+        try:
+            urlopen(address, timeout=CHECK_TIMEOUT_S).close()
+        except HTTPError as error:
+            return f"it answers {error.code} {error.reason}" if error.code >= 500 else None
+        except (OSError, HTTPException) as error:
+            return str(getattr(error, "reason", error))
+        return None
+    if parts.scheme == "sqlite" and parts.path not in ("", "/"):
+        # sqlite:///relative, sqlite:////absolute
+        file = Path(parts.path.removeprefix("/"))
+        writable = file if file.exists() else file.parent
+        if not writable.exists():
+            return f"there is no folder {writable}"
+        return None if os.access(writable, os.W_OK) else f"{writable} can't be written to"
+    return None
+
+
+def _shortened(message: str) -> str:
     line = " ".join(message.split())
     return f"{line[:117]}..." if len(line) > 120 else line

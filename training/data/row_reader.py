@@ -1,0 +1,202 @@
+"""Readers whose documents are rows: read once, in order, and stored in the cache.
+
+Rows are split by a hash of their content, so copies of a row are always on the same side, and all of them count.
+`RowReader` turns an iterator over documents into a reader; `FileRows` reads files of rows with named fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_ce.training.config.data import DataConfig
+from mtp_ce.training.data.corpus import Corpus, Document
+from mtp_ce.training.data.reader import Source
+from mtp_ce.training.errors import RecipeError
+
+# Keys of the recipe that a reader of the user's own may read.
+_READ_KEYS = {"subset", "split", "suffix", "text_field", "prompt_field", "completion_field"}
+
+
+class RowReader(ABC):
+    """Reads a source row by row. A subclass implements `documents`, and sets `files` in its constructor.
+
+    Args:
+        source: the address.
+        data: the recipe's `data` group.
+    """
+
+    files: Sequence[Path] = ()
+
+    def __init__(self, source: Source, data: DataConfig) -> None:
+        self.source = source
+        self.data = data
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Yield every document in order; its path names its place, such as `file:number`.
+
+        Raises:
+            RecipeError: a row can't be read; the message names its place.
+        """
+
+    def identity(self) -> list[Any]:
+        """Return what decides the documents beside the files: plain values, part of the cache key.
+
+        For a class of the user's own: its name, the hash of its module's source, the address and the keys of `data`. A
+        source without local files needs its own version here, or the documents of the first reading are used for good.
+        """
+        kind = type(self)
+        code = hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+        keys = self.data.model_dump(include=_READ_KEYS)
+        return [f"{kind.__module__}:{kind.__qualname__}", code, self.source.address, keys]
+
+    def describe(self) -> str:
+        """Return the address and the reader."""
+        return f"{self.source.address}, read by {type(self).__name__}"
+
+    def check_split(self, fraction: float) -> None:
+        """Check nothing: rows are counted when they are read."""
+        return
+
+    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+        """Read the rows, or reuse those in the cache while identity, places, sizes and times of the files are the same.
+
+        Args:
+            fraction: of the rows, which are held out.
+            seen: not used: rows are not compared with other sources, which would take memory for each.
+
+        Raises:
+            RecipeError: a file or row can't be read, or lacks a field.
+        """
+        # pyarrow takes time to load.
+        from mtp_ce.training.data.row_store import stored_rows
+
+        return stored_rows(self.identity(), self.files, self.documents, fraction)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a row are read: those of prompt and completion, or that of the text.
+
+    Attributes:
+        text: the field of the text or completion.
+        prompt: the field of the prompt, or None.
+        keys: field -> the recipe's key that names it.
+    """
+
+    text: str
+    prompt: str | None
+    keys: dict[str, str]
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Fields:
+        """Return the fields that a recipe names."""
+        if data.prompt_field and data.completion_field:
+            keys = {data.prompt_field: "data.prompt_field", data.completion_field: "data.completion_field"}
+            return cls(data.completion_field, data.prompt_field, keys)
+        return cls(data.text_field, None, {data.text_field: "data.text_field"})
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Return the columns of a table that have to be read."""
+        return [name for name in self.keys if name in names]
+
+    def document(self, path: str, where: str, row: dict[str, Any]) -> Document:
+        """Return the document of a row.
+
+        Args:
+            path: the document's path.
+            where: file and line, for messages.
+            row: the row's fields.
+
+        Raises:
+            RecipeError: a field is missing or holds no string.
+        """
+        self.check(where, row)
+        return Document(path, row[self.text], None if self.prompt is None else row[self.prompt])
+
+    def check(self, where: str, row: dict[str, Any]) -> None:
+        """Raise RecipeError if a field is missing or holds no string."""
+        for field, key in self.keys.items():
+            if field not in row:
+                raise RecipeError(f"{where}: no field '{field}' ({key}); it has {_listed(row)}")
+            if not isinstance(row[field], str):
+                kind = type(row[field]).__name__
+                raise RecipeError(f"{where}: field '{field}' ({key}) holds {kind}; expected a string")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file.
+
+    Attributes:
+        number: of the line or row, from 1.
+        where: file and number, for messages.
+        fields: values by name.
+    """
+
+    number: int
+    where: str
+    fields: dict[str, Any]
+
+
+class FileRows(RowReader):
+    """Reads files of rows; a subclass implements `rows` for its format.
+
+    The files are not read by `datasets`, which takes the columns of a file from its first block, so that a later row
+    with another field ends it, and which does not report which line of a file is wrong.
+    """
+
+    def __init__(self, source: Source, data: DataConfig) -> None:
+        super().__init__(source, data)
+        self.files = [source.root / path for path in source.paths]
+        self.fields = Fields.of(data)
+
+    @abstractmethod
+    def rows(self, file: Path) -> Iterator[Row]:
+        """Yield the rows of one file."""
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents of all files."""
+        for name, file in zip(self.source.paths, self.files, strict=True):
+            for row in self.rows(file):
+                yield self.fields.document(f"{name}:{row.number}", row.where, row.fields)
+
+    def identity(self) -> list[Any]:
+        """Return the paths and the fields."""
+        return ["rows", list(self.source.paths), self.fields.prompt, self.fields.text]
+
+    def describe(self) -> str:
+        """Return the file, or how many there are."""
+        if len(self.files) == 1:
+            return f"rows of {self.files[0]}"
+        return f"rows of {len(self.files)} files in {self.source.root}"
+
+
+def numbered_lines(file: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the lines of a UTF-8 file that are not blank: number, place for messages, text.
+
+    Raises:
+        RecipeError: the file can't be read, or a line is not UTF-8.
+    """
+    number = 0
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8").strip("\r\n")
+                if text and not text.isspace():
+                    yield number, f"{file}, line {number}", text
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}, line {number}: not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise RecipeError(f"{file} can't be read: {error.strerror}") from None
+
+
+def _listed(row: dict[str, Any]) -> str:
+    names = [f"'{name}'" for name in row]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "no fields"
