@@ -26,7 +26,7 @@ CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
 # Package -> the packages that it may import, over the floor's own packages and top-level modules.
 ARROWS = {
     "training": {
-        "cli": {"run", "models", "data", "storage", "config", "interrupt", "errors"},
+        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors"},
         "run": {
             *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
             *("console", "interrupt", "errors"),
