@@ -67,7 +67,7 @@ def meter(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001, 30011])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_each_live_logit_is_read_once_a_pass_and_each_gradient_written_once(meter, monkeypatch, V, dtype, inplace):
+def test_each_valid_logit_is_read_once_a_pass_and_each_gradient_written_once(meter, monkeypatch, V, dtype, inplace):
     """Dead rows are not read at all; the counts agree with `traffic` to the byte."""
     B, S, H = 2, 5, 3
     labels = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(V))
@@ -162,7 +162,7 @@ def linear_batch(V, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001])
 @pytest.mark.parametrize("drop", [True, False])
-def test_each_live_logit_of_a_slab_is_read_twice_and_each_gradient_written_once(slabs, V, dtype, drop):
+def test_each_valid_logit_of_a_chunk_is_read_twice_and_each_gradient_written_once(slabs, V, dtype, drop):
     """Dead rows are written, never read, and not there at all where they are left out; as `traffic` says."""
     hidden, unembed, labels, token_weights, document_ids = linear_batch(V, dtype)
     _, stats = weighted_mtp_linear_ce(
@@ -186,7 +186,7 @@ def test_each_live_logit_of_a_slab_is_read_twice_and_each_gradient_written_once(
 
 @pytest.mark.parametrize("V", [5, 1003])
 @pytest.mark.parametrize("wanted", ["no_grad", "none"])
-def test_forward_alone_reads_a_slab_once_and_writes_no_gradient(slabs, V, wanted):
+def test_forward_alone_reads_a_chunk_once_and_writes_no_gradient(slabs, V, wanted):
     """Also the forward of reduction="none", whose backward reads twice what it computes again."""
     hidden, unembed, labels, token_weights, document_ids = linear_batch(V, torch.float32)
     with torch.set_grad_enabled(wanted == "none"):

@@ -359,7 +359,7 @@ def test_validation_finds_a_label_that_is_no_class(impl: str, device: torch.devi
             function(**on_hidden, validate=True, impl=impl)
 
 
-def test_a_mistake_is_not_excused_by_an_empty_batch() -> None:
+def test_a_mistake_is_refused_for_an_empty_batch_too() -> None:
     """B = 0 takes the same checks."""
     with pytest.raises(ValueError, match="labels is"):
         weighted_mtp_ce(f32(0, S, H, V), i64(0, S + 1))
@@ -412,7 +412,7 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", [*TENSORS, "logits[1]"])
-def test_a_dtensor_is_told_what_to_do(name: str, shard) -> None:
+def test_a_dtensor_is_refused_with_the_way_out(name: str, shard) -> None:
     """Named, with the way out, for every tensor argument."""
     if name == "logits[1]":
         spoiled: dict[str, Any] = {"logits": [f32(B, S, V), shard(f32(B, S, V))]}
@@ -423,7 +423,7 @@ def test_a_dtensor_is_told_what_to_do(name: str, shard) -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name in TENSORS if name != "logits"), "hidden", "hidden[1]"])
-def test_a_dtensor_on_the_linear_path_is_told_what_to_do(name: str, shard) -> None:
+def test_a_dtensor_on_the_linear_path_is_refused_with_the_way_out(name: str, shard) -> None:
     """The same for what belongs to the batch."""
     if name == "hidden[1]":
         spoiled: dict[str, Any] = {"hidden": [f32(B, S, D), shard(f32(B, S, D))]}
@@ -434,7 +434,7 @@ def test_a_dtensor_on_the_linear_path_is_told_what_to_do(name: str, shard) -> No
 
 
 @pytest.mark.parametrize("name", ["unembed", "bias"])
-def test_a_sharded_parameter_is_told_where_it_is_whole(name: str, shard) -> None:
+def test_a_sharded_parameter_is_refused_with_the_way_to_gather_it(name: str, shard) -> None:
     """Inside the forward of its FSDP module, or gathered; a local shard of it is never right."""
     spoiled = {name: shard(f32(V, D) if name == "unembed" else f32(V))}
     with pytest.raises(TypeError, match=f"{name} is a DTensor; expected a plain tensor") as caught:

@@ -67,7 +67,7 @@ def test_head_h_is_scored_against_the_token_at_t_plus_shift_plus_h(impl, device,
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_a_row_is_live_just_where_its_target_is_inside_the_sequence(impl, device, draw, shift: int) -> None:
+def test_a_row_is_valid_exactly_where_its_target_is_inside_the_sequence(impl, device, draw, shift: int) -> None:
     """S smaller than H, too: the last positions have fewer heads, some have none."""
     B, S, H, V = 2, 3, 5, 17
     _, stats = weighted_mtp_ce(
@@ -86,7 +86,7 @@ def test_sequences_shorter_than_the_horizon(compare, draw, S: int, H: int, shift
     assert got.stats.live.sum() == 2 * sum(t + shift + h < S for t in range(S) for h in range(H))
 
 
-def test_positions_without_a_live_head_are_not_counted(impl, device, draw) -> None:
+def test_positions_without_a_valid_head_are_not_counted(impl, device, draw) -> None:
     """Uniform logits cost ln V a position: a K = 0 position inside or at the tail would pull the mean below it."""
     V = 50
     labels = draw.integers(V, 2, 12)
@@ -96,7 +96,7 @@ def test_positions_without_a_live_head_are_not_counted(impl, device, draw) -> No
     assert math.isclose(loss.item(), math.log(V), rel_tol=1e-6)
 
 
-def test_positions_without_a_live_head_inside_and_at_the_tail(compare, draw) -> None:
+def test_positions_without_a_valid_head_inside_and_at_the_tail(compare, draw) -> None:
     """The same holes, under random logits and weights, with gradients."""
     V = 61
     labels = draw.integers(V, 2, 9)
@@ -119,7 +119,7 @@ EMPTY = {
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reason", EMPTY)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_live_row_gives_exactly_zero_and_zero_gradients(impl, device, draw, reason: str, reduction: str) -> None:
+def test_no_valid_row_returns_exactly_zero_and_zero_gradients(impl, device, draw, reason: str, reduction: str) -> None:
     """Never NaN, also with NaN logits; and the loss stays connected, so that every rank can run backward."""
     labels = draw.integers(9, 2, 4)
     if reason == "all_ignored":
@@ -139,7 +139,7 @@ def test_no_live_row_gives_exactly_zero_and_zero_gradients(impl, device, draw, r
 
 
 @pytest.mark.parametrize("normalizer", [8.0, "tensor"])
-def test_no_live_row_gives_zero_under_a_normalizer_too(impl, device, draw, normalizer) -> None:
+def test_no_valid_row_returns_zero_under_a_normalizer_too(impl, device, draw, normalizer) -> None:
     """A rank without targets divides by the global count like the others."""
     normalizer = torch.tensor(8.0, device=device) if normalizer == "tensor" else normalizer
     logits = draw.normal(1, 3, 2, 7).requires_grad_()
@@ -154,7 +154,7 @@ def test_no_live_row_gives_zero_under_a_normalizer_too(impl, device, draw, norma
 @pytest.mark.parametrize("shape", [(0, 5, 2, 7), (2, 0, 2, 7), (0, 0, 1, 7)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("alignment", ["position", "target"])
-def test_an_empty_batch_gives_zero(impl, device, shape, reduction: str, alignment: str) -> None:
+def test_an_empty_batch_returns_zero(impl, device, shape, reduction: str, alignment: str) -> None:
     """B = 0 and S = 0: loss 0 (or an empty one), connected, gradients of the right shape."""
     B, S, H, _ = shape
     logits = torch.empty(shape, device=device, requires_grad=True)

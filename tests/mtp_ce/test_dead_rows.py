@@ -56,7 +56,7 @@ REASONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reason", REASONS)
-def test_dead_rows_are_never_read(impl, draw, reason: str) -> None:
+def test_masked_rows_are_never_read(impl, draw, reason: str) -> None:
     """NaN and Inf planted in every dead row reach neither loss nor gradients nor statistics, not by one bit."""
     labels, logits = draw.integers(V, B, S), draw.normal(B, S, H, V)
     options = REASONS[reason](labels)
@@ -88,7 +88,7 @@ D = 9
 @pytest.mark.pairwise
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize(("drop", "poison"), [(True, torch.nan), (False, torch.inf), (B * S * H, torch.nan)])
-def test_hidden_states_of_dead_rows_reach_nobody(impl, draw, reason: str, drop: bool | int, poison: float) -> None:
+def test_hidden_states_of_masked_rows_reach_no_result(impl, draw, reason: str, drop: bool | int, poison: float) -> None:
     """Left out or not: no bit of the loss, of any gradient, of the statistics."""
     labels, hidden, unembed, bias = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D), draw.normal(V)
     options = REASONS[reason](labels)
@@ -122,7 +122,7 @@ def test_hidden_states_of_dead_rows_reach_nobody(impl, draw, reason: str, drop: 
 @pytest.mark.parametrize(
     ("path", "drop"), [("logits", None), ("linear", True), ("linear", False), ("linear", B * S * H)]
 )
-def test_a_row_that_is_read_for_its_weight_alone_harms_nobody_else(impl, draw, reason: str, drop, path: str) -> None:
+def test_a_row_that_is_read_for_its_weight_alone_changes_no_other_row(impl, draw, reason: str, drop, path: str) -> None:
     """Where weights of 0 want a gradient, NaN in their rows is in that gradient, and nowhere else."""
     labels, hidden, unembed = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D)
     options = REASONS[reason](labels)
@@ -154,7 +154,7 @@ def test_a_row_that_is_read_for_its_weight_alone_harms_nobody_else(impl, draw, r
 @pytest.mark.pairwise
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("path", ["logits", "linear"])
-def test_an_infinite_upstream_of_a_dead_row_reaches_nobody(impl, draw, reason: str, path: str) -> None:
+def test_an_infinite_upstream_of_a_masked_row_reaches_no_result(impl, draw, reason: str, path: str) -> None:
     """The square root of losses, for one: its slope at the 0 of a position without a live row is infinite."""
     labels, hidden, unembed = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D)
     options = REASONS[reason](labels)
@@ -179,7 +179,7 @@ def test_an_infinite_upstream_of_a_dead_row_reaches_nobody(impl, draw, reason: s
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_dead_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) -> None:
+def test_masked_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) -> None:
     """NaN there must not survive as a gradient."""
     labels = draw.integers(V, B, S)
     options = REASONS[reason](labels)
@@ -193,7 +193,7 @@ def test_dead_rows_are_overwritten_with_zeros_in_place(impl, draw, reason: str) 
     assert bool(layer.grad.isfinite())
 
 
-def test_a_dead_row_does_not_need_a_label_that_is_a_class(impl, draw, device) -> None:
+def test_a_masked_row_does_not_need_a_label_that_is_a_class(impl, draw, device) -> None:
     """Labels behind the length, of the first `shift` tokens, or that nothing can reach, may be anything."""
     labels = draw.integers(V, 1, S)
     labels[0, 0] = V + 3  # no head predicts the first token

@@ -241,7 +241,7 @@ def test_no_host_synchronisation_on_the_linear_path(
     step()
 
 
-def test_counting_the_live_rows_waits_and_is_not_the_default(impl, draw, request: pytest.FixtureRequest) -> None:
+def test_counting_the_valid_rows_waits_and_is_not_the_default(impl, draw, request: pytest.FixtureRequest) -> None:
     """drop_dead_rows=True is the one way to wait; "auto" does not take it."""
     data = linear_batch(draw)
     weighted_mtp_linear_ce(**data)
@@ -384,7 +384,7 @@ def test_more_than_two_to_the_31_logits_on_the_linear_path(impl, device, chunk_b
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_memory_is_a_slab_and_the_gradients(impl, device, draw, watch, reduction: str) -> None:
+def test_peak_memory_is_a_chunk_and_the_gradients(impl, device, draw, watch, reduction: str) -> None:
     """16384 rows of 32000 logits: 1 GiB whole, of which a tenth is alive; forward alone takes no gradient's room."""
     S, H, V, D = 4096, 4, 32000, 512
     hidden = draw.normal(1, S, H, D, dtype=torch.bfloat16).requires_grad_()

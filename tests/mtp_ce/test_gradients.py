@@ -98,7 +98,7 @@ def test_logits_are_bitwise_unchanged(impl, draw, dtype, softcap) -> None:
         assert torch.equal(tensor.detach(), copy)
 
 
-def test_backward_twice_gives_the_same_gradient_twice(impl, draw) -> None:
+def test_backward_twice_returns_the_same_gradient_twice(impl, draw) -> None:
     """retain_graph: nothing that backward needs is spent by it."""
     logits, labels, weights = batch(draw)
     leaves = (logits.requires_grad_(), weights.requires_grad_())
@@ -121,7 +121,7 @@ def test_two_losses_of_the_same_logits_add_up(impl, draw) -> None:
     torch.testing.assert_close(x.grad, sum(separate), rtol=1e-6, atol=1e-8)
 
 
-def test_the_same_call_gives_the_same_bits(impl, draw) -> None:
+def test_the_same_call_returns_the_same_bits(impl, draw) -> None:
     """Loss, gradients and statistics."""
     logits, labels, weights = batch(draw, torch.bfloat16)
 

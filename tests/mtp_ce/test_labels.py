@@ -22,7 +22,7 @@ def batch(draw, label: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("label", OUTSIDE)
-def test_on_a_cpu_the_error_names_the_place(impl, device, draw, label: int) -> None:
+def test_on_a_cpu_the_error_names_the_index(impl, device, draw, label: int) -> None:
     """Which label, where, what was expected; GPU tensors say the same under validate=True."""
     message = f"labels[1, 2] is {label}; expected ignore_index (-100) or a class in [0, V) = [0, {V})"
     with pytest.raises(IndexError, match=re.escape(message)):
@@ -45,7 +45,7 @@ def test_on_hidden_states_the_error_is_the_same(impl, device, draw, function, la
 @pytest.mark.parametrize("impl", ["triton"])  # a CPU always looks
 @pytest.mark.parametrize("label", [V, -1, 2**40])
 @pytest.mark.parametrize(("reduction", "drop"), [("mean", False), ("none", True), ("none", 25)])
-def test_where_nobody_looks_its_rows_on_hidden_states_are_nan(
+def test_without_validation_its_rows_on_hidden_states_are_nan(
     impl, draw, monkeypatch, label: int, reduction: str, drop: bool | int
 ) -> None:
     """As on a GPU, which is not asked: here the check is taken away. NaN in loss and gradient, no illegal read."""

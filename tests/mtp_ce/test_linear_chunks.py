@@ -98,7 +98,7 @@ def test_gradients_with_any_rows_dropped_are_right(compare, draw, drop, reductio
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_on_a_cpu_a_number_below_the_live_rows_is_an_error(impl, device, draw, reduction: str) -> None:
+def test_on_a_cpu_a_number_below_the_valid_rows_is_an_error(impl, device, draw, reduction: str) -> None:
     """It names both numbers and the way out. On a GPU, where nobody counts, loss and gradients are NaN."""
     hidden, unembed, labels, weights = batch(draw)
     live = int((weighted_mtp_linear_ce(

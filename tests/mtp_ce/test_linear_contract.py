@@ -136,7 +136,7 @@ EMPTY: dict[str, Any] = {
 @pytest.mark.parametrize("reason", EMPTY)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("drop", [True, False, 0, 7])
-def test_no_live_row_gives_exactly_zero_and_zero_gradients(
+def test_no_valid_row_returns_exactly_zero_and_zero_gradients(
     impl, device, draw, reason: str, reduction: str, drop: bool | int
 ) -> None:
     """Never NaN, also with NaN hidden states; and the loss stays connected, so that every rank can run backward."""
@@ -163,7 +163,9 @@ def test_no_live_row_gives_exactly_zero_and_zero_gradients(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("drop", [True, False, 3])
 @pytest.mark.parametrize("several", [False, True])
-def test_an_empty_batch_gives_zero(impl, device, draw, shape, reduction: str, drop: bool | int, several: bool) -> None:
+def test_an_empty_batch_returns_zero(
+    impl, device, draw, shape, reduction: str, drop: bool | int, several: bool
+) -> None:
     """B = 0 and S = 0: loss 0 (or an empty one), connected; gradients of the right shapes, of unembed all 0."""
     batch_size, length, heads, _ = shape
     whole = torch.empty(shape, device=device)

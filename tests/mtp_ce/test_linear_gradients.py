@@ -129,7 +129,7 @@ def test_inputs_are_bitwise_unchanged(impl, draw, dtype, reduction: str) -> None
 @pytest.mark.pairwise
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("several", [False, True])
-def test_backward_twice_gives_the_same_gradient_twice(impl, draw, reduction: str, several: bool) -> None:
+def test_backward_twice_returns_the_same_gradient_twice(impl, draw, reduction: str, several: bool) -> None:
     """The first takes the gradients that forward made, and scales them in place: they are never handed out again."""
     x, u, bias, w, labels = learned(draw)
     given = [part.detach().clone().requires_grad_() for part in x.unbind(2)] if several else x
@@ -298,7 +298,7 @@ def test_a_list_with_one_frozen_head(impl, draw) -> None:
     assert torch.equal(some[1].grad, heads[1].grad)
 
 
-def test_weights_alone_may_learn(compare, draw) -> None:
+def test_weights_alone_may_require_gradients(compare, draw) -> None:
     """All else frozen: no product but the logits, and d_token_weights is there."""
     hidden, unembed, labels, weights = batch(draw)
     got = compare(hidden, labels, weights, unembed=unembed, frozen=("hidden", "unembed"))
@@ -316,7 +316,7 @@ def test_without_a_gradient_to_compute_nothing_is_recorded(impl, draw) -> None:
         assert torch.equal(value, loss.detach())
 
 
-def test_the_same_call_gives_the_same_bits(impl, draw) -> None:
+def test_the_same_call_returns_the_same_bits(impl, draw) -> None:
     """Loss, gradients and statistics."""
     hidden, unembed, labels, weights = batch(draw, torch.bfloat16)
 
@@ -332,7 +332,7 @@ def test_the_same_call_gives_the_same_bits(impl, draw) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_a_loss_that_nobody_differentiates_frees_its_gradients(impl, draw) -> None:
+def test_a_loss_without_backward_frees_its_gradients(impl, draw) -> None:
     """They belong to the graph alone: dropped with it, without a cycle that waits for the collector."""
     x, u, bias, w, labels = learned(draw)
     gc.collect()

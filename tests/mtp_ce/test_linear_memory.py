@@ -67,7 +67,7 @@ def call(impl, draw) -> Caller:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_more_than_a_slab_and_the_gradients_is_ever_held(call, device, watch, dtype, drop, reduction: str) -> None:
+def test_no_more_than_a_chunk_and_the_gradients_is_ever_held(call, device, watch, dtype, drop, reduction: str) -> None:
     """In forward and backward together; the logits of all rows, or of one head, never exist."""
     loss, leaves = call("hidden unembed bias", dtype, drop_dead_rows=drop, reduction=reduction, return_stats=False)
     sums = V * D * 4 + V * 4  # fp32
@@ -100,7 +100,7 @@ LIGHT = {"features": 512, "vocabulary": 64}  # a slab is far smaller than hidden
 @pytest.mark.pairwise
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("wanted", ["nothing", "no_grad", "none"])
-def test_forward_alone_holds_a_slab(call, device, watch, drop: bool, wanted: str) -> None:
+def test_forward_alone_holds_a_chunk(call, device, watch, drop: bool, wanted: str) -> None:
     """Nothing of the size of a gradient: frozen inputs, under no_grad, and the forward of reduction="none"."""
     learn = "" if wanted == "nothing" else "hidden unembed bias"
     loss, _ = call(learn, drop_dead_rows=drop, reduction="none" if wanted == "none" else "mean", **LIGHT)
@@ -124,7 +124,7 @@ LEARNING = ["hidden unembed bias", "hidden unembed", "hidden", "unembed", "bias"
 
 
 @pytest.mark.parametrize("learn", LEARNING, ids=lambda learn: learn.replace(" ", "_") or "nothing")
-def test_products_that_nobody_wants_are_not_computed(call, watch, learn: str) -> None:
+def test_products_that_no_input_wants_are_not_computed(call, watch, learn: str) -> None:
     """One a chunk for the logits, one for hidden, one for unembed; the gradient of the bias is no product."""
     loss, leaves = call(learn, drop_dead_rows=True)
     value = watch(loss)
@@ -151,7 +151,7 @@ def test_a_second_backward_computes_the_products_once_more(call, watch) -> None:
     assert products == [0, 3 * CHUNKS, 3 * CHUNKS]
 
 
-def test_the_cost_falls_with_the_dead_rows(impl, draw, watch) -> None:
+def test_the_cost_falls_with_the_masked_rows(impl, draw, watch) -> None:
     """Half of the tokens ignored, half of the products; with drop_dead_rows=False all of them."""
     hidden, unembed, labels = draw.normal(1, S + 1, 1, D), draw.normal(V, D), draw.integers(V, 1, S + 1)
     labels[0, : S // 2 + 1] = -100
@@ -168,7 +168,7 @@ def test_the_cost_falls_with_the_dead_rows(impl, draw, watch) -> None:
     assert products(False) == S // 2 + 1
 
 
-def test_the_slab_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_it_on_a_cpu(impl, device) -> None:
+def test_the_chunk_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_it_on_a_cpu(impl, device) -> None:
     """What chunk_bytes promises."""
     from mtp_ce.ops.chunks import new_logits, rows_at_once
 

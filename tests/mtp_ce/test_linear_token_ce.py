@@ -57,7 +57,7 @@ def test_it_is_the_statistic_of_the_loss(impl, draw, device, name: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_has_the_shape_of_what_was_given_and_is_fp32(impl, draw, dtype: torch.dtype) -> None:
+def test_it_has_the_shape_of_its_input_and_is_fp32(impl, draw, dtype: torch.dtype) -> None:
     """[B,S,H] for [B,S,H,D] and for a list, [B,S] for [B,S,D]."""
     hidden, unembed, labels = batch(draw, dtype)
     forms = {

@@ -29,7 +29,7 @@ def test_the_module_is_the_function(impl, draw) -> None:
     assert torch.equal(per_token(logits, labels), wanted)
 
 
-def test_the_module_returns_statistics_when_told_to(impl, draw) -> None:
+def test_the_module_returns_statistics_on_request(impl, draw) -> None:
     """MTPLoss in place of the loss."""
     logits, labels = draw.normal(1, 4, 2, 9), draw.integers(9, 1, 4)
     result = WeightedMTPLoss(return_stats=True, impl=impl)(logits, labels)

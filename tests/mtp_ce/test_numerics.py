@@ -11,6 +11,7 @@ from mtp_ce import weighted_mtp_ce
 EDGES = [1, 2, 127, 507, 1000, 1024]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("V", [*EDGES, pytest.param(131072, marks=pytest.mark.gpu)])
 def test_vocabularies_on_and_off_the_edge_of_a_tile(compare, draw, V: int, dtype: torch.dtype) -> None:

@@ -82,7 +82,7 @@ def test_every_reduction(compare, draw, reduction: str, options: dict) -> None:
     compare(logits, labels, weights - 0.6, reduction=reduction, **options)
 
 
-def test_horizon_divides_by_h_also_where_heads_are_dead(impl, draw) -> None:
+def test_horizon_divides_by_h_also_where_heads_are_masked(impl, draw) -> None:
     """avg = (1/H) sum over live heads of ce, position by position."""
     logits, labels, _ = batch(draw)
     loss, stats = weighted_mtp_ce(
@@ -93,7 +93,7 @@ def test_horizon_divides_by_h_also_where_heads_are_dead(impl, draw) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_head_weights_make_a_weighted_mean_over_live_heads(impl, draw, device, dtype: torch.dtype) -> None:
+def test_head_weights_make_a_weighted_mean_over_valid_heads(impl, draw, device, dtype: torch.dtype) -> None:
     """sum a ce / sum a over the live heads only, position by position."""
     logits, labels, weights = batch(draw)
     a = torch.tensor([1.0, 0.5, 0.25], dtype=dtype, device=device)
@@ -125,7 +125,7 @@ def test_only_the_ratios_of_head_weights_count(impl, draw, device) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
-def test_a_head_of_weight_zero_is_dead_but_its_positions_count(impl, draw, device) -> None:
+def test_a_head_of_weight_zero_is_masked_but_its_positions_count(impl, draw, device) -> None:
     """NaN in it harms nobody; N still counts positions where it alone is live."""
     logits, labels, weights = batch(draw)
     logits[:, :, 0] = torch.nan

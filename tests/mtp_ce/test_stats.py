@@ -90,7 +90,7 @@ def test_statistics_do_not_feel_weights_or_reduction(impl, draw) -> None:
         assert torch.equal(one, two)
 
 
-def test_live_is_told_by_the_formula_also_for_rows_of_weight_zero(impl, draw) -> None:
+def test_live_follows_the_formula_also_for_rows_of_weight_zero(impl, draw) -> None:
     """A row that has a target is live; only whether it was read depends on its weight."""
     logits, labels = draw.normal(B, S, H, V), draw.integers(V, B, S)
     weights = draw.uniform(B, S) * 0

@@ -44,6 +44,7 @@ def batch(draw) -> tuple[Tensor, Tensor]:
     return draw.normal(B, S, H, V, scale=2), labels
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("alignment", ["position", "target"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_weights(compare, draw, form: str, alignment: str) -> None:
@@ -88,6 +89,7 @@ def test_a_weight_for_every_row_that_does_not_depend_on_the_head_is_a_weight_for
     assert torch.equal(by_position, by_row)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("alignment", ["position", "target", "by_head"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_gradient_of_a_weight_is_the_loss_of_its_rows(impl, draw, alignment: str, reduction: str) -> None:
@@ -134,6 +136,7 @@ def test_a_row_of_weight_zero_is_read_only_for_the_gradient_of_its_weight(impl, 
         assert bool(weighted_mtp_ce(leaf, labels, weights, impl=impl).isfinite())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("alignment", ["position", "target"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
