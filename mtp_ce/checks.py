@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, check_choice
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -241,6 +241,7 @@ def _triton_missing(device_type: str, source: str) -> str | None:
 
 def choose_impl(impl: str, first: Tensor, source: str = "logits") -> str:
     """Return the implementation that runs; ValueError where it cannot."""
+    check_choice("impl", impl)
     kind = first.device.type
     if impl == "auto":
         impl = "cpu" if kind == "cpu" else "triton"

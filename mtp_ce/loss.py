@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -227,9 +227,10 @@ class WeightedMTPLoss(nn.Module):
             raise TypeError(
                 f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__optional_keys__)}"
             )
-        loss_options = LossOptions(**{name: options[name] for name in OPTION_NAMES if name in options})
+        named: dict[str, Any] = {**options}
+        loss_options = LossOptions(**{name: named[name] for name in OPTION_NAMES if name in named})
         check_head_weights(options.get("head_weights"), loss_options)
-        flags = {name: options[name] for name in ("inplace_backward", "validate") if name in options}
+        flags = {name: named[name] for name in ("inplace_backward", "validate") if name in named}
         check_flags(return_stats=return_stats, **flags)
         check_choice("impl", options.get("impl", "auto"))
         self.return_stats = return_stats

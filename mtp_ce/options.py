@@ -61,7 +61,8 @@ class LossOptions:
             # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
             if not -math.inf < number < math.inf:
                 raise ValueError(f"{name} is {number}; expected a finite number.")
-            object.__setattr__(self, name, float(number))
+            if isinstance(number, int):
+                object.__setattr__(self, name, float(number))
         if self.shift < 0:
             raise ValueError(
                 f"shift is {self.shift}; expected 0 (labels shifted already), 1 (as in transformers) or more."
@@ -75,7 +76,11 @@ class LossOptions:
 
     def values(self) -> tuple[Any, ...]:
         """Return the values in the order of the fields, as the operators' schemas take them."""
-        return tuple(getattr(self, name) for name in OPTION_NAMES)
+        # Spelled out, since this runs twice in a call of the loss; a test compares it with the fields.
+        return (
+            self.shift, self.weight_alignment, self.head_reduction, self.ignore_index, self.reduction,
+            self.loss_scale, self.softcap, self.z_loss, self.label_smoothing,
+        )  # fmt: skip
 
     @classmethod
     def from_values(cls, *values: Any) -> LossOptions:

@@ -79,14 +79,14 @@ def reference_weighted_mtp_ce(
         row_mask = valid[:, :, h] & (a[h] != 0)
         if not weights_need_gradient:
             row_mask = row_mask & (w != 0)
-        b, t = row_mask.nonzero(as_tuple=True)
-        z = heads[h][b, t].to(dtype)  # [rows, V]: a masked row never enters the graph
+        b, position = row_mask.nonzero(as_tuple=True)
+        z = heads[h][b, position].to(dtype)  # [rows, V]: a masked row never enters the graph
         # Read only for the gradient of its weight: 0 * NaN must reach neither the loss nor the logits.
-        zero = w[b, t] == 0
+        zero = w[b, position] == 0
         z = torch.where(zero[:, None], z.detach(), z)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        y = labels[b, t + shift + h]
+        y = labels[b, position + shift + h]
         logp = torch.log_softmax(z, dim=-1)
         row_ce = -logp.gather(1, y[:, None])[:, 0]
         row_lse = torch.logsumexp(z, dim=-1)
@@ -95,14 +95,14 @@ def reference_weighted_mtp_ce(
             row_loss = row_ce + label_smoothing * (-logp.mean(dim=-1) - row_ce)
         if z_loss != 0:
             row_loss = row_loss + z_loss * row_lse**2
-        ce[b, t, h] = row_ce.detach()
-        lse[b, t, h] = row_lse.detach()
-        top1[b, t, h] = z.detach().argmax(dim=-1).int()
+        ce[b, position, h] = row_ce.detach()
+        lse[b, position, h] = row_lse.detach()
+        top1[b, position, h] = z.detach().argmax(dim=-1).int()
         weighted = torch.empty_like(row_loss)
-        weighted[~zero] = w[b, t][~zero] * row_loss[~zero]
-        weighted[zero] = _ZeroWeighted.apply(w[b, t][zero], row_loss[zero])
+        weighted[~zero] = w[b, position][~zero] * row_loss[~zero]
+        weighted[zero] = _ZeroWeighted.apply(w[b, position][zero], row_loss[zero])
         weighted = a[h] * weighted
-        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, t), weighted))
+        losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, position), weighted))
 
     if head_weights is not None:
         denominator = (valid * a).sum(-1)

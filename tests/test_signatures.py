@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mtp_ce.options import OPTION_NAMES, LossOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "mtp_ce", "training", "benchmarks")
 MOST, MOST_OF_A_KERNEL, MOST_NAMING_AN_OPTION = 12, 20, 8
@@ -71,3 +73,10 @@ def test_an_option_of_the_loss_is_named_in_few_signatures(option: str) -> None:
     """Those of public functions and of the oracle: everything else takes `LossOptions`."""
     naming = [where for where, _, _, names, _ in signatures() if option in names]
     assert 1 <= len(naming) <= MOST_NAMING_AN_OPTION, naming
+
+
+def test_the_options_keep_the_order_of_their_fields() -> None:
+    """`values` and `from_values` are what operators' schemas rest on."""
+    options = LossOptions(2, "target", "horizon", -1, "sum", 0.5, 30.0, 1e-4, 0.1)
+    assert options.values() == tuple(getattr(options, name) for name in OPTION_NAMES)
+    assert LossOptions.from_values(*options.values()) == options

@@ -165,7 +165,7 @@ class _LinearLoss(torch.autograd.Function):
     """The first five results of `linear_forward`, with the gradients of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, options: LossOptions, call: LinearCall, n: int, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, options: LossOptions, call: LinearCall, n: int, *tensors: Any) -> Any:
         hidden, (unembed, bias, *others) = tensors[:n], tensors[n:]
         inputs = LossInputs(*others)
         loss, ce, lse, valid, top1, d_row_weights, factor, *gradients = linear_forward(

@@ -204,7 +204,7 @@ class _LogitsLoss(torch.autograd.Function):
     """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, valid and top1."""
 
     @staticmethod
-    def forward(ctx: Any, options: LossOptions, call: LogitsCall, H: int, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, options: LossOptions, call: LogitsCall, H: int, *tensors: Any) -> Any:
         logits, inputs = tensors[:H], LossInputs(*tensors[H:])
         *results, d_row_weights, factor = logits_forward(list(logits), *inputs, *options.values(), *call)
         loss, _, row_max, log_sum, _, _ = results
