@@ -1,4 +1,4 @@
-"""What every test stands on: Triton on any machine, and the measure of being right.
+"""Shared by every test: Triton on any machine, the tiers, and the error that a result is allowed.
 
 Where there is no GPU the Triton kernels run in Triton's interpreter; where there is one the same tests run on it. A
 result is right when its error against the oracle in float64 is at most three times the error of eager torch at the same
@@ -21,7 +21,7 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 WORKERS = os.cpu_count() or 1
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers that all take every core wait for each other. Programs that a test starts read the environment.
+    # Workers that each use every core slow each other down. Programs started by a test read the environment.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 if not HAS_GPU:
@@ -47,8 +47,8 @@ def _mend_interpreter() -> None:
         return convert(values, source, target, rounding)
 
     def patch_lang(function: Any) -> Any:
-        # Called again for every call of a device function, and then two thirds of all time goes into finding that
-        # triton.language is patched already.
+        # Triton calls this for every call of a device function. Two thirds of all time would go into checking that
+        # triton.language is already patched.
         modules = [m for m in (function.__globals__.get("tl"), function.__globals__.get("core")) if m in (tl, tl.core)]
         if modules and not any(tl.core.is_builtin(m.load) for m in modules):
             return None
@@ -91,13 +91,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist = (0, "no") if option.usepdb else (WORKERS, "loadfile")
         if _core_alone(config) and not option.usepdb:
             option.dist = "load"  # a few files of very different lengths
-        # By itself xdist begins with the files of most tests, and its end waits for those of few and long ones.
+        # xdist starts with the files of most tests; the last worker would then wait for the few long ones.
         option.loadscopereorder = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; the only reason for which a test here is skipped.")
-    # Both branches of a where are computed, so the one that is not chosen may overflow: as on a device, but aloud.
+    # Both branches of a `where` are computed, so the other one may overflow. A device is silent about it.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
@@ -144,21 +144,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_old_is_collected() -> None:
-    """Collections pass by what is there by now: the modules of torch and transformers cost a sixth of all time else."""
+def _freeze_garbage_collector() -> None:
+    """Exclude loaded modules from garbage collection, where torch and transformers would cost a sixth of all time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(params=["cpu", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
-    """The two fast implementations; their contract is one."""
+    """The two fast implementations of the same contract."""
     return request.param
 
 
 @pytest.fixture
 def device(impl: str) -> torch.device:
-    """Where the tensors of `impl` live."""
+    """The device of `impl`."""
     return torch.device("cuda" if HAS_GPU and impl == "triton" else "cpu")
 
 
@@ -180,7 +180,7 @@ def draw(device: torch.device) -> SimpleNamespace:
 
 
 Given = Tensor | Sequence[Tensor]
-# How the linear path walks its rows: nothing of it changes what is true.
+# How the linear path cuts its rows into chunks. No result depends on it.
 CHUNKING = ("chunk_bytes", "grad_dtype", "drop_dead_rows")
 
 
@@ -275,7 +275,7 @@ def _heads(given: Given) -> list[Tensor]:
 def _rounding_units(
     exact: SimpleNamespace, size: SimpleNamespace, weights: Any, options: Any, logits: Given
 ) -> dict[str, float]:
-    """What the last bit of each result is a bit of. `size` is the result with every term taken as positive.
+    """Return the magnitude whose last bit bounds each result. `size` is the result with every term made positive.
 
     The sum of exponentials is at least 1, so its logarithm, and with it ce, carries the last bit of 1 however small
     it is; g (p - 1) carries the last bit of g, however near p is to 1. Label smoothing adds e times a logit and a mean
@@ -319,16 +319,16 @@ def _units_of_products(
     }
 
 
-def _assert_dead_rows_are_zero(got: SimpleNamespace, exact: SimpleNamespace) -> None:
-    dead = exact.stats.top1 < 0
-    assert bool((got.stats.top1[dead] == -1).all()), "top1 of a dead row is not -1"
+def _assert_masked_rows_are_zero(got: SimpleNamespace, exact: SimpleNamespace) -> None:
+    masked = exact.stats.top1 < 0
+    assert bool((got.stats.top1[masked] == -1).all()), "top1 of a masked row is not -1"
     for name in ("ce", "lse"):
-        assert bool((getattr(got.stats, name)[dead] == 0).all()), f"{name} of a dead row is not 0"
+        assert bool((getattr(got.stats, name)[masked] == 0).all()), f"{name} of a masked row is not 0"
     gradients = got.d_logits or got.d_hidden
     if gradients is None:
         return
     for h, gradient in enumerate(_heads(gradients if len(gradients) > 1 else gradients[0])):
-        assert bool((gradient[dead[:, :, h]] == 0).all()), f"a dead row of head {h} has a gradient"
+        assert bool((gradient[masked[:, :, h]] == 0).all()), f"a masked row of head {h} has a gradient"
 
 
 def _assert_top1_is_the_largest(
@@ -348,7 +348,7 @@ def _assert_top1_is_the_largest(
 
 
 def evaluate_peer(given: Given, labels: Tensor, token_weights: Tensor | None, **options: Any) -> SimpleNamespace:
-    """What eager torch makes of the same numbers.
+    """Return the results of eager torch on the same inputs.
 
     torch.nn.functional.linear of a strided input rounds once more for the bias: it gets copies, and so rounds each
     logit once, as the chunks do.
@@ -416,7 +416,7 @@ def compare(
             # A half gradient is rounded twice: as a product, and scaled.
             allowed += torch.finfo(value.dtype).eps * _largest(truth[name])
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, of {_largest(truth[name]):.3e}"
-    _assert_dead_rows_are_zero(got, exact)
+    _assert_masked_rows_are_zero(got, exact)
     _assert_top1_is_the_largest(got, exact, heads, wide.get("softcap"), slack)
     return got
 
