@@ -345,7 +345,7 @@ def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], N
 
     def check(command: str, mistakes: dict[str, tuple[list[str], list[str]]], folder: Path) -> None:
         before = sorted(folder.rglob("*"))
-        module = f"mtp_ce.training.{command.removesuffix('-mtp')}_cli"
+        module = {"eval-mtp": "mtp_ce.training.cli.evaluate", "export-mtp": "mtp_ce.training.cli.export"}[command]
         run = subprocess.run(
             [sys.executable, "-c", ANSWERING, module],
             cwd=folder,
