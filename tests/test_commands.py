@@ -44,6 +44,7 @@ def parquet(rows: list[dict[str, str]]) -> bytes:
 ROWS = [{"text": f"text {i}", "body": "a body", "question": "which? ", "answer": f"the {i}-th"} for i in range(200)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 FILES = {
+    "my_scorer.py": (ROOT / "docs" / "weights.md").read_bytes().partition(b"```python\n")[2].partition(b"```")[0],
     "my.yaml": (ROOT / "training" / "recipes" / "tiny.yaml").read_bytes(),
     "my/rows.jsonl": LINES,
     "my/pairs.jsonl": LINES,
@@ -54,6 +55,7 @@ FILES = {
 # Commands that something else runs: how they begin, the file that runs them, what it has to say.
 ELSEWHERE = {
     "pip install uv": (".ci/run", "install --quiet uv"),
+    "pip install .": ("tests/test_house.py", "test_the_wheel_has_one_top_level_name_and_holds_every_module"),
     "uv run pytest -m slow": ("tests/training/test_resume.py", "pytest.mark.slow"),
     "uv run pytest": (".ci/run", "uv run pytest"),
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
@@ -221,6 +223,8 @@ def named_runs(words: list[str]) -> set[str]:
 def test_a_command_of_the_documentation_works(command, workplace, monkeypatch, request):
     for name, value in command.environment:
         monkeypatch.setenv(name, value)
+        if name == "PYTHONPATH":
+            monkeypatch.syspath_prepend(value)
     words = list(command.words)
     if words[:2] == ["uv", "run"] and words[2] in ("train-mtp", "eval-mtp", "export-mtp", "mlflow", "torchrun"):
         words = words[2:]

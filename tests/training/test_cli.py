@@ -83,7 +83,7 @@ MISTAKES = {
     ),
     "a tokenizer that is nowhere": (["data.tokenizer=./nowhere"], ["data.tokenizer", "neither a folder nor"]),
     "seeds of a single run": (["tiny", "--seeds", "3"], ["--seeds belongs to train-mtp compare"]),
-    "no seeds": (["compare", "--seeds", "0"], ["'0' is not a number of seeds"]),
+    "no seeds": (["compare", "--seeds", "0"], ["'0' is not a positive number of seeds"]),
     "nothing to compare": (["compare", "tiny"], ["compare needs a recipe whose scorer is not uniform"]),
     "sizes that don't fit": (["model.kv_heads=3"], ["kv_heads 3 does not divide"]),
     "horizon longer than a row": (

@@ -101,7 +101,10 @@ MISTAKES = {
     "no causal model": (["critic"], ["is a LlamaForTokenClassification; expected a causal language model"]),
     "unknown key": (["run", "validation.row=3"], ["unknown key 'validation.row'; did you mean 'validation.rows'?"]),
     "a key of training": (["run", "train.steps=3"], ["unknown key 'train'"]),
-    "another tokenizer": (["run", "data.tokenizer=other"], ["data.tokenizer is other, but a checkpoint has a tok"]),
+    "another tokenizer": (
+        ["run", "data.tokenizer=other"],
+        ["data.tokenizer is other, but a checkpoint has its own tok"],
+    ),
     "wrong value": (["run", "validation.decoding.new_tokens=1"], ["'validation.decoding.new_tokens' is 1"]),
     "existing folder": (["run", "--output", "empty"], ["output folder empty exists"]),
     "no corpus": (["run", "data.corpus=./texts"], ["data.corpus", "./texts"]),

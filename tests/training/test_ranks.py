@@ -347,9 +347,9 @@ def test_bf16_rounds_neither_the_weights_nor_what_the_loss_is_divided_by(small, 
     given = []
     usual = MTPWrapper._loss
 
-    def spy(self, hidden, output, labels, token_weights, **options):
-        given.append((hidden[0].dtype, output.weight.dtype, token_weights, options["normalizer"]))
-        return usual(self, hidden, output, labels, token_weights, **options)
+    def spy(self, hidden, output, inputs, options):
+        given.append((hidden[0].dtype, output.weight.dtype, inputs.token_weights, inputs.normalizer))
+        return usual(self, hidden, output, inputs, options)
 
     monkeypatch.setattr(MTPWrapper, "_loss", spy)
     with join_ranks(torch.device("cpu"), recipe.train) as ranks:

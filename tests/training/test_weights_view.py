@@ -37,8 +37,11 @@ HOSTILE = [
 HOSTILE_WEIGHTS = [NAN, 0.0, 0.5, 0.9, 1.0, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 0.1, 4.0]
 
 
-def passage(texts=HOSTILE, weights=HOSTILE_WEIGHTS, title="a<b>.py", **details) -> Passage:
-    return Passage(title, texts, weights, details, units={"score": "nats", "ce": "nats"})
+LOSSES = {"score": "nats", "ce": "nats"}
+
+
+def passage(texts=HOSTILE, weights=HOSTILE_WEIGHTS, title="a<b>.py", units=LOSSES, **details) -> Passage:
+    return Passage(title, texts, weights, details, units=units)
 
 
 class Page(HTMLParser):
@@ -139,7 +142,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
 def test_a_token_tells_its_text_weight_and_details_with_their_unit(tmp_path):
     texts, weights = ['"\n', "", "z"], [1.25, 0.5, NAN]
     losses = passage(texts, weights, score=[0.5, -0.25, NAN], ce=[2.0, 1.0, NAN])
-    values = passage(texts, weights, score=[0.5, -0.25, NAN], value=[2.0, 1.0, NAN])
+    values = passage(texts, weights, units={}, score=[0.5, -0.25, NAN], value=[2.0, 1.0, NAN])
     titles = [attrs["title"] for _, attrs in Page([losses, values], tmp_path).tokens]
     assert titles[0] == "'\"\\n'\nweight: 1.250\nscore: 0.500 nats\nce: 2.000 nats"
     assert titles[1] == "part of a character\nweight: 0.500\nscore: -0.250 nats\nce: 1.000 nats"

@@ -113,9 +113,9 @@ def flatten(recipe: BaseModel) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested groups by dotted key; an empty mapping is a value."""
+    """Yield the values of nested groups by dotted key."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
