@@ -113,14 +113,14 @@ def launch_logits(
     backward.launch_backward(results.out, heads, d_heads, inputs, options, results.row_max, results.log_sum, factor)
 
 
-def launch_slab(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
-    """Loss and gradient of a slab of R rows, padded to whole vectors as the linear path pads them."""
+def launch_chunk(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
+    """Loss and gradient of a chunk of R rows, padded to whole vectors as the linear path pads them."""
     unit = 16 // dtype.itemsize
-    slab = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
+    logits_chunk = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
     row = torch.zeros(R)
     results = RowResults(row, row, row, row.int() if extra else None)
     forward_backward.launch_forward_backward(
-        slab, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True
+        logits_chunk, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True
     )
 
 

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from benchmarks import report, results, sass
-from benchmarks.compiled import Launch, compiling, launch_logits, launch_slab
+from benchmarks.compiled import Launch, compiling, launch_chunk, launch_logits
 from mtp_ce.kernels import backward, forward, forward_backward
 
 LOG = results.ROOT / "benchmarks" / "LOG.md"
@@ -68,12 +68,12 @@ GPUS = {
 
 
 class Problem(NamedTuple):
-    """Rows of logits [1, S, H, V], or a slab of R = S rows."""
+    """Rows of logits [1, S, H, V], or a chunk of R = S rows."""
 
     S: int
     H: int
     V: int
-    slab: bool = False
+    chunk: bool = False
 
     @property
     def rows(self) -> int:
@@ -82,16 +82,16 @@ class Problem(NamedTuple):
 
     @property
     def live(self) -> int:
-        """Rows with a target: head h has none at the last 1 + h positions; in a slab all rows have one."""
-        return self.rows if self.slab else sum(max(0, self.S - 1 - h) for h in range(self.H))
+        """Rows with a target: head h has none at the last 1 + h positions; in a chunk all rows have one."""
+        return self.rows if self.chunk else sum(max(0, self.S - 1 - h) for h in range(self.H))
 
 
 PROBLEMS = [
     *(Problem(2048, 4, V) for V in VOCABULARIES),
-    *(Problem(4096, 1, V, slab=True) for V in VOCABULARIES),
+    *(Problem(4096, 1, V, chunk=True) for V in VOCABULARIES),
     Problem(256, 1, 151936),
     Problem(64, 4, 151936),
-    Problem(256, 1, 151936, slab=True),
+    Problem(256, 1, 151936, chunk=True),
 ]
 
 
@@ -113,7 +113,7 @@ class Prediction(NamedTuple):
     problem: Problem
     gpu: Gpu
     used: dict[str, int]  # registers, stack, spills, shared
-    visits: list[sass.Loop]  # the loops over a valid row
+    row_loops: list[sass.Loop]  # the loops over a valid row
     ceiling_bytes: int  # what must move
     bytes: int  # what this case moves
     case: str = ""
@@ -137,7 +137,7 @@ class Prediction(NamedTuple):
         """Return the issue slots of an element over all passes of a row; of one pipe where it is named."""
         return sum(
             (loop.count(pipe) if pipe else len(loop.instructions)) / loop.elements_per_thread(DTYPE.itemsize)
-            for loop in self.visits
+            for loop in self.row_loops
         )
 
     def passes(self, loop: sass.Loop) -> float:
@@ -148,13 +148,13 @@ class Prediction(NamedTuple):
 
     def in_flight(self) -> int:
         """Return the bytes of logits in flight on an SM when all of its programs wait."""
-        return max(loop.bytes_per_thread() for loop in self.visits) * self.launch.threads * self.blocks
+        return max(loop.bytes_per_thread() for loop in self.row_loops) * self.launch.threads * self.blocks
 
     def seconds(self, blocks: int, programs: int) -> dict[str, float]:
         """Return the time of one wave with `blocks` on the fullest SM, by what binds it; and "in step"."""
         first = FIRST_LOADS * self.gpu.latency
         clocks = {"issue": 0.0, "mufu": 0.0, "alu": 0.0, "wait": first, "in step": first}
-        for loop in self.visits:
+        for loop in self.row_loops:
             passes = self.passes(loop)
             of_a_warp = {
                 "issue": float(len(loop.instructions)),
@@ -208,7 +208,7 @@ class Prediction(NamedTuple):
         return max(BOUNDS, key=lambda bound: total[bound])
 
 
-def visits(loops: list[sass.Loop], itemsize: int) -> list[sass.Loop]:
+def row_loops(loops: list[sass.Loop], itemsize: int) -> list[sass.Loop]:
     """Return the loops of a valid row: of those that read, and of those that read and write, the cheapest an element.
 
     A head's loop stands once for every head, and a loop without masks may stand beside one with masks.
@@ -237,7 +237,7 @@ def cases(name: str, problem: Problem) -> list[tuple[str, int, int]]:
     asked, written = forward_backward.traffic(live, rows, V, size, True)
     once = live * V * size
     if asked == once:
-        return [("one visit", once + written, once + written)]
+        return [("one pass", once + written, once + written)]
     return [("again from L2", once + written, once + written), ("again from memory", once + written, asked + written)]
 
 
@@ -245,14 +245,14 @@ def predictions(target: str, problems: list[Problem]) -> Iterator[Prediction]:
     """Yield a prediction for every kernel with a loop over the vocabulary, on every problem."""
     for problem in problems:
         with compiling(target, GPUS[target].sms) as launched:
-            if problem.slab:
-                launch_slab(problem.S, problem.V, DTYPE)
+            if problem.chunk:
+                launch_chunk(problem.S, problem.V, DTYPE)
             else:
                 launch_logits(torch.empty(1, problem.S, problem.H, problem.V, dtype=DTYPE))
         for launch in launched:
             for case, least, moved in cases(launch.name, problem):
                 used = sass.resources(launch.kernel)
-                through = visits(sass.loops(sass.disassemble(launch.kernel)), DTYPE.itemsize)
+                through = row_loops(sass.loops(sass.disassemble(launch.kernel)), DTYPE.itemsize)
                 yield Prediction(launch, problem, GPUS[target], used, through, least, moved, case)
 
 
@@ -269,7 +269,7 @@ def table_row(one: Prediction) -> tuple[str, ...]:
     return (
         launch.name.removesuffix("_kernel") + (f", {one.case}" if one.case else ""),
         str(problem.V),
-        str(problem.rows) if problem.slab else f"{problem.S} x {problem.H}",
+        str(problem.rows) if problem.chunk else f"{problem.S} x {problem.H}",
         f"{launch.programs} x {launch.threads}",
         f"{one.used['registers']}, {one.used['shared']}",
         f"{one.blocks}, {one.blocks * launch.threads / gpu.threads:.0%}",

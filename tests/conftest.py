@@ -66,8 +66,8 @@ if not HAS_GPU:
 
 # The fast tier, `pytest -m core`: the contract, both implementations, gradients, and the first random cases.
 CORE = {
-    "test_contract", "test_dead_rows", "test_gradients", "test_linear_contract", "test_linear_gradients", "test_oracle",
-    "test_random_cases",
+    "test_contract", "test_masked_rows", "test_gradients", "test_linear_contract", "test_linear_gradients",
+    "test_oracle", "test_random_cases",
 }  # fmt: skip
 CORE_SEEDS = 40
 NO_PARAMETERS = SimpleNamespace(params={})

@@ -51,11 +51,11 @@ def predicted() -> dict[str, dict[str, Any]]:
 import json
 from benchmarks.predict import Problem, predictions
 found = {{}}
-for one in predictions("sm_90", [Problem(100, {H}, {V}), Problem(100, 1, {V}, slab=True)]):
-    loops = [[loop.wide("LDG"), loop.wide("STG"), loop.elements_per_thread(2)] for loop in one.visits]
+for one in predictions("sm_90", [Problem(100, {H}, {V}), Problem(100, 1, {V}, chunk=True)]):
+    loops = [[loop.wide("LDG"), loop.wide("STG"), loop.elements_per_thread(2)] for loop in one.row_loops]
     found[one.launch.name + one.case] = {{
         "loops": loops, "mufu": one.per_element("mufu"), "instructions": one.per_element(), "grid": one.launch.programs,
-        "threads": one.launch.threads, "passes": [one.passes(loop) for loop in one.visits], "bytes": one.bytes,
+        "threads": one.launch.threads, "passes": [one.passes(loop) for loop in one.row_loops], "bytes": one.bytes,
         "strips": [*one.launch.strips, None][:2], "blocks": one.blocks,
         "splits": one.launch.splits,
         "best": one.best(), "worst": one.worst(), "bounds": one.bounds(),
@@ -122,7 +122,7 @@ def test_a_loop_that_loads_for_its_next_pass_does_not_wait(load: Load) -> None:
 
 
 def test_the_loops_of_the_kernels_load_and_store_what_their_tiles_say(predicted: dict[str, dict[str, Any]]) -> None:
-    """128-bit accesses: as many as strips; every element is exponentiated once in each visit."""
+    """128-bit accesses: as many as strips; every element is exponentiated once in each pass."""
     for name, found in predicted.items():
         strips, gradient_strips = found["strips"]
         assert name.startswith("forward_backward") or found["grid"] == 100 * found["splits"]
@@ -138,7 +138,7 @@ def test_the_loops_of_the_kernels_load_and_store_what_their_tiles_say(predicted:
 
 
 def test_a_prediction_takes_grid_and_passes_from_the_launch(predicted: dict[str, dict[str, Any]]) -> None:
-    """All programs together pass over every row once a visit; no case is faster than its bytes."""
+    """All programs together cover every row once in each pass; no case is faster than its bytes."""
     for name, found in predicted.items():
         rows = 100 if name.startswith("forward_backward") else 100 * H
         for passes, (_, _, elements) in zip(found["passes"], found["loops"], strict=True):

@@ -96,7 +96,7 @@ def main(target_name: str) -> None:
         with compiled.compiling(target_name, 132 if "shared" in layout else 0) as launched:
             compiled.launch_logits(logits, loss, apart=layout == "apart", extra=extra)
             if H == 1 and layout in ("plain", "capped", "statistics"):
-                compiled.launch_slab(2, V, dtype, loss, extra=extra)
+                compiled.launch_chunk(2, V, dtype, loss, extra=extra)
             if not report:
                 compiled.launch_rows()
         for launch in launched:

@@ -68,7 +68,7 @@ def meter(monkeypatch):
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001, 30011])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_each_valid_logit_is_read_once_a_pass_and_each_gradient_written_once(meter, monkeypatch, V, dtype, inplace):
-    """Dead rows are not read at all; the counts agree with `traffic` to the byte."""
+    """Masked rows are not read at all; the counts agree with `traffic` to the byte."""
     B, S, H = 2, 5, 3
     labels = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(V))
     labels[0, 2] = -100
@@ -118,11 +118,11 @@ def test_forward_writes_what_it_states(meter):
     assert (stored - one_byte) * 4 + one_byte == stated + results
 
 
-class Slabs:
-    """What each visit to a slab was asked for, and what the meter counted of it."""
+class Chunks:
+    """The arguments of each launch over a chunk, and what the meter counted of it."""
 
     def __init__(self, meter: Meter, monkeypatch) -> None:
-        self.visits: list[dict] = []
+        self.launches: list[dict] = []
         launch = forward_backward.launch_forward_backward
 
         def counted(logits, rows, results, options, *, gradient):
@@ -131,7 +131,7 @@ class Slabs:
             launch(logits, rows, results, options, gradient=gradient)
             loads, stores = meter.loads_of(logits), meter.stores_to(logits)
             read = rows.row_mask.numpy().copy()
-            self.visits.append({
+            self.launches.append({
                 "read": read, "moves": (rows.coefficient != 0).numpy() & read, "gradient": gradient,
                 "loads": loads, "stores": stores, "itemsize": logits.element_size(),
             })  # fmt: skip
@@ -140,9 +140,9 @@ class Slabs:
 
 
 @pytest.fixture
-def slabs(meter, monkeypatch) -> Slabs:
-    """Every visit of a call of the linear path."""
-    return Slabs(meter, monkeypatch)
+def chunks(meter, monkeypatch) -> Chunks:
+    """The launches of a call of the linear path."""
+    return Chunks(meter, monkeypatch)
 
 
 def linear_batch(V, dtype):
@@ -162,8 +162,8 @@ def linear_batch(V, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001])
 @pytest.mark.parametrize("drop", [True, False])
-def test_each_valid_logit_of_a_chunk_is_read_twice_and_each_gradient_written_once(slabs, V, dtype, drop):
-    """Dead rows are written, never read, and not there at all where they are left out; as `traffic` says."""
+def test_each_valid_logit_of_a_chunk_is_read_twice_and_each_gradient_written_once(chunks, V, dtype, drop):
+    """Masked rows are written, never read, and not there at all where they are left out; as `traffic` says."""
     hidden, unembed, labels, token_weights, document_ids = linear_batch(V, dtype)
     _, stats = weighted_mtp_linear_ce(
         hidden, unembed, labels, token_weights,
@@ -172,21 +172,21 @@ def test_each_valid_logit_of_a_chunk_is_read_twice_and_each_gradient_written_onc
     )  # fmt: skip
     live = int((stats.top1 >= 0).sum())
     assert 0 < live < stats.live.numel()
-    assert len(slabs.visits) == -(-(live if drop else stats.live.numel()) // 7)
-    assert sum(visit["read"].sum() for visit in slabs.visits) == live
-    for visit in slabs.visits:
-        assert visit["gradient"]
-        assert (visit["loads"] == 2 * visit["read"][:, None]).all()
-        assert (visit["stores"] == 1).all()
-        stated = forward_backward.traffic(int(visit["read"].sum()), len(visit["read"]), V, visit["itemsize"], True)
-        assert (visit["loads"].sum() * visit["itemsize"], visit["stores"].sum() * visit["itemsize"]) == stated
+    assert len(chunks.launches) == -(-(live if drop else stats.live.numel()) // 7)
+    assert sum(one["read"].sum() for one in chunks.launches) == live
+    for one in chunks.launches:
+        assert one["gradient"]
+        assert (one["loads"] == 2 * one["read"][:, None]).all()
+        assert (one["stores"] == 1).all()
+        stated = forward_backward.traffic(int(one["read"].sum()), len(one["read"]), V, one["itemsize"], True)
+        assert (one["loads"].sum() * one["itemsize"], one["stores"].sum() * one["itemsize"]) == stated
     if drop:
-        assert all(visit["read"].all() for visit in slabs.visits)
+        assert all(one["read"].all() for one in chunks.launches)
 
 
 @pytest.mark.parametrize("V", [5, 1003])
 @pytest.mark.parametrize("wanted", ["no_grad", "none"])
-def test_forward_alone_reads_a_chunk_once_and_writes_no_gradient(slabs, V, wanted):
+def test_forward_alone_reads_a_chunk_once_and_writes_no_gradient(chunks, V, wanted):
     """Also the forward of reduction="none", whose backward reads twice what it computes again."""
     hidden, unembed, labels, token_weights, document_ids = linear_batch(V, torch.float32)
     with torch.set_grad_enabled(wanted == "none"):
@@ -194,31 +194,31 @@ def test_forward_alone_reads_a_chunk_once_and_writes_no_gradient(slabs, V, wante
             hidden, unembed, labels, token_weights,
             document_ids=document_ids, drop_dead_rows=False, reduction="none", impl="triton",
         )  # fmt: skip
-    (visit,) = slabs.visits
-    assert not visit["gradient"]
-    assert (visit["loads"] == 1 * visit["read"][:, None]).all()
-    assert not visit["stores"].any()
-    rows, live = len(visit["read"]), int(visit["read"].sum())
-    assert (visit["loads"].sum() * 4, 0) == forward_backward.traffic(live, rows, V, 4, False)
+    (one,) = chunks.launches
+    assert not one["gradient"]
+    assert (one["loads"] == 1 * one["read"][:, None]).all()
+    assert not one["stores"].any()
+    rows, live = len(one["read"]), int(one["read"].sum())
+    assert (one["loads"].sum() * 4, 0) == forward_backward.traffic(live, rows, V, 4, False)
     if wanted == "none":
         upstream = torch.ones_like(loss)
         upstream[0, 0] = 0.0  # its rows are dead in backward
         loss.backward(upstream)
-        again = slabs.visits[1]
+        again = chunks.launches[1]
         assert again["gradient"]
         assert 0 < again["read"].sum() < live
         assert (again["loads"] == 2 * again["read"][:, None]).all()
         assert (again["stores"] == 1).all()
 
 
-def test_a_row_that_is_read_for_its_weight_alone_is_read_once(slabs):
+def test_a_row_that_is_read_for_its_weight_alone_is_read_once(chunks):
     """Its loss is the gradient of its weight; its own gradient is known to be 0."""
     hidden, unembed, labels, token_weights, document_ids = linear_batch(1003, torch.float32)
     weighted_mtp_linear_ce(
         hidden, unembed, labels, token_weights.requires_grad_(),
         document_ids=document_ids, drop_dead_rows=False, impl="triton",
     )  # fmt: skip
-    (visit,) = slabs.visits
-    assert (visit["read"] & ~visit["moves"]).any()
-    assert (visit["loads"] == (visit["read"].astype(int) + visit["moves"])[:, None]).all()
-    assert (visit["stores"] == 1).all()
+    (one,) = chunks.launches
+    assert (one["read"] & ~one["moves"]).any()
+    assert (one["loads"] == (one["read"].astype(int) + one["moves"])[:, None]).all()
+    assert (one["stores"] == 1).all()

@@ -357,7 +357,7 @@ def test_half_gradients_are_summed_over_chunks_in_fp32(impl, device, draw) -> No
 
 @pytest.mark.parametrize("chunk_bytes", [None, 5 * 2**30])
 def test_more_than_two_to_the_31_logits_on_the_linear_path(impl, device, chunk_bytes: int | None) -> None:
-    """Over chunks and in one slab: the last row's loss and gradients are those of the same row alone."""
+    """Over chunks and in one chunk: the last row's loss and gradients are those of the same row alone."""
     S, H, V, D = 8260, 2, 131072, 64
     t = S - 3  # the last position whose second head has a target
     assert (t * H + 1) * V > 2**31
@@ -373,7 +373,7 @@ def test_more_than_two_to_the_31_logits_on_the_linear_path(impl, device, chunk_b
     d_hidden, d_unembed = torch.autograd.grad(loss, (x, u))
     row, wide = hidden[0, t].detach().float().requires_grad_(), unembed.detach().float().requires_grad_()
     logits = torch.nn.functional.linear(row, wide)
-    # Rounded as the slab rounds them, without a rounding of their gradient.
+    # Rounded as the chunk rounds them, without a rounding of their gradient.
     rounded = logits + (logits.detach().bfloat16().float() - logits.detach())
     ce = torch.nn.functional.cross_entropy(rounded, labels[0, :2], reduction="none")
     ce.mean().backward()
@@ -401,11 +401,11 @@ def test_peak_memory_is_a_chunk_and_the_gradients(impl, device, draw, watch, red
 
     step()  # cuBLAS takes its workspaces, which stay
     evaluation()
-    slab, chunk = rows * V * 2, rows * D * 2
+    logits_chunk, chunk = rows * V * 2, rows * D * 2
     sums = V * D * 4 + V * D * 2  # d_unembed in fp32, and in bf16 at the end
     small = 128 * S * H + 16 * 2**20
     used = watch(step).peak
-    assert used <= slab + sums + 2 * S * H * D * 2 + 3 * chunk + small
+    assert used <= logits_chunk + sums + 2 * S * H * D * 2 + 3 * chunk + small
     assert used < S * H * V * 2 / 3
     used = watch(evaluation).peak
-    assert used <= slab + 3 * chunk + small
+    assert used <= logits_chunk + 3 * chunk + small

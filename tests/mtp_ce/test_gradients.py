@@ -67,7 +67,7 @@ def test_an_expanded_upstream_is_read_by_its_strides(impl, draw) -> None:
 
 
 def test_an_upstream_of_zero_kills_its_rows(impl, device, draw) -> None:
-    """0 times the gradient of a row whose loss is Inf or NaN is 0, as for every dead row."""
+    """0 times the gradient of a row whose loss is Inf or NaN is 0, as for every masked row."""
     logits, labels, _ = batch(draw)
     labels[:] = 5
     logits[0, 1, :, 5] = -torch.inf

@@ -48,7 +48,7 @@ def test_the_gradient_is_the_same_bit_for_bit(impl, draw, dtype, form: str) -> N
 
 @pytest.mark.parametrize("form", ["one", "list", "transposed", "column_major"])
 def test_the_gradient_is_written_over_the_logits(impl, draw, form: str) -> None:
-    """Same memory, same strides; the values there are the gradient, zeros of dead rows included."""
+    """Same memory, same strides; the values there are the gradient, zeros of masked rows included."""
     hidden, unembed, labels, weights = batch(draw)
     logits = hidden.requires_grad_() @ unembed
     if form == "transposed":
@@ -151,7 +151,7 @@ def test_a_second_derivative_raises_in_place_too(impl, draw) -> None:
 
 
 def test_an_upstream_of_zero_writes_zeros(impl, draw) -> None:
-    """Dead rows are overwritten as well: memory holds the gradient everywhere."""
+    """Masked rows are overwritten as well: memory holds the gradient everywhere."""
     hidden, unembed, labels, weights = batch(draw)
     logits = hidden.requires_grad_() @ unembed
     weighted_mtp_ce(logits, labels, weights, inplace_backward=True, impl=impl).backward(torch.tensor(0.0).to(logits))

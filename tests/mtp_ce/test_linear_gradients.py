@@ -171,7 +171,7 @@ def test_a_gradient_that_was_kept_survives_the_next_backward(impl, draw, reducti
 
 
 def test_a_second_call_does_not_touch_the_first_one_s_gradients(impl, draw) -> None:
-    """Two steps on the same parameters: slabs and sums belong to a call."""
+    """Two steps on the same parameters: chunks and sums belong to a call."""
     x, u, bias, w, labels = learned(draw)
     leaves = (x, u, bias, w)
     first, second = (

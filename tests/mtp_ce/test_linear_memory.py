@@ -1,4 +1,4 @@
-"""Memory and products of the linear path: one slab of logits at a time, and nothing that nobody asked for."""
+"""Memory and products of the linear path: one chunk of logits at a time, and nothing that nobody asked for."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def small_change(rows: int) -> int:
     return 16384 + 256 * rows
 
 
-def slab_bytes(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def chunk_bytes_of(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """A row is padded to vectors, on a CPU to lines of the cache. On a CPU half types are computed in fp32: the block
     in the cache, and the gradient once more for the product into fp32 sums."""
     row = vocabulary * BYTES[dtype] + 64
@@ -73,9 +73,9 @@ def test_no_more_than_a_chunk_and_the_gradients_is_ever_held(call, device, watch
     sums = V * D * 4 + V * 4  # fp32
     gradients = S * H * D * BYTES[dtype] + V * D * BYTES[dtype] + V * BYTES[dtype]
     seen = watch(lambda: torch.autograd.grad(loss().sum(), leaves))
-    bound = slab_bytes(ROWS, V, dtype, device) + sums + gradients * (dtype != torch.float32 or reduction == "none")
+    bound = chunk_bytes_of(ROWS, V, dtype, device) + sums + gradients * (dtype != torch.float32 or reduction == "none")
     bound += S * H * D * BYTES[dtype] + small_change(S * H)
-    # A chunk of hidden states, gathered, without its dead rows and in fp32, and of their gradient.
+    # A chunk of hidden states, gathered, without its masked rows and in fp32, and of their gradient.
     bound += 4 * ROWS * D * 4
     peak, largest = seen.peak, seen.largest
     assert peak <= bound + seen.spare
@@ -94,7 +94,7 @@ def test_backward_allocates_nothing(call, watch) -> None:
     assert products == 0
 
 
-LIGHT = {"features": 512, "vocabulary": 64}  # a slab is far smaller than hidden, unembed and their gradients
+LIGHT = {"features": 512, "vocabulary": 64}  # a chunk is far smaller than hidden, unembed and their gradients
 
 
 @pytest.mark.pairwise
@@ -112,7 +112,7 @@ def test_forward_alone_holds_a_chunk(call, device, watch, drop: bool, wanted: st
     seen = watch(forward)
     rows = S * H
     chunk = ROWS * LIGHT["features"] * 4
-    bound = slab_bytes(ROWS, LIGHT["vocabulary"], torch.float32, device) + chunk + small_change(rows)
+    bound = chunk_bytes_of(ROWS, LIGHT["vocabulary"], torch.float32, device) + chunk + small_change(rows)
     peak = seen.peak
     assert peak <= bound + seen.spare
     assert bound < min(rows, LIGHT["vocabulary"]) * LIGHT["features"] * 4
@@ -175,10 +175,10 @@ def test_the_chunk_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_i
     for vocabulary, dtype in ((1000, torch.float32), (50257, torch.bfloat16), (32000, torch.bfloat16), (1, torch.half)):
         row = vocabulary * dtype.itemsize
         for most in (1, 7, 200):
-            slab = new_logits(torch.empty(vocabulary, 1, dtype=dtype, device=device), rows_at_once(1000, most, device))
-            assert slab.shape[1] == vocabulary
-            assert 1 <= len(slab) <= most
-            assert slab.untyped_storage().nbytes() <= most * (row + (64 if device.type == "cpu" else 16))
+            chunk = new_logits(torch.empty(vocabulary, 1, dtype=dtype, device=device), rows_at_once(1000, most, device))
+            assert chunk.shape[1] == vocabulary
+            assert 1 <= len(chunk) <= most
+            assert chunk.untyped_storage().nbytes() <= most * (row + (64 if device.type == "cpu" else 16))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -198,7 +198,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("drop", [True, False, 9, 100])
 def test_no_result_depends_on_uninitialised_memory(draw, compare, name: str, drop: bool | int) -> None:
-    """Slabs, sums and gradients are written on every path: rows left out, rows dead, no row at all."""
+    """Chunks, sums and gradients are written on every path: rows left out, rows masked, no row at all."""
     hidden, unembed, labels = draw.normal(1, 5, 2, 7), draw.normal(107, 7), draw.integers(107, 1, 5)
     weights = draw.normal(1, 5)
     weights[0, 2] = 0.0

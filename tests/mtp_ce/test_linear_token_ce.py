@@ -113,7 +113,7 @@ def test_it_takes_no_weights(impl, draw) -> None:
 
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_no_logits_and_no_gradient_are_ever_allocated(impl, draw, watch) -> None:
-    """The most that is held: a slab, a chunk of gathered rows, and some numbers a row."""
+    """The most that is held: a chunk of logits, a chunk of gathered rows, and some numbers a row."""
     features, vocabulary, length, rows = 128, 1024, 40, 4
     hidden, unembed = draw.normal(1, length, 1, features), draw.normal(vocabulary, features)
     labels = draw.integers(vocabulary, 1, length)
@@ -125,8 +125,8 @@ def test_no_logits_and_no_gradient_are_ever_allocated(impl, draw, watch) -> None
 
     run()
     seen = watch(run)
-    slab = rows * (vocabulary + 16) * 4
-    bound, peak = slab + rows * features * 4 + 128 * length + 16384, seen.peak
+    logits_chunk = rows * (vocabulary + 16) * 4
+    bound, peak = logits_chunk + rows * features * 4 + 128 * length + 16384, seen.peak
     assert peak <= bound + seen.spare
     assert bound < length * vocabulary * 4
     assert bound < vocabulary * features * 4

@@ -120,7 +120,7 @@ def test_the_oracle_is_the_formula(seed: int) -> None:
 
 
 def test_a_loss_worked_by_hand() -> None:
-    """Two tokens, two heads, three classes: one live row, whose probabilities are 1/4, 1/4, 1/2."""
+    """Two tokens, two heads, three classes: one valid row, whose probabilities are 1/4, 1/4, 1/2."""
     logits = torch.tensor([1.0, 1.0, 2.0]).log().expand(1, 2, 2, 3)
     labels = torch.tensor([[0, 2]])
     for impl in ("reference", "cpu", "triton" if not torch.cuda.is_available() else "cpu"):

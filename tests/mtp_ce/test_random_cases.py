@@ -246,7 +246,7 @@ def test_any_mixture_of_options_errs_at_most_three_times_as_much_as_torch(seed: 
 
 @pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
 def test_any_mixture_on_hidden_states_errs_at_most_three_times_as_much_as_torch(seed: int, impl, draw, compare) -> None:
-    """The same for d_hidden, d_unembed, d_bias, in chunks of every size, with dead rows left out or not."""
+    """The same for d_hidden, d_unembed, d_bias, in chunks of every size, with masked rows left out or not."""
     check(weighted_mtp_linear_ce, draw_linear_case(seed, draw), impl, compare, seed % 4 == 0)
 
 

@@ -54,7 +54,7 @@ def test_top1_of_equal_logits_is_entry_zero(impl, draw, wide: int) -> None:
 
 
 def test_accuracy_from_top1(impl, draw) -> None:
-    """The share of live rows whose top1 is the label, against a hand-written one."""
+    """The share of valid rows whose top1 is the label, against a hand-written one."""
     logits, labels = draw.normal(B, S, H, 4), draw.integers(4, B, S)
     labels[0, 3] = -100
     _, stats = weighted_mtp_ce(logits, labels, impl=impl, return_stats=True)

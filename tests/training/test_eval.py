@@ -103,7 +103,7 @@ MISTAKES = {
     "a key of training": (["run", "train.steps=3"], ["unknown key 'train'"]),
     "another tokenizer": (
         ["run", "data.tokenizer=other"],
-        ["data.tokenizer is other, but a checkpoint has its own tok"],
+        ["data.tokenizer is other, but a checkpoint has its own"],
     ),
     "wrong value": (["run", "validation.decoding.new_tokens=1"], ["'validation.decoding.new_tokens' is 1"]),
     "existing folder": (["run", "--output", "empty"], ["output folder empty exists"]),

@@ -164,7 +164,7 @@ def looped(hidden: list[torch.Tensor], unembed: torch.Tensor, labels: torch.Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bytes_of_the_loss_are_those_that_it_holds(dtype):
-    """A vocabulary at which logits are most of what there is, in several slabs."""
+    """A vocabulary at which logits are most of what there is, in several chunks."""
     V, H, rows, length = 16384, 3, 2, 512
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(**{**llama().config.to_dict(), "vocab_size": V})), H)
     expected = loss_bytes(model, rows, length, CPU, dtype)

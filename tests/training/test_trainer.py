@@ -111,7 +111,7 @@ def test_no_tensor_of_a_training_step_has_the_size_of_all_logits(loss):
     rows = recipe.train.batch_size * recipe.data.sequence_length
     one_head = rows * recipe.data.vocab_size * 4
     if loss == "linear":
-        # The slab is bounded whatever the batch is; this batch's logits are 4 * 34 MB.
+        # The chunk is bounded whatever the batch is; this batch's logits are 4 * 34 MB.
         assert largest < 1.15 * CPU_CHUNK_BYTES < recipe.model.mtp.horizon * one_head
     else:
         assert largest >= one_head

@@ -133,7 +133,7 @@ def _unembedding_products(model: MTPWrapper) -> int:
     horizon = model.heads.output_count
     if model.trunk == "joint":
         return 6 * horizon
-    # The linear path walks the rows of all heads alike; separate products leave out head 0, which does not learn.
+    # The linear path chunks the rows of all heads alike; separate products leave out head 0, which does not learn.
     return 4 * horizon - (2 if model.loss == "logits" else 0)
 
 

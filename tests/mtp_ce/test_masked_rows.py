@@ -1,4 +1,4 @@
-"""Dead rows: never read, gradient exactly 0, whatever lies in their memory."""
+"""Masked rows: never read, gradient exactly 0, whatever lies in their memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +57,7 @@ REASONS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reason", REASONS)
 def test_masked_rows_are_never_read(impl, draw, reason: str) -> None:
-    """NaN and Inf planted in every dead row reach neither loss nor gradients nor statistics, not by one bit."""
+    """NaN and Inf planted in every masked row reach neither loss nor gradients nor statistics, not by one bit."""
     labels, logits = draw.integers(V, B, S), draw.normal(B, S, H, V)
     options = REASONS[reason](labels)
     _, stats = weighted_mtp_ce(logits, labels, impl="reference", return_stats=True, **options)
@@ -155,7 +155,7 @@ def test_a_row_that_is_read_for_its_weight_alone_changes_no_other_row(impl, draw
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_an_infinite_upstream_of_a_masked_row_reaches_no_result(impl, draw, reason: str, path: str) -> None:
-    """The square root of losses, for one: its slope at the 0 of a position without a live row is infinite."""
+    """The square root of losses, for one: its slope at the 0 of a position without a valid row is infinite."""
     labels, hidden, unembed = draw.integers(V, B, S), draw.normal(B, S, H, D), draw.normal(V, D)
     options = REASONS[reason](labels)
     weights = options.pop("token_weights", draw.uniform(B, S)).float()
