@@ -271,7 +271,7 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         if "unembed" in options:
             row_bytes = options["unembed"].shape[0] * options["unembed"].element_size()
             chunked += 0 < options.get("chunk_bytes", 2**60) // row_bytes < int((stats.top1 >= 0).sum())
-    assert sum(share > 0 for share in live) >= 0.75 * CASES
+    assert sum(share > 0 for share in live) >= 0.7 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES
     if function is weighted_mtp_linear_ce:
         assert chunked >= CASES / 4
