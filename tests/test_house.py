@@ -130,7 +130,9 @@ def test_packages_import_along_the_listed_arrows(floor):
 
 @pytest.mark.parametrize("floor", ARROWS)
 def test_the_arrows_make_no_cycle(floor):
-    TopologicalSorter(ARROWS[floor]).prepare()
+    # A cycle raises CycleError, which names its packages.
+    order = [*TopologicalSorter(ARROWS[floor]).static_order()]
+    assert sorted(order) == sorted(ARROWS[floor])
 
 
 def test_importing_the_library_loads_no_training_package():

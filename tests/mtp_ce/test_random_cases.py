@@ -1,4 +1,4 @@
-"""All options at once: 200 seeded cases for each implementation, each against the oracle in float64.
+"""All options at once: 300 seeded cases for each implementation, each against the oracle in float64.
 
 The seed is in the name of the test, and stands for the case: `pytest -k "seed_17-triton"` replays it.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
 
-CASES = 200
+CASES = 300
 # On, before and after the edges of vectors (4 and 8 elements) and of tiles.
 VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 127, 128, 129, 255, 256, 257, 300, 507, 511, 512, 513]
 LARGE_VOCABULARIES = [1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 2056, 3000]
@@ -271,7 +271,7 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         if "unembed" in options:
             row_bytes = options["unembed"].shape[0] * options["unembed"].element_size()
             chunked += 0 < options.get("chunk_bytes", 2**60) // row_bytes < int((stats.top1 >= 0).sum())
-    assert sum(share > 0 for share in live) >= 0.7 * CASES
+    assert sum(share > 0 for share in live) >= 0.75 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES
     if function is weighted_mtp_linear_ce:
         assert chunked >= CASES / 4
