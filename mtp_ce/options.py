@@ -27,6 +27,11 @@ def check_choice(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}.")
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {type(value).__name__}; expected an int.")
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """What the loss computes, beside its tensors; see `weighted_mtp_ce` for each option.
@@ -46,23 +51,16 @@ class LossOptions:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("weight_alignment", "head_reduction", "reduction"):
-            check_choice(name, getattr(self, name))
-        for name in ("shift", "ignore_index"):
-            integer = getattr(self, name)
-            if isinstance(integer, bool) or not isinstance(integer, int):
-                raise TypeError(f"{name} is {type(integer).__name__}; expected an int.")
-        for name in ("loss_scale", "z_loss", "label_smoothing", "softcap"):
-            number = getattr(self, name)
-            if name == "softcap" and number is None:
-                continue
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise TypeError(f"{name} is {type(number).__name__}; expected a float.")
-            # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
-            if not -math.inf < number < math.inf:
-                raise ValueError(f"{name} is {number}; expected a finite number.")
-            if isinstance(number, int):
-                object.__setattr__(self, name, float(number))
+        check_choice("weight_alignment", self.weight_alignment)
+        check_choice("head_reduction", self.head_reduction)
+        check_choice("reduction", self.reduction)
+        _check_integer("shift", self.shift)
+        _check_integer("ignore_index", self.ignore_index)
+        self._check_number("loss_scale", self.loss_scale)
+        self._check_number("z_loss", self.z_loss)
+        self._check_number("label_smoothing", self.label_smoothing)
+        if self.softcap is not None:
+            self._check_number("softcap", self.softcap)
         if self.shift < 0:
             raise ValueError(
                 f"shift is {self.shift}; expected 0 (labels shifted already), 1 (as in transformers) or more."
@@ -73,6 +71,15 @@ class LossOptions:
             raise ValueError(f"z_loss is {self.z_loss}; expected a factor of at least 0.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; expected a share in [0, 1).")
+
+    def _check_number(self, name: str, number: object) -> None:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} is {type(number).__name__}; expected a float.")
+        # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"{name} is {number}; expected a finite number.")
+        if isinstance(number, int):
+            object.__setattr__(self, name, float(number))
 
     def values(self) -> tuple[Any, ...]:
         """Return the values in the order of the fields, as the operators' schemas take them."""

@@ -38,20 +38,23 @@ def flattened(function: Callable[..., Any], like: Callable[..., Any] | None = No
     """
     hints = get_type_hints(like or function)
     parameters: list[inspect.Parameter] = []
-    groups: list[tuple[Callable[..., Any] | None, int, int]] = []
+    arguments: list[str] = []  # of `function`, as source
+    builders: dict[str, Any] = {"_function": function}
     for name in inspect.signature(like or function).parameters:
-        kind, start = hints[name], len(parameters)
+        kind = hints[name]
         types = _field_types(kind)
         for field, annotation in ({name: kind} if types is None else types).items():
             parameters.append(inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation))
-        build = None if types is None else LossOptions.from_values if kind is LossOptions else kind
-        groups.append((build, start, len(parameters)))
+        if types is None:
+            arguments.append(name)
+        else:
+            builders[f"_{name}"] = LossOptions.from_values if kind is LossOptions else kind
+            arguments.append(f"_{name}({', '.join(types)})")
 
-    def call(*values: Any) -> Any:
-        return function(*[values[i] if build is None else build(*values[i:j]) for build, i, j in groups])
-
+    # Source, as dataclasses build __init__: a loop over slices of the values takes 3 microseconds more a call.
+    call = eval(f"lambda {', '.join(p.name for p in parameters)}: _function({', '.join(arguments)})", builders)
     returned = None if hints["return"] is type(None) else hints["return"]
-    call.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(parameters, return_annotation=returned)
     return call
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -318,6 +320,42 @@ def weighted_run(rho1, finished_run: FinishedRun, tmp_path_factory: pytest.TempP
     return run_tracked(rho1(tracked), tmp_path_factory.mktemp("weighted"))
 
 
+# In a copy of a process that has imported the trainer: the command line, with what it prints in files.
+FORKED = """
+import os, signal, sys
+import torch
+from mtp_ce.training.cli.train import main
+os.chdir(where)
+os.environ.update(environment)
+for number, name in ((1, "printed.txt"), (2, "complained.txt")):
+    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+torch.set_num_threads(threads)
+# A test runner in the background may have Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(arguments))
+"""
+
+
+@pytest.fixture(scope="session")
+def start_train_mtp() -> Callable[..., BaseProcess]:
+    """Start `train-mtp ARGUMENTS` in a process of its own, which need not import torch and transformers first.
+
+    It prints into printed.txt and complained.txt in its working directory.
+    """
+    import torch
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["mtp_ce.training.run.compare", "mlflow.tracking"])
+
+    def start(where: Path, *arguments: str) -> BaseProcess:
+        options = {"where": where, "arguments": arguments, "environment": dict(os.environ)}
+        process = server.Process(target=exec, args=(FORKED, {**options, "threads": torch.get_num_threads()}))
+        process.start()
+        return process
+
+    return start
+
+
 # Answers each of a list of command lines in one fresh interpreter, and says what has been imported at the end.
 ANSWERING = """
 import contextlib, importlib, io, json, sys
@@ -335,6 +373,9 @@ print(json.dumps([answers, [name for name in ("torch", "transformers") if name i
 """
 
 
+COMMANDS = {"train-mtp": "train", "eval-mtp": "evaluate", "export-mtp": "export"}
+
+
 @pytest.fixture
 def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], None]:
     """Check that mistakes cost one line each, exit code 2, no import of torch and no change of the folder.
@@ -345,7 +386,7 @@ def refused() -> Callable[[str, dict[str, tuple[list[str], list[str]]], Path], N
 
     def check(command: str, mistakes: dict[str, tuple[list[str], list[str]]], folder: Path) -> None:
         before = sorted(folder.rglob("*"))
-        module = {"eval-mtp": "mtp_ce.training.cli.evaluate", "export-mtp": "mtp_ce.training.cli.export"}[command]
+        module = f"mtp_ce.training.cli.{COMMANDS[command]}"
         run = subprocess.run(
             [sys.executable, "-c", ANSWERING, module],
             cwd=folder,

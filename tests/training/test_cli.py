@@ -125,19 +125,8 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_costs_one_line_and_no_torch(mistake, workplace):
-    arguments, expected = MISTAKES[mistake]
-    before = files_below(workplace)
-    answer = train_mtp(*arguments, cwd=workplace)
-    assert answer.returncode == 2
-    lines = answer.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("train-mtp: error: ")
-    for words in expected:
-        assert words in lines[0]
-    assert answer.stdout == "IMPORTED\n"
-    assert files_below(workplace) == before
+def test_a_mistake_costs_one_line_and_no_torch(refused, workplace):
+    refused("train-mtp", MISTAKES, workplace)
     assert (workplace / "taken" / "precious.txt").read_text() == "keep me"
 
 

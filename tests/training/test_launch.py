@@ -1,4 +1,4 @@
-"""Ways to start several processes: torchrun on two machines, torchrun that starts workers again, accelerate."""
+"""Ways to start several processes: the Slurm script on two machines, torchrun that starts workers again, accelerate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run"
 TRAIN = f"{Path(sys.executable).parent / 'train-mtp'} recipe.yaml"
 
 # Two machines as network namespaces, each with an address of its own, joined by a cable.
-TWO_NODES = f"""
+TWO_NODES = """
 set -e
 mount -t tmpfs tmpfs /run
 for node in left right; do ip netns add $node; ip -n $node link set lo up; done
@@ -27,14 +27,17 @@ ip link add cable netns left type veth peer name cable netns right
 ip -n left address add 10.9.0.1/24 dev cable
 ip -n right address add 10.9.0.2/24 dev cable
 for node in left right; do ip -n $node link set cable up; done
-node() {{
-    ip netns exec $1 {TORCHRUN} --nnodes 2 --nproc-per-node 1 --local-addr $2 --rdzv-id test --rdzv-backend c10d \\
-        --rdzv-endpoint 10.9.0.1:29400 --rdzv-conf is_host=$3 --no-python {TRAIN} --output out
-}}
-node right 10.9.0.2 0 &
-node left 10.9.0.1 1
-wait $!
+exec bash "$0" recipe.yaml out
 """
+# What a cluster's machines have: a way to run a command on each, the first one's name, and names that resolve.
+CLUSTER = {
+    "srun": """set -e
+LOCAL="--local-addr 10.9.0.2 --rdzv-conf is_host=0" ip netns exec right "$@" &
+LOCAL="--local-addr 10.9.0.1 --rdzv-conf is_host=1" ip netns exec left "$@"
+wait $!""",
+    "scontrol": "echo 10.9.0.1",
+    "torchrun": f'exec {TORCHRUN} $LOCAL "$@"',
+}
 
 # The second rank fails in its fourth step, once. The end of the group never comes then, as NCCL's where the other rank
 # still waits for this one.
@@ -101,9 +104,18 @@ def start(command: list[str], where: Path, recipe: Recipe, code: int = 0, **envi
     return said
 
 
-def test_two_nodes_train_as_one_process_does(recipe, alone, same_training, tmp_path):
-    shell = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", TWO_NODES]
-    start(shell, tmp_path, recipe, GLOO_SOCKET_IFNAME="cable")
+def test_the_slurm_script_trains_on_two_nodes_as_one_process_does(recipe, alone, same_training, tmp_path):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, does in CLUSTER.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {"JOB_NODELIST": "nodes", "NNODES": "2", "GPUS_ON_NODE": "1", "JOB_ID": "7"}
+    variables = {f"SLURM_{name}": value for name, value in slurm.items()}
+    script = Path(__file__).parents[2] / "docs" / "train.sbatch"
+    shell = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", TWO_NODES, str(script)]
+    start(shell, tmp_path, recipe, PATH=path, GLOO_SOCKET_IFNAME="cable", **variables)
     same_training(alone, tmp_path / "out", steps=5)
 
 
@@ -142,19 +154,4 @@ def test_accelerate_launch_trains_as_one_process_does(recipe, alone, same_traini
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     more = ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1"]
     start([*accelerate, *more, "--no_python", *TRAIN.split(), "--output", "out"], tmp_path, recipe)
-    same_training(alone, tmp_path / "out", steps=5)
-
-
-def test_the_slurm_script_starts_what_it_should(recipe, alone, same_training, tmp_path):
-    """On a cluster of one node: srun runs a command there, scontrol knows its name."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, does in {"srun": 'exec "$@"', "scontrol": "echo localhost", "torchrun": f'exec {TORCHRUN} "$@"'}.items():
-        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
-        (commands / name).chmod(0o755)
-    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
-    slurm = {"JOB_NODELIST": "localhost", "NNODES": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7"}
-    variables = {f"SLURM_{name}": value for name, value in slurm.items()}
-    script = Path(__file__).parents[2] / "docs" / "train.sbatch"
-    start(["bash", str(script), "recipe.yaml", "out"], tmp_path, recipe, PATH=path, **variables)
     same_training(alone, tmp_path / "out", steps=5)

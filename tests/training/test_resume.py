@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow import MlflowClient
 from rich.console import Console
 from safetensors.torch import load_file
@@ -26,7 +24,19 @@ from mtp_ce.training.loop import checkpoint
 from mtp_ce.training.run import fitting, pipeline
 from mtp_ce.training.storage import folders as storage
 
-PROGRAM = "import sys; from mtp_ce.training.cli.train import main; sys.exit(main())"
+FULL_DISK = """
+import subprocess
+from mtp_ce.training.cli.train import main
+
+def shell(command):
+    subprocess.run(command.split(), check=True)
+
+shell("mount -t tmpfs -o size=760k tmpfs disk")
+print("code", main(["recipe.yaml", "--output", "disk/run"]), flush=True)
+shell("mount -o remount,size=9m disk")
+print("code", main(["--resume", "disk/run"]), flush=True)
+shell("cp -r disk/run copy")
+"""
 
 SHORT = ["train.steps=12", "train.log_every=1", "validation.every=5", "validation.decoding.prompts=0"]
 SHORT += ["checkpoint.every=3", "validation.at_start=true", "validation.rows=8"]
@@ -237,16 +247,10 @@ def test_a_full_disk_costs_checkpoints_and_a_model_that_can_be_saved_later(small
     recipe = small(SHORT)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     (tmp_path / "disk").mkdir()
-    train = f"{sys.executable} -c '{PROGRAM}'"
-    script = f"""
-        mount -t tmpfs -o size=760k tmpfs disk && {train} recipe.yaml --output disk/run; echo code $?
-        mount -o remount,size=9m disk && {train} --resume disk/run; echo code $?
-        cp -r disk/run copy
-    """
+    shell = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", FULL_DISK]
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        shell, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )
     first, second, _ = done.stdout.split("code ")
     assert "the checkpoint of step 6 could not be written (No space left on device)" in first
     assert first.splitlines()[-1].startswith("train-mtp: error: No space left on device"), first
@@ -300,45 +304,25 @@ def test_a_run_goes_on_from_s3_where_its_machine_is_lost(small, stop_at, s3, pre
     assert f"s3://models/{prefix}/other has no complete checkpoint" in capsys.readouterr().err
 
 
-class Command:
-    """The command line in a process of its own, to be killed while it trains.
-
-    Attributes:
-        arguments: what comes after Python.
-        where: the working directory, in which the run is the folder `out`.
-    """
-
-    def __init__(self, where: Path, *arguments: str) -> None:
-        self.where = where
-        self.arguments = [sys.executable, *arguments]
-
-    def lines(self) -> int:
-        """How many lines of metrics the run has."""
-        metrics = self.where / "out" / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def run(self, kill_at: int | None = None) -> str:
-        """Run to the end, or kill it when there are so many lines of metrics; give what it said."""
-        # The order of sums, and with it the last bit, depends on the number of threads.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        with (self.where / "said").open("w") as said:
-            run = subprocess.Popen(
-                self.arguments, cwd=self.where, env=environment, stdout=said, stderr=subprocess.STDOUT
-            )
-            try:
-                deadline = time.monotonic() + 300
-                while run.poll() is None and (kill_at is None or self.lines() < kill_at):
-                    assert time.monotonic() < deadline
-                    time.sleep(0.002)
-            finally:
-                run.kill()
-                run.wait()
-        text = (self.where / "said").read_text()
-        assert run.returncode == (0 if kill_at is None else -signal.SIGKILL), text
-        return text
+def run_command(start_train_mtp, where: Path, kill_at: int | None = None) -> str:
+    """Run the recipe to its end, or kill it when it has so many lines of metrics; return what it printed."""
+    metrics = where / "out" / "metrics.jsonl"
+    run = start_train_mtp(where, "recipe.yaml", "--output", "out", "--resume", "auto")
+    try:
+        deadline = time.monotonic() + 300
+        while run.is_alive() and (kill_at is None or not metrics.exists() or metrics.read_text().count("\n") < kill_at):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        run.kill()
+        run.join()
+    printed = (where / "printed.txt").read_text()
+    complained = (where / "complained.txt").read_text()
+    assert run.exitcode == (0 if kill_at is None else -signal.SIGKILL), printed + complained
+    return printed
 
 
-def kill_and_compare(small, folder: Path, kills: int) -> None:
+def kill_and_compare(small, start_train_mtp, folder: Path, kills: int) -> None:
     """Kill a run again and again at random steps, and compare it with one that nobody touched."""
     draw = random.Random(kills)
     # Every process gets a few steps further than the one before, whose steps since its last checkpoint are lost.
@@ -347,18 +331,17 @@ def kill_and_compare(small, folder: Path, kills: int) -> None:
     recipe = small(steps)
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     quiet(recipe, folder / "undisturbed")
-    command = Command(folder, "-c", PROGRAM, "recipe.yaml", "--output", "out", "--resume", "auto")
     for lines in reached:
-        command.run(kill_at=lines)
-    assert "resumed     after step" in command.run()
+        run_command(start_train_mtp, folder, kill_at=lines)
+    assert "resumed     after step" in run_command(start_train_mtp, folder)
     assert parameters(folder / "out") == parameters(folder / "undisturbed")
     assert record(folder / "out") == record(folder / "undisturbed")
 
 
-def test_a_run_that_is_killed_twice_ends_with_the_same_bits(small, tmp_path):
-    kill_and_compare(small, tmp_path, kills=2)
+def test_a_run_that_is_killed_twice_ends_with_the_same_bits(small, start_train_mtp, tmp_path):
+    kill_and_compare(small, start_train_mtp, tmp_path, kills=2)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(small, tmp_path):
-    kill_and_compare(small, tmp_path, kills=20)
+def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(small, start_train_mtp, tmp_path):
+    kill_and_compare(small, start_train_mtp, tmp_path, kills=20)

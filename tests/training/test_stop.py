@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,7 +21,7 @@ from mtp_ce.training.run import fitting
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
-    number, code, word, small, finished_run, tmp_path
+    number, code, word, small, start_train_mtp, finished_run, tmp_path
 ):
     """A real signal to a real process, while it trains."""
     recipe = small(
@@ -36,32 +35,20 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
         ]
     )
     (tmp_path / "long.yaml").write_text(to_yaml(recipe))
-    # A test runner in the background may have Ctrl-C ignored, and children inherit that.
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mtp_ce.training.cli.train import main\n"
-        "sys.exit(main(['long.yaml', '--output', 'out']))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = tmp_path / "out" / "metrics.jsonl"
+    process = start_train_mtp(tmp_path, "long.yaml", "--output", "out")
+    complained, metrics = tmp_path / "complained.txt", tmp_path / "out" / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), complained.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=600)
+        os.kill(process.pid, number)
+        process.join(600)
     finally:
         process.kill()
-    assert process.returncode == code
-    assert error.splitlines() == [
+    assert process.exitcode == code
+    assert complained.read_text().splitlines() == [
         f"train-mtp: {word}; metrics so far are in out/metrics.jsonl; train-mtp --resume out resumes"
     ]
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
