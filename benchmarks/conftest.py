@@ -36,9 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Show progress, and refuse --resume without a file."""
-    config.pluginmanager.register(Progress(config))
     if config.getoption("--resume") and not config.getoption("--results"):
         raise pytest.UsageError("--resume needs --results, the folder of the file to resume")
+    config.pluginmanager.register(Progress(config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,7 +9,7 @@ import gc
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,20 +150,27 @@ def _freeze_garbage_collector() -> None:
     gc.freeze()
 
 
-@pytest.fixture(params=["cpu", "triton"])
+IMPLEMENTATIONS = ("cpu", "triton")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest) -> str:
     """The two fast implementations of the same contract."""
     return request.param
 
 
-@pytest.fixture
-def device(impl: str) -> torch.device:
-    """The device of `impl`."""
+def device_of(impl: str) -> torch.device:
+    """The device that an implementation is tested on."""
     return torch.device("cuda" if HAS_GPU and impl == "triton" else "cpu")
 
 
 @pytest.fixture
-def draw(device: torch.device) -> SimpleNamespace:
+def device(impl: str) -> torch.device:
+    """The device of `impl`."""
+    return device_of(impl)
+
+
+def draw_on(device: torch.device) -> SimpleNamespace:
     """Seeded numbers, the same for every device: normal(*shape), uniform(*shape), integers(high, *shape)."""
     generator = torch.Generator().manual_seed(2404_19737)
 
@@ -177,6 +184,12 @@ def draw(device: torch.device) -> SimpleNamespace:
         return torch.randint(low, high, shape, generator=generator).to(device, dtype)
 
     return SimpleNamespace(normal=normal, uniform=uniform, integers=integers, generator=generator)
+
+
+@pytest.fixture
+def draw(device: torch.device) -> SimpleNamespace:
+    """`draw_on` the device of `impl`."""
+    return draw_on(device)
 
 
 Given = Tensor | Sequence[Tensor]
@@ -362,16 +375,12 @@ def evaluate_peer(given: Given, labels: Tensor, token_weights: Tensor | None, **
     return peer
 
 
-def compare(
-    impl: str, given: Given, labels: Tensor, token_weights: Tensor | None = None, **options: Any
-) -> SimpleNamespace:
-    """Assert that impl errs at most three times as much as eager torch, in every result; returns impl's results.
+def expect(given: Given, labels: Tensor, token_weights: Tensor | None = None, **options: Any) -> SimpleNamespace:
+    """Return what any implementation is held against: the oracle's results, eager torch's, and the units of rounding.
 
     The arguments are those of `evaluate`. Eager torch is impl="reference" at the same dtype.
     """
-    options.setdefault("upstream", None)
-    got = evaluate(impl, given, labels, token_weights, **options)
-    options = {name: value for name, value in options.items() if name not in CHUNKING}
+    options = {"upstream": None} | {name: value for name, value in options.items() if name not in CHUNKING}
     peer = evaluate_peer(given, labels, token_weights, **options)
     wide_given, wide_weights = _double(given), _double(token_weights)
     wide = {name: _double(value) for name, value in options.items()}
@@ -382,7 +391,7 @@ def compare(
         size = evaluate("reference", wide_given, labels, _positive(wide_weights), **positive)
 
     first = given if isinstance(given, Tensor) else given[0]
-    bit = UNITS_IN_LAST_PLACE * torch.finfo(got.loss.dtype).eps
+    bit = UNITS_IN_LAST_PLACE * torch.finfo(peer.loss.dtype).eps
     heads, slack = _heads(wide_given), 0.0
     if "unembed" in options:
         of_layer = {name: wide.pop(name, None) for name in ("unembed", "bias", "frozen")}
@@ -395,36 +404,100 @@ def compare(
         slack = 2 * torch.finfo(first.dtype).eps * max(_largest(head) for head in heads) + bit * units["lse"]
     else:
         units = _rounding_units(exact, size, wide_weights, wide, wide_given)
-    assert got.loss.dtype == (torch.float64 if first.dtype == torch.float64 else torch.float32)
+    units = {name: bit * unit for name, unit in units.items()}
+    return SimpleNamespace(
+        peer=peer, exact=exact, units=units, heads=heads, slack=slack, softcap=wide.get("softcap"), dtype=first.dtype,
+        of_products="unembed" in options,
+    )  # fmt: skip
+
+
+def _results(outcome: SimpleNamespace) -> dict[str, Tensor]:
+    named = {"loss": outcome.loss, "ce": outcome.stats.ce, "lse": outcome.stats.lse}
+    for name in ("d_logits", "d_hidden"):
+        named |= {f"{name}[{i}]": gradient for i, gradient in enumerate(getattr(outcome, name) or [])}
+    alone = {name: getattr(outcome, name) for name in ("d_unembed", "d_bias", "d_token_weights")}
+    return named | {name: gradient for name, gradient in alone.items() if gradient is not None}
+
+
+def assert_errs_no_more_than_torch(got: SimpleNamespace, expected: SimpleNamespace) -> None:
+    """Assert that no result's error is above three times that of eager torch, and a few units in the last place."""
+    exact = expected.exact
+    assert got.loss.dtype == (torch.float64 if expected.dtype == torch.float64 else torch.float32)
     assert torch.equal(got.stats.live, exact.stats.live)
-
-    def results(outcome: SimpleNamespace) -> dict[str, Tensor]:
-        named = {"loss": outcome.loss, "ce": outcome.stats.ce, "lse": outcome.stats.lse}
-        for name in ("d_logits", "d_hidden"):
-            named |= {f"{name}[{i}]": gradient for i, gradient in enumerate(getattr(outcome, name) or [])}
-        alone = {name: getattr(outcome, name) for name in ("d_unembed", "d_bias", "d_token_weights")}
-        return named | {name: gradient for name, gradient in alone.items() if gradient is not None}
-
-    ours, theirs, truth = results(got), results(peer), results(exact)
+    ours, theirs, truth = _results(got), _results(expected.peer), _results(exact)
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
         assert value.shape == truth[name].shape, name
         assert value.dtype == theirs[name].dtype, name
         error, allowed = _error(value, truth[name]), 3 * _error(theirs[name], truth[name])
-        allowed += bit * units[name.partition("[")[0]]
-        if "unembed" in options and value.dtype != got.loss.dtype:
+        allowed += expected.units[name.partition("[")[0]]
+        if expected.of_products and value.dtype != got.loss.dtype:
             # A half gradient is rounded twice: as a product, and scaled.
             allowed += torch.finfo(value.dtype).eps * _largest(truth[name])
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, of {_largest(truth[name]):.3e}"
     _assert_masked_rows_are_zero(got, exact)
-    _assert_top1_is_the_largest(got, exact, heads, wide.get("softcap"), slack)
+    _assert_top1_is_the_largest(got, exact, expected.heads, expected.softcap, expected.slack)
+
+
+def compare(
+    impl: str, given: Given, labels: Tensor, token_weights: Tensor | None = None, **options: Any
+) -> SimpleNamespace:
+    """Assert that impl errs at most three times as much as eager torch, in every result; return impl's results."""
+    got = evaluate(impl, given, labels, token_weights, **options)
+    assert_errs_no_more_than_torch(got, expect(given, labels, token_weights, **options))
     return got
+
+
+def _describe(case: SimpleNamespace) -> str:
+    """Return the case, one line for each part."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return f"{len(value)} x {shown(value[0])}"
+        if isinstance(value, Tensor):
+            return f"{value.dtype} {list(value.shape)} strides {list(value.stride())}"
+        return repr(value)
+
+    parts = {"given": case.given, "labels": case.labels, "token_weights": case.weights, **case.options}
+    return "\n".join(f"{name}: {shown(value)}" for name, value in parts.items())
+
+
+def compare_all(
+    draw_case: Callable[[SimpleNamespace], SimpleNamespace],
+) -> Iterator[tuple[str, SimpleNamespace, SimpleNamespace]]:
+    """`compare` every implementation on a case; yield its name, the case and its results.
+
+    What it is held against is computed once for each device. An error has the case as its note.
+
+    Args:
+        draw_case: draws given, labels, weights and options on the device of a `draw`.
+    """
+    drawn: dict[torch.device, tuple[SimpleNamespace, SimpleNamespace]] = {}
+    for impl in IMPLEMENTATIONS:
+        device = device_of(impl)
+        if device not in drawn:
+            case = draw_case(draw_on(device))
+            drawn[device] = case, expect(case.given, case.labels, case.weights, **case.options)
+        case, expected = drawn[device]
+        try:
+            got = evaluate(impl, case.given, case.labels, case.weights, **case.options)
+            assert_errs_no_more_than_torch(got, expected)
+            yield impl, case, got
+        except Exception as error:
+            error.add_note(f"impl: {impl}\n{_describe(case)}")
+            raise
 
 
 @pytest.fixture(name="evaluate")
 def evaluate_fixture() -> Callable[..., SimpleNamespace]:
     """The function `evaluate` of this file."""
     return evaluate
+
+
+@pytest.fixture(name="compare_all")
+def compare_all_fixture() -> Callable[..., Iterator[tuple[str, SimpleNamespace, SimpleNamespace]]]:
+    """The function `compare_all` of this file."""
+    return compare_all
 
 
 @pytest.fixture(name="compare")

@@ -370,10 +370,10 @@ def test_a_run_shows_its_progress_and_is_resumed(tmp_path: Path) -> None:
     assert run["cases"][2]["share_of_ceiling"] > 0
 
 
-def test_resume_without_a_folder_is_refused() -> None:
-    done = run_pytest("--resume")
-    assert done.returncode == 4
-    assert "--resume needs --results, the folder of the file to resume" in done.stderr
+def test_resume_without_a_folder_is_refused(load: Load) -> None:
+    config = SimpleNamespace(getoption={"--resume": True, "--results": None}.get)
+    with pytest.raises(pytest.UsageError, match="--resume needs --results, the folder of the file to resume"):
+        load("conftest").pytest_configure(config)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
