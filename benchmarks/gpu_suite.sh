@@ -85,8 +85,8 @@ part() {
 # Most of the tests' time goes into compiling kernels, which takes a core each.
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n "$(nproc)" --dist load); fi
-tests=("${workers[@]}" tests/kernels/test_!(compiled).py tests/mtp_ce/test_!(random_cases).py
-    tests/mtp_ce/test_random_cases.py)
+tests=("${workers[@]}" tests/kernels/test_!(compiled).py tests/mtp_ce/{,*/}test_!(random_cases).py
+    tests/mtp_ce/loss/test_random_cases.py)
 # "cpu" is the parameter of the tests that run on the host, which this suite is not for.
 part device "${DEVICE_SECONDS:=100}" "${tests[@]}" -k "(gpu or test_splits) and not cpu"
 part tests "${TEST_SECONDS:=150}" "${tests[@]}" -k "not gpu and not test_splits and not cpu"

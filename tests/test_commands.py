@@ -56,20 +56,20 @@ FILES = {
 ELSEWHERE = {
     "pip install uv": (".ci/run", "install --quiet uv"),
     "pip install .": ("tests/test_house.py", "test_the_wheel_has_one_top_level_name_and_holds_every_module"),
-    "uv run pytest -m slow": ("tests/training/test_resume.py", "pytest.mark.slow"),
+    "uv run pytest -m slow": ("tests/training/run/test_resume.py", "pytest.mark.slow"),
     "uv run pytest": (".ci/run", "uv run pytest"),
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
     "python -m benchmarks.report": ("tests/test_benchmark_report.py", 'load("report")'),
     "python -m benchmarks.predict": ("tests/test_predict.py", 'load("predict")'),
-    "train-mtp --resume s3://": ("tests/training/test_resume.py", "test_a_run_goes_on_from_s3"),
-    "sbatch docs/train.sbatch": ("tests/training/test_launch.py", "train.sbatch"),
+    "train-mtp --resume s3://": ("tests/training/run/test_resume.py", "test_a_run_goes_on_from_s3"),
+    "sbatch docs/train.sbatch": ("tests/training/run/test_launch.py", "train.sbatch"),
     "python examples/finetune.py": ("tests/test_examples.py", "finetune"),
 }
 
 
 # Pages whose commands a test of their own runs: all of them, with the objects and the settings that they need.
-PAGES_ELSEWHERE = {"s3.md": ("tests/training/test_storage_settings.py", "test_every_command_of_the_page")}
+PAGES_ELSEWHERE = {"s3.md": ("tests/training/storage/test_storage_settings.py", "test_every_command_of_the_page")}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def watch(device: torch.device) -> Callable[[Callable[[], Any]], SimpleNamespace
     """Run a function; its result, the most bytes held above those before, the largest allocation, the products.
 
     A TorchDispatchMode sees a custom operator from outside only; the profiler sees what is inside. `spare` is what
-    cuBLAS may take for itself: beside it only large cases say something (tests/mtp_ce/test_gpu.py).
+    cuBLAS may take for itself: beside it only large cases say something (tests/mtp_ce/loss/test_gpu.py).
     """
     spare = 64 * 2**20 if device.type == "cuda" else 0
 

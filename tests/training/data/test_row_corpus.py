@@ -320,7 +320,7 @@ def test_the_hub_is_asked_for_subset_and_split(tmp_path, monkeypatch):
     assert asked == [(("someone/texts", "en"), {"split": "train[:50%]"})]
 
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "data.md"
 COMMANDS = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("train-mtp ")]
 
 

@@ -21,7 +21,7 @@ from mtp_ce.training.config.recipe import load_recipe, to_yaml
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.folders import MANIFEST, check_address, fetch_folder, upload_folder
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "s3.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "s3.md").read_text(encoding="utf-8")
 PROGRAMS = {"train-mtp": cli.main, "eval-mtp": eval_cli.main, "export-mtp": export_cli.main}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtp_ce.training.critic.loss import PairSums
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "tracking.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "tracking.md"
 
 
 def documented() -> set[str]:

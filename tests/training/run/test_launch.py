@@ -113,7 +113,7 @@ def test_the_slurm_script_trains_on_two_nodes_as_one_process_does(recipe, alone,
     path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
     slurm = {"JOB_NODELIST": "nodes", "NNODES": "2", "GPUS_ON_NODE": "1", "JOB_ID": "7"}
     variables = {f"SLURM_{name}": value for name, value in slurm.items()}
-    script = Path(__file__).parents[2] / "docs" / "train.sbatch"
+    script = Path(__file__).parents[3] / "docs" / "train.sbatch"
     shell = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", TWO_NODES, str(script)]
     start(shell, tmp_path, recipe, PATH=path, GLOO_SOCKET_IFNAME="cable", **variables)
     same_training(alone, tmp_path / "out", steps=5)
