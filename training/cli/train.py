@@ -7,7 +7,6 @@ stderr, exit code 2.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import socket
@@ -156,9 +155,10 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
             return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
             return _complain(f"interrupted{_remains(output, seeds)}", EXIT_INTERRUPTED, prints=leads())
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            full = f"{error.strerror}: {error.filename or output}"
-            return _complain(f"{full}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
+        case OSError():
+            # A disk that is full or fails, a file without permission; pyarrow and shutil give no number.
+            reason = error.strerror or " ".join(str(error).split())[:200]
+            return _complain(f"{reason}: {error.filename or output}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
     raise error
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
@@ -138,6 +137,9 @@ def weigh_rows(weighing: Weighing, rows: PackedRows, batch_size: int, device: to
 
 def save_weights(folder: Path, paths: list[str], weights: list[Tensor]) -> None:
     """Write a `datasets` table with one row per document: its path and the weight of each of its tokens."""
+    # It takes seconds to load, with pandas, and few runs store weights.
+    import datasets
+
     table = {"path": paths, "token_weights": [document.numpy() for document in weights]}
     features = datasets.Features(
         {"path": datasets.Value("string"), "token_weights": datasets.List(datasets.Value("float32"))}
@@ -147,4 +149,6 @@ def save_weights(folder: Path, paths: list[str], weights: list[Tensor]) -> None:
 
 def load_weights(folder: Path) -> list[Tensor]:
     """Read what `save_weights` wrote."""
+    import datasets
+
     return list(datasets.load_from_disk(str(folder)).with_format("torch")["token_weights"])

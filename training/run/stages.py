@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ from mtp_ce.training.run.fitting import fit, log_and_show
 from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
-from mtp_ce.training.storage.atomic import damage, whole_folder, write_file
+from mtp_ce.training.storage.atomic import damage, remove_folder, whole_folder, write_file
 from mtp_ce.training.storage.uploads import copies
 from mtp_ce.training.tracking.composite import Tracking
 
@@ -325,7 +324,7 @@ def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) ->
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
     ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
-        cached = ranks.share(ranks.lead(lambda: cached_stage(stage.kind, stage.key) or _finished_here(stage, folder)))
+        cached = ranks.share(ranks.lead(lambda: _finished(stage, folder, partial(warn, console))))
         reused = cached is not None
         if cached is None:
             say(console, f"{stage.name:<11} {stage.what}")
@@ -344,31 +343,40 @@ def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) ->
     return cached
 
 
-def _finished_here(stage: Stage, folder: Path) -> Path | None:
-    """Return a stage that an earlier process finished in the run directory and did not store in the cache."""
+def _finished(stage: Stage, folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the stage from the cache, or from the run directory: a process may have died before it was stored."""
+    if cached := cached_stage(stage.kind, stage.key):
+        return cached
     try:
         record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     parts = [part for part in (folder / "model", folder / WEIGHTS_FOLDER) if part.exists()]
     if not isinstance(record, dict) or record.get("key") != stage.key or not parts or any(map(damage, parts)):
         return None
-    return store_stage(stage.kind, stage.key, folder)
+    return _stored(stage, folder, warn)
 
 
 def _store(stage: Stage, folder: Path, results: dict[str, float], warn: Callable[[str], None]) -> Path:
-    """Store a finished stage in the cache; where that has no room, the run directory keeps it."""
+    """Record that a stage has finished, and store it in the cache."""
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
     # From here on the stage need not run again, whatever happens to the cache.
     write_file(folder / STAGE_FILE, json.dumps(record, indent=2))
+    return _stored(stage, folder, warn)
+
+
+def _stored(stage: Stage, folder: Path, warn: Callable[[str], None]) -> Path:
+    """Copy a finished stage to the cache; where that has no room, the run directory keeps it."""
     try:
         stored = store_stage(stage.kind, stage.key, folder)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or "a file could not be copied"
+    except OSError as error:
+        # shutil.Error lists every file that could not be copied.
+        reason = error.strerror or "a file could not be copied"
         warn(f"the {stage.name} could not be stored in the cache ({reason}); this run uses {folder}")
         stored = folder
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if (folder / CHECKPOINTS).exists():
+        remove_folder(folder / CHECKPOINTS)
     return stored
 
 
