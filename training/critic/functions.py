@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mtp_ce.training.critic.compiler import compiles
 from mtp_ce.training.data.corpus import Document
-from mtp_ce.training.data.python_source import NOT_PYTHON, SOURCE_NAME, parse_python
+from mtp_ce.training.data.python_source import parse_python
 
 Corruption = Literal["delete", "swap", "both"]
 
@@ -97,16 +98,6 @@ class PairRows:
         last = values.gather(1, self.lengths[:, None] - 1)[:, 0]
         intact, corrupted = last.chunk(2)
         return (intact > corrupted) & self.differ()
-
-
-def compiles(source: str) -> bool:
-    """Return whether Python compiles a text, without running it."""
-    try:
-        # dont_inherit: this file's own __future__ imports must not decide what is valid.
-        compile(source, SOURCE_NAME, "exec", dont_inherit=True)
-    except NOT_PYTHON:
-        return False
-    return True
 
 
 def find_functions(documents: Sequence[Document]) -> list[str]:
