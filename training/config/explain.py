@@ -68,7 +68,8 @@ def explain(schema: type[BaseModel], tree: Mapping[str, Any], error: ErrorDetail
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean '{near[0]}'?" if near and len(choices) > 1 else ""
     elif error["type"] in _NO_TEXT and isinstance(value, str) and (written := spelling(value)):
-        hint = f"; write {written}"
+        truth = written in ("true", "false")
+        hint = f"; write {written}" if truth == (error["type"] == "bool_type") else ""
     return f"'{dotted}' is {shown}; it {message}{hint}{f' ({meaning})' if meaning else ''}"
 
 
