@@ -227,7 +227,8 @@ def put_objects(command: Command, endpoint: str) -> None:
 def named_runs(words: list[str]) -> set[str]:
     """The runs that a command reads; --output names one that it makes."""
     made = dict(pairwise(words)).get("--output")
-    return {word for word in words if word.startswith("runs/") and word != made}
+    named = {value for word in words for value in (word, word.partition("=")[2])}
+    return {value for value in named if value.startswith("runs/") and value != made}
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: f"{command.page}: {' '.join(command.words)}")

@@ -85,7 +85,7 @@ def output_folder(name: str, wanted: Path | None) -> Path:
     # Rank 0 decides for all ranks, and may have created the folder already.
     if not leads():
         return wanted or Path("runs") / name
-    output = wanted or Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    output = wanted or user_path("the output folder", f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     if output.exists() or output.is_symlink():
         raise RecipeError(f"output folder {output} exists already; name another one with --output")
     for parent in output.parents:

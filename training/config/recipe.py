@@ -97,7 +97,7 @@ def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence
         # A misspelt group is reported as unknown and as missing; the unknown key explains both.
         first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(explain(schema, tree, first) + more) from None
+        raise RecipeError(" ".join(explain(schema, tree, first).split()) + more) from None
 
 
 def _drop_vocabulary(before: Mapping[str, Any], tree: dict[str, Any], given: Collection[str]) -> None:

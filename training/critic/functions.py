@@ -33,6 +33,9 @@ Corruption = Literal["delete", "swap", "both"]
 # Largest distance between two swapped tokens. A larger one is easier to detect and localises the error less.
 SWAP_REACH = 4
 
+# Characters of a file that is searched for functions.
+_LONGEST_FILE = 5_000_000
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -104,14 +107,15 @@ def find_functions(documents: Sequence[Document]) -> list[str]:
     """Return the source of every function and method with its decorators, without duplicates.
 
     A function is dedented, and dropped if it does not compile alone, for example because of a nonlocal variable. Files
-    that are not valid Python are skipped.
+    that are not valid Python, or very long, are skipped.
 
     Args:
         documents: files in any order; functions come in the order of the files and of their lines.
     """
     sources: dict[str, None] = {}
     for document in documents:
-        tree = parse_python(document.text)
+        # A tree takes a hundred times the memory of its text.
+        tree = parse_python(document.text) if len(document.text) <= _LONGEST_FILE else None
         if tree is None:
             continue
         # str.splitlines also breaks at form feeds, which Python does not count as lines.
