@@ -10,6 +10,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,12 @@ NO_KEYS = {
 # Options of other programs.
 FOREIGN_OPTIONS = {
     "no-deps", "backend-store-uri", "host", "port", "speculative-config", "standalone", "nproc-per-node", "no-python",
-    "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu", "full", "results", "shutdown-timeout",
+    "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
+    "full", "results", "shutdown-timeout",
 }  # fmt: skip
 
-# Advice without a key: the words after "give", and what they say as settings, over a recipe. None: the words are checked
-# by the test that is named.
+# Advice without a key: the words after "give", and what they say as settings, over a recipe. None: the words are
+# checked by the test that is named.
 GIVE = {
     "give trunk joint": ("tiny", ["model.mtp.trunk=joint"]),
     "give packed": ("tiny", ["data.packing=packed"]),
@@ -163,7 +165,7 @@ def test_every_option_that_a_text_names_is_one():
 def test_every_package_that_a_text_has_installed_is_one():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
-    known = " ".join([*sum(extras.values(), []), *sum(project["dependency-groups"].values(), [])])
+    known = " ".join(chain(*extras.values(), *project["dependency-groups"].values()))
     for where, text in TEXTS:
         for package in PACKAGE.findall(text):
             name, _, extra = package.strip("'").rstrip(".").partition("[")
@@ -181,7 +183,12 @@ def test_advice_in_words_is_valid(words):
 
 def test_all_advice_is_checked():
     """By its settings, its keys, or its line in the table; and every line of the table is some text's."""
-    advice = [(where, text[match.start() :]) for where, text in TEXTS if where.endswith(".py") for match in re.finditer(r"\bgive ", text)]
+    advice = [
+        (where, text[match.start() :])
+        for where, text in TEXTS
+        if where.endswith(".py")
+        for match in re.finditer(r"\bgive ", text)
+    ]
     assert len(advice) > 30
     unknown = [
         (where, text[:80])

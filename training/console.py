@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-
 # Columns of the bar, of the time that is left, and between them, where the numbers are cut to make room.
 _NARROWEST = len("------ 0:00:00 left") + 3
 

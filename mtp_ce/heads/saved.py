@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
+from mtp_ce.heads.kinds import CONFIG_FILE, KINDS
 
 # Of heads of a class of your own, whose tensors are not known; many more than any model has.
 MAX_HORIZON = 4096
@@ -80,7 +80,9 @@ def check_tensors(file: Path, saved: SavedConfig) -> None:
     known = KINDS.get(saved.kind)
     if known is None or known.stack is None:
         if saved.horizon > MAX_HORIZON:
-            raise ValueError(f"{file.with_name(CONFIG_FILE)} has horizon {saved.horizon}; expected at most {MAX_HORIZON}")
+            raise ValueError(
+                f"{file.with_name(CONFIG_FILE)} has horizon {saved.horizon}; expected at most {MAX_HORIZON}"
+            )
         return
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{known.stack}\.([0-9]{{1,9}})\.", name))}
     # Not a set of `range(horizon - 1)`, which may be longer than memory.

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mtp_ce.training.cli.command import (
     EXIT_DONE,

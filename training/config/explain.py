@@ -13,7 +13,6 @@ from pydantic_core import ErrorDetails
 from mtp_ce.training.config.choice import choice_of, groups_of, tags_of
 from mtp_ce.training.config.words import spelling
 
-
 # Errors about a text where a number or a truth is expected.
 _NO_TEXT = {"int_type", "float_type", "bool_type"}
 _LONGEST_VALUE = 80

@@ -1,7 +1,7 @@
 """Overrides `a.b=c` on a recipe that was read, and the meaning of its words.
 
-The schema tells what a word means at its key: text as it is written, or a null, truth or number. A group that is chosen by
-`name` or `kind` follows an override of it: options that only the old choice has are dropped, if they come from the recipe.
+The schema tells what a word means at its key: text as it is written, or a null, truth or number. A group that is chosen
+by `name` or `kind` follows an override of it: options of the recipe that only the old choice has are dropped.
 """
 
 from __future__ import annotations

@@ -101,12 +101,12 @@ def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence
 
 
 def _drop_vocabulary(before: Mapping[str, Any], tree: dict[str, Any], given: Collection[str]) -> None:
-    """Drop a recipe's data.vocab_size where an override has replaced its model by a pretrained one, which has its own."""
+    """Drop a recipe's data.vocab_size where an override has made its model a pretrained one, which has its own."""
     was, now = (group.get("model") for group in (before, tree))
-    chosen = isinstance(was, Mapping) and isinstance(now, Mapping) and now.get("kind") != was.get("kind")
-    if chosen and now.get("kind") == "pretrained" and isinstance(tree.get("data"), dict):
-        if not is_given("data.vocab_size", given):
-            tree["data"].pop("vocab_size", None)
+    if not (isinstance(was, Mapping) and isinstance(now, Mapping) and isinstance(tree.get("data"), dict)):
+        return
+    if was.get("kind") != now.get("kind") == "pretrained" and not is_given("data.vocab_size", given):
+        tree["data"].pop("vocab_size", None)
 
 
 class _Dumper(yaml.SafeDumper):

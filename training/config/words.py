@@ -1,9 +1,9 @@
 """The YAML of recipes, read as it is written: an unquoted word stays a word until the schema knows its key.
 
-YAML 1.1 reads no as false, 0100 as 64, 1_000 as 1000 and 1:30 as 90. Here numbers are decimal, truths are true and false,
-and every other notation is a word: text for a key that is text, and an error for a key that is not.
+YAML 1.1 reads no as false, 0100 as 64, 1_000 as 1000 and 1:30 as 90. Here numbers are decimal, truths are true and
+false, and every other notation is a word: text for a key that is text, and an error for a key that is not.
 
-A recipe may come from anywhere, so length, depth and number of values are bounded, aliases counted as what they stand
+A recipe may come from anywhere, so length, depth and number of values are bounded, an alias counted as what it stands
 for.
 """
 
@@ -55,7 +55,9 @@ class _Loader(yaml.BaseLoader):
         mark, before = self.peek_event().start_mark, self._values
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"groups or lists are nested more than {_MAX_DEPTH} deep", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"groups or lists are nested more than {_MAX_DEPTH} deep", problem_mark=mark
+            )
         alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         if alias and id(node) not in self._sizes:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import lru_cache
 
 MAX_CHARACTERS = 200_000
-MAX_DEPTH = 16
+MAX_DEPTH = 14
 MAX_SECONDS = 4
 MAX_BYTES = 1 << 30
 

@@ -40,7 +40,6 @@ from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 
-
 # Pairs of each held-out function: a corpus of a few hundred files holds out few functions.
 _HELD_OUT_PAIRS = 4
 

@@ -19,7 +19,6 @@ from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError, readable
 
 
-
 def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
     """Build the model on the default device; random weights come from torch's global seed.
 

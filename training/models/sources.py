@@ -185,7 +185,9 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
     config = _read_object(key, source, folder / "config.json")
     tensors = check_tensors(key, source, folder)
     named = config.get("architectures")
-    architecture = " ".join(map(str, named)) if isinstance(named, list) and named else "model without a named architecture"
+    architecture = (
+        " ".join(map(str, named)) if isinstance(named, list) and named else "model without a named architecture"
+    )
     labels = config.get("id2label", {0: "", 1: ""})
     if kind == "critic" and not (
         architecture.endswith("ForTokenClassification") and isinstance(labels, dict) and len(labels) == 1
@@ -195,7 +197,8 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
         )
     if kind == "language model" and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise RecipeError(f"{key} '{source}' is a {architecture}; expected a causal language model")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    inner = config.get("text_config")
+    text: dict[str, Any] = inner if isinstance(inner, dict) else {}
     layers = {**text, **config}.get("num_hidden_layers", config.get("n_layer", 1))
     # Before anything is built. Layers may share their tensors, but not thousands of them.
     if tensors and not (isinstance(layers, int) and 0 <= layers <= max(tensors, 1000)):

@@ -89,7 +89,9 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch):
     assert read is not None
 
 
-@pytest.mark.parametrize("text", ["\x00", "\ud800", "x = " + "(" * 500, "x = " + "9" * 10_000, "x = '\u00e9'", "", "\ufeffx = 1"])
+@pytest.mark.parametrize(
+    "text", ["\x00", "\ud800", "x = " + "(" * 500, "x = " + "9" * 10_000, "x = '\u00e9'", "", "\ufeffx = 1"]
+)
 def test_odd_texts_have_the_answer_of_python(text):
     def python_compiles() -> bool:
         try:
