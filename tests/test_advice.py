@@ -37,7 +37,8 @@ HOLE = "{}"
 
 SETTING = re.compile(rf"(?<![\w./{{}}-])((?:{GROUPS}|\{{\}})(?:\.(?:[a-z_]+|\{{\}}))+|seed)=('[^']*'|[^\s,;`\")|]+)")
 NAMED = re.compile(rf"(?<![\w./\[{{(-])((?:{GROUPS})(?:\.[a-z_]+)+)(?![\w(/=.]*[\w(/=])")
-OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
+# Not the variables of a style sheet, --ink: and var(--ink).
+OPTION = re.compile(r"(?<![\w(-])--([a-z][a-z_-]+)(?![\w:])")
 PACKAGE = re.compile(r"pip install (?:--no-deps )?('[^']+'|[\w\[\].{}-]+)")
 
 # Words in the place of a value that the reader has to choose.
@@ -46,6 +47,7 @@ CHOSEN = {"FOLDER", "N", "..."}
 # Names that begin as a key does and are none.
 NO_KEYS = {
     "model.safetensors": "a file", "model.layers": "tensors", "model.embed_tokens": "tensors", "train.sbatch": "a file",
+    "train.arrow": "a file",
     "data.json": "a file", "tracking.md": "a page", "data.md": "a page", "model.base_model": "an attribute",
 }  # fmt: skip
 
@@ -53,7 +55,8 @@ NO_KEYS = {
 FOREIGN_OPTIONS = {
     "no-deps", "backend-store-uri", "host", "port", "speculative-config", "standalone", "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
-    "full", "results", "shutdown-timeout",
+    "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",
+    "dynamo_backend", "no_python",
 }  # fmt: skip
 
 # Advice without a key: the words after "give", and what they say as settings, over a recipe. None: the words are
@@ -70,6 +73,7 @@ GIVE = {
     "give one, an s3:// address or a hub": ("smollm2", ["model.source=s3://bucket/model"]),
     "give one, a glob, an": ("tiny", ["data.corpus=my/*.jsonl"]),
     "give one of them, and": ("tiny", ["train.steps=null", "train.max_tokens=1000000"]),
+    "give {}=auto or cpu": ("tiny", ["train.device=auto"]),
     "give one, or null": ("tiny", ["checkpoint.every=null"]),
     "give each its own": ("tiny", ["checkpoint.upload=s3://bucket/a"]),
     "give the s3:// address of a run directory": None,  # tests/training/run/test_resume.py

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS
+from mtp_ce.registry import is_class_path
 
 # Of heads of a class of your own, whose tensors are not known; many more than any model has.
 MAX_HORIZON = 4096
 _MAX_BYTES = 1 << 16
+_LONGEST_PATH = 200
 
 
 class SavedConfig(NamedTuple):
@@ -51,9 +53,11 @@ def read_config(file: Path) -> SavedConfig:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} can't be read ({type(error).__name__}); {expected}") from None
-    wrong = {name: value for name, value in (("hidden_size", hidden_size), ("horizon", horizon)) if not _counts(value)}
-    if config or not isinstance(kind, str) or wrong:
-        name, value = next(iter({**config, **wrong, "kind": kind}.items()))
+    # What is left in it is nothing that heads are saved with.
+    wrong = config | {name: x for name, x in (("hidden_size", hidden_size), ("horizon", horizon)) if not _counts(x)}
+    if not (isinstance(kind, str) and len(kind) <= _LONGEST_PATH and (kind in KINDS or is_class_path(kind))):
+        wrong["kind"] = kind
+    for name, value in wrong.items():
         raise ValueError(f"{file} has {name} {str(value)[:60]!r}; {expected}")
     return SavedConfig(kind, hidden_size, horizon)
 

@@ -63,7 +63,7 @@ def test_null_is_no_text_and_a_choice_of_words_is_text():
     ],
 )  # fmt: skip
 def test_a_number_in_another_notation_is_refused_with_the_one_to_write(written, way_out, tmp_path):
-    in_file = recipe_file(tmp_path, f"critic:\n  train: {{steps: {written}, batch_size: 2}}\n")
+    in_file = recipe_file(tmp_path, f"critic:\n  train:\n    steps: {written}\n    batch_size: 2\n")
     for recipe, overrides, key in (("tiny", [f"train.steps={written}"], "train"), (in_file, [], "critic.train")):
         with pytest.raises(RecipeError, match=rf"'{key}\.steps' is '.*; it should be a valid integer") as raised:
             load_recipe(recipe, overrides)

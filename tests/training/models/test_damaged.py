@@ -151,7 +151,7 @@ def test_a_damaged_file_is_one_line(model, name, damage):
     file = model / name
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
     said = refused(model)
-    if name in ("config.json", "mtp_heads.json") and damage != "a byte order mark":
+    if name in ("config.json", "mtp_heads.json") and damage not in ("a byte order mark", "an empty object"):
         assert name in said
 
 
