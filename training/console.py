@@ -10,6 +10,10 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+# Columns of the bar, of the time that is left, and between them, where the numbers are cut to make room.
+_NARROWEST = len("------ 0:00:00 left") + 3
 
 
 class Display:
@@ -32,7 +36,8 @@ class Display:
         self._started = time.monotonic()
         self._bar = Progress(
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            # A column that may wrap is the first to shrink on a narrow terminal.
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
@@ -66,7 +71,8 @@ class Display:
                 self._started = time.monotonic()
             return
         if self._console.is_terminal:
-            self._bar.update(self._task, numbers=numbers)
+            room = self._console.width - len(f"{self._steps}/{self._steps}") - _NARROWEST
+            self._bar.update(self._task, numbers=numbers[: max(room, 0)].rstrip())
             return
         elapsed = time.monotonic() - self._started
         left = elapsed / max(self._done - self._before, 1) * (self._steps - self._done)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Characters of what a library says that are shown.
+_LONGEST_REASON = 240
 
 
 class RecipeError(ValueError):
@@ -44,3 +49,24 @@ class StoppedError(KeyboardInterrupt):
 
 class LeaderFailedError(RuntimeError):
     """Rank 0 failed and reports the cause; the other ranks exit silently."""
+
+
+@contextmanager
+def readable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
+    """Turn what a library raises about a user's files into one line: anything, where they are damaged.
+
+    Args:
+        key: recipe key that names the files.
+        source: value of that key.
+        problem: what it means for the key.
+
+    Raises:
+        RecipeError: the block raised an exception.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise RecipeError(f"{key} '{source}' {problem}: {type(error).__name__}: {reason}") from error

@@ -10,13 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mtp_ce.training.cli.command import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     Parser,
+    folder_argument,
     missing_packages,
     output_folder,
     sort_out,
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_argument,
         metavar="DIR",
         help="folder for evaluation.json and evaluation.png; must not exist (default: runs/eval-<UTC time>)",
     )

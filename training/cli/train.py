@@ -24,12 +24,14 @@ from mtp_ce.training.cli.command import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     Parser,
+    folder_argument,
     leads,
     missing_packages,
     output_folder,
     sort_out,
 )
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
+from mtp_ce.training.storage.paths import user_path
 
 if TYPE_CHECKING:
     from mtp_ce.training.config.schema import Recipe
@@ -196,7 +198,7 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
             raise RecipeError(f"--resume {wanted} needs --output DIR: the run directory to create from the copy")
         fetch_run(wanted, output)
         return output
-    folder = Path(wanted)
+    folder = user_path("--resume", wanted)
     if output is not None:
         raise RecipeError(f"--resume {folder} continues in that folder; leave out --output {output}")
     if not is_run(folder):
@@ -210,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train-mtp",
         usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] "
-        "[--resume auto|DIR] [--seeds N]",
+        "[--resume auto|DIR] [--seeds N] [--version]",
         description="Train a language model with multi-token prediction heads from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -236,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_argument,
         metavar="DIR",
         help="run directory for metrics, plots and model; must not exist (default: runs/<recipe>-<UTC time>)",
     )

@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mtp_ce.training.config.model import PretrainedModelConfig
+from mtp_ce.training.config.model import PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.rows import rows_of_step
-from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError
+from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError, readable
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
@@ -58,6 +58,15 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
             `recipe.critic` has no sizes of its own.
     """
     sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
+    if not isinstance(sizes, PretrainedModelConfig):
+        return _critic_of(sizes, recipe, end_of_text, pretrained)
+    with readable("model.source", sizes.source):
+        return _critic_of(sizes, recipe, end_of_text, pretrained)
+
+
+def _critic_of(
+    sizes: TrunkConfig | PretrainedModelConfig, recipe: Recipe, end_of_text: int, pretrained: Path | None
+) -> PreTrainedModel:
     config: Any
     if isinstance(sizes, PretrainedModelConfig):
         assert pretrained is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, readable
 from mtp_ce.training.storage.cache import cache_folder, cached
 
 END_OF_TEXT = "<|endoftext|>"
@@ -57,11 +57,8 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
     Raises:
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
-    try:
+    with readable(key, source, "has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:

@@ -16,6 +16,7 @@ from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows
+from mtp_ce.training.errors import readable
 from mtp_ce.training.loop.ranks import ALONE, Ranks
 from mtp_ce.unembedding import Unembedding
 
@@ -90,7 +91,8 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
     """
 
     def load(kind: ModelKind, folder: Path) -> PreTrainedModel:
-        model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
+        with readable(kind, str(folder)):
+            model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
         hold_in_precision(model, recipe.train.precision)
         frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
         if kind == "language model":

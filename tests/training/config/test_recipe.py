@@ -66,7 +66,7 @@ def test_null_is_null_only_where_it_means_something():
 
 def test_a_token_budget_becomes_steps(tmp_path):
     """Rows of 128 tokens, 4 to a batch: 512 tokens a step, and the last one goes beyond the budget."""
-    budget = ["train.steps=null", "train.max_tokens=20_481", "train.batch_size=4", "data.sequence_length=128"]
+    budget = ["train.steps=null", "train.max_tokens=20481", "train.batch_size=4", "data.sequence_length=128"]
     recipe = load_recipe("tiny", budget)
     assert recipe.train.steps == 41
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
@@ -78,7 +78,7 @@ def test_a_token_budget_becomes_steps(tmp_path):
 
 
 def test_the_budget_of_a_reference_is_its_own():
-    recipe = load_recipe("rho1", ["reference.train.steps=null", "reference.train.max_tokens=1_000_000"])
+    recipe = load_recipe("rho1", ["reference.train.steps=null", "reference.train.max_tokens=1000000"])
     tokens = recipe.reference.train.batch_size * recipe.data.sequence_length
     assert (recipe.reference.train.steps - 1) * tokens < 1_000_000 <= recipe.reference.train.steps * tokens
     assert recipe.train == load_recipe("rho1").train

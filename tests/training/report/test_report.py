@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from mtp_ce.decoding.speculative import Speculation
@@ -21,10 +23,10 @@ METRICS = {
 }
 
 
-def show(terminal: bool) -> str:
+def show(terminal: bool, width: int = 120, steps: int = 3) -> str:
     file = StringIO()
-    console = Console(file=file, force_terminal=terminal, width=120)
-    with Display(console, steps=3) as display:
+    console = Console(file=file, force_terminal=terminal, width=width)
+    with Display(console, steps=steps) as display:
         for step in (1, 2, 3):
             display.tick()
             display.show(step, METRICS)
@@ -51,6 +53,14 @@ def test_on_a_terminal_one_bar_shows_loss_heads_speed_and_time_left():
     for words in ("3/3", "loss 4.500", "CE 4.25 4.75", "12,345 tokens/s", "left"):
         assert words in last
     assert "validation" in shown
+
+
+@pytest.mark.parametrize(("width", "steps"), [(40, 600), (40, 1_000_000), (60, 600), (24, 3)])
+def test_a_narrow_terminal_keeps_the_step_count(width, steps):
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", show(terminal=True, width=width, steps=steps)).splitlines()
+    last = [line for line in lines if "left" in line][-1].rsplit("\r", 1)[-1]
+    assert f"3/{steps}" in last
+    assert len(last) <= width
 
 
 def head(ce: float, agrees: float | None) -> HeadResult:
