@@ -26,7 +26,7 @@ CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
 # Package -> the packages that it may import, over the floor's own packages and top-level modules.
 ARROWS = {
     "training": {
-        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors"},
+        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors", "addresses"},
         "run": {
             *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
             *("console", "interrupt", "errors"),
@@ -37,12 +37,13 @@ ARROWS = {
         "metrics": {"data"},
         "models": {"storage", "config", "errors"},
         "data": {"storage", "config", "errors"},
-        "tracking": {"config", "errors"},
-        "config": {"storage", "errors"},
-        "storage": {"errors"},
+        "tracking": {"config", "errors", "addresses"},
+        "config": {"storage", "errors", "addresses"},
+        "storage": {"errors", "addresses"},
         "interrupt": {"errors"},
-        "console": {"errors"},
-        "errors": set(),
+        "console": {"errors", "addresses"},
+        "errors": {"addresses"},
+        "addresses": set(),
     },
     # `loss` stands for the modules of the public functions and what they are made of.
     "mtp_ce": {

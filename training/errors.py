@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import signal
 
+from mtp_ce.training.addresses import shown
+
 
 class RecipeError(ValueError):
-    """A user error: the message is one line that names the key or path and the way out."""
+    """A user error: the message is one line that names the key or path and the way out, with addresses shortened."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class StepRefusedError(RuntimeError):
@@ -44,3 +49,17 @@ class StoppedError(KeyboardInterrupt):
 
 class LeaderFailedError(RuntimeError):
     """Rank 0 failed and reports the cause; the other ranks exit silently."""
+
+
+# Of a model or tokenizer whose files come with Python code.
+NEVER_RUN = (
+    "needs Python code that comes with it, which is never run; load it yourself, with transformers and "
+    "trust_remote_code=True, and train it with mtp_ce.MTPWrapper(model, horizon)"
+)
+
+
+def load_failure(error: Exception) -> str:
+    """Format an error of transformers on loading a model or tokenizer as one line."""
+    line = " ".join(str(error).split())
+    # Its advice is to pass an argument, which no recipe has.
+    return f"it {NEVER_RUN}" if "trust_remote_code" in line else line

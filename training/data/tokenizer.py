@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, load_failure
 from mtp_ce.training.storage.atomic import whole_folder
 from mtp_ce.training.storage.cache import cache_folder
 
@@ -49,7 +49,7 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
                 tokenizer.save_pretrained(aside)
         except FileExistsError:
             pass  # another process stored the same tokenizer meanwhile
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -65,10 +65,9 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
+        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {load_failure(error)}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:

@@ -48,8 +48,10 @@ def convert_gguf(key: str, file: Path) -> Path:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        quantised = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, trust_remote_code=False, **options, **dense
+        )
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise RecipeError(f"{key} '{file}' can't be read: {' '.join(str(error).split())[:200]}") from None
     # transformers refuses to save a model that was read from a quantised file; a new model of the same weights saves.

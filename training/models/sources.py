@@ -20,7 +20,7 @@ from mtp_ce.heads.kinds import CONFIG_FILE as HEADS_FILE
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import NEVER_RUN, RecipeError, load_failure
 from mtp_ce.training.storage.s3 import is_s3
 
 PACKAGE = "package:"
@@ -149,13 +149,15 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
         V of the pretrained model.
 
     Raises:
-        RecipeError: the configuration is unreadable, or of another kind or vocabulary size.
+        RecipeError: the configuration is unreadable, needs code of its own, or is of another kind or vocabulary size.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise RecipeError(f"{key} '{source}' has no readable config.json; expected a model of transformers") from None
     check_tensors(key, source, folder)
+    if config.get("auto_map") and not _is_of_transformers(config):
+        raise RecipeError(f"{key} '{source}' {NEVER_RUN}")
     architecture = " ".join(config.get("architectures") or ["model without a named architecture"])
     if kind == "critic" and not (
         architecture.endswith("ForTokenClassification") and len(config.get("id2label", {0: "", 1: ""})) == 1
@@ -174,6 +176,15 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
             "both must read the same tokens"
         )
     return theirs
+
+
+def _is_of_transformers(config: dict[str, Any]) -> bool:
+    """Return whether transformers has the classes of a model itself; otherwise only code in its folder can load it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("architectures") or []
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(hasattr(transformers, name) for name in named)
 
 
 def check_tensors(key: str, source: str, folder: Path) -> None:
@@ -229,9 +240,9 @@ def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, i
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{key} '{source}' has no tokenizer to compare: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{key} '{source}' has no tokenizer to compare: {load_failure(error)}") from None
     if theirs != vocabulary:
         shared = sum(vocabulary.get(entry) == number for entry, number in theirs.items())
         raise RecipeError(

@@ -115,7 +115,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
     frozen = "" if heads.trunk == "joint" else "; only the heads are trained"
@@ -185,7 +185,7 @@ def _config_of(key: str, source: str) -> PreTrainedConfig | None:
         path, options = (converted, {}) if converted.exists() else (path.parent, {"gguf_file": path.name})
     if path is None:
         return None
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     return config
 
 
@@ -206,7 +206,7 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
             unknown.append(frozen.key)
             continue
         with torch.device("meta"):
-            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype)
+            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype, trust_remote_code=False)
     return models, unknown
 
 
