@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# An address ends at white space; punctuation at its end belongs to the sentence.
-_ADDRESS = re.compile(r"([\w+.-]*)://(\S*?)([\"'`)>,;:.]*)(?=\s|$)")
+# An address ends at white space; punctuation at its end belongs to the sentence. A path of pathlib has one slash of two.
+_ADDRESS = re.compile(r"([\w.+-]*)(:/{1,2})(\S*?)([\"'`)>,;:.]*)(?=\s|$)")
 
 # A path with a query and without scheme and host, as HTTP clients quote them.
 _QUERY = re.compile(r"(/[^\s?]*)\?[^\s=/?]+=\S*")
@@ -26,8 +26,8 @@ _PAGE = re.compile(r"#/[\w/-]*")
 
 def shown(text: str) -> str:
     """Return a text with each address in it as it may be shown; the result is its own shown form."""
-    if "://" in text:
-        text = _ADDRESS.sub(lambda match: _shown(match[1], match[2]) + match[3], text)
+    if ":/" in text:
+        text = _ADDRESS.sub(lambda match: f"{match[1]}{match[2]}{_shown(match[1].lower(), match[3])}{match[4]}", text)
     return _QUERY.sub(r"\1?***", text) if "?" in text else text
 
 
@@ -51,8 +51,10 @@ def is_unclear(address: str) -> bool:
     return shown(address).endswith("://***")
 
 
-def _shown(scheme: str, rest: str) -> str:
-    kind = scheme.lower()
+def _shown(kind: str, rest: str) -> str:
+    """Return the shown form of what follows the scheme `kind`."""
+    if not re.search("[@?#:]", rest):
+        return rest
     authority, slash, tail = rest.partition("/")
     user, at, host = authority.rpartition("@")
     host, query = _cut(host)
@@ -62,12 +64,12 @@ def _shown(scheme: str, rest: str) -> str:
     at_in_path = (kind == "s3" and not at) or (not authority and kind.startswith(("sqlite", "file")))
     port_of_bucket = kind == "s3" and ":" in host
     if _cut(user)[1] or ("@" in tail and not at_in_path) or port_of_bucket or not _HOSTS.fullmatch(host):
-        return f"{scheme}://***"
+        return "***"
     if query:
         # It may have slashes of its own.
         slash, path, more = "", "", query
     hidden = "" if not more or _PAGE.fullmatch(more) else "?***"
-    return f"{scheme}://{'***@' if at else ''}{host}{slash}{path}{hidden or more}"
+    return f"{'***@' if at else ''}{host}{slash}{path}{hidden or more}"
 
 
 def _cut(text: str, marks: str = "[?#]") -> tuple[str, str]:

@@ -254,7 +254,7 @@ class MlflowConnection:
                 raise
         self._warn(
             f"MLflow at {self._shown_uri} does not have the run {key} any more: it was deleted, or this is another "
-            f"server; a new one begins, and {METRICS_FILE} has the earlier metrics"
+            f"server (tracking.uri, MLFLOW_TRACKING_URI); a new one begins, and {METRICS_FILE} has the earlier metrics"
         )
         return None
 
