@@ -211,3 +211,28 @@ def test_paths_named_in_sources_and_docs_exist():
         if path != Path(__file__) and not (ROOT / name).exists()
     }
     assert not missing
+
+
+def test_no_call_that_loads_from_files_may_run_code_in_them():
+    """transformers asks on stdin where `trust_remote_code` is left out. MTPWrapper and MTPHeads have False as default."""
+    ours = {"MTPWrapper", "MTPHeads"}
+    calls, offences = 0, []
+    for path in [*sources("mtp_ce"), *sources("training")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(function, ast.Call) and isinstance(function.func, ast.Attribute)):
+                continue
+            owner = function.func.value
+            if function.func.attr not in ("from_pretrained", "from_config") or getattr(owner, "id", "") in ours:
+                continue
+            calls += 1
+            said = [ast.unparse(keyword.value) for keyword in function.keywords if keyword.arg == "trust_remote_code"]
+            # The wrapper hands on its own argument.
+            if said != ["False"] and (said, path.name) != (["trust_remote_code"], "wrapper.py"):
+                offences.append(f"{path.relative_to(ROOT)}:{function.lineno}")
+    assert calls > 10
+    assert not offences, offences
+    from inspect import signature
+
+    from mtp_ce import MTPWrapper
+
+    assert signature(MTPWrapper.from_pretrained).parameters["trust_remote_code"].default is False
