@@ -214,7 +214,7 @@ def test_paths_named_in_sources_and_docs_exist():
 
 
 def test_no_call_that_loads_from_files_may_run_code_in_them():
-    """transformers asks on stdin where `trust_remote_code` is left out. MTPWrapper and MTPHeads have False as default."""
+    """transformers asks on stdin where `trust_remote_code` is left out. MTPWrapper and MTPHeads default to False."""
     ours = {"MTPWrapper", "MTPHeads"}
     calls, offences = 0, []
     for path in [*sources("mtp_ce"), *sources("training")]:

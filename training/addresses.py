@@ -2,7 +2,7 @@
 
     shown("https://me:secret@host:5000/mlflow?token=abc")     "https://***@host:5000/mlflow?***"
 
-`***` stands for user name and password, and for query and fragment. An address that can't be taken apart with certainty,
+`***` stands for user name and password, and for query and fragment. An address that can't be taken apart for certain,
 such as one with a / in its password, is shown by its scheme alone: "https://***".
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# An address ends at white space; punctuation at its end belongs to the sentence. A path of pathlib has one slash of two.
+# An address ends at white space, punctuation at its end belongs to the sentence; pathlib drops one of two slashes.
 _ADDRESS = re.compile(r"([\w.+-]*)(:/{1,2})(\S*?)([\"'`)>,;:.]*)(?=\s|$)")
 
 # A path with a query and without scheme and host, as HTTP clients quote them.

@@ -1,4 +1,4 @@
-"""What a command prints may be lost, and the command goes on: a reader that went away, a full disk, another encoding."""
+"""Output that fails ends no command: a reader that went away, a full disk, an encoding that lacks a character."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    """Format every key of a recipe, defaults included, as YAML that `load_recipe` reads back, with addresses shortened."""
+    """Format every key of a recipe, defaults included, as YAML for `load_recipe`, with addresses shortened."""
     return yaml.safe_dump(shown_values(recipe.model_dump()), sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -125,7 +125,9 @@ def _parse(key: str, address: str) -> Location:
     bucket, _, inside = address.removeprefix(SCHEME).partition("/")
     inside = inside.rstrip("/")
     if shown(address) != address:
-        raise RecipeError(f"{key} has credentials or a query in its address; {SET_CREDENTIALS}, and write s3://bucket/prefix")
+        raise RecipeError(
+            f"{key} has credentials or a query in its address; {SET_CREDENTIALS}, and write s3://bucket/prefix"
+        )
     if not is_s3(address) or not bucket or not inside:
         raise RecipeError(f"{key} is '{address}'; expected s3://bucket/prefix")
     return Location(bucket, inside)

@@ -110,7 +110,7 @@ def build_tracker(config: TrackingConfig) -> Tracker:
 
 
 def failure(error: Exception, config: TrackingConfig) -> str:
-    """Format a tracker's exception as a line: its kind alone if there is an address with a part that may not be shown."""
+    """Format a tracker's exception as a line: its kind alone if an address has a part that may not be shown."""
     kind, options = type(error).__name__, config.model_dump()
     # Clients quote an address whole and in parts, which can't all be recognised.
     if shown_values(options) != options:
