@@ -53,7 +53,7 @@ def short(small, tmp_path: Path) -> Path:
 def test_a_run_ends_well_on_a_full_disk_below_its_output(short, start_train_mtp):
     (short / "printed.txt").symlink_to("/dev/full")
     process = start_train_mtp(short, "short.yaml", "--output", "out")
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0, (short / "complained.txt").read_text()
     assert (short / "out" / "model" / "model.safetensors").is_file()
     assert (short / "complained.txt").read_text() == (
@@ -73,7 +73,7 @@ def test_a_run_ends_well_without_the_reader_of_its_output(short, start_train_mtp
     reader = threading.Thread(target=head, daemon=True)
     reader.start()
     process = start_train_mtp(short, "short.yaml", "--output", "out")
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0, (short / "complained.txt").read_text()
     assert first[0].startswith("corpus ")
     assert (short / "complained.txt").read_text() == ""
