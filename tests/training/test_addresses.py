@@ -128,7 +128,7 @@ def stored_run(tmp_path: Path) -> Path:
     return folder
 
 
-ASKED = "tracking.uri is 'http://***@host:5000', stored without its credentials; give tracking.uri=... again"
+ASKED = "tracking.uri is 'http://***@host:5000', stored without its credentials or query; give tracking.uri=... again"
 
 
 def test_a_resumed_run_asks_for_the_address_that_was_stored_shortened(stored_run, capsys):
@@ -149,7 +149,7 @@ def test_an_evaluation_asks_for_it_too(stored_run):
 def test_a_run_of_before_that_stored_a_user_name_asks_too(stored_run):
     old = (stored_run / "recipe.yaml").read_text().replace("http://***@host", "http://me:***@host")
     (stored_run / "recipe.yaml").write_text(old)
-    with pytest.raises(RecipeError, match=r"is 'http://\*\*\*@host:5000', stored without its credentials"):
+    with pytest.raises(RecipeError, match=r"is 'http://\*\*\*@host:5000', stored without its credentials or query"):
         load_recipe(str(stored_run / "recipe.yaml"))
 
 

@@ -12,8 +12,12 @@ from typing import Any, TextIO
 @contextmanager
 def unfailing_output() -> Iterator[None]:
     """Keep errors of stdout and stderr from ending the block, and from changing the exit code of the process."""
+    # A process can be started without them. The next file to be opened would take their place, and what libraries
+    # print would be written into it.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
     before = sys.stdout, sys.stderr
-    # A process can be started without them.
     streams = [stream and _Unfailing(stream) for stream in before]
     sys.stdout, sys.stderr = streams  # type: ignore[assignment]
     try:

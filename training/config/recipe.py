@@ -86,7 +86,7 @@ def _check_addresses(recipe: Recipe | EvaluationRecipe) -> None:
     for key, text in _texts(recipe.model_dump()):
         if key.startswith("tracking."):
             if recipe.tracking.kind != "none" and is_shortened(text):
-                raise RecipeError(f"{key} is '{text}', stored without its credentials; give {key}=... again")
+                raise RecipeError(f"{key} is '{text}', stored without its credentials or query; give {key}=... again")
         elif key != "description" and "://" in text and shown(text) != text:
             raise RecipeError(
                 f"{key} has credentials or a query in its address, which is shown and stored; leave them out, and "

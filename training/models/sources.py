@@ -184,7 +184,7 @@ def _is_of_transformers(config: dict[str, Any]) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     named = config.get("architectures") or []
-    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(hasattr(transformers, name) for name in named)
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(hasattr(transformers, str(name)) for name in named)
 
 
 def check_tensors(key: str, source: str, folder: Path) -> None:

@@ -113,3 +113,11 @@ def test_a_closed_stdout_and_none_at_all_end_nothing(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         with unfailing_output():
             print("lost", flush=True)
+
+
+def test_no_file_takes_the_place_of_a_closed_stdout():
+    """What libraries write to 1 and 2 would end up in it."""
+    opens = "import os, sys; from mtp_ce.training.cli.output import unfailing_output\n"
+    opens += "with unfailing_output():\n    sys.exit(os.open(os.devnull, os.O_RDONLY))"
+    run = subprocess.run([sys.executable, "-c", opens], preexec_fn=lambda: os.closerange(0, 3))
+    assert run.returncode > 2
