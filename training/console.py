@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from mtp_ce.training.addresses import shown
+
 # Columns of the bar, of the time that is left, and between them, where the numbers are cut to make room.
 _NARROWEST = len("------ 0:00:00 left") + 3
 
@@ -99,13 +101,13 @@ class Display:
 
 
 def say(console: Console, line: str) -> None:
-    """Print one line without wrapping, highlighting or markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    """Print one line, with addresses shortened, and without wrapping, highlighting or markup."""
+    console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def warn(console: Console, message: str) -> None:
     """Print a warning, above the progress bar if there is one."""
-    console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"warning: {shown(message)}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _heads(metrics: Mapping[str, float], side: str) -> str:

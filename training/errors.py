@@ -7,12 +7,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mtp_ce.training.addresses import shown
+
 # Characters of what a library says that are shown.
 _LONGEST_REASON = 240
 
 
 class RecipeError(ValueError):
-    """A user error: the message is one line that names the key or path and the way out."""
+    """A user error: the message is one line that names the key or path and the way out, with addresses shortened."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class StepRefusedError(RuntimeError):
@@ -51,6 +56,13 @@ class LeaderFailedError(RuntimeError):
     """Rank 0 failed and reports the cause; the other ranks exit silently."""
 
 
+# Of a model or tokenizer whose files come with Python code.
+NEVER_RUN = (
+    "needs Python code that comes with it, which is never run; load it yourself, with transformers and "
+    "trust_remote_code=True, and train it with mtp_ce.MTPWrapper(model, horizon)"
+)
+
+
 @contextmanager
 def readable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
     """Turn what a library raises about a user's files into one line: anything, where they are damaged.
@@ -68,5 +80,9 @@ def readable(key: str, source: str, problem: str = "can't be read") -> Iterator[
     except RecipeError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        reason = " ".join(str(error).split())
+        # The advice of transformers is to pass an argument, which no recipe has.
+        if "trust_remote_code" in reason:
+            raise RecipeError(f"{key} '{source}' {problem}: it {NEVER_RUN}") from error
+        reason = reason[:_LONGEST_REASON]
         raise RecipeError(f"{key} '{source}' {problem}: {type(error).__name__}: {reason}") from error

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mtp_ce.training.addresses import shown
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.paths import user_path
 
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error alone; argparse would print the whole usage before it."""
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {shown(message)}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):

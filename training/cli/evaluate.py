@@ -21,6 +21,7 @@ from mtp_ce.training.cli.command import (
     output_folder,
     sort_out,
 )
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
 
 _EPILOG = """\
@@ -43,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED)
+    with unfailing_output():
+        try:
+            return _main(argv)
+        except KeyboardInterrupt:
+            return _complain("interrupted", EXIT_INTERRUPTED)
 
 
 def _main(argv: Sequence[str] | None) -> int:

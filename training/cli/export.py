@@ -23,7 +23,9 @@ from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
 from mtp_ce.heads.saved import SavedConfig, check_tensors, read_config
 from mtp_ce.registry import load_class
 from mtp_ce.serving.layouts import LAYOUTS, PATHS
+from mtp_ce.training.addresses import shown
 from mtp_ce.training.cli.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
 from mtp_ce.training.storage.paths import user_path
@@ -61,11 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
+    with unfailing_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         print(_export(arguments.checkpoint, arguments.part, arguments.folder))
     except ExportError as error:
-        print(f"export-mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"export-mtp: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("export-mtp: interrupted", file=sys.stderr)
@@ -220,7 +227,7 @@ def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
     if LAYOUTS[part].tokenizer and any((source / name).is_file() for name in _TOKENIZER):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from mtp_ce.training.cli.command import (
     output_folder,
     sort_out,
 )
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
 from mtp_ce.training.storage.paths import user_path
 
@@ -65,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED, prints=leads())
+    with unfailing_output():
+        try:
+            return _main(argv)
+        except KeyboardInterrupt:
+            return _complain("interrupted", EXIT_INTERRUPTED, prints=leads())
 
 
 def _main(argv: Sequence[str] | None) -> int:

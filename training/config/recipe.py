@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mtp_ce.training.addresses import is_shortened, shown, shown_values
 from mtp_ce.training.config.choice import refuse_class_paths
 from mtp_ce.training.config.explain import explain, kind_of
 from mtp_ce.training.config.overrides import apply_override, follow_choices, is_given, with_meaning
@@ -27,7 +28,7 @@ from mtp_ce.training.config.scorers.table import AnyScorer
 from mtp_ce.training.config.words import MAX_CHARACTERS, read_yaml, spelling, value_of
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.paths import user_path
-from mtp_ce.training.storage.s3 import is_s3
+from mtp_ce.training.storage.s3 import SET_CREDENTIALS, is_s3
 
 _SCORER: TypeAdapter[ScorerConfig] = TypeAdapter(AnyScorer)
 
@@ -75,11 +76,41 @@ def load_evaluation(run: Path | None, overrides: Sequence[str] = ()) -> Evaluati
     """
     tree: dict[str, Any] = {}
     if run:
-        made = load_recipe(str(run))
+        # Without them, an address that is stored shortened would be asked for again and again.
+        made = load_recipe(str(run), [override for override in overrides if re.match(r"tracking\b", override)])
         tree = made.model_dump(include={"data", "validation", "tracking"}) | {"device": made.train.device}
         # The tokenizer and its vocabulary are the checkpoint's.
         tree["data"] |= {"tokenizer": None, "vocab_size": None}
     return _validate(EvaluationRecipe, tree, overrides)
+
+
+def _check_addresses(recipe: Recipe | EvaluationRecipe) -> None:
+    """Refuse credentials in addresses, which are shown and stored; those of trackers are shortened instead.
+
+    Raises:
+        RecipeError: an address has more than scheme, host, port and path, or was stored without it.
+    """
+    for key, text in _texts(recipe.model_dump()):
+        if key.startswith("tracking."):
+            if recipe.tracking.kind != "none" and is_shortened(text):
+                raise RecipeError(f"{key} is '{text}', stored without its credentials or query; give {key}=... again")
+        elif key != "description" and "://" in text and shown(text) != text:
+            raise RecipeError(
+                f"{key} has credentials or a query in its address, which is shown and stored; leave them out, and "
+                f"{SET_CREDENTIALS}"
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text of nested groups and lists by dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part, key)
 
 
 def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence[str]) -> AnyRecipe:
@@ -92,12 +123,14 @@ def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence
     _drop_vocabulary(before, tree, given)
     tree = with_meaning(tree, [schema])
     try:
-        return cast(AnyRecipe, schema.model_validate(tree))
+        recipe = cast(AnyRecipe, schema.model_validate(tree))
     except ValidationError as error:
         # A misspelt group is reported as unknown and as missing; the unknown key explains both.
         first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
         raise RecipeError(" ".join(explain(schema, tree, first).split()) + more) from None
+    _check_addresses(recipe)
+    return recipe
 
 
 def _drop_vocabulary(before: Mapping[str, Any], tree: dict[str, Any], given: Collection[str]) -> None:
@@ -121,28 +154,13 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    """Format every key of a recipe, defaults included, as YAML that `load_recipe` reads back."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def without_password(recipe: AnyRecipe) -> AnyRecipe:
-    """Return the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
-    tracking = recipe.tracking
-    options = {
-        key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()
-    }
-    hidden = tracking.model_copy(update={"uri": hide_password(tracking.uri), "options": options})
-    return cast(AnyRecipe, recipe.model_copy(update={"tracking": hidden}))
-
-
-def hide_password(text: str) -> str:
-    """Return a text in which the password of every URI is replaced by ***."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", text)
+    """Format every key of a recipe, defaults included, as YAML for `load_recipe`, with addresses shortened."""
+    return yaml.dump(shown_values(recipe.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:
-    """Return the values of a recipe by dotted key."""
-    return dict(leaves(recipe.model_dump()))
+    """Return the values of a recipe by dotted key, with addresses shortened."""
+    return dict(leaves(shown_values(recipe.model_dump())))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -70,7 +70,7 @@ def _critic_of(
     config: Any
     if isinstance(sizes, PretrainedModelConfig):
         assert pretrained is not None
-        config = AutoConfig.from_pretrained(pretrained)
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     else:
         config = llama_config(sizes, recipe.data, end_of_text)
     config.num_labels = 1
@@ -80,7 +80,9 @@ def _critic_of(
     config.use_cache = False
     critic: PreTrainedModel
     if isinstance(sizes, PretrainedModelConfig) and pretrained:
-        critic = AutoModelForTokenClassification.from_pretrained(pretrained, config=config, dtype=torch.float32)
+        critic = AutoModelForTokenClassification.from_pretrained(
+            pretrained, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         critic = LlamaForTokenClassification(config)
     # Zero initial values: random ones differ by far more than the rewards do, and regression would spend its first

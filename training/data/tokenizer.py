@@ -42,7 +42,7 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     """
     entry = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
     folder = cached(entry, lambda aside: train_tokenizer(texts, vocab_size).save_pretrained(aside))
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,7 +58,7 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
     with readable(key, source, "has no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:

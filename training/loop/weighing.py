@@ -92,7 +92,9 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
 
     def load(kind: ModelKind, folder: Path) -> PreTrainedModel:
         with readable(kind, str(folder)):
-            model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
+            model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            )
         hold_in_precision(model, recipe.train.precision)
         frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
         if kind == "language model":

@@ -71,7 +71,9 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
     if not isinstance(recipe.model, PretrainedModelConfig):
         return LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
     assert pretrained is not None
-    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        pretrained, dtype=torch.float32, trust_remote_code=False
+    )
     return trunk
 
 

@@ -48,8 +48,10 @@ def _convert(key: str, file: Path, folder: Path) -> None:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
     with readable(key, str(file)):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        quantised = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, trust_remote_code=False, **options, **dense
+        )
     # transformers refuses to save a model that was read from a quantised file; a new model of the same weights saves.
     config = copy.deepcopy(quantised.config)
     if hasattr(config, "quantization_config"):

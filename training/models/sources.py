@@ -23,7 +23,7 @@ from mtp_ce.heads.saved import check_tensors as check_saved
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import NEVER_RUN, RecipeError, readable
 from mtp_ce.training.models.gguf_header import check_header
 from mtp_ce.training.storage.atomic import MANIFEST, damage
 from mtp_ce.training.storage.paths import user_path
@@ -182,11 +182,13 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
         V of the pretrained model.
 
     Raises:
-        RecipeError: the configuration is unreadable, or of another kind or vocabulary size.
+        RecipeError: the configuration is unreadable, needs code of its own, or is of another kind or vocabulary size.
     """
     config = _read_object(key, source, folder / "config.json")
     tensors = check_tensors(key, source, folder)
     named = config.get("architectures")
+    if config.get("auto_map") and not _is_of_transformers(config):
+        raise RecipeError(f"{key} '{source}' {NEVER_RUN}")
     architecture = (
         " ".join(map(str, named)) if isinstance(named, list) and named else "model without a named architecture"
     )
@@ -217,6 +219,15 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
             "both must read the same tokens"
         )
     return theirs
+
+
+def _is_of_transformers(config: dict[str, Any]) -> bool:
+    """Return whether transformers has the classes of a model itself; otherwise only code in its folder can load it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("architectures") or []
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(hasattr(transformers, str(name)) for name in named)
 
 
 def check_tensors(key: str, source: str, folder: Path) -> int:
@@ -308,7 +319,7 @@ def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, i
     from transformers import AutoTokenizer
 
     with readable(key, source, "has no tokenizer to compare"):
-        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     if theirs != vocabulary:
         shared = sum(vocabulary.get(entry) == number for entry, number in theirs.items())
         raise RecipeError(

@@ -115,7 +115,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
     with readable("model", recipe.model.kind, "can't be built"), torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
     frozen = "" if heads.trunk == "joint" else "; only the heads are trained"
@@ -186,7 +186,7 @@ def _config_of(key: str, source: str) -> PreTrainedConfig | None:
     if path is None:
         return None
     with readable(key, source):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     return config
 
 
@@ -207,7 +207,7 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
             unknown.append(frozen.key)
             continue
         with readable(frozen.key, frozen.source or frozen.role), torch.device("meta"):
-            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype)
+            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype, trust_remote_code=False)
     return models, unknown
 
 

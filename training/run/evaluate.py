@@ -70,7 +70,8 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
     with readable("CHECKPOINT", source, "can't be loaded"):
         if (folder / CONFIG_FILE).exists():
             return MTPWrapper.from_pretrained(folder, dtype=torch.float32)
-        return MTPWrapper(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 1, heads="none")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return MTPWrapper(model, 1, heads="none")
 
 
 def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> DecodingResult | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.model import PretrainedModelConfig
-from mtp_ce.training.config.recipe import to_yaml, without_password
+from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.data.rows import PackedRows
@@ -123,7 +123,7 @@ def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
     """Return what a checkpoint stores besides tensors."""
     validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
     return {
-        "recipe": to_yaml(without_password(trainer.recipe)),
+        "recipe": to_yaml(trainer.recipe),
         "schedule": trainer.schedule.state_dict(),
         "metrics_bytes": run.size,
         "validations": validations,

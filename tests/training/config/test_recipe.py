@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from mtp_ce.training.config.recipe import flatten, load_recipe, shipped_recipes, to_yaml, without_password
+from mtp_ce.training.config.recipe import flatten, load_recipe, shipped_recipes, to_yaml
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 
@@ -121,22 +121,6 @@ def test_a_recipe_survives_being_written_and_read(tmp_path):
     )
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
     assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("postgresql://me:s3cr3t@host:5432/runs", "postgresql://me:***@host:5432/runs"),
-        ("https://me:s3cr3t@host/mlflow", "https://me:***@host/mlflow"),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
-        ("sqlite:///a@b:c/mlflow.db", "sqlite:///a@b:c/mlflow.db"),
-    ],
-)
-def test_a_password_in_the_tracking_uri_is_not_stored(uri, shown):
-    recipe = load_recipe("tiny", [f"tracking.uri={uri}"])
-    assert recipe.tracking.uri == uri
-    assert without_password(recipe).tracking.uri == shown
-    assert "s3cr3t" not in to_yaml(without_password(recipe))
 
 
 def test_flatten_names_every_leaf_by_its_dotted_key():

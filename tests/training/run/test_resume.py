@@ -278,7 +278,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(small, stop_at, finished_run, t
     finished = {run.info.run_id: run.info for run in client.search_runs([experiment])}
     assert finished.keys() == stopped.keys()
     assert {info.status for info in finished.values()} == {"FINISHED"}
-    (main,) = [run_id for run_id, info in finished.items() if info.run_name == "main"]
+    (main,) = [run_id for run_id, info in finished.items() if info.run_name == "run/main"]
     losses = client.get_metric_history(main, "train/loss")
     assert [loss.step for loss in losses] == list(range(1, 13))
 

@@ -102,7 +102,7 @@ def test_the_run_above_the_stage_shows_how_it_ended(mlflow_parent, mlflow_run, f
     assert run.info.run_name == finished_run.folder.name
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/ce_head_1"] == finished_run.evaluation.heads[1].ce
-    assert mlflow_run[1].info.run_name == "main"
+    assert mlflow_run[1].info.run_name == f"{finished_run.folder.name}/main"
 
 
 def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(

@@ -64,7 +64,8 @@ def test_mlflow_has_one_run_with_a_child_for_each_stage(weighted_run):
     runs = client.search_runs([client.get_experiment_by_name("weighted").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not parent}
-    assert set(children) == {"reference", "main"}
+    assert set(children) == {f"{weighted_run.folder.name}/{stage}" for stage in ("reference", "main")}
+    children = {name.rpartition("/")[2]: run for name, run in children.items()}
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
     assert children["reference"].data.params["model.mtp.horizon"] == "1"

@@ -62,7 +62,7 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the run and its stage"
     assert {run.data.tags["stop.reason"] for run in runs} == {number.name}
-    (run,) = [run for run in runs if run.info.run_name == "main"]
+    (run,) = [run for run in runs if run.info.run_name == "out/main"]
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(steps)
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert newest.name == f"step-{steps[-1]:08d}"
