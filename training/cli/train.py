@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -166,15 +167,19 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
 
 
 def _remains(output: Path, seeds: int | None) -> str:
-    """Format what a stopped run left: its model if that is saved, or its metrics and how to resume it."""
-    from mtp_ce.training.run.folder import RUN_FILE, finished
+    """Format what a stopped run left: its model if that is saved, or its metrics and what --resume does."""
+    from mtp_ce.training.run.folder import finished, is_run
 
-    if not seeds and (output / RUN_FILE).is_file() and finished(output):
-        return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+    again = ""
+    if not seeds and is_run(output):
+        with suppress(RecipeError):
+            if finished(output):
+                return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+        kept = any(output.rglob("state.json"))
+        again = f"; train-mtp --resume {output} {'resumes' if kept else 'starts again, as there is no checkpoint yet'}"
     metrics = sorted(output.rglob("metrics.jsonl"))
     where = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
-    resumable = not seeds and any(output.rglob("state.json"))
-    return f"{where}; train-mtp --resume {output} resumes" if resumable else where
+    return where + again
 
 
 def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
