@@ -107,9 +107,9 @@ def stop_on_signal() -> Iterator[Stop]:
             yield _outermost
         return
     stop = Stop()
-    for number in ENDING:
-        if signal.getsignal(number) is _ignore:
-            stop.set(number)
+    for ending in ENDING:
+        if signal.getsignal(ending) is _ignore:
+            stop.set(ending)
     usual: dict[int, Handler] = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(ENDING, _raise_stopped)}
     with ExitStack() as handlers:
         for number, handler in usual.items():

@@ -89,7 +89,7 @@ class CheckpointConfig(Group):
     every: int | None = Field(
         default=200,
         ge=1,
-        description="steps between two checkpoints, besides one after the last step; null: only when the run is stopped",
+        description="steps between two checkpoints, and one after the last step; null: only when the run is stopped",
     )
     keep: int = Field(default=2, ge=1, description="number of newest checkpoints to keep; older ones are deleted")
     upload: str | None = Field(

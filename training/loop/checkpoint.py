@@ -135,7 +135,9 @@ class Checkpoints:
 
         def older() -> Checkpoint | None:
             found, refusals = self._find([folder for folder in self._folders() if folder.name < checkpoint.folder.name])
-            for refusal in [f"checkpoint {checkpoint.folder} can't be continued: {problem}", *refusals] if found else []:
+            for refusal in (
+                [f"checkpoint {checkpoint.folder} can't be continued: {problem}", *refusals] if found else []
+            ):
                 self.warn(f"{refusal}; using an older one")
             return found
 

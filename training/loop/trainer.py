@@ -67,8 +67,8 @@ class Trainer:
         stop: set from outside, on any rank; the loop raises StoppedError before the next step is taken, or before the
             next batch of a validation.
         ranks: the ranks that run this loop together; the model is sharded over them.
-        save_checkpoint: writes a checkpoint of this loop; called every `checkpoint.every` steps, after the
-            last one, and when stopped.
+        save_checkpoint: writes a checkpoint of this loop, and returns whether it could; called every
+            `checkpoint.every` steps, after the last one, and when stopped.
         done: steps done, including those of earlier processes.
         validations: validation results by the number of steps done before.
     """
@@ -86,7 +86,7 @@ class Trainer:
     weight_bounds: tuple[float, float] = (0.0, math.inf)
     stop: Stop = field(default_factory=Stop)
     ranks: Ranks = field(default_factory=Ranks)
-    save_checkpoint: Callable[[Trainer], object] = lambda trainer: None
+    save_checkpoint: Callable[[Trainer], bool] = lambda trainer: True
     done: int = 0
     validations: dict[int, list[HeadResult]] = field(default_factory=dict)
 
@@ -121,8 +121,7 @@ class Trainer:
                     self._validate_if_due()
                 if last or saving:
                     self.refuse_not_finite()
-                if saving:
-                    self.save_checkpoint(self)
+                if saving and self.save_checkpoint(self):
                     saved = self.done
             # After the checkpoint: a validation may take long, and the steps are done.
             self._validate_if_due()
@@ -142,7 +141,9 @@ class Trainer:
         Raises:
             StateRefusedError: one of them is not finite, on any rank.
         """
-        refuse_not_finite(self.done, state_tensors(self.model, self.optimizer), self.ranks)
+        # "model.NAME" and "optimizer.NAME.exp_avg" in a checkpoint.
+        state = state_tensors(self.model, self.optimizer)
+        refuse_not_finite(self.done, {name.partition(".")[2]: x for name, x in state.items()}, self.ranks)
 
     def _step(self, step: int, window: Window) -> None:
         """Take one optimizer step and add it to the window, or refuse it and add nothing."""

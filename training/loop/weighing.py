@@ -149,9 +149,7 @@ def stored(recipe: Recipe) -> Weigh:
 
 
 @torch.no_grad()
-def weigh_rows(
-    weighing: Weighing, rows: PackedRows, batch_size: int, device: torch.device
-) -> Iterator[TokenWeights]:
+def weigh_rows(weighing: Weighing, rows: PackedRows, batch_size: int, device: torch.device) -> Iterator[TokenWeights]:
     """Weigh every token of the rows once, in order; yields the weights of `batch_size` rows at a time."""
     for batch in rows.in_order(batch_size):
         yield weighing.weigh(batch.to(device))

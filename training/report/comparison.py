@@ -53,7 +53,10 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     for side in sides:
         for h in range(heads):
             metric = f"{side}/ce_head_{h}"
-            cells = [_spread(_levels(comparison, baseline, metric)), *(_spread(differences(comparison, arm, metric), "+") for arm in arms)]
+            cells = [
+                _spread(_levels(comparison, baseline, metric)),
+                *(_spread(differences(comparison, arm, metric), "+") for arm in arms),
+            ]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
     lines += [

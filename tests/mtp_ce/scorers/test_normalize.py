@@ -75,7 +75,9 @@ def test_mean_and_bounds_hold_together_on_1000_heavy_tailed_cases(scope: str) ->
         assert (weights[~supervised] == 0).all()
         assert not weights.requires_grad
         assert weights.dtype == torch.float32
-        assert int(statistics.neutral) == int((supervised & ~scores.isfinite())[:, 1:].sum()), "nothing predicts the first"
+        assert int(statistics.neutral) == int((supervised & ~scores.isfinite())[:, 1:].sum()), (
+            "nothing predicts the first"
+        )
 
 
 def test_clipping_and_rescaling_fails_the_same_test() -> None:

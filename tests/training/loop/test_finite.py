@@ -24,7 +24,9 @@ def test_one_value_is_found_wherever_it_lies(dtype, value, place):
 
 def test_the_largest_numbers_of_a_dtype_are_finite():
     """Their sum is not, nor is their norm."""
-    largest = {str(dtype): torch.full((100,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    largest = {
+        str(dtype): torch.full((100,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
     assert first_not_finite(largest) is None
 
 

@@ -224,9 +224,9 @@ def test_a_scorer_that_fails_is_refused_and_not_taken_for_uniform_weights(small)
 
 
 POISONS = {
-    "parameter": ("model.causal.model.norm.weight", lambda t: t.model.causal.model.norm.weight.data),
+    "parameter": ("model.model.norm.weight", lambda t: t.model.causal.model.norm.weight.data),
     "moment": (
-        "optimizer.causal.model.norm.weight.exp_avg",
+        "model.model.norm.weight.exp_avg",
         lambda t: t.optimizer.state[t.model.causal.model.norm.weight]["exp_avg"],
     ),
 }
@@ -245,7 +245,9 @@ def test_a_state_that_is_not_finite_is_never_kept(small, poison, keeping):
     step, options, stopped = KEEPINGS[keeping]
     name, tensor = POISONS[poison]
     saved = []
-    trainer = make_trainer(small([*FEW, *options]), Log(), save_checkpoint=lambda trainer: saved.append(trainer.done))
+    trainer = make_trainer(
+        small([*FEW, *options]), Log(), save_checkpoint=lambda trainer: not saved.append(trainer.done)
+    )
 
     def plant() -> None:
         if trainer.done == step:
@@ -263,7 +265,11 @@ def test_a_state_that_is_not_finite_is_never_kept(small, poison, keeping):
 def test_a_validation_that_is_not_finite_is_refused_and_not_logged(small, monkeypatch):
     log = Log()
     trainer = make_trainer(small([*FEW, "validation.every=2"]), log)
-    bad = [HeadResult(2.0, 0.5, 0.5, 1.0, 9), HeadResult(math.inf, 0.5, 0.5, 0.5, 8), HeadResult(None, None, None, None, 0)]
+    bad = [
+        HeadResult(2.0, 0.5, 0.5, 1.0, 9),
+        HeadResult(math.inf, 0.5, 0.5, 0.5, 8),
+        HeadResult(None, None, None, None, 0),
+    ]
     monkeypatch.setattr(loop, "score_heads", lambda *_: bad)
     with pytest.raises(StateRefusedError) as raised:
         trainer.fit()
@@ -283,7 +289,7 @@ def test_a_stop_in_the_last_validation_loses_no_step(small, every, kept):
             return super().validate(rows)
 
     usual = make_trainer(small([*FEW, f"checkpoint.every={every}"]), Log())
-    trainer = Impatient(**{**vars(usual), "save_checkpoint": lambda trainer: saved.append(trainer.done)})
+    trainer = Impatient(**{**vars(usual), "save_checkpoint": lambda trainer: not saved.append(trainer.done)})
     with pytest.raises(StoppedError):
         trainer.fit()
     assert saved == kept
@@ -299,7 +305,6 @@ def test_a_head_without_a_target_has_no_cross_entropy(small):
             assert all(math.isnan(ce) == missing for _, ce in log.series(f"{side}/ce_head_{h}")), (side, h)
     assert all(math.isfinite(ce) for _, ce in log.series("train/ce_mean"))
     assert log.series("val/ce_mean")[0][1] == log.series("val/ce_head_0")[0][1]
-
 
 
 def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):

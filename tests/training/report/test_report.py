@@ -46,7 +46,6 @@ def test_a_head_without_a_target_is_a_dash_on_the_screen():
     assert second == "step     3  validation  CE 4.12 - nats"
 
 
-
 def test_without_a_terminal_every_line_of_metrics_is_one_plain_line():
     shown = show(terminal=False)
     lines = shown.splitlines()
@@ -124,7 +123,9 @@ def test_a_head_without_a_target_is_a_dash_in_the_table_and_null_in_json(tmp_pat
 def test_drafts_that_were_never_verified_have_no_acceptance(tmp_path):
     """As where the model ends every text with its first token."""
     found = Speculation(forwards=2, rounds=0, tokens=2, offered=[0, 0], kept=[0, 0])
-    evaluation = Evaluation([head(1.0, 1.0), head(2.0, 0.5), head(3.0, 0.25)], 6.5, None, DecodingResult(2, 16, 2, found, 1.0, 1.0))
+    evaluation = Evaluation(
+        [head(1.0, 1.0), head(2.0, 0.5), head(3.0, 0.25)], 6.5, None, DecodingResult(2, 16, 2, found, 1.0, 1.0)
+    )
     _, rows = table(evaluation)
     assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%", "50.0%", "-"] in rows
     stored, _ = write_evaluation(evaluation, tmp_path, "run")

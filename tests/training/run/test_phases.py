@@ -1,4 +1,4 @@
-"""A signal in each phase of a run: it ends with its exit code, and what was done is saved or resumes to the same bits."""
+"""A signal in each phase of a run: it ends with its exit code, and what was done is saved or resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -163,12 +163,11 @@ def test_a_block_inside_another_has_the_same_flag(usual_signals):
 
 
 def test_work_that_may_end_at_once_does_and_what_it_defers_does_not(usual_signals):
-    with terminate_in_order(), stop_on_signal() as stop:
-        with stop.at_once():
-            with stop_on_signal():
-                signal.raise_signal(signal.SIGTERM)
-            with pytest.raises(StoppedError), stop.at_once():
-                pytest.fail("the signal has come already")
+    with terminate_in_order(), stop_on_signal() as stop, stop.at_once():
+        with stop_on_signal():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(StoppedError), stop.at_once():
+            pytest.fail("the signal has come already")
     with terminate_in_order(), stop_on_signal() as stop:
         with pytest.raises(StoppedError), stop.at_once():
             signal.raise_signal(signal.SIGTERM)

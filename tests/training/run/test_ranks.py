@@ -76,6 +76,16 @@ def stop_rank_1_in_last_validation():
             return super().validate(rows)
     fitting.Trainer = Impatient
 
+def spoil_moment_of_rank_1():
+    class Spoilt(USUAL):
+        def _step(self, step, window):
+            super()._step(step, window)
+            if RANK == 1 and step == 2:
+                (first, *_) = self.model.parameters()
+                self.optimizer.state[first]["exp_avg"].to_local()[-1] = torch.nan
+    fitting.Trainer = Spoilt
+
+
 def terminate_both_in_report():
     # torchrun signals both: rank 0 in the report, rank 1 in the collective in which it waits for it.
     fitting.Trainer = USUAL
@@ -88,8 +98,6 @@ def terminate_both_in_report():
             time.sleep(0.2)
         return usual(*args)
     stages.decode = decode
-
-
 
 def lose_corpus_of_rank_1():
     usual = pipeline.read_inputs
@@ -133,6 +141,7 @@ ENDS = {
     "terminate": ("terminate_rank_1", 143, []),
     "last validation": ("stop_rank_1_in_last_validation", 129, []),
     "report": ("terminate_both_in_report", 143, []),
+    "moment": ("spoil_moment_of_rank_1", 3, ["checkpoint.every=2"]),
     "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
     "lost": ("lose_corpus_of_rank_1", 2, []),
 }
@@ -308,7 +317,9 @@ def test_a_signal_to_one_rank_stops_all_before_the_same_step_with_a_checkpoint(n
     ]  # fmt: skip
 
 
-def test_a_signal_to_one_rank_in_the_last_validation_stops_all_and_loses_no_step(launched, alone, same_training, tmp_path):
+def test_a_signal_to_one_rank_in_the_last_validation_stops_all_and_loses_no_step(
+    launched, alone, same_training, tmp_path
+):
     folder, codes, said = launched
     assert codes["last validation"] == (129, 129)
     assert said.count("train-mtp: hung up; metrics so far are in") == 1
@@ -327,6 +338,12 @@ def test_a_signal_to_both_ranks_in_the_report_ends_both_with_the_model_saved(lau
     assert finished(folder / "report")
     same_training(alone([]), folder / "report", steps=5)
 
+
+def test_a_shard_that_is_not_finite_on_one_rank_is_saved_by_none(launched):
+    folder, codes, said = launched
+    assert codes["moment"] == (3, 3)
+    assert said.count("exp_avg is nan after step 2, expected a finite number; nothing of it is saved") == 1
+    assert not (folder / "moment" / "checkpoints").exists()
 
 
 def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):

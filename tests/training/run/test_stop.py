@@ -122,12 +122,13 @@ def test_a_learning_rate_that_explodes_in_the_only_step_saves_no_model(small, tm
     monkeypatch.chdir(tmp_path)
     assert cli.main(["small.yaml", "optimizer.lr=3e38", "--output", "out"]) == 3
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"train-mtp: error: model\.causal\.\S+ is (nan|-?inf) after step 1, expected a finite number; nothing", error)
+    assert re.match(
+        r"train-mtp: error: model\.\S+ is (nan|-?inf) after step 1, expected a finite number; nothing", error
+    )
     assert error.endswith("A lower learning rate or a longer warm-up usually helps")
     assert not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert finished(tmp_path / "out") is None
-
 
 
 def test_the_first_ctrl_c_asks_and_the_second_insists():
