@@ -88,7 +88,7 @@ def test_heads_without_a_target_leave_a_gap_and_a_dash(drawn, tmp_path):
 
 
 def write_metrics(folder: Path, heads: int) -> Path:
-    """A validation before the first step, three lines of training, a validation; the last head of many lacks a target."""
+    """A validation before the first step, three lines of training, one more; of many heads the last lacks a target."""
     last = heads - 1 if heads > 2 else heads
     lines = [{"step": 0, **{f"val/ce_head_{h}": 7.0 if h < last else None for h in range(heads)}}]
     lines += [

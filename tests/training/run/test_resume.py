@@ -218,7 +218,7 @@ def test_where_no_checkpoint_is_finite_the_run_ends_refused_and_all_of_them_stay
     assert cli.main(["--resume", "run"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"train-mtp: error: {NOT_FINITE[0].partition('.')[2]} is nan after step 6, expected a finite number; nothing of it"
+        f"train-mtp: error: {NOT_FINITE[0].partition('.')[2]} is nan after step 6, expected a finite number; nothing"
     )
     assert not (run / "model").exists()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
