@@ -84,7 +84,9 @@ def _draw(comparison: dict[str, Any], picture: Path) -> None:
             for at, values in zip(x, points, strict=True):
                 axes.plot([at] * len(values), values, "o", color=COLOURS[index], markersize=4, alpha=0.5)
             means = [statistics.fmean(values) if values else math.nan for values in points]
-            axes.plot(x, means, "_", color=COLOURS[index], markersize=16, markeredgewidth=2.5, label=arm)
+            axes.plot(
+                x, means, "_", color=COLOURS[index], markersize=min(16, 96 / heads), markeredgewidth=2.5, label=arm
+            )
         axes.axhline(0, color="black", linewidth=1)
         head_ticks(axes, range(heads), heads)
         axes.set_title(f"{'all' if side == 'val' else side} held-out files", loc="left")

@@ -108,11 +108,15 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
     left, right = figure.subplots(1, 2)
     x, colours = range(len(heads)), head_colours(len(heads))
     for h, head in enumerate(heads):
+        # A head without a target in the held-out text has a dash and no bar.
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontweight": "bold"}
+        if head.ce is not None and len(heads) > _WIDE:
+            look |= {"fontsize": "small", "rotation": 90}
         left.bar(h, head.ce or 0, color=colours[h])
-        # A head without a target in the held-out text has no bar.
-        where, ink = ((head.ce or 0) / 2, _ink(colours[h])) if head.ce else (evaluation.unigram / 2, "black")
-        look = {"fontsize": "small", "rotation": 90} if len(heads) > _WIDE else {}
-        left.text(h, where, number(head.ce, ".2f"), color=ink, ha="center", va="center", fontweight="bold", **look)
+        ink = "black" if head.ce is None else _ink(colours[h])
+        left.text(
+            h, (evaluation.unigram if head.ce is None else head.ce) / 2, number(head.ce, ".2f"), color=ink, **look
+        )
     head_ticks(left, x, len(heads))
     if evaluation.before:
         before = _gaps([head.ce for head in evaluation.before])
