@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -58,15 +59,13 @@ class Display:
         """Show metrics of training or validation, of a model or a critic."""
         if "train/loss" in metrics:
             loss, rate = metrics["train/loss"], metrics["perf/tokens_per_s"]
-            numbers = f"loss {loss:.3f}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
+            numbers = f"loss {number(loss, '.3f')}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
         elif "critic/loss" in metrics:
-            numbers = f"loss {metrics['critic/loss']:.3f}  {metrics['critic/accuracy']:.1%} of pairs in order"
+            numbers = _pairs(metrics, "critic/")
         else:
             result = f"{_heads(metrics, 'val')} nats"
             if "critic/val_loss" in metrics:
-                result = (
-                    f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
-                )
+                result = _pairs(metrics, "critic/val_")
             self._line(f"step {step:>5}  validation  {result}")
             if self._done == self._before:
                 # A validation before the first step does not count towards the time per step.
@@ -100,6 +99,11 @@ class Display:
         say(self._console, text)
 
 
+def number(value: float | None, form: str) -> str:
+    """Format a number, or "-" where there is none."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
 def say(console: Console, line: str) -> None:
     """Print one line, with addresses shortened, and without wrapping, highlighting or markup."""
     console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
@@ -112,7 +116,12 @@ def warn(console: Console, message: str) -> None:
 
 def _heads(metrics: Mapping[str, float], side: str) -> str:
     prefix = f"{side}/ce_head_"
-    return "CE " + " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith(prefix))
+    return "CE " + " ".join(number(value, ".2f") for name, value in metrics.items() if name.startswith(prefix))
+
+
+def _pairs(metrics: Mapping[str, float], side: str) -> str:
+    loss, accuracy = number(metrics[f"{side}loss"], ".3f"), number(metrics[f"{side}accuracy"], ".1%")
+    return f"loss {loss}  {accuracy} of pairs in order"
 
 
 def _clock(seconds: float) -> str:

@@ -27,24 +27,37 @@ class StepRefusedError(RuntimeError):
         step: the refused step, counted from 1.
         quantity: name of the metric that was out of bounds.
         value: its value.
+        reason: the three in words, with what was expected.
     """
+
+    when, consequence = "at step", "the step was not taken"
 
     def __init__(self, step: int, quantity: str, value: float, expected: str = "a finite number") -> None:
         advice = "" if math.isfinite(value) else ". A lower learning rate or a longer warm-up usually helps"
-        super().__init__(
-            f"{quantity} is {value} at step {step}, expected {expected}; the step was not taken and the run ends "
-            f"FAILED{advice}"
-        )
+        self.reason = f"{quantity} is {value} {self.when} {step}, expected {expected}"
+        super().__init__(f"{self.reason}; {self.consequence} and the run ends FAILED{advice}")
         self.step = step
         self.quantity = quantity
         self.value = value
+
+
+class StateRefusedError(StepRefusedError):
+    """A step left a number out of bounds: a parameter, an optimizer moment, a validation; nothing of it is saved.
+
+    Attributes:
+        step: number of steps done.
+        quantity: name of the tensor or metric.
+        value: its value.
+    """
+
+    when, consequence = "after step", "nothing of it is saved"
 
 
 class StoppedError(KeyboardInterrupt):
     """The run was stopped by a signal. Like Ctrl-C, it is not caught by `except Exception`.
 
     Attributes:
-        signal: SIGINT or SIGTERM.
+        signal: SIGINT, SIGTERM or SIGHUP.
     """
 
     def __init__(self, number: int = signal.SIGINT) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from mtp_ce.training.cli.command import (
     EXIT_CRASH,
     EXIT_DONE,
+    EXIT_HANGUP,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_TERMINATED,
@@ -54,8 +56,8 @@ examples:
 
 exit codes:
   0 success   1 crash   2 error in the command line or the recipe, nothing was trained
-  3 loss, gradient or token weights out of bounds; the step was not taken
-  130 Ctrl-C   143 SIGTERM; a checkpoint was written, --resume continues from it
+  3 a number out of bounds, in a step, in the trained state or in a validation; nothing of it was saved
+  129 SIGHUP, as of a closed terminal   130 Ctrl-C   143 SIGTERM; a checkpoint was written, --resume continues from it
 torchrun itself exits with 1 for any code but 0
 """
 
@@ -155,6 +157,8 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
             return EXIT_USAGE
         case StepRefusedError():
             return _complain(str(error), EXIT_REFUSED, prints=leads())
+        case StoppedError(signal=signal.SIGHUP):
+            return _complain(f"hung up{_remains(output, seeds)}", EXIT_HANGUP, prints=leads())
         case StoppedError(signal=signal.SIGTERM):
             return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
@@ -167,11 +171,19 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
 
 
 def _remains(output: Path, seeds: int | None) -> str:
-    """Format where an unfinished run left its metrics, and how to resume it."""
+    """Format what a stopped run left: its model if that is saved, or its metrics and what --resume does."""
+    from mtp_ce.training.run.folder import finished, is_run
+
+    again = ""
+    if not seeds and is_run(output):
+        with suppress(RecipeError):
+            if finished(output):
+                return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+        kept = any(output.rglob("state.json"))
+        again = f"; train-mtp --resume {output} {'resumes' if kept else 'starts again, as there is no checkpoint yet'}"
     metrics = sorted(output.rglob("metrics.jsonl"))
     where = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
-    resumable = not seeds and any(output.rglob("state.json"))
-    return f"{where}; train-mtp --resume {output} resumes" if resumable else where
+    return where + again
 
 
 def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
@@ -279,7 +291,7 @@ def _complain(message: str, code: int, prints: bool | None = None) -> int:
         prints: whether this process prints; None means the first process of a machine.
     """
     if prints if prints is not None else os.environ.get("LOCAL_RANK", "0") == "0":
-        error = "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
+        error = "" if code in (EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
         who = "" if leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
         print(f"train-mtp: {error}{who}{message}", file=sys.stderr)
     return code

@@ -35,7 +35,7 @@ from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.rows import rows_of_step
-from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError, readable
+from mtp_ce.training.errors import RecipeError, StateRefusedError, StepRefusedError, StoppedError, readable
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
@@ -123,6 +123,7 @@ def train_critic(
     Raises:
         RecipeError: the corpus has too few functions.
         StepRefusedError: loss or gradient was not finite; the step was not taken.
+        StateRefusedError: the validation is not finite.
         StoppedError: `stop` was set.
     """
     stop = stop or Stop()
@@ -180,6 +181,8 @@ def train_critic(
             stop.check()
             sums += score_pairs(critic, [rows], objective)
     results = sums.metrics("critic/val_")
+    if not math.isfinite(loss := results["critic/val_loss"]):
+        raise StateRefusedError(train.steps, "critic/val_loss", loss)
     log(train.steps, results)
     return critic, results
 

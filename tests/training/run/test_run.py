@@ -24,6 +24,7 @@ TRAIN_METRICS = {
     *("train/loss", "train/ce_mean", "train/ce_head_0", "train/ce_head_1", "train/ce_head_2"),
     *("train/weight_mean", "train/weight_min", "train/weight_max", "train/weight_ess"),
     "train/weight_clipped_ratio",
+    "train/weight_neutral_ratio",
     *("train/valid_token_ratio", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/peak_memory_mb"),
 }
 VAL_METRICS = {"val/ce_mean", "val/unigram_entropy", "val/tokens_per_forward", "val/agrees_head_1", "val/agrees_head_2"}
