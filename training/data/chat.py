@@ -107,7 +107,8 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
         RecipeError: the template refuses the chat, or does not show which tokens are the assistant's.
     """
     messages, template = json.loads(text), chat_template(tokenizer)
-    assert template is not None
+    if template is None:
+        raise RecipeError(f"{path}: a chat, and the tokenizer has no chat template; give a data.tokenizer that has one")
 
     def apply(part: Sequence[Any], **options: Any) -> Any:
         try:

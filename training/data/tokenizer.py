@@ -66,7 +66,7 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file may raise anything
         reason = " ".join(str(error).split())
         raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
@@ -78,6 +78,9 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Those of another use, such as embeddings of 512 tokens, would cut documents.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -59,8 +59,8 @@ class DocumentTokens(Sequence[Tensor]):
         starts: Tensor,
         *,
         offsets: Tensor | None = None,
-        learnt: Tensor | None = None,
         prompts: Tensor | None = None,
+        learnt: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> None:
         self.tokens = tokens
