@@ -57,8 +57,11 @@ def to_text(messages: Sequence[Any], where: str) -> str:
     """
     chat = [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     answers = any(message["role"] == _ASSISTANT and _says_something(message) for message in chat)
-    # What a table holds that JSON does not have, such as dates, no template reads.
-    return json.dumps(chat, ensure_ascii=False, default=str) if answers else ""
+    try:
+        # What a table holds that JSON does not have, such as dates, no template reads.
+        return json.dumps(chat, ensure_ascii=False, default=str) if answers else ""
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: can't be written as JSON: {error}") from None
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
     Raises:
         RecipeError: the template refuses the chat, or does not show which tokens are the assistant's.
     """
-    messages, template = json.loads(text), chat_template(tokenizer)
+    template = chat_template(tokenizer)
     if template is None:
         raise RecipeError(f"{path}: a chat, and the tokenizer has no chat template; give a data.tokenizer that has one")
 
@@ -114,9 +117,10 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
         try:
             return tokenizer.apply_chat_template(part, chat_template=template, **options)
         except Exception as error:  # a template is a program
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise RecipeError(f"{path}: the tokenizer's chat template refuses the chat: {reason}") from None
 
+    messages = json.loads(text)
     if _MARKED.search(template):
         marked = apply(messages, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(learnt) for learnt in marked["assistant_masks"]]
