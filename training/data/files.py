@@ -21,6 +21,8 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 # Longest line, and longest file that is read as a whole: a compressed file of a few MB may hold any amount of text.
 LONGEST = 2**30
+# A read of more would allocate all of it before it knows how much there is.
+_PIECE = 2**20
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -120,11 +122,15 @@ def read_bytes(path: Path) -> bytes:
         OSError: it can't be read.
         RecipeError: it is too long.
     """
+    pieces: list[bytes] = []
+    size = 0
     with open_file(path) as file:
-        content = file.read(LONGEST + 1)
-    if len(content) > LONGEST:
-        raise RecipeError(f"{shown(path)} holds more than {LONGEST:,} bytes, which are read at once; divide it")
-    return content.removeprefix(codecs.BOM_UTF8)
+        while piece := file.read(_PIECE):
+            pieces.append(piece)
+            size += len(piece)
+            if size > LONGEST:
+                raise RecipeError(f"{shown(path)} holds more than {LONGEST:,} bytes, which are read at once; divide it")
+    return b"".join(pieces).removeprefix(codecs.BOM_UTF8)
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -161,16 +167,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _folders_below(root: Path, ignored: Collection[str] = ()) -> Iterator[tuple[Path, list[str]]]:
     """Yield every folder below a root with the names of its files, each folder once and linked ones last."""
-    seen: set[tuple[int, int]] = set()
+    # Paths and not numbers of inodes, which some network file systems do not have.
+    seen: set[str] = set()
     linked = [root]
     while linked:
         for place, subfolders, names in os.walk(linked.pop(0), onerror=_raise):
-            folder, identity = Path(place), os.stat(place)
+            folder, real = Path(place), os.path.realpath(place)
             subfolders[:] = sorted(name for name in subfolders if name not in ignored)
-            if (identity.st_dev, identity.st_ino) in seen:
+            if real in seen:
                 subfolders[:] = []
                 continue
-            seen.add((identity.st_dev, identity.st_ino))
+            seen.add(real)
             linked += [folder / name for name in subfolders if (folder / name).is_symlink()]
             yield folder, names
 
