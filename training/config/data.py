@@ -36,8 +36,8 @@ class DataConfig(Group):
     messages_field: str | None = Field(
         default=None,
         min_length=1,
-        description="field of a row that holds the messages of a chat, which the tokenizer's chat template renders; only "
-        "the assistant's tokens are supervised; null: no chats",
+        description="field of a row that holds the messages of a chat, which the tokenizer's chat template renders; "
+        "only the assistant's tokens are supervised; null: no chats",
     )
     prompt_field: str | None = Field(
         default=None,
@@ -98,5 +98,7 @@ class DataConfig(Group):
         if self.input_field and not self.prompt_field:
             raise ValueError("input_field is given without prompt_field; it is a part of the prompt")
         if self.messages_field and self.prompt_field:
-            raise ValueError("messages_field and prompt_field are given; a row is either a chat, or prompt and completion")
+            raise ValueError(
+                "messages_field and prompt_field are given; a row is either a chat, or prompt and completion"
+            )
         return self

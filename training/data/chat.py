@@ -11,7 +11,6 @@ messages ends.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,9 +38,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates write today's date into every chat. It is that of the first ones here, so that the tokens of a corpus
 # are the same every day.
 _FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}"
-    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
-    "{%- endmacro -%}"
+    "{%- macro strftime_now(format) -%}{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}{%- endmacro -%}"
 )
 
 
@@ -125,7 +122,9 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
         marked = apply(messages, return_dict=True, return_assistant_tokens_mask=True)
         return marked["input_ids"], [bool(learnt) for learnt in marked["assistant_masks"]]
 
-    rendered, spans = _turns(path, messages, lambda part, prompt: apply(part, tokenize=False, add_generation_prompt=prompt))
+    rendered, spans = _turns(
+        path, messages, lambda part, prompt: apply(part, tokenize=False, add_generation_prompt=prompt)
+    )
     encoding = tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False)
     learnt = [any(begin < end and start < stop for begin, stop in spans) for start, end in encoding.offsets]
     return encoding.ids, learnt
@@ -142,7 +141,7 @@ def _turns(
             continue
         before, after = render(messages[:i], False), render(messages[: i + 1], False)
         # Some templates open a block of reasoning in the prompt that is not in the chat.
-        begin = len(os.path.commonprefix([render(messages[:i], True), whole]))
+        begin = _common(render(messages[:i], True), whole)
         end = len(after) if whole.startswith(after) else _end(message, whole, begin, after)
         if not whole.startswith(before) or begin < len(before) or end is None:
             raise RecipeError(
@@ -152,6 +151,14 @@ def _turns(
             )
         spans.append((begin, end))
     return whole, spans
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many characters two texts have in common from the beginning."""
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _end(message: Mapping[str, Any], whole: str, begin: int, after: str) -> int | None:

@@ -88,7 +88,7 @@ class Corpus:
 class Excluded:
     """The texts of a validation corpus, which are not trained on: 8 bytes each, whatever their length.
 
-    Two texts that differ in the white space around them count as one. The hashes are computed when they are first needed.
+    Two texts that differ in the white space around them count as one. The hashes are computed when first needed.
 
     Args:
         documents: the validation documents.

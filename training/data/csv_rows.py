@@ -33,4 +33,4 @@ class CsvRows(FileRows):
                     raise RecipeError(f"{where}: has not as many values as there are fields ({fields})")
                 yield Row(table.line_num, where, row)
         except csv.Error as error:
-            raise RecipeError(f"{name}, line {table.line_num}: not CSV that can be read: {error}") from None
+            raise RecipeError(f"{name}, line {table.reader.line_num}: not CSV that can be read: {error}") from None

@@ -110,6 +110,9 @@ def open_file(path: Path) -> IO[bytes]:
     # A reader is found before anything needs pyarrow, which takes time to load.
     import pyarrow as pa
 
+    if not path.stat().st_size:
+        # It reads nothing as nothing, and a download that failed often leaves nothing.
+        raise RecipeError(f"{shown(path)} can't be read: it is empty, and not compressed")
     # It holds zstd, which Python has from 3.14 on.
     stream: Any = pa.CompressedInputStream(pa.OSFile(str(path)), COMPRESSED[path.suffix])
     return cast(IO[bytes], io.BufferedReader(stream))

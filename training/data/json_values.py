@@ -40,7 +40,9 @@ class JsonValues(FileRows):
                 raise RecipeError(f"{name}: not JSON that can be read, after {number} objects: {error}") from None
             number += 1
             if not isinstance(row, dict):
-                raise RecipeError(f"{name}, object {number}: holds a {type(row).__name__}; expected an object with fields")
+                raise RecipeError(
+                    f"{name}, object {number}: holds a {type(row).__name__}; expected an object with fields"
+                )
             yield Row(number, f"{name}, object {number}", row)
 
 

@@ -230,7 +230,9 @@ def _local(key: str, address: str) -> Path:
         return Path(address).expanduser()
     except RuntimeError:
         user = Path(address).parts[0]
-        raise RecipeError(f"{key} is '{address}', and {user} is no user's home on this machine; write the path") from None
+        raise RecipeError(
+            f"{key} is '{address}', and {user} is no user's home on this machine; write the path"
+        ) from None
 
 
 def _before_patterns(parts: Sequence[str]) -> list[str]:

@@ -100,9 +100,7 @@ def _corpus(folder: Path) -> Corpus:
     train, held_out = (
         _documents(folder / side, summary[name]) for side, name in zip(_SIDES, ("train", "held_out"), strict=True)
     )
-    return Corpus(
-        train, held_out, summary["skipped"], summary["digest"], summary["characters"], summary["shared"]
-    )
+    return Corpus(train, held_out, summary["skipped"], summary["digest"], summary["characters"], summary["shared"])
 
 
 class _Table:

@@ -36,8 +36,8 @@ MARKED = (
 )
 # The last turn alone has its (empty) reasoning, as in Qwen3.
 REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>"
+    "\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The prompt opens a block of reasoning that the chat does not have, as in DeepSeek-R1.
 OPENING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -105,7 +105,9 @@ def test_what_the_assistant_says_is_learnt_and_nothing_else(tokenizer, case):
 
 def test_a_template_that_does_not_show_the_assistants_tokens_is_refused(tokenizer):
     tokenizer.chat_template = MOVING
-    with pytest.raises(RecipeError, match=r"a:1: .* renders message 3 in another way .* marks them with \{% generation %\}"):
+    with pytest.raises(
+        RecipeError, match=r"a:1: .* renders message 3 in another way .* marks them with \{% generation %\}"
+    ):
         encode_chat("a:1", to_text(CHAT, "a"), tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     with pytest.raises(RecipeError, match="a:1: the tokenizer's chat template refuses the chat: no system messages"):
@@ -150,11 +152,20 @@ def test_chats_without_an_answer_are_skipped_and_counted(tmp_path):
 
 
 BROKEN: dict[str, tuple[object, str]] = {
-    "a text": ("hello", r"a.jsonl, line 1: field 'messages' \(data.messages_field\) holds str; expected a list of mess"),
+    "a text": (
+        "hello",
+        r"a.jsonl, line 1: field 'messages' \(data.messages_field\) holds str; expected a list of mess",
+    ),
     "a list of texts": (["hello"], "a.jsonl, line 1: field 'messages', message 1: it is str; expected an object"),
     "no role": ([{"content": "x"}], "message 1: role is None and content str; expected two strings"),
-    "pictures": ([CHAT[1], {"role": "user", "content": [{"type": "image"}]}], "message 2: role is 'user' and content list"),
-    "another sender": ([{"from": "narrator", "value": "x"}], "message 1: it is from 'narrator'; expected one of human, "),
+    "pictures": (
+        [CHAT[1], {"role": "user", "content": [{"type": "image"}]}],
+        "message 2: role is 'user' and content list",
+    ),
+    "another sender": (
+        [{"from": "narrator", "value": "x"}],
+        "message 1: it is from 'narrator'; expected one of human, ",
+    ),
     "another weight": ([{**CHAT[2], "weight": 0}], "message 1: weight is 0, and every turn of an assistant is learnt"),
 }
 

@@ -178,4 +178,7 @@ def test_a_run_says_how_many_documents_it_leaves_out(small, tmp_path):
     printed = io.StringIO()
     data = [f"data.corpus={tmp_path}/a.jsonl", f"data.validation_corpus={tmp_path}/b.jsonl", "data.vocab_size=280"]
     read_inputs(small(data), Console(file=printed, width=200))
-    assert "corpus      800 documents to train on, 30 held out, 30 skipped (30 of them because validation" in printed.getvalue()
+    assert (
+        "corpus      800 documents to train on, 30 held out, 30 skipped (30 of them because validation"
+        in printed.getvalue()
+    )

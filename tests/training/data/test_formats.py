@@ -99,8 +99,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "lines of an old Mac": ("a.csv", b"text,n\rx,1\ry,2\r", "a.csv.*not CSV that can be read"),
     "no table": ("a.parquet.gz", gzip.compress(b"x"), "a.parquet.gz: can't be read as parquet"),
     "no gzip": ("a.jsonl.gz", b'{"text": "x"}', r"a.jsonl.gz can't be read"),
+    "nothing, as of a failed download": ("a.jsonl.gz", b"", r"a.jsonl.gz can't be read: it is empty"),
     "half of a gzip": ("a.jsonl.gz", gzip.compress(LINES.encode())[:500], r"a.jsonl.gz can't be read"),
-    "half of a zst": ("a.jsonl.zst", COMPRESSED[".zst"](LINES.encode())[:500], r"a.jsonl.zst can't be read"),
+    "half of a zst": ("a.jsonl.zst", COMPRESSED[".zst"](LINES.encode())[:-9], r"a.jsonl.zst can't be read"),
 }
 
 

@@ -60,7 +60,10 @@ def workplace(tmp_path: Path) -> Path:
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "a pipe": (["data.corpus=pipe.jsonl"], ["data.corpus is 'pipe.jsonl', a named pipe", "write its content to a file"]),
+    "a pipe": (
+        ["data.corpus=pipe.jsonl"],
+        ["data.corpus is 'pipe.jsonl', a named pipe", "write its content to a file"],
+    ),
     "a device": (["data.corpus=/dev/zero"], ["data.corpus is '/dev/zero', a named pipe, a socket or a device"]),
     "a pipe in a folder": (["data.corpus=pipes"], ["data.corpus has pipes/deep.py, which is a named pipe"]),
     "a pipe in a pattern": (["data.corpus=./pipes/*.jsonl"], ["pipes/b.jsonl, which is a named pipe"]),
@@ -80,7 +83,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a path that is too long": ([f"data.corpus={'x' * 5000}"], ["data.corpus", "File name too long"]),
     "a pattern that is none": (["data.corpus=./lines/**x/*.jsonl"], ["data.corpus is './lines/**x/*.jsonl'"]),
     "chats in lines": (["data.corpus=lines/t.txt", "data.messages_field=m"], ["the lines of", "have no fields"]),
-    "chats in files": (["data.corpus=lines", "data.messages_field=m"], ["data.messages_field is 'm'", "have no fields"]),
+    "chats in files": (
+        ["data.corpus=lines", "data.messages_field=m"],
+        ["data.messages_field is 'm'", "have no fields"],
+    ),
     "chats and prompts": (
         ["data.messages_field=m", "data.prompt_field=p", "data.completion_field=c"],
         ["messages_field and prompt_field are given"],
@@ -229,16 +235,16 @@ def healthy(name: str, folder: Path) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name):
-    content, draw, refused = healthy(name, tmp_path), random.Random(name), 0
+    content, draw = healthy(name, tmp_path), random.Random(name)
+    answers = []
     for _ in range(60):
         (tmp_path / name).write_bytes(damaged(content, draw))
         try:
             read(tmp_path / name)
         except RecipeError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            assert name in str(error)
-    assert refused > 5
+            answers.append(str(error))
+    assert len(answers) > 5
+    assert all(name in answer and "\n" not in answer for answer in answers)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt.gz", "a.csv"])
