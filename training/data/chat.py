@@ -110,7 +110,7 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
     if template is None:
         raise RecipeError(f"{path}: a chat, and the tokenizer has no chat template; give a data.tokenizer that has one")
 
-    def apply(part: Sequence[Any], **options: Any) -> Any:
+    def apply(part: Any, **options: Any) -> Any:
         try:
             return tokenizer.apply_chat_template(part, chat_template=template, **options)
         except Exception as error:  # a template is a program

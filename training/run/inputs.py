@@ -165,7 +165,7 @@ def _check_chats(data: DataConfig, tokenizer: PreTrainedTokenizerFast | None) ->
 
 
 def _check_labels(side: str, documents: DocumentTokens) -> None:
-    if not documents.counts.any():
+    if documents.counts is not None and not documents.counts.any():
         raise RecipeError(
             f"no token of the documents {side} is learnt: none is longer than its prompt, or the tokenizer's chat "
             "template marks none with {% generation %}"
