@@ -119,7 +119,9 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
 
     messages = json.loads(text)
     if _MARKED.search(template):
-        marked = apply(messages, return_dict=True, return_assistant_tokens_mask=True)
+        # It warns of chats that are longer than the model's context; rows are cut.
+        quiet = {"verbose": False}
+        marked = apply(messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=quiet)
         return marked["input_ids"], [bool(learnt) for learnt in marked["assistant_masks"]]
 
     rendered, spans = _turns(

@@ -99,7 +99,9 @@ def _read_file(root: Path, path: str, fingerprint: bytes) -> Document:
     try:
         content = read_bytes(root / path)
     except OSError as error:
-        raise RecipeError(f"{shown(root / path)} can't be read any more: {error.strerror}; start again") from None
+        raise RecipeError(
+            f"{shown(root / path)} can't be read any more: {error.strerror or error}; start again"
+        ) from None
     text = _decode(content)
     # The tokens in the cache were made from the text of the first reading.
     if text is None or hashlib.sha256(content).digest() != fingerprint:
