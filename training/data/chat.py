@@ -117,7 +117,10 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RecipeError(f"{path}: the tokenizer's chat template refuses the chat: {reason}") from None
 
-    messages = json.loads(text)
+    try:
+        messages = json.loads(text)
+    except RecursionError:
+        raise RecipeError(f"{path}: the chat is nested too deeply to be read") from None
     if _MARKED.search(template):
         # It warns of chats that are longer than the model's context; rows are cut.
         quiet = {"verbose": False}
@@ -128,7 +131,8 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
         path, messages, lambda part, prompt: apply(part, tokenize=False, add_generation_prompt=prompt)
     )
     encoding = tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False)
-    learnt = [any(begin < end and start < stop for begin, stop in spans) for start, end in encoding.offsets]
+    # A token that lies partly in a turn is learnt.
+    learnt = [any(end > first and begin < last for first, last in spans) for begin, end in encoding.offsets]
     return encoding.ids, learnt
 
 

@@ -208,8 +208,8 @@ class FileRows(RowReader):
     def describe(self) -> str:
         """Return the file, or how many there are."""
         if len(self.files) == 1:
-            return f"rows of {self.files[0]}"
-        return f"rows of {len(self.files)} files in {self.source.root}"
+            return f"rows of {shown(self.files[0])}"
+        return f"rows of {len(self.files)} files in {shown(self.source.root)}"
 
 
 def _listed(row: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ class TextFiles:
 
     def describe(self) -> str:
         """Return how many files were found, and where."""
-        return f"{len(self.files)} files in {self.source.root}"
+        return f"{len(self.files)} files in {shown(self.source.root)}"
 
     def check_split(self, fraction: float) -> None:
         """Check from the paths alone that both sides of the split have a file."""
