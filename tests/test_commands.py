@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -42,12 +43,21 @@ def parquet(rows: list[dict[str, str]]) -> bytes:
 
 # What commands read that stand in the folder where they are run, by name.
 ROWS = [{"text": f"text {i}", "body": "a body", "question": "which? ", "answer": f"the {i}-th"} for i in range(200)]
+CHAT = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "the first"}]
+SHAREGPT = [{"from": "human", "value": "which?"}, {"from": "gpt", "value": "the first"}]
+ALPACA = [{"instruction": f"Add {i}.", "input": "1", "output": str(i + 1)} for i in range(200)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 FILES = {
     "my_scorer.py": (ROOT / "docs" / "weights.md").read_bytes().partition(b"```python\n")[2].partition(b"```")[0],
     "my.yaml": (ROOT / "training" / "recipes" / "tiny.yaml").read_bytes(),
     "my/rows.jsonl": LINES,
     "my/pairs.jsonl": LINES,
+    "my/deep/rows.jsonl.gz": gzip.compress(LINES),
+    "my/table.csv": "".join(["text,body\n", *(f"{i},a body\n" for i in range(200))]).encode(),
+    "my/alpaca.json": json.dumps(ALPACA).encode(),
+    "my/chats.jsonl": json.dumps({"messages": CHAT}).encode(),
+    "my/sharegpt.json": json.dumps([{"conversations": SHAREGPT}]).encode(),
+    "my/chat_tokenizer/tokenizer.json": b"{}",
     **{f"my/{name}.parquet": parquet(ROWS) for name in ("a", "held_out")},
     **{f"my/texts/{i}.txt": row["text"].encode() for i, row in enumerate(ROWS)},
 }

@@ -68,6 +68,9 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Those of another use, such as embeddings of 512 tokens, would cut documents.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -239,6 +239,8 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} differs from what was written")
     wanted = json.loads(json.dumps(dict(decided)))
     if other := sorted(name for name in wanted.keys() | theirs.keys() if wanted.get(name) != theirs.get(name)):
+        if other == ["inputs"] and (change := _changed(theirs.get("inputs"), wanted.get("inputs"))):
+            raise CheckpointError(f"checkpoint {folder} was trained on another {change}")
         differences = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
         raise CheckpointError(f"checkpoint {folder} belongs to another run: {differences}")
     try:
@@ -253,6 +255,18 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
     if more := present.keys() - files.keys():
         raise CheckpointError(f"checkpoint {folder} is damaged: {sorted(more)[0]} does not belong to it")
     return Checkpoint(folder, step, notes)
+
+
+def _changed(theirs: Any, ours: Any) -> str | None:
+    """Say in words how the inputs of two runs differ; None where a hash would say no more."""
+    if not isinstance(theirs, list) or not isinstance(ours, list):
+        return None
+    names = (
+        "corpus: the documents of data.corpus or data.validation_corpus, or how they are read, have changed; resume "
+        "with the documents that the run began with",
+        "tokenizer; resume with the one that the run began with (data.tokenizer)",
+    )
+    return next((name for name, one, other in zip(names, theirs, ours, strict=False) if one != other), None)
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
