@@ -133,7 +133,7 @@ class PackedRows:
         index = torch.where(is_token, index, 0)
         document = torch.where(is_token, document_ids, 0)
         place = index if documents.offsets is None else index + documents.offsets[document]
-        tokens = documents.tokens[place].to(torch.int64)
+        tokens = documents.gather(place)
         has_label = is_token
         if documents.prompts is not None:
             has_label = is_token & (index - documents.starts[document] >= documents.prompts[document])

@@ -13,9 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.storage.cache import cache_folder, cached
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -41,15 +40,9 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     Raises:
         RecipeError: the texts are too short for that many entries.
     """
-    folder = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
-    if not folder.exists():
-        tokenizer = train_tokenizer(texts, vocab_size)
-        try:
-            with whole_folder(folder) as aside:
-                tokenizer.save_pretrained(aside)
-        except FileExistsError:
-            pass  # another process stored the same tokenizer meanwhile
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    entry = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
+    folder = cached(entry, lambda aside: train_tokenizer(texts, vocab_size).save_pretrained(aside))
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -64,11 +57,8 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
     Raises:
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a damaged file may raise anything
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
+    with readable(key, source, "has no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:

@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.data.chat import chat_template, encode_chat
 from mtp_ce.training.data.corpus import Corpus, Document
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.atomic import CHUNK, LazyFile
+from mtp_ce.training.storage.cache import cache_folder, cached, discard
 
 # Part of the cache key: raise it when `_encode` or the layout changes.
 _FORMAT = "2"
@@ -51,6 +52,7 @@ class DocumentTokens(Sequence[Tensor]):
         prompts: [n] int64, number of tokens at the beginning without a label; None: none.
         learnt: [N] uint8, like `tokens`, whether a token has a label; None: all that are in no prompt.
         counts: how often each token is a label, [V] or shorter.
+        file: verifies what is read of `tokens`; None where they are in memory.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class DocumentTokens(Sequence[Tensor]):
         prompts: Tensor | None = None,
         learnt: Tensor | None = None,
         counts: Tensor | None = None,
+        file: LazyFile | None = None,
     ) -> None:
         self.tokens = tokens
+        self.file = file
         self.starts = starts
         self.offsets = offsets
         self.prompts = prompts
@@ -97,7 +101,16 @@ class DocumentTokens(Sequence[Tensor]):
         document = range(len(self))[index]
         start, end = self.starts[document : document + 2].tolist()
         offset = 0 if self.offsets is None else int(self.offsets[document])
+        if self.file:
+            first, last = ((i + offset) * self.tokens.itemsize // CHUNK for i in (start, max(start, end - 1)))
+            self.file.check(range(first, last + 1))
         return self.tokens[start + offset : end + offset].to(torch.int64)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the tokens at indices of `tokens`, in their shape, int64."""
+        if self.file and self.file.pending:
+            self.file.check((index * self.tokens.itemsize // CHUNK).unique().tolist())
+        return self.tokens[index].to(torch.int64)
 
     @property
     def token_count(self) -> int:
@@ -112,7 +125,7 @@ class DocumentTokens(Sequence[Tensor]):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         offsets = begins - starts[:-1] + (0 if self.offsets is None else self.offsets[chosen])
         prompts = None if self.prompts is None else self.prompts[chosen]
-        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, learnt=self.learnt)
+        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, learnt=self.learnt, file=self.file)
 
     def longer_than(self, tokens: int) -> int:
         """Count the documents of more than `tokens` tokens."""
@@ -143,16 +156,14 @@ def tokenise(
     """
     vocabulary = vocabulary_of(corpus, tokenizer)
     key = hashlib.sha256(f"{_FORMAT}\0{corpus.digest}\0{vocabulary}".encode()).hexdigest()[:32]
-    folder = cache_folder() / "tokens" / key
-    if not folder.exists():
-        try:
-            with whole_folder(folder) as aside:
-                for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
-                    (aside / side).mkdir()
-                    _encode(documents, tokenizer, aside / side, progress)
-        except FileExistsError:
-            pass  # another process stored the same tokens meanwhile
-    return TokenisedCorpus(train=_mapped(folder / "train"), held_out=_mapped(folder / "held_out"))
+
+    def make(aside: Path) -> None:
+        for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+            (aside / side).mkdir()
+            _encode(documents, tokenizer, aside / side, progress)
+
+    folder = cached(cache_folder() / "tokens" / key, make, lazy=True)
+    return TokenisedCorpus(train=_mapped(folder, "train"), held_out=_mapped(folder, "held_out"))
 
 
 def vocabulary_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -252,18 +263,26 @@ def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _mapped(folder: Path) -> DocumentTokens:
-    summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+def _mapped(folder: Path, side: str) -> DocumentTokens:
+    summary = json.loads((folder / side / _SUMMARY).read_text(encoding="utf-8"))
 
     def array(name: str, size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_file(str(folder / name), shared=False, size=size, dtype=dtype)
+        return torch.from_file(str(folder / side / name), shared=False, size=size, dtype=dtype)
 
+    def refuse(reason: str) -> None:
+        discard(folder)
+        raise RecipeError(f"cache entry {folder} is damaged ({reason}); start again, and it is made again")
+
+    # The other arrays are small beside the tokens, or are read as a whole anyway.
+    for name in ("starts", "prompts", "learnt", "counts"):
+        LazyFile(folder, f"{side}/{name}", refuse).check(None)
     return DocumentTokens(
         array("tokens", summary["tokens"], torch.int32),
         array("starts", summary["documents"] + 1),
         prompts=array("prompts", summary["documents"]) if summary["prompted"] else None,
         learnt=array("learnt", summary["tokens"], torch.uint8) if summary.get("chat") else None,
         counts=array("counts", summary["counts"]),
+        file=LazyFile(folder, f"{side}/tokens", refuse),
     )
 
 

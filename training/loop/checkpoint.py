@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from torch.optim import Optimizer
 
 from mtp_ce.training.errors import LeaderFailedError, RecipeError
 from mtp_ce.training.loop.ranks import Ranks, without_ties
+from mtp_ce.training.storage.atomic import Aside, remove_folder
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -97,20 +96,27 @@ class Checkpoints:
             Whether it was written.
         """
         final = self.folder / f"{_PREFIX}{step:08d}"
-        aside = self.folder / f".{final.name}"
+        asides: list[Aside] = []  # on rank 0
+
+        def begin() -> Path:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            asides.append(Aside.folder(final))
+            return asides[0].path
+
         try:
-            self.ranks.lead(lambda: _empty(aside))
-            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
-            self.ranks.lead(lambda: self._finish(step, aside, final, notes()))
+            path = self.ranks.share(self.ranks.lead(begin))
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+            dcp.save(state_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
+            self.ranks.lead(lambda: self._finish(step, asides[0], notes()))
         except (OSError, CheckpointException, LeaderFailedError) as error:
             cause = _cause(error)
             if not isinstance(cause, OSError | LeaderFailedError):
                 raise cause from None
             self.warn(f"the checkpoint of step {step} could not be written ({_reason(cause)})")
-            if self.ranks.leads:
-                shutil.rmtree(aside, ignore_errors=True)
             return False
+        finally:
+            for aside in asides:
+                aside.discard()
         if self.ranks.leads:
             self.written(final)
         return True
@@ -124,6 +130,24 @@ class Checkpoints:
             RecipeError: checkpoints exist, and all are refused.
         """
         return self.ranks.share(self.ranks.lead(self._newest))
+
+    def before(self, checkpoint: Checkpoint, problem: str) -> Checkpoint | None:
+        """Return the newest valid checkpoint older than one that is valid and of no use; None if there is none.
+
+        Args:
+            checkpoint: the one that can't be used; it is named in a warning if there is an older one.
+            problem: why, in one line.
+        """
+
+        def older() -> Checkpoint | None:
+            found, refusals = self._find([folder for folder in self._folders() if folder.name < checkpoint.folder.name])
+            for refusal in (
+                [f"checkpoint {checkpoint.folder} can't be continued: {problem}", *refusals] if found else []
+            ):
+                self.warn(f"{refusal}; using an older one")
+            return found
+
+        return self.ranks.share(self.ranks.lead(older))
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
         """Load a checkpoint's tensors into a model and its optimizer.
@@ -153,38 +177,43 @@ class Checkpoints:
         dcp.load(tensors, storage_reader=reader, no_dist=not self.ranks.sharded)
 
     def _newest(self) -> Checkpoint | None:
+        found, refusals = self._find(self._folders())
+        if refusals and not found:
+            raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
+        for refusal in refusals:
+            self.warn(f"{refusal}; using an older one")
+        return found
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of all checkpoints, the newest first."""
+        return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+
+    def _find(self, folders: list[Path]) -> tuple[Checkpoint | None, list[str]]:
+        """Return the first valid checkpoint, and why each folder before it is refused."""
         refusals: list[str] = []
-        for folder in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True):
+        for folder in folders:
             try:
-                checkpoint = read_checkpoint(folder, self.decided)
+                return read_checkpoint(folder, self.decided), refusals
             except CheckpointError as error:
                 refusals.append(str(error))
-                continue
-            for refusal in refusals:
-                self.warn(f"{refusal}; using an older one")
-            return checkpoint
-        if refusals:
-            raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
-        return None
+        return None, refusals
 
-    def _finish(self, step: int, aside: Path, final: Path, notes: dict[str, Any]) -> None:
+    def _finish(self, step: int, aside: Aside, notes: dict[str, Any]) -> None:
         state = {
             "format": _FORMAT,
             "step": step,
             "ranks": self.ranks.size,
             "decided": dict(self.decided),
             "notes": notes,
-            "files": _digests(aside),
+            "files": _digests(aside.path),
         }
-        (aside / STATE_FILE).write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
-        for path in aside.iterdir():
-            _to_disk(path)
+        text = json.dumps(state | {"sha256": _digest(state)}, indent=1)
+        (aside.path / STATE_FILE).write_text(text, encoding="utf-8")
         # A run resumed from an earlier checkpoint writes this one again.
-        _remove(final)
-        aside.rename(final)
-        _to_disk(self.folder)
-        for old in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)[self.keep :]:
-            _remove(old)
+        aside.commit(replace=True)
+        # One of a later step was refused when this run resumed: it takes no place from those that can be used.
+        for old in [folder for folder in self._folders() if folder.name <= aside.final.name][self.keep :]:
+            remove_folder(old)
 
 
 def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
@@ -240,7 +269,8 @@ def _changed(theirs: Any, ours: Any) -> str | None:
     return next((name for name, one, other in zip(names, theirs, ours, strict=False) if one != other), None)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what a checkpoint holds: parameters and buffers of a model, and the moments of its optimizer, by name."""
     tensors = {f"model.{name}": tensor for name, tensor in _saved(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -266,26 +296,6 @@ def _digests(folder: Path) -> dict[str, dict[str, Any]]:
 
     with ThreadPoolExecutor() as threads:
         return {path.name: described for path, described in zip(paths, threads.map(digest, paths), strict=True)}
-
-
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; it is renamed first, so a partial removal never keeps the final name."""
-    if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -16,9 +16,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.storage.cache import cache_folder, cached
 
 
 def converted_folder(file: Path) -> Path:
@@ -39,19 +38,20 @@ def convert_gguf(key: str, file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise RecipeError(f"{key} is a GGUF file, and reading it needs the package gguf: pip install gguf")
-    folder = converted_folder(file)
-    if folder.exists():
-        return folder
+    return cached(converted_folder(file), lambda aside: _convert(key, file, aside))
+
+
+def _convert(key: str, file: Path, folder: Path) -> None:
     # Some releases of transformers keep weights quantised if a kernel for them is installed; older ones never do.
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        quantised = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise RecipeError(f"{key} '{file}' can't be read: {' '.join(str(error).split())[:200]}") from None
+    with readable(key, str(file)):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, trust_remote_code=False, **options, **dense
+        )
     # transformers refuses to save a model that was read from a quantised file; a new model of the same weights saves.
     config = copy.deepcopy(quantised.config)
     if hasattr(config, "quantization_config"):
@@ -61,10 +61,5 @@ def convert_gguf(key: str, file: Path) -> Path:
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    try:
-        with whole_folder(folder) as aside:
-            tokenizer.save_pretrained(aside)
-            model.save_pretrained(aside)
-    except FileExistsError:
-        pass  # another process converted the same file meanwhile
-    return folder
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

@@ -52,6 +52,7 @@ class Inputs:
         vocab_size: V of the model in training.
         ranks: the ranks of the run.
         packing: how documents become rows.
+        resumed: whether the run was begun by an earlier process.
     """
 
     console: Console
@@ -65,6 +66,7 @@ class Inputs:
     vocab_size: int
     ranks: Ranks
     packing: Literal["packed", "padded"] = "packed"
+    resumed: bool = False
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
         """Pack or pad documents into rows."""

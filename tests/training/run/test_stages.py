@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +16,19 @@ from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, StateRefusedError
 from mtp_ce.training.run import pipeline, stages
 from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
 from mtp_ce.training.run.stage_cache import cached_stage, stage_key, store_stage
 from mtp_ce.training.run.stages import documents_of, reference_recipe
+from mtp_ce.training.storage import atomic
 
 
-def run(recipe: Recipe, folder: Path) -> str:
-    """Train, and give what was printed."""
+def run(recipe: Recipe, folder: Path, **options: Any) -> str:
+    """Train, and return what was printed."""
     with (folder.parent / f"{folder.name}.txt").open("w+") as printed:
-        pipeline.train(recipe, folder, Console(file=printed, width=200))
+        pipeline.train(recipe, folder, Console(file=printed, width=200), **options)
         printed.seek(0)
         return printed.read()
 
@@ -61,7 +64,8 @@ def test_mlflow_has_one_run_with_a_child_for_each_stage(weighted_run):
     runs = client.search_runs([client.get_experiment_by_name("weighted").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not parent}
-    assert set(children) == {"reference", "main"}
+    assert set(children) == {f"{weighted_run.folder.name}/{stage}" for stage in ("reference", "main")}
+    children = {name.rpartition("/")[2]: run for name, run in children.items()}
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
     assert children["reference"].data.params["model.mtp.horizon"] == "1"
@@ -142,6 +146,56 @@ def test_a_stage_that_did_not_finish_is_not_kept(rho1, empty_cache, tmp_path):
         run(recipe, tmp_path / "broken")
     assert not (tmp_path / "cache" / "mtp_ce" / "stages").exists()
     assert (tmp_path / "broken" / "reference" / "metrics.jsonl").exists(), "what was measured stays"
+
+
+def test_a_finished_stage_is_kept_where_its_process_died_before_it_was_stored(rho1, empty_cache, tmp_path, monkeypatch):
+    """The resumed run stores it; what an earlier save left beside its model is not copied along."""
+    recipe = rho1(["train.steps=2", "optimizer.warmup_steps=0", "validation.decoding.prompts=0"])
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "store_stage", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "run")
+    metrics = (tmp_path / "run" / "reference" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "reference" / ".hidden").write_text("x")
+    printed = run(recipe, tmp_path / "run", resume=True)
+    assert "reference   reused, unchanged since" in printed
+    assert (tmp_path / "run" / "reference" / "metrics.jsonl").read_bytes() == metrics
+    (stored,) = (tmp_path / "cache" / "mtp_ce" / "stages" / "reference").glob("*[!k]")
+    assert stored.is_dir()
+    assert not {".hidden", "checkpoints"} & {path.name for path in stored.iterdir()}
+
+
+def test_a_full_cache_costs_no_stage(rho1, empty_cache, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "store_stage", full)
+    recipe = rho1(["train.steps=2", "optimizer.warmup_steps=0", "validation.decoding.prompts=0"])
+    printed = run(recipe, tmp_path / "run")
+    folder = tmp_path / "run" / "reference"
+    assert (
+        f"the reference could not be stored in the cache (No space left on device); this run uses {folder}" in printed
+    )
+    assert finished(tmp_path / "run")
+
+
+def test_a_damaged_stage_runs_again(weighted_run, rho1, caplog):
+    """Of the copy in the cache no damaged tensor is ever loaded."""
+    record = json.loads((weighted_run.folder / "reference" / "stage.json").read_text())
+    weights = Path(record["folder"], "model", "model.safetensors")
+    content = weights.read_bytes()
+    atomic._verified.clear()
+    try:
+        weights.write_bytes(bytes(len(content)))
+        assert cached_stage("reference", record["key"]) is None
+        assert "model/model.safetensors differs from what was written); the stage runs again" in caplog.text
+    finally:
+        weights.write_bytes(content)
+    assert cached_stage("reference", record["key"]) == Path(record["folder"])
 
 
 def test_a_kept_folder_is_a_copy_and_the_first_one_wins(tmp_path, empty_cache):
@@ -225,6 +279,25 @@ def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     again = run(before, tmp_path / "again")
     assert "weights     reused, unchanged since" in again
+
+
+def test_weights_made_before_training_are_refused_where_the_scorer_fails(
+    weighted_run, rho1, tmp_path, empty_cache, monkeypatch
+):
+    """They would all be the neutral 1, in the cache too."""
+    explain = Rho1ExcessScorer.explain
+
+    def failing(*arguments, **options):
+        return {name: part * torch.nan for name, part in explain(*arguments, **options).items()}
+
+    scorer = f"scorer={{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
+    reference = f"reference={{source: {weighted_run.folder / 'reference'}}}"
+    recipe = rho1([scorer, reference, "precompute_weights=true"])
+    monkeypatch.setattr(Rho1ExcessScorer, "explain", failing)
+    with pytest.raises(StateRefusedError, match=r"weights/neutral_ratio is 0\.9\d+ after step 0, expected 0 to 0\.01"):
+        run(recipe, tmp_path / "failing")
+    assert not (tmp_path / "cache" / "mtp_ce" / "stages").exists()
+    assert finished(tmp_path / "failing") is None
 
 
 def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, tmp_path):
