@@ -104,7 +104,8 @@ class Server:
     def _says(self, expected: str | None = None) -> str:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        assert line and expected in (None, line), f"the server of the fault tests has ended: {line!r}"
+        assert line, "the server of the fault tests has ended"
+        assert expected in (None, line)
         return line
 
     def ask(

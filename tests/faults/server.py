@@ -2,10 +2,9 @@
 
     python server.py [bare]     bare: a process that has imported nothing, for programs that need no trainer
 
-Reads one JSON object a line from stdin and writes one line with the exit code back; null means that the command did not
-end in time. What a command prints is in printed.txt and complained.txt of its working directory, and the calls of the
-kinds in shim.c that it made in the watched folder are in calls.txt: what happened, kind, path and the path it is renamed
-to, separated by tabs.
+Reads one JSON object a line from stdin, and writes one line with the exit code; null means that the command did not end
+in time. What a command prints is in printed.txt and complained.txt of its working directory. The calls of the kinds in
+shim.c that it made in the watched folder are in calls.txt: what happened, kind, path and new name, separated by tabs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The n-th file-system call of a short run fails, or the process dies there: afterwards nothing is lost, and nothing silent.
+"""The n-th file-system call of a short run fails, or the process dies there; nothing is lost, and nothing is silent.
 
 Held of every fault: the disturbed run does not hang, prints no traceback, and either trains the same model or ends with
 one line. The same command again, on a disk that works, ends with the parameters of a run that nobody disturbed, bit for
@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
-"""One bit of a kept file is flipped, or the file is cut or zeroed: whoever uses it next says so, or nothing has changed.
+"""A bit of a kept file is flipped, or the file is cut or zeroed: its next use says so, or its result is the same.
 
 Every file that a run leaves is damaged, in every folder: caches of rows, tokens, tokenizers and stages, checkpoints,
-models, and the records beside them. Then it is used as a user would. Silent is a use that ends well with another result.
+models, and the records beside them. Then it is used as a user would. A use that ends well with another result is silent.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Use:
 
     def found(self, short: Any, where: Path, answer: Any) -> dict[str, Any]:
         """Return everything that the command has computed or read, from its files and its screen."""
-        shown = re.findall(
+        lines = r"^(?:inputs|run|tokens|rows|corpus|reference .*reused|weights .*reused).*"
+        shown = re.findall(lines, answer.printed, re.M)
             r"^(?:inputs|run|tokens|rows|corpus|reference .*reused|weights .*reused).*", answer.printed, re.M
         )
         if not self.output:
             return {"shown": shown}
         output = where / "disk" / self.output
-        lines = (output / "metrics.jsonl").read_text().splitlines()
         records = [
             {key: value for key, value in json.loads(line).items() if key != "time" and "perf" not in key}
-            for line in lines
+            for line in (output / "metrics.jsonl").read_text().splitlines()
         ]
         return {**short.result_of(output), "metrics": records, "shown": shown}
 
