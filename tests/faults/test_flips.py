@@ -1,7 +1,7 @@
 """A bit of a kept file is flipped, or the file is cut or zeroed: its next use says so, or its result is the same.
 
 Every file that a run leaves is damaged, in every folder: caches of rows, tokens, tokenizers and stages, checkpoints,
-models, and the records beside them. Then it is used as a user would. A use that ends well with another result is silent.
+models, and the records beside them. Then a command uses it. One that ends well with another result is silent.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ class Use:
         """Return everything that the command has computed or read, from its files and its screen."""
         lines = r"^(?:inputs|run|tokens|rows|corpus|reference .*reused|weights .*reused).*"
         shown = re.findall(lines, answer.printed, re.M)
-            r"^(?:inputs|run|tokens|rows|corpus|reference .*reused|weights .*reused).*", answer.printed, re.M
-        )
         if not self.output:
             return {"shown": shown}
         output = where / "disk" / self.output
