@@ -9,6 +9,7 @@ shim.c that it made in the watched folder are in calls.txt: what happened, kind,
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import hashlib
@@ -17,7 +18,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 from contextlib import suppress
 from typing import Any
 
@@ -107,6 +110,26 @@ def run(order: dict[str, Any]) -> int:
     return program(*order["arguments"])
 
 
+def end(work: Any, *arguments: Any) -> None:
+    """End this process, a copy, with the code of its work, as the interpreter would.
+
+    The interpreter itself would look for leaks in modules that the server has imported, and print what it finds.
+    """
+    code = 1
+    try:
+        code = work(*arguments)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def wait(child: int, seconds: float) -> int | None:
     """Return the exit code of a child, or None after killing it because it does not end."""
     deadline = time.monotonic() + seconds
@@ -122,8 +145,8 @@ def wait(child: int, seconds: float) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-def main(bare: bool) -> int:
-    """Take orders until stdin is closed."""
+def main(bare: bool) -> None:
+    """Take orders until stdin is closed, and end as copies do."""
     if not bare:
         for module in PRELOADED:
             importlib.import_module(module)
@@ -140,10 +163,10 @@ def main(bare: bool) -> int:
         order = json.loads(line)
         child = os.fork()
         if not child:
-            return run(order)
+            end(run, order)
         print(json.dumps(wait(child, order["seconds"])), file=answers, flush=True)
-    return 0
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] == ["bare"]))
+    main(sys.argv[1:] == ["bare"])
