@@ -130,7 +130,7 @@ def _write_whole(source: Path, part: str, folder: Path) -> None:
     copied = LAYOUTS[part].copied
     wrapper = None if copied else _load(source)
     try:
-        with whole_folder(folder) as aside:
+        with whole_folder(folder, manifest=False) as aside:
             if wrapper is None:
                 for name in copied:
                     shutil.copyfile(source / name, aside / name)

@@ -185,7 +185,8 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
     from mtp_ce.training.run.folder import RECIPE_FILE, RUN_FILE, fetch_run, is_run, restarted_run
 
     if wanted is None:
-        return output if output and restarted_run(output.parent) == output else restarted_run(Path("runs"))
+        begun = restarted_run(output.parent if output else Path("runs"))
+        return begun if output in (None, begun) else None
     if wanted == "auto":
         if output is None:
             raise RecipeError("--resume auto needs --output DIR: the run to resume or to start")

@@ -7,6 +7,7 @@ process's own memory, and reading all of a corpus would look like holding it.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ import pyarrow as pa
 
 from mtp_ce.training.data.corpus import Corpus, Document, Lazy, below
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.storage.atomic import CHUNK, LazyFile
+from mtp_ce.training.storage.cache import cache_folder, cached, discard
 
 # Part of the cache key: raise it when what is stored of a row, or the layout below, changes.
 _FORMAT = "1"
@@ -49,14 +50,7 @@ def stored_rows(
     except OSError as error:
         raise RecipeError(f"{error.filename} can't be read: {error.strerror}") from None
     key = hashlib.sha256(json.dumps([_FORMAT, *identity, fraction, stated]).encode()).hexdigest()[:32]
-    folder = cache_folder() / "rows" / key
-    if not folder.exists():
-        try:
-            with whole_folder(folder) as aside:
-                _write(aside, documents(), fraction)
-        except FileExistsError:
-            pass  # another process stored the same rows meanwhile
-    return _corpus(folder)
+    return _corpus(cached(cache_folder() / "rows" / key, lambda aside: _write(aside, documents(), fraction), lazy=True))
 
 
 def _write(folder: Path, documents: Iterable[Document], fraction: float) -> None:
@@ -121,15 +115,34 @@ class _Table:
             self._rows = []
 
 
+class _VerifiedFile(io.FileIO):
+    """A file that is verified chunk by chunk as it is read."""
+
+    def __init__(self, path: Path, lazy: LazyFile) -> None:
+        super().__init__(path)
+        self._lazy = lazy
+
+    def read(self, size: int | None = -1, /) -> Any:
+        first = self.tell() // CHUNK
+        content = super().read(-1 if size is None else size)
+        self._lazy.check(range(first, -(-self.tell() // CHUNK)))
+        return content
+
+
 def _documents(path: Path, count: int) -> Sequence[Document]:
     """Return the rows of an Arrow file; the latest batch stays in memory, so a pass over all rows reads each once."""
     reader: Any = None
     current, batch = -1, {}
 
+    def refuse(reason: str) -> None:
+        discard(path.parent)
+        raise RecipeError(f"cache entry {path.parent} is damaged ({reason}); start again, and it is made again")
+
     def read(i: int) -> Document:
         nonlocal reader, current, batch
         if reader is None:
-            reader = pa.ipc.open_file(pa.OSFile(str(path)))
+            verified = _VerifiedFile(path, LazyFile(path.parent, path.name, refuse))
+            reader = pa.ipc.open_file(pa.PythonFile(verified, "r"))
         if i // BATCH != current:
             current = i // BATCH
             batch = reader.get_batch(current).to_pydict()

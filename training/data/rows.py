@@ -132,8 +132,7 @@ class PackedRows:
         # Padding reads token 0 of document 0, which is replaced below: it has no entry in the arrays of documents.
         index = torch.where(is_token, index, 0)
         document = torch.where(is_token, document_ids, 0)
-        tokens = documents.tokens[index if documents.offsets is None else index + documents.offsets[document]]
-        tokens = tokens.to(torch.int64)
+        tokens = documents.gather(index if documents.offsets is None else index + documents.offsets[document])
         has_label = is_token
         if documents.prompts is not None:
             has_label = is_token & (index - documents.starts[document] >= documents.prompts[document])

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.storage.cache import cache_folder, cached
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -41,14 +40,8 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     Raises:
         RecipeError: the texts are too short for that many entries.
     """
-    folder = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
-    if not folder.exists():
-        tokenizer = train_tokenizer(texts, vocab_size)
-        try:
-            with whole_folder(folder) as aside:
-                tokenizer.save_pretrained(aside)
-        except FileExistsError:
-            pass  # another process stored the same tokenizer meanwhile
+    entry = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
+    folder = cached(entry, lambda aside: train_tokenizer(texts, vocab_size).save_pretrained(aside))
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

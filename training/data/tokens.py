@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.data.corpus import Corpus, Document
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.atomic import CHUNK, LazyFile
+from mtp_ce.training.storage.cache import cache_folder, cached, discard
 
 # Part of the cache key: raise it when `_encode` or the layout changes.
 _FORMAT = "2"
@@ -46,6 +47,7 @@ class DocumentTokens(Sequence[Tensor]):
         offsets: [n] int64, how much later each document begins in `tokens`; None where `tokens` is the concatenation.
         prompts: [n] int64, number of tokens at the beginning without a label; None: none.
         counts: how often each token is a label, [V] or shorter.
+        file: verifies what is read of `tokens`; None where they are in memory.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class DocumentTokens(Sequence[Tensor]):
         offsets: Tensor | None = None,
         prompts: Tensor | None = None,
         counts: Tensor | None = None,
+        file: LazyFile | None = None,
     ) -> None:
         self.tokens = tokens
+        self.file = file
         self.starts = starts
         self.offsets = offsets
         self.prompts = prompts
@@ -90,7 +94,16 @@ class DocumentTokens(Sequence[Tensor]):
         document = range(len(self))[index]
         start, end = self.starts[document : document + 2].tolist()
         offset = 0 if self.offsets is None else int(self.offsets[document])
+        if self.file:
+            first, last = ((i + offset) * self.tokens.itemsize // CHUNK for i in (start, max(start, end - 1)))
+            self.file.check(range(first, last + 1))
         return self.tokens[start + offset : end + offset].to(torch.int64)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the tokens at indices of `tokens`, in their shape, int64."""
+        if self.file and self.file.pending:
+            self.file.check((index * self.tokens.itemsize // CHUNK).unique().tolist())
+        return self.tokens[index].to(torch.int64)
 
     @property
     def token_count(self) -> int:
@@ -105,7 +118,7 @@ class DocumentTokens(Sequence[Tensor]):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         offsets = begins - starts[:-1] + (0 if self.offsets is None else self.offsets[chosen])
         prompts = None if self.prompts is None else self.prompts[chosen]
-        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts)
+        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, file=self.file)
 
     def longer_than(self, tokens: int) -> int:
         """Count the documents of more than `tokens` tokens."""
@@ -129,16 +142,14 @@ def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> TokenisedCor
     """
     vocabulary = tokenizer.backend_tokenizer.to_str()
     key = hashlib.sha256(f"{_FORMAT}\0{corpus.digest}\0{vocabulary}".encode()).hexdigest()[:32]
-    folder = cache_folder() / "tokens" / key
-    if not folder.exists():
-        try:
-            with whole_folder(folder) as aside:
-                for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
-                    (aside / side).mkdir()
-                    _encode(documents, tokenizer, aside / side)
-        except FileExistsError:
-            pass  # another process stored the same tokens meanwhile
-    return TokenisedCorpus(train=_mapped(folder / "train"), held_out=_mapped(folder / "held_out"))
+
+    def make(aside: Path) -> None:
+        for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+            (aside / side).mkdir()
+            _encode(documents, tokenizer, aside / side)
+
+    folder = cached(cache_folder() / "tokens" / key, make, lazy=True)
+    return TokenisedCorpus(train=_mapped(folder, "train"), held_out=_mapped(folder, "held_out"))
 
 
 def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -191,17 +202,25 @@ def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _mapped(folder: Path) -> DocumentTokens:
-    summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+def _mapped(folder: Path, side: str) -> DocumentTokens:
+    summary = json.loads((folder / side / _SUMMARY).read_text(encoding="utf-8"))
 
     def array(name: str, size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_file(str(folder / name), shared=False, size=size, dtype=dtype)
+        return torch.from_file(str(folder / side / name), shared=False, size=size, dtype=dtype)
 
+    def refuse(reason: str) -> None:
+        discard(folder)
+        raise RecipeError(f"cache entry {folder} is damaged ({reason}); start again, and it is made again")
+
+    # One manifest entry a file: the other arrays are small beside the tokens, or are read as a whole anyway.
+    for name in ("starts", "prompts", "counts"):
+        LazyFile(folder, f"{side}/{name}", refuse).check(None)
     return DocumentTokens(
         array("tokens", summary["tokens"], torch.int32),
         array("starts", summary["documents"] + 1),
         prompts=array("prompts", summary["documents"]) if summary["prompted"] else None,
         counts=array("counts", summary["counts"]),
+        file=LazyFile(folder, f"{side}/tokens", refuse),
     )
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from torch.optim import Optimizer
 
 from mtp_ce.training.errors import LeaderFailedError, RecipeError
 from mtp_ce.training.loop.ranks import Ranks, without_ties
+from mtp_ce.training.storage.atomic import Aside, remove_folder
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -97,20 +96,27 @@ class Checkpoints:
             Whether it was written.
         """
         final = self.folder / f"{_PREFIX}{step:08d}"
-        aside = self.folder / f".{final.name}"
+        asides: list[Aside] = []  # on rank 0
+
+        def begin() -> Path:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            asides.append(Aside.folder(final))
+            return asides[0].path
+
         try:
-            self.ranks.lead(lambda: _empty(aside))
-            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+            path = self.ranks.share(self.ranks.lead(begin))
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
             dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
-            self.ranks.lead(lambda: self._finish(step, aside, final, notes()))
+            self.ranks.lead(lambda: self._finish(step, asides[0], notes()))
         except (OSError, CheckpointException, LeaderFailedError) as error:
             cause = _cause(error)
             if not isinstance(cause, OSError | LeaderFailedError):
                 raise cause from None
             self.warn(f"the checkpoint of step {step} could not be written ({_reason(cause)})")
-            if self.ranks.leads:
-                shutil.rmtree(aside, ignore_errors=True)
             return False
+        finally:
+            for aside in asides:
+                aside.discard()
         if self.ranks.leads:
             self.written(final)
         return True
@@ -167,24 +173,21 @@ class Checkpoints:
             raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
         return None
 
-    def _finish(self, step: int, aside: Path, final: Path, notes: dict[str, Any]) -> None:
+    def _finish(self, step: int, aside: Aside, notes: dict[str, Any]) -> None:
         state = {
             "format": _FORMAT,
             "step": step,
             "ranks": self.ranks.size,
             "decided": dict(self.decided),
             "notes": notes,
-            "files": _digests(aside),
+            "files": _digests(aside.path),
         }
-        (aside / STATE_FILE).write_text(json.dumps(state | {"sha256": _digest(state)}, indent=1), encoding="utf-8")
-        for path in aside.iterdir():
-            _to_disk(path)
+        text = json.dumps(state | {"sha256": _digest(state)}, indent=1)
+        (aside.path / STATE_FILE).write_text(text, encoding="utf-8")
         # A run resumed from an earlier checkpoint writes this one again.
-        _remove(final)
-        aside.rename(final)
-        _to_disk(self.folder)
+        aside.commit(replace=True)
         for old in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)[self.keep :]:
-            _remove(old)
+            remove_folder(old)
 
 
 def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
@@ -252,26 +255,6 @@ def _digests(folder: Path) -> dict[str, dict[str, Any]]:
 
     with ThreadPoolExecutor() as threads:
         return {path.name: described for path, described in zip(paths, threads.map(digest, paths), strict=True)}
-
-
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; it is renamed first, so a partial removal never keeps the final name."""
-    if folder.exists():
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: BaseException) -> BaseException:

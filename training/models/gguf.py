@@ -17,8 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.storage.cache import cache_folder, cached
 
 
 def converted_folder(file: Path) -> Path:
@@ -39,9 +38,10 @@ def convert_gguf(key: str, file: Path) -> Path:
     """
     if find_spec("gguf") is None:
         raise RecipeError(f"{key} is a GGUF file, and reading it needs the package gguf: pip install gguf")
-    folder = converted_folder(file)
-    if folder.exists():
-        return folder
+    return cached(converted_folder(file), lambda aside: _convert(key, file, aside))
+
+
+def _convert(key: str, file: Path, folder: Path) -> None:
     # Some releases of transformers keep weights quantised if a kernel for them is installed; older ones never do.
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
@@ -61,10 +61,5 @@ def convert_gguf(key: str, file: Path) -> Path:
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    try:
-        with whole_folder(folder) as aside:
-            tokenizer.save_pretrained(aside)
-            model.save_pretrained(aside)
-    except FileExistsError:
-        pass  # another process converted the same file meanwhile
-    return folder
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

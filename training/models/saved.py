@@ -30,7 +30,7 @@ class Saves(Protocol):
 
 
 def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write a model and what belongs to it; `folder` appears atomically.
+    """Write a model and what belongs to it; `folder` appears atomically, and replaces one that exists.
 
     Args:
         folder: the folder to create.
@@ -38,10 +38,9 @@ def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None
         state_dict: the model's tensors, if they were gathered from other ranks; None takes the model's own.
 
     Raises:
-        FileExistsError: `folder` exists already.
         OSError: it can't be written, such as to a full disk.
     """
-    with whole_folder(folder) as aside:
+    with whole_folder(folder, replace=True) as aside:
         model, *others = parts
         try:
             model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))

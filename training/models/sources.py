@@ -21,6 +21,7 @@ from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.atomic import MANIFEST, damage
 from mtp_ce.training.storage.s3 import is_s3
 
 PACKAGE = "package:"
@@ -70,6 +71,7 @@ def fetch_source(key: str, source: str) -> Path:
     else:
         path = local_source(key, source) or _from_hub(key, source)
     if path.is_dir():
+        check_manifest(key, source, path)
         return path
     from mtp_ce.training.models.gguf import convert_gguf
 
@@ -192,6 +194,19 @@ def check_tensors(key: str, source: str, folder: Path) -> None:
             raise RecipeError(
                 f"{key} '{source}' has a {file.name} that is damaged or not whole ({error}); fetch or upload it again"
             ) from None
+
+
+def check_manifest(key: str, source: str, folder: Path) -> None:
+    """Check a model that train-mtp saved against the hashes of its files; other folders have none.
+
+    Raises:
+        RecipeError: a file differs from what was written.
+    """
+    if (folder / MANIFEST).exists() and (reason := damage(folder)):
+        raise RecipeError(
+            f"{key} '{source}' is damaged: {reason}; fetch or train it again, or remove {MANIFEST} from it if you "
+            "changed it on purpose"
+        )
 
 
 def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -108,8 +107,6 @@ def fit(
     tensors = ranks.full_tensors(model)
 
     def save() -> None:
-        # A resumed run may have saved its model before.
-        shutil.rmtree(folder / "model", ignore_errors=True)
         save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
         copy(folder / "model")
         from mtp_ce.training.report.plot import draw_losses

@@ -1,15 +1,22 @@
 """The run directory: its recipe, whether the run can be resumed, and whether it has finished. Needs no torch.
 
 recipe.yaml    the recipe of the run
-run.json       the torchrun launch that created it, and when the run finished
+run.json       id of the run, the launch that began it, and when the run finished
+run.lock       locked by the process that trains here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import shutil
+import socket
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +27,11 @@ from mtp_ce.training.config.choice import refuse_class_paths
 from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_yaml, without_password
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.atomic import MANIFEST, remove_strays, whole_folder, write_file
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
 
 # Groups of a recipe that may differ in a resumed run: names, and what is measured or stored but not trained on.
 _NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
@@ -37,15 +45,19 @@ def decided_by(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in leaves(settings) if key not in _PLACES}
 
 
-def make_folder(output: Path, recipe: Recipe | EvaluationRecipe) -> None:
-    """Create an output folder, and write the recipe into it.
+def make_folder(output: Path, recipe: Recipe | EvaluationRecipe, **files: str) -> None:
+    """Create an output folder with the recipe in it, and further files by name.
 
     Raises:
         RecipeError: it exists already, or can't be created.
     """
     try:
-        output.mkdir(parents=True)
-        (output / RECIPE_FILE).write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+        with whole_folder(output, manifest=False) as aside:
+            (aside / RECIPE_FILE).write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+            for name, text in files.items():
+                (aside / name).write_text(text, encoding="utf-8")
+    except FileExistsError:
+        raise RecipeError(f"output folder {output} exists already; name another one with --output") from None
     except OSError as error:
         raise RecipeError(f"output folder {output} can't be created: {error.strerror}; see --output") from None
 
@@ -56,8 +68,33 @@ def start_run(output: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: as `make_folder`.
     """
-    make_folder(output, recipe)
-    _start(output)
+    make_folder(output, recipe, **{RUN_FILE: _new_record()})
+
+
+@contextmanager
+def locked_run(output: Path) -> Iterator[None]:
+    """Let one process at a time train in a run directory, and remove what dead processes left in it.
+
+    The lock ends with the process that holds it, however that ends.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    with (output / LOCK_FILE).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RecipeError(f"run {output} is being trained by {holder}; wait for it, or stop it first") from None
+        except OSError:
+            pass  # a file system without locks
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        for folder in [output, *(path for path in output.rglob("*") if path.is_dir())]:
+            remove_strays(folder)
+        yield
 
 
 def check_same(output: Path, recipe: Recipe) -> None:
@@ -90,27 +127,57 @@ def finished(folder: Path) -> str | None:
 
 def finish(folder: Path) -> None:
     """Record that a run has finished."""
-    _write(folder, {**_read(folder), "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+    record = {**_read(folder), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_file(folder / RUN_FILE, json.dumps(record, indent=2))
 
 
 def restarted_run(runs: Path) -> Path | None:
-    """Return the run that this torchrun launch started before it restarted its workers; None on the first start."""
+    """Return the run that this torchrun launch began before it restarted its workers; None on the first start."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    mine = [
-        path.parent for path in runs.glob(f"*/{RUN_FILE}") if is_run(path.parent) and _launch(path.parent) == launch
-    ]
-    return max(mine, key=lambda folder: (folder / RECIPE_FILE).stat().st_mtime, default=None)
+    launch, ours = _launch(), []
+    for folder in (path.parent for path in runs.glob(f"*/{RUN_FILE}") if is_run(path.parent)):
+        try:
+            theirs = _read(folder).get("launch")
+        except RecipeError:
+            continue
+        if isinstance(theirs, dict) and _is_ours(theirs, launch):
+            ours.append(folder)
+    return max(ours, key=lambda folder: (folder / RECIPE_FILE).stat().st_mtime, default=None)
 
 
-def _launch(folder: Path) -> str | None:
-    """Return the torchrun launch that created a run; None if it is unknown or run.json is unreadable."""
+def _launch() -> dict[str, Any]:
+    """Return what identifies this launch: torchrun's id, and the agent that started this worker, with its start time.
+
+    An id alone does not: without --rdzv-id it is "none" in every launch.
+    """
+    return {
+        "id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "agent": f"{os.getppid()} on {socket.gethostname()}",
+        "agent_started": _started(os.getppid()),
+    }
+
+
+def _is_ours(theirs: dict[str, Any], launch: dict[str, Any]) -> bool:
+    """Return whether a run was begun by this launch: by the same agent, or by another node's under the same id.
+
+    Rank 0 can move to another node with a restart. Its run then began after this node's agent.
+    """
+    if all(theirs.get(name) == launch[name] for name in ("id", "agent", "agent_started")):
+        return True
+    named = launch["id"] not in (None, "", "none") and theirs.get("id") == launch["id"]
+    return named and (theirs.get("began") or 0) >= (launch["agent_started"] or math.inf)
+
+
+def _started(process: int) -> float | None:
+    """Return when a process was started, in seconds since the epoch; None where the system has no /proc."""
     try:
-        launch: str | None = _read(folder).get("launch")
-    except RecipeError:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        # proc(5): starttime is the 22nd field, in clock ticks after boot; 2 come before the name's ")".
+        return int(booted.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):
         return None
-    return launch
 
 
 def fetch_run(address: str, output: Path) -> None:
@@ -139,27 +206,26 @@ def fetch_run(address: str, output: Path) -> None:
         raise RecipeError(f"--resume {address}/{names[-1]} has no state.json with a recipe ({error})") from None
     refuse_class_paths(recipe, address)
     try:
-        with whole_folder(output) as aside:
-            shutil.copytree(checkpoint, aside / "checkpoints" / names[-1])
+        with whole_folder(output, manifest=False) as aside:
+            hidden = shutil.ignore_patterns(MANIFEST)
+            shutil.copytree(checkpoint, aside / "checkpoints" / names[-1], ignore=hidden)
             (aside / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-            _start(aside)
+            (aside / RUN_FILE).write_text(_new_record(), encoding="utf-8")
     except FileExistsError:
         raise RecipeError(f"output folder {output} exists already; name another one with --output") from None
 
 
-def _start(folder: Path) -> None:
-    _write(folder, {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "finished": None})
+def _new_record() -> str:
+    """Return run.json of a run that begins."""
+    record = {"id": uuid.uuid4().hex, "launch": _launch() | {"began": time.time()}, "finished": None}
+    return json.dumps(record, indent=2)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"run {folder} has no readable {RUN_FILE} ({error})") from None
+    if not isinstance(record, dict):
+        raise RecipeError(f"run {folder} has no readable {RUN_FILE} (it holds no object)")
     return record
-
-
-def _write(folder: Path, record: dict[str, Any]) -> None:
-    aside = folder / f".{RUN_FILE}"
-    aside.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    aside.replace(folder / RUN_FILE)

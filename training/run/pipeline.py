@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
 from mtp_ce.training.report.evaluation import print_evaluation
-from mtp_ce.training.run.folder import RECIPE_FILE, check_same, start_run
+from mtp_ce.training.run.folder import RECIPE_FILE, check_same, locked_run, start_run
 from mtp_ce.training.run.inputs import find_device, read_inputs
 from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
 from mtp_ce.training.storage.folders import check_writable
@@ -53,12 +54,12 @@ def train(
     # transformers would draw its own progress bars for files that load in milliseconds.
     transformers_logging.disable_progress_bar()
     device = find_device(recipe.train.device, "train.device")
-    with join_ranks(device, recipe.train, answer, agreed=(StepRefusedError,)) as ranks:
+    with join_ranks(device, recipe.train, answer, agreed=(StepRefusedError,)) as ranks, ExitStack() as lock:
         output, resume = ranks.share((output, resume))
-        return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, resume)
+        return _train(recipe, output, out or Console(quiet=not ranks.leads), ranks, lock, resume)
 
 
-def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: bool) -> Evaluation:
+def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, lock: ExitStack, resume: bool) -> Evaluation:
     ranks.lead(lambda: _check_batches(recipe, ranks))
     inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
 
@@ -70,6 +71,7 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, resume: boo
             check_same(output, recipe)
         else:
             start_run(output, recipe)
+        lock.enter_context(locked_run(output))
 
     ranks.lead(start)
     say(out, f"output      {output}")

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mtp_ce.training.config.recipe import results_only
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder
+from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.storage.atomic import MANIFEST, damage
+from mtp_ce.training.storage.cache import cache_folder, cached, usable
+
+logger = logging.getLogger(__name__)
 
 StageKind = Literal["reference", "critic", "weights", "main"]
 
@@ -37,25 +41,29 @@ def stage_key(kind: StageKind, settings: Mapping[str, Any], inputs: Sequence[str
 
 
 def cached_stage(kind: StageKind, key: str) -> Path | None:
-    """Return the folder of a finished stage, or None if it is not in the cache."""
+    """Return the folder of a finished stage, or None if it is not in the cache or is damaged there."""
     folder = _folder(kind, key)
-    return folder if folder.exists() else None
+    if usable(folder):
+        return folder
+    if folder.exists():
+        logger.warning("cache entry %s is damaged (%s); the stage runs again", folder, damage(folder))
+    return None
 
 
 def store_stage(kind: StageKind, key: str, folder: Path) -> Path:
-    """Copy the folder of a finished stage into the cache, atomically; return the copy."""
-    try:
-        with whole_folder(_folder(kind, key)) as aside:
-            shutil.copytree(folder, aside, dirs_exist_ok=True)
-    except FileExistsError:
-        pass  # another process finished the same stage meanwhile
-    return _folder(kind, key)
+    """Copy the folder of a finished stage into the cache; return the copy."""
+
+    def copy(aside: Path) -> None:
+        # Checkpoints are of no use to a finished stage; hidden files are what dead processes left, and manifests.
+        shutil.copytree(folder, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKPOINTS, ".*"))
+
+    return cached(_folder(kind, key), copy)
 
 
 def folder_digest(folder: Path) -> str:
-    """Hash the names and contents of a folder's files."""
+    """Hash the names and contents of a folder's files but its manifest."""
     hasher = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         hasher.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())

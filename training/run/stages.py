@@ -54,6 +54,7 @@ from mtp_ce.training.run.fitting import fit, log_and_show
 from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
+from mtp_ce.training.storage.atomic import damage, whole_folder, write_file
 from mtp_ce.training.storage.uploads import copies
 from mtp_ce.training.tracking.composite import Tracking
 
@@ -284,7 +285,8 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
                 stop.check()
         weights = torch.cat(batches)[: inputs.tokens.train.token_count]
         paths = [document.path for document in inputs.corpus.train]
-        save_weights(folder / WEIGHTS_FOLDER, paths, list(weights.split(rows.lengths.tolist())))
+        with whole_folder(folder / WEIGHTS_FOLDER, replace=True) as aside:
+            save_weights(aside, paths, list(weights.split(rows.lengths.tolist())))
         return {
             "weights/mean": float(weights.mean()),
             "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
@@ -323,31 +325,51 @@ def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) ->
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
     ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
-        cached = ranks.share(cached_stage(stage.kind, stage.key))
+        cached = ranks.share(ranks.lead(lambda: cached_stage(stage.kind, stage.key) or _finished_here(stage, folder)))
         reused = cached is not None
         if cached is None:
             say(console, f"{stage.name:<11} {stage.what}")
             results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
-            cached = ranks.share(ranks.lead(lambda: _store(stage, folder, results or {})))
+            cached = ranks.share(ranks.lead(lambda: _store(stage, folder, results or {}, partial(warn, console))))
         assert cached is not None
         record = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))
         how = f"reused, unchanged since {record['finished']}" if reused else "done"
         say(console, f"{stage.name:<11} {how}: {_format(record['results'])}")
         say(console, f"            {cached}")
         if ranks.leads:
-            (folder / STAGE_FILE).write_text(json.dumps({**record, "folder": str(cached)}, indent=2), encoding="utf-8")
+            write_file(folder / STAGE_FILE, json.dumps({**record, "folder": str(cached)}, indent=2))
         run.summary(0, record["results"])
         run.tags({"stage.key": stage.key, "stage.finished": record["finished"]})
         run.artifact(folder / STAGE_FILE)
     return cached
 
 
-def _store(stage: Stage, folder: Path, results: dict[str, float]) -> Path:
+def _finished_here(stage: Stage, folder: Path) -> Path | None:
+    """Return a stage that an earlier process finished in the run directory and did not store in the cache."""
+    try:
+        record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    parts = [part for part in (folder / "model", folder / WEIGHTS_FOLDER) if part.exists()]
+    if not isinstance(record, dict) or record.get("key") != stage.key or not parts or any(map(damage, parts)):
+        return None
+    return store_stage(stage.kind, stage.key, folder)
+
+
+def _store(stage: Stage, folder: Path, results: dict[str, float], warn: Callable[[str], None]) -> Path:
+    """Store a finished stage in the cache; where that has no room, the run directory keeps it."""
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
-    (folder / STAGE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    # From here on the stage need not run again, whatever happens to the cache.
+    write_file(folder / STAGE_FILE, json.dumps(record, indent=2))
+    try:
+        stored = store_stage(stage.kind, stage.key, folder)
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or "a file could not be copied"
+        warn(f"the {stage.name} could not be stored in the cache ({reason}); this run uses {folder}")
+        stored = folder
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return store_stage(stage.kind, stage.key, folder)
+    return stored
 
 
 def _format(results: dict[str, float]) -> str:

@@ -23,9 +23,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mtp_ce.training.storage.atomic import whole_folder
-from mtp_ce.training.storage.cache import cache_folder, exclusive
-from mtp_ce.training.storage.objects import StoredObject, download, look_up
+from mtp_ce.training.storage.atomic import MANIFEST as LOCAL_MANIFEST
+from mtp_ce.training.storage.cache import cache_folder, cached
+from mtp_ce.training.storage.objects import StoredObject, download, forget_objects, look_up
 from mtp_ce.training.storage.s3 import Location, ReadAgainError, StorageError, connected, error_code
 
 MANIFEST = "mtp_manifest.json"
@@ -112,7 +112,7 @@ def upload_folder(
 
         bucket, manifest, unfinished = location.bucket, f"{location.key}/{MANIFEST}", f"{location.key}/{UNFINISHED}"
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        names = [name for name in names if name not in (MANIFEST, UNFINISHED)]
+        names = [name for name in names if name not in (MANIFEST, UNFINISHED, LOCAL_MANIFEST)]
         if not names:
             raise StorageError(f"folder {folder} has no files")
         if not overwrite:
@@ -169,14 +169,11 @@ def _fetch(client: Any, location: Location, objects: dict[str, StoredObject]) ->
             raise StorageError(f"it holds '{item.key}', which is outside of its folder")
     listing = "\n".join(f"{name} {item}" for name, item in sorted(objects.items()))
     content = f"{client.meta.endpoint_url}\n{location.bucket}\n{listing}"
-    folder = cache_folder() / "s3" / hashlib.sha256(content.encode()).hexdigest()[:32]
-    if not folder.exists():
-        with exclusive(folder):
-            # Another process may have downloaded it while this one waited.
-            if not folder.exists():
-                with whole_folder(folder) as aside:
-                    download(client, location.bucket, objects, aside)
-    return folder
+    return cached(
+        cache_folder() / "s3" / hashlib.sha256(content.encode()).hexdigest()[:32],
+        lambda aside: download(client, location.bucket, objects, aside),
+        forget=forget_objects,
+    )
 
 
 def _contents(client: Any, location: Location) -> dict[str, StoredObject]:
@@ -184,6 +181,7 @@ def _contents(client: Any, location: Location) -> dict[str, StoredObject]:
     listed = {
         item["Key"].removeprefix(f"{location.key}/"): StoredObject(item["Key"], item["ETag"], item["Size"])
         for item in _list(client, location)
+        if PurePosixPath(item["Key"]).name != LOCAL_MANIFEST
     }
     if not listed:
         raise StorageError("it has no objects below it")

@@ -93,6 +93,14 @@ def download(client: Any, bucket: str, objects: dict[str, StoredObject], folder:
                 os.link(one.file, one.cached)
 
 
+def forget_objects(folder: Path) -> None:
+    """Remove from the cache the objects that are files of a damaged folder: one file has both names."""
+    files = {path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    for path in (cache_folder() / "s3" / "objects").iterdir():
+        if path.stat().st_ino in files:
+            path.unlink()
+
+
 @dataclass(frozen=True)
 class _Download:
     """One object on its way into a file, as a subscriber of s3transfer."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,13 @@ from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
 from mtp_ce.training.run.stage_cache import cached_stage, stage_key, store_stage
 from mtp_ce.training.run.stages import documents_of, reference_recipe
+from mtp_ce.training.storage import atomic
 
 
-def run(recipe: Recipe, folder: Path) -> str:
-    """Train, and give what was printed."""
+def run(recipe: Recipe, folder: Path, **options: Any) -> str:
+    """Train, and return what was printed."""
     with (folder.parent / f"{folder.name}.txt").open("w+") as printed:
-        pipeline.train(recipe, folder, Console(file=printed, width=200))
+        pipeline.train(recipe, folder, Console(file=printed, width=200), **options)
         printed.seek(0)
         return printed.read()
 
@@ -142,6 +145,56 @@ def test_a_stage_that_did_not_finish_is_not_kept(rho1, empty_cache, tmp_path):
         run(recipe, tmp_path / "broken")
     assert not (tmp_path / "cache" / "mtp_ce" / "stages").exists()
     assert (tmp_path / "broken" / "reference" / "metrics.jsonl").exists(), "what was measured stays"
+
+
+def test_a_finished_stage_is_kept_where_its_process_died_before_it_was_stored(rho1, empty_cache, tmp_path, monkeypatch):
+    """The resumed run stores it; what an earlier save left beside its model is not copied along."""
+    recipe = rho1(["train.steps=2", "optimizer.warmup_steps=0", "validation.decoding.prompts=0"])
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "store_stage", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "run")
+    metrics = (tmp_path / "run" / "reference" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "reference" / ".hidden").write_text("x")
+    printed = run(recipe, tmp_path / "run", resume=True)
+    assert "reference   reused, unchanged since" in printed
+    assert (tmp_path / "run" / "reference" / "metrics.jsonl").read_bytes() == metrics
+    (stored,) = (tmp_path / "cache" / "mtp_ce" / "stages" / "reference").glob("*[!k]")
+    assert stored.is_dir()
+    assert not {".hidden", "checkpoints"} & {path.name for path in stored.iterdir()}
+
+
+def test_a_full_cache_costs_no_stage(rho1, empty_cache, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "store_stage", full)
+    recipe = rho1(["train.steps=2", "optimizer.warmup_steps=0", "validation.decoding.prompts=0"])
+    printed = run(recipe, tmp_path / "run")
+    folder = tmp_path / "run" / "reference"
+    assert (
+        f"the reference could not be stored in the cache (No space left on device); this run uses {folder}" in printed
+    )
+    assert finished(tmp_path / "run")
+
+
+def test_a_damaged_stage_runs_again(weighted_run, rho1, caplog):
+    """Of the copy in the cache no damaged tensor is ever loaded."""
+    record = json.loads((weighted_run.folder / "reference" / "stage.json").read_text())
+    weights = Path(record["folder"], "model", "model.safetensors")
+    content = weights.read_bytes()
+    atomic._verified.clear()
+    try:
+        weights.write_bytes(bytes(len(content)))
+        assert cached_stage("reference", record["key"]) is None
+        assert "model/model.safetensors differs from what was written); the stage runs again" in caplog.text
+    finally:
+        weights.write_bytes(content)
+    assert cached_stage("reference", record["key"]) == Path(record["folder"])
 
 
 def test_a_kept_folder_is_a_copy_and_the_first_one_wins(tmp_path, empty_cache):

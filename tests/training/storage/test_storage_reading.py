@@ -98,8 +98,10 @@ def test_a_failed_download_costs_the_objects_that_were_not_complete(s3, proxy, p
     assert len(proxy.gets()) == len(proxy.gets("model.bin")) == 1
 
 
+# A test runner in the background may have Ctrl-C ignored, and children inherit that.
 DOWNLOADING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mtp_ce.training.storage import s3
 from mtp_ce.training.storage.folders import fetch_folder
 s3.READ_S = 3

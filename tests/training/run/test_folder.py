@@ -1,0 +1,151 @@
+"""The run directory: begun whole, trained in by one process at a time, and adopted by its own launch alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from mtp_ce.training.cli import train as cli
+from mtp_ce.training.cli.train import run_to_resume
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import folder, pipeline
+from mtp_ce.training.run.folder import LOCK_FILE, RUN_FILE, is_run, locked_run, restarted_run, start_run
+
+
+def test_a_run_directory_is_there_with_all_its_files_or_not_at_all(small, tmp_path, monkeypatch):
+    """Death between two of its files would leave a folder that is neither a run nor free."""
+
+    def dies() -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "_new_record", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start_run(tmp_path / "run", small())
+    assert os.listdir(tmp_path) == []
+    start_run(tmp_path / "run", small())
+    assert is_run(tmp_path / "run")
+
+
+def test_ids_of_runs_differ(small, tmp_path):
+    for name in "ab":
+        start_run(tmp_path / name, small())
+    ids = {json.loads((tmp_path / name / RUN_FILE).read_text())["id"] for name in "ab"}
+    assert len(ids) == 2
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mtp_ce.training.run.folder import locked_run
+with locked_run(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_process_names_the_first_and_changes_nothing(small, tmp_path, capsys):
+    """And one that was killed holds nobody up."""
+    start_run(tmp_path / "run", small())
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        before = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert cli.main(["--resume", str(tmp_path / "run")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"is being trained by process {holder.pid} on {socket.gethostname()}; wait for it, or stop it" in line
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+        holder.send_signal(signal.SIGKILL)
+    with locked_run(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_strays_of_dead_processes_are_removed_from_every_folder_of_a_run(small, tmp_path):
+    start_run(tmp_path / "run", small())
+    strays = [tmp_path / "run" / name for name in (".model.mtp_abcdefgh", "reference/checkpoints/.step-00000003.mtp_abcd_123")]
+    for stray in strays:
+        stray.mkdir(parents=True)
+        (stray / "half").write_text("x")
+    with locked_run(tmp_path / "run"):
+        pass
+    assert not any(stray.exists() for stray in strays)
+
+
+@pytest.fixture
+def begin(small, tmp_path, monkeypatch):
+    """Begin a run as a worker of a torchrun agent, on the first start."""
+
+    def run(name: str, launch: str, agent: str | None = None) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        with monkeypatch.context() as patch:
+            if agent:
+                ours = folder._launch()
+                patch.setattr(folder, "_launch", lambda: ours | {"agent": agent, "agent_started": 1.0})
+            start_run(tmp_path / "runs" / name, small())
+
+    return run
+
+
+def restart(monkeypatch, launch: str) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+
+
+def test_a_restart_adopts_what_its_own_launch_began(begin, tmp_path, monkeypatch):
+    """Without --rdzv-id the id of every launch is "none"."""
+    begin("mine", "none")
+    begin("another job's", "none", agent="1 on elsewhere")
+    assert restarted_run(tmp_path / "runs") is None, "this is no restart"
+    restart(monkeypatch, "none")
+    assert restarted_run(tmp_path / "runs") == tmp_path / "runs" / "mine"
+    assert run_to_resume(None, tmp_path / "runs" / "mine") == tmp_path / "runs" / "mine"
+    assert run_to_resume(None, tmp_path / "runs" / "another job's") is None
+    assert run_to_resume(None, tmp_path / "runs" / "new") is None
+
+
+def test_a_restart_after_which_another_node_leads_adopts_under_its_id(begin, tmp_path, monkeypatch):
+    begin("of this job", "job-7", agent="1 on another-node")
+    restart(monkeypatch, "job-7")
+    assert restarted_run(tmp_path / "runs") == tmp_path / "runs" / "of this job"
+    record = json.loads((tmp_path / "runs" / "of this job" / RUN_FILE).read_text())
+    record["launch"]["began"] = folder._started(os.getppid()) - 60
+    (tmp_path / "runs" / "of this job" / RUN_FILE).write_text(json.dumps(record))
+    assert restarted_run(tmp_path / "runs") is None, "begun before this launch, under an id that is used again"
+
+
+def test_a_process_knows_when_it_was_started():
+    with subprocess.Popen(["sleep", "10"]) as process:
+        assert folder._started(process.pid) == pytest.approx(time.time(), abs=5)
+        process.kill()
+    assert folder._started(2**22 + 1) is None
+
+
+def test_a_run_whose_record_is_damaged_is_one_line(small, tmp_path):
+    start_run(tmp_path / "run", small())
+    for text in ("", "[]", "[" * 100_000, '{"finished": nul'):
+        (tmp_path / "run" / RUN_FILE).write_text(text)
+        with pytest.raises(RecipeError, match=r"has no readable run\.json"):
+            folder.finished(tmp_path / "run")
+
+
+def test_a_model_that_was_changed_is_refused_by_what_loads_it(small, tmp_path, capsys, monkeypatch):
+    recipe = small(["train.steps=3", "validation.decoding.prompts=0"])
+    pipeline.train(recipe, tmp_path / "run", Console(quiet=True))
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    from mtp_ce.training.cli import evaluate
+
+    assert evaluate.main(["run", "--output", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.safetensors differs from what was written; fetch or train it again, or remove .mtp_files.json" in line
