@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+# How a warning on stderr begins; it is not the one line of an error.
+WARNINGS = ("warning: ", "cache entry ")
 ERRORS = ("ENOSPC", "EIO", "EROFS", "kill -9", "power cut")
 
 
@@ -52,9 +54,8 @@ class Outcome:
 
 def site(call: Any) -> str:
     """Return a call's path without keys, steps and random names."""
-    path = re.sub(r"[0-9a-f]{32}", "KEY", call.path)
-    path = re.sub(r"\d{5,}", "N", path)
-    return re.sub(r"/(\.[^/]+)\.[a-z0-9_]{8}(?=/|$)", r"/\1.*", path)
+    path = re.sub(r"(\.mtp_|/\.tmp)\w{6,8}(?=/|$)", r"\1*", call.path)
+    return re.sub(r"\d{5,}", "N", re.sub(r"[0-9a-f]{32}", "KEY", path))
 
 
 def choose(scenario: str, calls: Sequence[Any], draw: random.Random) -> list[Case]:
@@ -92,23 +93,21 @@ def cut_power(disk: Path, calls: Sequence[Any], draw: random.Random) -> None:
 
 
 def strays(disk: Path) -> list[str]:
-    """Return what processes that ended have left: names that begin with a dot."""
-    return sorted(str(path.relative_to(disk)) for path in disk.rglob(".*"))
+    """Return what processes that ended have left: names that begin with a dot, but manifests."""
+    return sorted(str(path.relative_to(disk)) for path in disk.rglob(".*") if path.name != ".mtp_files.json")
 
 
 def spoken(answer: Any) -> list[str]:
     """Return what is wrong with how a command that was not killed ended."""
     if answer.code is None:
         return ["stuck"]
-    wrong = []
     if "Traceback" in answer.printed + answer.complained:
         last = [line for line in answer.complained.splitlines() if line and not line.startswith(" ")]
-        wrong.append(f"traceback: {last[-1] if last else ''}")
-    elif answer.complained.count("\n") != (answer.code != 0):
-        wrong.append(f"{answer.complained.count(chr(10))} lines with exit {answer.code}: {answer.complained[:300]!r}")
-    if answer.code not in (0, 1, 2):
-        wrong.append(f"exit {answer.code}")
-    return wrong
+        return [f"traceback: {last[-1][:300] if last else ''}"]
+    errors = [line for line in answer.complained.splitlines() if not line.startswith(WARNINGS)]
+    if len(errors) != (answer.code != 0):
+        return [f"{len(errors)} lines with exit {answer.code}: {answer.complained[:300]!r}"]
+    return [] if answer.code in (0, 1, 2) else [f"exit {answer.code}"]
 
 
 def attempt(server: Any, short: Any, case: Case, where: Path, disk: Path | None) -> Outcome:

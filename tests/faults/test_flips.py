@@ -20,7 +20,9 @@ from typing import Any
 
 import pytest
 
-FLIPS = 9
+FLIPS = 5
+# How a warning on stderr begins.
+WARNINGS = ("warning: ", "cache entry ")
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Use:
 
     Attributes:
         disk: a disk with the files.
-        below: the folder on it whose files this command reads.
+        files: those on it that this command reads, as a pattern.
         command: program and arguments.
         output: what the command writes, relative to the disk; "" if it writes nothing.
     """
 
     disk: Path
-    below: str
+    files: str
     command: tuple[str, ...]
     output: str
 
@@ -85,13 +87,13 @@ def uses(short, tmp_path_factory) -> dict[str, Use]:
     evaluate = ("eval-mtp", "disk/out", "--output", "disk/eval")
     return {
         **{
-            kind: Use(cached, f"cache/mtp_ce/{kind}", ("read-inputs", "recipe.yaml"), "")
+            kind: Use(cached, f"cache/mtp_ce/{kind}/**/*", ("read-inputs", "recipe.yaml"), "")
             for kind in ("rows", "tokens", "tokenizers")
         },
-        "stages": Use(cached, "cache/mtp_ce/stages", short.command, "out"),
-        "stopped run": Use(stopped, "out", short.command, "out"),
-        "finished run": Use(done, "out", evaluate, "eval"),
-        "finished run, resumed": Use(done, "out", short.command, ""),
+        "stages": Use(cached, "cache/mtp_ce/stages/**/*", short.command, "out"),
+        "stopped run": Use(stopped, "out/**/*", short.command, "out"),
+        "finished run": Use(done, "out/**/*", evaluate, "eval"),
+        "finished run, resumed": Use(done, "out/r*", short.command, ""),
     }
 
 
@@ -99,7 +101,7 @@ def damages(name: str, use: Use, flips: int = FLIPS) -> list[Damage]:
     """Return what is done to the files that a use reads."""
     files = [
         str(path.relative_to(use.disk))
-        for path in sorted((use.disk / use.below).rglob("*"))
+        for path in sorted(use.disk.glob(use.files))
         if path.is_file() and path.stat().st_size
     ]
     ways = [("flip", seed) for seed in range(flips)] + [("zeros", 0), ("cut", 0)]
@@ -115,17 +117,16 @@ def outcome(answer: Any, found: Any, expected: Any, before: str) -> str:
     if answer.code:
         lines = answer.complained.count("\n")
         return "refused" if answer.code in (1, 2) and lines == 1 else f"WRONG: exit {answer.code}, {lines} lines"
-    if answer.complained:
+    if [line for line in answer.complained.splitlines() if not line.startswith(WARNINGS)]:
         return f"WRONG: exit 0 and {answer.complained[:200]!r}"
     if different := [name for name in expected if found.get(name) != expected[name]]:
         return f"WRONG: silent, another {', '.join(different)}"
-    return "harmless" if said(answer.printed) == said(before) else "made again"
+    return "harmless" if not answer.complained and said(answer.printed) == said(before) else "said"
 
 
 def said(printed: str) -> list[str]:
-    """Return the lines of a command without what differs from run to run."""
-    lines = [re.sub(r"\d+ tokens/s.*|[\d,]+ tokens/s.*", "", line) for line in printed.splitlines()]
-    return [re.sub(r"\d\d:\d\d:\d\d.*", "", line) for line in lines]
+    """Return the lines of a command without what differs from run to run: speed, dates, and where it ran."""
+    return [re.sub(r"[\d,]+ tokens/s.*|\d\d:\d\d:\d\d.*|/\S*(?=/disk/)", "", line) for line in printed.splitlines()]
 
 
 def try_all(servers: Sequence[Any], short: Any, uses: dict[str, Use], tries: Sequence[Damage], where: Path) -> Any:
@@ -185,7 +186,7 @@ def assert_none_silent(outcomes: dict[Damage, str]) -> None:
 
 @pytest.mark.slow
 def test_no_damage_to_a_kept_file_is_silent(servers, server, short, uses, tmp_path, capsys):
-    """Nine flipped bits, zeros and a cut, in every file that is kept."""
+    """Five flipped bits, zeros and a cut, in every file that is kept."""
     tries = [damage for name, use in uses.items() for damage in damages(name, use)]
     outcomes = try_all([server, servers()], short, uses, tries, tmp_path)
     with capsys.disabled():
