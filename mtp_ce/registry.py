@@ -53,3 +53,5 @@ def load_class(name: str, table: Mapping[str, str], argument: str) -> Any:
         if name in table:
             raise
         raise ValueError(f"{argument} is {name!r}, which can't be loaded: {error}") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        raise ValueError(f"{argument} is {name!r}, which can't be loaded: {type(error).__name__}: {error}") from error

@@ -24,7 +24,7 @@ _HEAD = """\
 # Recipes
 
 A recipe is a YAML file, or the name of a shipped one ({shipped}), and any number
-of overrides `a.b=c`, whose values are parsed as YAML:
+of overrides `a.b=c`:
 
 ```bash
 train-mtp tiny train.steps=50 optimizer.lr=1e-3 tracking.kind=none
@@ -32,6 +32,11 @@ train-mtp rho1 'scorer={{name: shuffled, of: {{name: rho1_excess}}}}'
 train-mtp tiny --print-config            # every key with its value after overrides, as a recipe
 train-mtp tiny --dry-run                 # FLOPs, memory per rank, steps, reachable addresses; writes nothing
 ```
+
+The value of a text key is taken as it is written: `data.corpus=*.jsonl`, `data.subset=no`. `null` means none, and
+quotes around all of it are stripped. The value of any other key is YAML, with decimal numbers, `true` and `false`;
+`yes`, `0100`, `1_000`, `0x10` and `1:30` are refused there, in files too. An override of `model.kind` or `scorer.name`
+drops the options of the recipe that the new choice does not have, but none that is given on the command line.
 
 An unknown key, a value of another type or out of range, or a duplicate key ends the command in one line with exit
 code 2, before anything is loaded. `group=null` switches off a group that may be null. A key without a default is

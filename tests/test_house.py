@@ -26,7 +26,7 @@ CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
 # Package -> the packages that it may import, over the floor's own packages and top-level modules.
 ARROWS = {
     "training": {
-        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors"},
+        "cli": {"run", "models", "data", "tracking", "storage", "config", "interrupt", "errors", "addresses"},
         "run": {
             *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
             *("console", "interrupt", "errors"),
@@ -37,12 +37,13 @@ ARROWS = {
         "metrics": {"data"},
         "models": {"storage", "config", "errors"},
         "data": {"storage", "config", "errors"},
-        "tracking": {"config", "errors"},
-        "config": {"storage", "errors"},
-        "storage": {"errors"},
+        "tracking": {"config", "errors", "addresses"},
+        "config": {"storage", "errors", "addresses"},
+        "storage": {"errors", "addresses"},
         "interrupt": {"errors"},
-        "console": {"errors"},
-        "errors": set(),
+        "console": {"errors", "addresses"},
+        "errors": {"addresses"},
+        "addresses": set(),
     },
     # `loss` stands for the modules of the public functions and what they are made of.
     "mtp_ce": {
@@ -210,3 +211,28 @@ def test_paths_named_in_sources_and_docs_exist():
         if path != Path(__file__) and not (ROOT / name).exists()
     }
     assert not missing
+
+
+def test_no_call_that_loads_from_files_may_run_code_in_them():
+    """transformers asks on stdin where `trust_remote_code` is left out. MTPWrapper and MTPHeads default to False."""
+    ours = {"MTPWrapper", "MTPHeads"}
+    calls, offences = 0, []
+    for path in [*sources("mtp_ce"), *sources("training")]:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(function, ast.Call) and isinstance(function.func, ast.Attribute)):
+                continue
+            owner = function.func.value
+            if function.func.attr not in ("from_pretrained", "from_config") or getattr(owner, "id", "") in ours:
+                continue
+            calls += 1
+            said = [ast.unparse(keyword.value) for keyword in function.keywords if keyword.arg == "trust_remote_code"]
+            # The wrapper hands on its own argument.
+            if said != ["False"] and (said, path.name) != (["trust_remote_code"], "wrapper.py"):
+                offences.append(f"{path.relative_to(ROOT)}:{function.lineno}")
+    assert calls > 10
+    assert not offences, offences
+    from inspect import signature
+
+    from mtp_ce import MTPWrapper
+
+    assert signature(MTPWrapper.from_pretrained).parameters["trust_remote_code"].default is False

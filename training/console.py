@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,6 +11,12 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from mtp_ce.training.addresses import shown
+
+# Columns of the bar, of the time that is left, and between them, where the numbers are cut to make room.
+_NARROWEST = len("------ 0:00:00 left") + 3
 
 
 class Display:
@@ -32,7 +39,8 @@ class Display:
         self._started = time.monotonic()
         self._bar = Progress(
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            # A column that may wrap is the first to shrink on a narrow terminal.
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
@@ -51,22 +59,21 @@ class Display:
         """Show metrics of training or validation, of a model or a critic."""
         if "train/loss" in metrics:
             loss, rate = metrics["train/loss"], metrics["perf/tokens_per_s"]
-            numbers = f"loss {loss:.3f}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
+            numbers = f"loss {number(loss, '.3f')}  {_heads(metrics, 'train')}  {rate:,.0f} tokens/s"
         elif "critic/loss" in metrics:
-            numbers = f"loss {metrics['critic/loss']:.3f}  {metrics['critic/accuracy']:.1%} of pairs in order"
+            numbers = _pairs(metrics, "critic/")
         else:
             result = f"{_heads(metrics, 'val')} nats"
             if "critic/val_loss" in metrics:
-                result = (
-                    f"loss {metrics['critic/val_loss']:.3f}  {metrics['critic/val_accuracy']:.1%} of pairs in order"
-                )
+                result = _pairs(metrics, "critic/val_")
             self._line(f"step {step:>5}  validation  {result}")
             if self._done == self._before:
                 # A validation before the first step does not count towards the time per step.
                 self._started = time.monotonic()
             return
         if self._console.is_terminal:
-            self._bar.update(self._task, numbers=numbers)
+            room = self._console.width - len(f"{self._steps}/{self._steps}") - _NARROWEST
+            self._bar.update(self._task, numbers=numbers[: max(room, 0)].rstrip())
             return
         elapsed = time.monotonic() - self._started
         left = elapsed / max(self._done - self._before, 1) * (self._steps - self._done)
@@ -92,19 +99,29 @@ class Display:
         say(self._console, text)
 
 
+def number(value: float | None, form: str) -> str:
+    """Format a number, or "-" where there is none."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
 def say(console: Console, line: str) -> None:
-    """Print one line without wrapping, highlighting or markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    """Print one line, with addresses shortened, and without wrapping, highlighting or markup."""
+    console.print(shown(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def warn(console: Console, message: str) -> None:
     """Print a warning, above the progress bar if there is one."""
-    console.print(f"warning: {message}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"warning: {shown(message)}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _heads(metrics: Mapping[str, float], side: str) -> str:
     prefix = f"{side}/ce_head_"
-    return "CE " + " ".join(f"{value:.2f}" for name, value in metrics.items() if name.startswith(prefix))
+    return "CE " + " ".join(number(value, ".2f") for name, value in metrics.items() if name.startswith(prefix))
+
+
+def _pairs(metrics: Mapping[str, float], side: str) -> str:
+    loss, accuracy = number(metrics[f"{side}loss"], ".3f"), number(metrics[f"{side}accuracy"], ".1%")
+    return f"loss {loss}  {accuracy} of pairs in order"
 
 
 def _clock(seconds: float) -> str:

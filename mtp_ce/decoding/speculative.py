@@ -16,6 +16,7 @@ Source: arXiv:2302.01318, algorithm 2, with drafts from heads as in arXiv:2401.1
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -65,8 +66,8 @@ class Speculation:
 
     @property
     def acceptance(self) -> list[float]:
-        """For each extra head, the fraction of its verified tokens that were accepted."""
-        return [kept / max(offered, 1) for kept, offered in zip(self.kept, self.offered, strict=True)]
+        """For each extra head, the fraction of its verified tokens that were accepted; NaN if none was verified."""
+        return [kept / offered if offered else math.nan for kept, offered in zip(self.kept, self.offered, strict=True)]
 
     @property
     def acceptance_length(self) -> float:

@@ -16,20 +16,22 @@ class HeadKind(NamedTuple):
         path: `package.module:Class` of the heads.
         extra: whether there are heads beside head 0, so that a recipe can ask for them.
         parameters: whether the extra heads have parameters of their own.
+        stack: the list of modules with one entry for each extra head, as parameters are named; None without parameters.
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
     """
 
     path: str
     extra: bool = True
     parameters: bool = True
+    stack: str | None = None
     layouts: tuple[str, ...] = ()
 
 
 KINDS: dict[str, HeadKind] = {
     "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False),
-    "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", layouts=("heads", "medusa")),
-    "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", layouts=("heads",)),
-    "sequential": HeadKind("mtp_ce.heads.sequential:SequentialHeads", layouts=("heads",)),
+    "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", stack="blocks", layouts=("heads", "medusa")),
+    "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
+    "sequential": HeadKind("mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",)),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
 }
 

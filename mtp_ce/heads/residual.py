@@ -14,7 +14,6 @@ Source: arXiv:2401.10774, section 2.1.1.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from mtp_ce.heads.kinds import CONFIG_FILE, TENSORS_FILE
 from mtp_ce.heads.protocol import Heads
+from mtp_ce.heads.saved import check_tensors, read_config
 from mtp_ce.heads.trunk import TrunkPass
 
 
@@ -79,14 +79,20 @@ class MTPHeads(Heads):
 
         Raises:
             FileNotFoundError: one of the two files is not in `folder`.
-            RuntimeError: the tensors do not match the configuration.
+            ValueError: one of them is damaged, or they do not fit each other.
         """
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = read_config(folder / CONFIG_FILE)
+        if config.kind != cls.kind:
+            raise ValueError(f"{folder} has heads of the kind {config.kind!r}; expected {cls.kind!r}.")
+        check_tensors(folder / TENSORS_FILE, config)
         with torch.device("meta"):
-            heads = cls(**config)
+            heads = cls(config.hidden_size, config.horizon)
         # assign=True keeps the saved dtype; copying into fp32 parameters would widen bf16 heads without a word.
-        heads.load_state_dict(load_file(folder / TENSORS_FILE), assign=True)
+        saved, wanted = load_file(folder / TENSORS_FILE), heads.state_dict()
+        if saved.keys() != wanted.keys() or any(saved[name].shape != x.shape for name, x in wanted.items()):
+            raise ValueError(f"{folder / TENSORS_FILE} has tensors of other names or shapes than {config} has.")
+        heads.load_state_dict(saved, assign=True)
         return heads

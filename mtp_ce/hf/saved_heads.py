@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
 from mtp_ce.heads.protocol import ModelWithHeads
+from mtp_ce.heads.saved import check_tensors, read_config
 
 # Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -23,7 +23,7 @@ class SavedHeads:
 
     source: str | Path
     tensors: str
-    kind: Any
+    kind: str
     horizon: int
     hidden_size: int
 
@@ -37,6 +37,7 @@ class SavedHeads:
 
         Raises:
             FileNotFoundError: there are none.
+            ValueError: they are damaged, or the two files do not fit each other.
         """
         hub = {name: options[name] for name in HUB_OPTIONS if name in options}
         config, tensors = (
@@ -47,7 +48,9 @@ class SavedHeads:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE} and {TENSORS_FILE}; MTPWrapper(model, ...) adds heads."
             )
-        return cls(source, tensors, **json.loads(Path(config).read_text(encoding="utf-8")))
+        saved = read_config(Path(config))
+        check_tensors(Path(tensors), saved)
+        return cls(source, tensors, **saved._asdict())
 
     def check_trusted(self) -> None:
         """Check that heads of a class from outside the package come from a local folder: loading imports the class.

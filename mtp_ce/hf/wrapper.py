@@ -323,6 +323,7 @@ class MTPWrapper(PreTrainedModel):
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> MTPWrapper:
         """Load what `save_pretrained` wrote. Adapters of PEFT are trained further where `trunk` is "joint".
@@ -333,16 +334,26 @@ class MTPWrapper(PreTrainedModel):
             loss: "linear" or "logits".
             label_smoothing: of the loss.
             z_loss: of the loss.
+            trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
+                that code first.
             **options: for `AutoModelForCausalLM.from_pretrained`. Those that locate files apply to the heads' too.
 
         Raises:
             FileNotFoundError: there are no heads beside the model.
             ValueError: the heads do not fit the model: another hidden size, kind or number; or their class is the
-                author's own and `source` is no local folder.
+                author's own and `source` is no local folder; or the model needs code that may not run.
         """
         saved = SavedHeads.beside(source, **options)
         saved.check_trusted()
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"{source} needs Python code from its own files, which is not run. Read it; then load the model with "
+                "transformers and trust_remote_code=True, and wrap it: MTPWrapper(model, horizon)."
+            ) from None
         if trunk == "joint" and hasattr(model, "peft_config"):
             # transformers loads adapters for inference.
             for config in model.peft_config.values():

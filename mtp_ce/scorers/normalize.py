@@ -59,7 +59,8 @@ def normalize_weights(
 
     Returns:
         Weights [B, S] fp32, detached, and their statistics. In each scope with a supervised token the mean over them
-        is 1. A score that is not finite gets the neutral weight 1 and is counted; equal scores get weight 1.
+        is 1. A score that is not finite gets the neutral weight 1 and is counted as such, except that of the first
+        token of a row or document, which nothing predicts; equal scores get weight 1.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
@@ -92,7 +93,11 @@ def normalize_weights(
     if scope == "global":
         weights, finite = weights.chunk(rank[1])[rank[0]], finite.chunk(rank[1])[rank[0]]
     clipped = finite & ((weights <= eps) | (weights >= w_max)) if mode == "softmax" else torch.zeros_like(finite)
-    return TokenWeights(weights, WeightStatistics.of(weights, supervised, clipped, supervised & ~finite))
+    predicted = torch.ones_like(supervised)
+    predicted[:, :1] = False
+    if document_ids is not None:
+        predicted[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
+    return TokenWeights(weights, WeightStatistics.of(weights, supervised, clipped, predicted & ~finite))
 
 
 class _Order:

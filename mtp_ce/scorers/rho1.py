@@ -92,7 +92,7 @@ class Rho1ExcessScorer:
 
         Returns:
             Weights [B, S] fp32 of the token at each position (weight_alignment="target"), and their statistics.
-            The first token of a row or document has no score and gets the neutral weight 1.
+            The first token of a row or document has no score and gets the neutral weight 1, which is not counted.
 
         Raises:
             ValueError: `current` is missing, or of another vocabulary than the reference.

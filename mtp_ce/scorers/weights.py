@@ -30,7 +30,8 @@ class WeightStatistics:
         lowest: smallest w, fp32; +inf where there is no supervised token.
         highest: largest w, fp32; -inf where there is no supervised token.
         clipped: tokens whose weight is at a bound of the scorer, int64.
-        neutral: tokens with weight 1 because their score was not finite, int64.
+        neutral: tokens with weight 1 because their score was not finite, int64; the first token of a row or document,
+            which nothing predicts, is not counted.
     """
 
     count: Tensor
@@ -51,7 +52,7 @@ class WeightStatistics:
             weights: [B, S] fp32.
             supervised: [B, S] bool.
             clipped: [B, S] bool, the tokens at a bound of the scorer; None means none of them.
-            neutral: [B, S] bool, the tokens without a finite score; None means none of them.
+            neutral: [B, S] bool, the tokens without a finite score that should have one; None means none of them.
         """
         w = torch.where(supervised, weights, 0.0)
         # amin of an empty tensor raises; one extra infinite element prevents that and never changes the result.

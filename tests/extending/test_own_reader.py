@@ -47,6 +47,13 @@ def test_documents_are_read_again_when_the_file_or_the_reader_has_changed(my_rea
     assert read_corpus(data).train[0].path.startswith("new ")
 
 
+def test_what_validates_is_not_trained_on_whatever_reads_it(my_readers):
+    (my_readers / "held_out.txt").write_text("\n---\n".join(ENTRIES[:10]))
+    corpus = read_corpus(load_recipe("tiny", [*OWN, "data.validation_corpus=held_out.txt"]).data)
+    assert [*texts(corpus.train)] == ENTRIES[10:]
+    assert corpus.shared == 10
+
+
 def test_a_dry_run_names_the_reader_and_writes_nothing(my_readers, train, capsys, files_below):
     before = files_below(my_readers)
     assert train(*OWN, "--dry-run") == 0

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from mtp_ce.training.addresses import shown
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.paths import user_path
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_REFUSED = 3
+EXIT_HANGUP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -33,11 +36,38 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line."""
+    """An argument parser that reports an error in one line, and knows --version."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--version", action=_Version, nargs=0, help="print the versions that are installed")
 
     def error(self, message: str) -> NoReturn:
         """Print the error alone; argparse would print the whole usage before it."""
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {shown(message)}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        # Only here: --help has half a second.
+        from importlib.metadata import PackageNotFoundError, version
+
+        def named(package: str) -> str:
+            try:
+                return f"{package} {version(package)}"
+            except PackageNotFoundError:
+                return f"{package} not installed"
+
+        print(f"{named('mtp_ce')} ({', '.join(map(named, ('torch', 'triton', 'transformers')))})")
+        parser.exit(EXIT_DONE)
+
+
+def folder_argument(text: str) -> Path:
+    """Return the path of an argument, with ~ expanded: the `type` of an option."""
+    try:
+        return user_path("it", text)
+    except RecipeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -49,13 +79,15 @@ def sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def output_folder(name: str, wanted: Path | None) -> Path:
     """Return the folder that a command writes to: `wanted`, or a new one under runs/ named after `name` and the time.
 
+    The time has microseconds, so that commands started together write to folders of their own.
+
     Raises:
         RecipeError: it exists already, or can't be created.
     """
     # Rank 0 decides for all ranks, and may have created the folder already.
     if not leads():
         return wanted or Path("runs") / name
-    output = wanted or Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    output = wanted or user_path("the output folder", f"runs/{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     if output.exists() or output.is_symlink():
         raise RecipeError(f"output folder {output} exists already; name another one with --output")
     for parent in output.parents:

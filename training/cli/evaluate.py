@@ -10,17 +10,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mtp_ce.training.cli.command import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     Parser,
+    folder_argument,
     missing_packages,
     output_folder,
     sort_out,
 )
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
 
 _EPILOG = """\
@@ -43,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED)
+    with unfailing_output():
+        try:
+            return _main(argv)
+        except KeyboardInterrupt:
+            return _complain("interrupted", EXIT_INTERRUPTED)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -103,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_argument,
         metavar="DIR",
         help="folder for evaluation.json and evaluation.png; must not exist (default: runs/eval-<UTC time>)",
     )

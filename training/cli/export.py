@@ -17,14 +17,18 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
+from mtp_ce.heads.saved import SavedConfig, check_tensors, read_config
 from mtp_ce.registry import load_class
 from mtp_ce.serving.layouts import LAYOUTS, PATHS
+from mtp_ce.training.addresses import shown
 from mtp_ce.training.cli.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
+from mtp_ce.training.storage.paths import user_path
 
 if TYPE_CHECKING:
     from mtp_ce.hf.wrapper import MTPWrapper
@@ -59,11 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
+    with unfailing_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         print(_export(arguments.checkpoint, arguments.part, arguments.folder))
     except ExportError as error:
-        print(f"export-mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"export-mtp: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("export-mtp: interrupted", file=sys.stderr)
@@ -98,19 +107,27 @@ def _export(checkpoint: str, part: str, folder: str) -> str:
             _write_whole(source, part, Path(here) / "export")
             storage.upload_folder("DIR", Path(here) / "export", folder)
     else:
+        folder = str(_path("DIR", folder))
         _check_new(Path(folder))
         _write_whole(source, part, Path(folder))
     if LAYOUTS[part].vllm_method is None:
         return f"{folder}: the {LAYOUTS[part].what} of {checkpoint}"
-    speculation = {"method": LAYOUTS[part].vllm_method, "model": folder, "num_speculative_tokens": heads["horizon"] - 1}
+    speculation = {"method": LAYOUTS[part].vllm_method, "model": folder, "num_speculative_tokens": heads.horizon - 1}
     return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
 
 
 def _fetch(checkpoint: str) -> Path:
     if not checkpoint.startswith(_S3):
-        return Path(checkpoint)
+        return _path("CHECKPOINT", checkpoint)
     with _storage() as storage:
         return Path(storage.fetch_folder("CHECKPOINT", checkpoint))
+
+
+def _path(argument: str, text: str) -> Path:
+    try:
+        return user_path(argument, text)
+    except RecipeError as error:
+        raise ExportError(str(error)) from None
 
 
 @contextmanager
@@ -150,15 +167,13 @@ def _model_folder(checkpoint: Path) -> Path:
     raise ExportError(f"checkpoint {checkpoint} has no {CONFIG_FILE}, and no model/{CONFIG_FILE}; expected {written}")
 
 
-def _read_heads(source: Path, part: str) -> dict[str, Any]:
+def _read_heads(source: Path, part: str) -> SavedConfig:
     """Read the configuration of the heads, and check that `part` can be exported from them."""
     try:
-        heads: dict[str, Any] = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-        kind, horizon = heads["kind"], int(heads["horizon"])
-    except (ValueError, KeyError, TypeError):
-        raise ExportError(
-            f"{source / CONFIG_FILE} is damaged; expected kind, hidden_size and horizon as JSON"
-        ) from None
+        heads = read_config(source / CONFIG_FILE)
+    except (OSError, ValueError) as error:
+        raise ExportError(str(error)) from None
+    kind, horizon = heads.kind, heads.horizon
     # Heads of a class of your own are checked by the export function, once the class is loaded.
     supported = kind not in KINDS or part in KINDS[kind].layouts
     if LAYOUTS[part].of_heads and (not supported or horizon < 2):
@@ -171,6 +186,12 @@ def _read_heads(source: Path, part: str) -> dict[str, Any]:
     for names in ((TENSORS_FILE,), *models):
         if not any((source / name).is_file() for name in names):
             raise ExportError(f"{source} has {CONFIG_FILE} but no {names[0]}; the checkpoint is incomplete")
+    if find_spec("safetensors") is None:
+        return heads
+    try:
+        check_tensors(source / TENSORS_FILE, heads)
+    except (OSError, ValueError) as error:
+        raise ExportError(str(error)) from None
     return heads
 
 
@@ -197,8 +218,8 @@ def _load(source: Path) -> MTPWrapper:
     logging.disable_progress_bar()
     try:
         return MTPWrapper.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{source} can't be loaded: {error}") from error
+    except Exception as error:  # damaged files raise anything
+        raise ExportError(f"{source} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
@@ -206,7 +227,7 @@ def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
     if LAYOUTS[part].tokenizer and any((source / name).is_file() for name in _TOKENIZER):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
 if __name__ == "__main__":

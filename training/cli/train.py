@@ -7,12 +7,12 @@ stderr, exit code 2.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,17 +20,21 @@ from typing import TYPE_CHECKING
 from mtp_ce.training.cli.command import (
     EXIT_CRASH,
     EXIT_DONE,
+    EXIT_HANGUP,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_TERMINATED,
     EXIT_USAGE,
     Parser,
+    folder_argument,
     leads,
     missing_packages,
     output_folder,
     sort_out,
 )
+from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
+from mtp_ce.training.storage.paths import user_path
 
 if TYPE_CHECKING:
     from mtp_ce.training.config.schema import Recipe
@@ -52,8 +56,8 @@ examples:
 
 exit codes:
   0 success   1 crash   2 error in the command line or the recipe, nothing was trained
-  3 loss, gradient or token weights out of bounds; the step was not taken
-  130 Ctrl-C   143 SIGTERM; a checkpoint was written, --resume continues from it
+  3 a number out of bounds, in a step, in the trained state or in a validation; nothing of it was saved
+  129 SIGHUP, as of a closed terminal   130 Ctrl-C   143 SIGTERM; a checkpoint was written, --resume continues from it
 torchrun itself exits with 1 for any code but 0
 """
 
@@ -64,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes them from the process.
     """
-    try:
-        return _main(argv)
-    except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED, prints=leads())
+    with unfailing_output():
+        try:
+            return _main(argv)
+        except KeyboardInterrupt:
+            return _complain("interrupted", EXIT_INTERRUPTED, prints=leads())
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -152,22 +157,33 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
             return EXIT_USAGE
         case StepRefusedError():
             return _complain(str(error), EXIT_REFUSED, prints=leads())
+        case StoppedError(signal=signal.SIGHUP):
+            return _complain(f"hung up{_remains(output, seeds)}", EXIT_HANGUP, prints=leads())
         case StoppedError(signal=signal.SIGTERM):
             return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
             return _complain(f"interrupted{_remains(output, seeds)}", EXIT_INTERRUPTED, prints=leads())
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            full = f"{error.strerror}: {error.filename or output}"
-            return _complain(f"{full}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
+        case OSError():
+            # A disk that is full or fails, a file without permission; pyarrow and shutil give no number.
+            reason = error.strerror or " ".join(str(error).split())[:200]
+            return _complain(f"{reason}: {error.filename or output}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
     raise error
 
 
 def _remains(output: Path, seeds: int | None) -> str:
-    """Format where an unfinished run left its metrics, and how to resume it."""
+    """Format what a stopped run left: its model if that is saved, or its metrics and what --resume does."""
+    from mtp_ce.training.run.folder import finished, is_run
+
+    again = ""
+    if not seeds and is_run(output):
+        with suppress(RecipeError):
+            if finished(output):
+                return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+        kept = any(output.rglob("state.json"))
+        again = f"; train-mtp --resume {output} {'resumes' if kept else 'starts again, as there is no checkpoint yet'}"
     metrics = sorted(output.rglob("metrics.jsonl"))
     where = f"; metrics so far are in {' and '.join(map(str, metrics))}" if metrics else ""
-    resumable = not seeds and any(output.rglob("state.json"))
-    return f"{where}; train-mtp --resume {output} resumes" if resumable else where
+    return where + again
 
 
 def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
@@ -196,7 +212,7 @@ def run_to_resume(wanted: str | None, output: Path | None) -> Path | None:
             raise RecipeError(f"--resume {wanted} needs --output DIR: the run directory to create from the copy")
         fetch_run(wanted, output)
         return output
-    folder = Path(wanted)
+    folder = user_path("--resume", wanted)
     if output is not None:
         raise RecipeError(f"--resume {folder} continues in that folder; leave out --output {output}")
     if not is_run(folder):
@@ -210,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train-mtp",
         usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] "
-        "[--resume auto|DIR] [--seeds N]",
+        "[--resume auto|DIR] [--seeds N] [--version]",
         description="Train a language model with multi-token prediction heads from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -236,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_argument,
         metavar="DIR",
         help="run directory for metrics, plots and model; must not exist (default: runs/<recipe>-<UTC time>)",
     )
@@ -275,7 +291,7 @@ def _complain(message: str, code: int, prints: bool | None = None) -> int:
         prints: whether this process prints; None means the first process of a machine.
     """
     if prints if prints is not None else os.environ.get("LOCAL_RANK", "0") == "0":
-        error = "" if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
+        error = "" if code in (EXIT_HANGUP, EXIT_INTERRUPTED, EXIT_TERMINATED) else "error: "
         who = "" if leads() else f"rank {os.environ['RANK']} on {socket.gethostname()}: "
         print(f"train-mtp: {error}{who}{message}", file=sys.stderr)
     return code

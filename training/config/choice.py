@@ -87,6 +87,21 @@ def groups_of(field: FieldInfo) -> list[type[BaseModel]]:
     return list(_groups_in(field.annotation))
 
 
+def options_of(field: FieldInfo, value: Any) -> list[type[BaseModel]]:
+    """Return the groups that may validate a value of a field: one where its name or kind chooses, else all."""
+    if choice := choice_of(field):
+        return [found] if (found := choice.find(value)) else groups_of(field)
+    groups = groups_of(field)
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    return [group for group in groups if kind in tags_of(group)] or groups
+
+
+def tags_of(group: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the values of the key `kind` that select this group in a union."""
+    field = group.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
 def _groups_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation

@@ -16,8 +16,8 @@ class DataConfig(Group):
     corpus: str = Field(
         default="stdlib",
         min_length=1,
-        description="'stdlib' (the source of Python's standard library), a folder of files, a .jsonl, .parquet or "
-        ".txt file, a glob of those, an s3:// address of any of them, or the hub name of a data set",
+        description="'stdlib' (the source of Python's standard library), a folder of files, a .jsonl, .ndjson, .json, "
+        ".csv, .parquet or .txt file, a glob of those, an s3:// address of any of them, or the hub name of a data set",
     )
     reader: str | None = Field(
         default=None,
@@ -29,14 +29,26 @@ class DataConfig(Group):
     suffix: str = Field(
         default=".py",
         min_length=1,
-        description="suffix of the files of a folder that are read: each file is a document; each .jsonl or .parquet "
-        "file is a table of documents",
+        description="suffix of the files of a folder that are read: each file is a document; each .jsonl, .ndjson, "
+        ".json, .csv or .parquet file is a table of documents",
     )
     text_field: str = Field(default="text", min_length=1, description="field of a row that holds the document")
+    messages_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="field of a row that holds the messages of a chat, which the tokenizer's chat template renders; "
+        "only the assistant's tokens are supervised; null: no chats",
+    )
     prompt_field: str | None = Field(
         default=None,
         min_length=1,
         description="field of a row that holds the prompt, whose tokens are not supervised; null: no prompts",
+    )
+    input_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="field of a row that holds a second paragraph of the prompt, such as the input of an instruction; "
+        "null: the prompt is prompt_field alone",
     )
     completion_field: str | None = Field(
         default=None, min_length=1, description="field of a row that holds the completion, whose tokens are supervised"
@@ -79,8 +91,14 @@ class DataConfig(Group):
         return reader
 
     @model_validator(mode="after")
-    def _prompts_have_completions(self) -> Self:
+    def _fields_agree(self) -> Self:
         if (self.prompt_field is None) != (self.completion_field is None):
             present, missing = ("prompt", "completion") if self.prompt_field else ("completion", "prompt")
             raise ValueError(f"{present}_field is given without {missing}_field; data with prompts needs both")
+        if self.input_field and not self.prompt_field:
+            raise ValueError("input_field is given without prompt_field; it is a part of the prompt")
+        if self.messages_field and self.prompt_field:
+            raise ValueError(
+                "messages_field and prompt_field are given; a row is either a chat, or prompt and completion"
+            )
         return self

@@ -5,12 +5,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from mtp_ce.training.config.choice import choice_of, groups_of
+from mtp_ce.training.config.choice import choice_of, groups_of, tags_of
+from mtp_ce.training.config.words import spelling
+
+# Errors about a text where a number or a truth is expected.
+_NO_TEXT = {"int_type", "float_type", "bool_type"}
+_LONGEST_VALUE = 80
 
 
 class _Location(NamedTuple):
@@ -61,6 +66,9 @@ def explain(schema: type[BaseModel], tree: Mapping[str, Any], error: ErrorDetail
         choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean '{near[0]}'?" if near and len(choices) > 1 else ""
+    elif error["type"] in _NO_TEXT and isinstance(value, str) and (written := spelling(value)):
+        truth = written in ("true", "false")
+        hint = f"; write {written}" if truth == (error["type"] == "bool_type") else ""
     return f"'{dotted}' is {shown}; it {message}{hint}{f' ({meaning})' if meaning else ''}"
 
 
@@ -95,7 +103,7 @@ def _locate(schema: type[BaseModel], tree: Mapping[str, Any], loc: Sequence[str 
     chosen = None
     for part in map(str, loc):
         field = next((group.model_fields[part] for group in groups if part in group.model_fields), None)
-        if field is None and len(groups) > 1 and (tagged := [group for group in groups if part in _tags(group)]):
+        if field is None and len(groups) > 1 and (tagged := [group for group in groups if part in tags_of(group)]):
             groups, chosen = tagged, f"{'.'.join(keys)} '{part}'"
             continue
         keys.append(part)
@@ -104,12 +112,6 @@ def _locate(schema: type[BaseModel], tree: Mapping[str, Any], loc: Sequence[str 
         if field and (choice := choice_of(field)) and (options := choice.find(value)):
             groups, chosen = [options], f"{'.'.join(keys)} '{value['name']}'"
     return _Location(".".join(keys), parents, chosen)
-
-
-def _tags(group: type[BaseModel]) -> tuple[Any, ...]:
-    """Values of the key `kind` that select this group in a union."""
-    field = group.model_fields.get("kind")
-    return get_args(field.annotation) if field else ()
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -146,4 +148,5 @@ def _as_yaml(value: Any) -> str:
     """Format a value as it is written in a recipe: null and true, not None and True."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_VALUE else f"{shown[:_LONGEST_VALUE]}..."

@@ -87,7 +87,9 @@ class CheckpointConfig(Group):
     """The saved state of the loop, from which --resume continues as if the run had never stopped."""
 
     every: int | None = Field(
-        default=200, ge=1, description="steps between two checkpoints; null: only when the run is stopped"
+        default=200,
+        ge=1,
+        description="steps between two checkpoints, and one after the last step; null: only when the run is stopped",
     )
     keep: int = Field(default=2, ge=1, description="number of newest checkpoints to keep; older ones are deleted")
     upload: str | None = Field(

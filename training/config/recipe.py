@@ -8,22 +8,27 @@ out of range, a duplicate key: each raises one `RecipeError` whose message is on
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mtp_ce.training.addresses import is_shortened, shown, shown_values
 from mtp_ce.training.config.choice import refuse_class_paths
 from mtp_ce.training.config.explain import explain, kind_of
+from mtp_ce.training.config.overrides import apply_override, follow_choices, is_given, with_meaning
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.config.scorers.options import ScorerConfig
 from mtp_ce.training.config.scorers.table import AnyScorer
+from mtp_ce.training.config.words import MAX_CHARACTERS, read_yaml, spelling, value_of
 from mtp_ce.training.errors import RecipeError
-from mtp_ce.training.storage.s3 import is_s3
+from mtp_ce.training.storage.paths import user_path
+from mtp_ce.training.storage.s3 import SET_CREDENTIALS, is_s3
 
 _SCORER: TypeAdapter[ScorerConfig] = TypeAdapter(AnyScorer)
 
@@ -31,6 +36,9 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
 
 # Keys of a loop that change where, how fast and in how much memory it computes, not its results.
 _NOT_RESULTS = {"device", "micro_batch_size", "log_every", "activation_checkpointing", "cpu_offload"}
+
+# Ends of the keys that choose the class of their group.
+_CHOOSERS = (".name", ".kind")
 
 RECIPES_FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -45,7 +53,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name_or_path: a shipped recipe's name, the path of a YAML file, or its s3:// address.
-        overrides: `a.b=c`; c is parsed as YAML, and a later one wins over an earlier one.
+        overrides: `a.b=c`, as in `apply_override`; a later one wins over an earlier one.
 
     Raises:
         RecipeError: the file is missing or not YAML, a key or value is wrong, or a recipe in S3 names a class.
@@ -68,48 +76,91 @@ def load_evaluation(run: Path | None, overrides: Sequence[str] = ()) -> Evaluati
     """
     tree: dict[str, Any] = {}
     if run:
-        made = load_recipe(str(run))
+        # Without them, an address that is stored shortened would be asked for again and again.
+        made = load_recipe(str(run), [override for override in overrides if re.match(r"tracking\b", override)])
         tree = made.model_dump(include={"data", "validation", "tracking"}) | {"device": made.train.device}
         # The tokenizer and its vocabulary are the checkpoint's.
         tree["data"] |= {"tokenizer": None, "vocab_size": None}
     return _validate(EvaluationRecipe, tree, overrides)
 
 
+def _check_addresses(recipe: Recipe | EvaluationRecipe) -> None:
+    """Refuse credentials in addresses, which are shown and stored; those of trackers are shortened instead.
+
+    Raises:
+        RecipeError: an address has more than scheme, host, port and path, or was stored without it.
+    """
+    for key, text in _texts(recipe.model_dump()):
+        if key.startswith("tracking."):
+            if recipe.tracking.kind != "none" and is_shortened(text):
+                raise RecipeError(f"{key} is '{text}', stored without its credentials or query; give {key}=... again")
+        elif key != "description" and "://" in text and shown(text) != text:
+            raise RecipeError(
+                f"{key} has credentials or a query in its address, which is shown and stored; leave them out, and "
+                f"{SET_CREDENTIALS}"
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text of nested groups and lists by dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part, key)
+
+
 def _validate(schema: type[AnyRecipe], tree: dict[str, Any], overrides: Sequence[str]) -> AnyRecipe:
-    for override in overrides:
-        _apply(tree, override)
+    before, given = copy.deepcopy(tree), set[str]()
+    # What chooses a group comes first, so that the types of its keys are known whatever the order.
+    choosing = [override for override in overrides if override.partition("=")[0].endswith(_CHOOSERS)]
+    for override in [*choosing, *overrides]:
+        given.add(apply_override(schema, tree, override))
+    follow_choices([schema], before, tree, given)
+    _drop_vocabulary(before, tree, given)
+    tree = with_meaning(tree, [schema])
     try:
-        return cast(AnyRecipe, schema.model_validate(tree))
+        recipe = cast(AnyRecipe, schema.model_validate(tree))
     except ValidationError as error:
         # A misspelt group is reported as unknown and as missing; the unknown key explains both.
         first, *others = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         more = f" (and {len(others)} more)" if others else ""
-        raise RecipeError(explain(schema, tree, first) + more) from None
+        raise RecipeError(" ".join(explain(schema, tree, first).split()) + more) from None
+    _check_addresses(recipe)
+    return recipe
+
+
+def _drop_vocabulary(before: Mapping[str, Any], tree: dict[str, Any], given: Collection[str]) -> None:
+    """Drop a recipe's data.vocab_size where an override has made its model a pretrained one, which has its own."""
+    was, now = (group.get("model") for group in (before, tree))
+    if not (isinstance(was, Mapping) and isinstance(now, Mapping) and isinstance(tree.get("data"), dict)):
+        return
+    if was.get("kind") != now.get("kind") == "pretrained" and not is_given("data.vocab_size", given):
+        tree["data"].pop("vocab_size", None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would be read as something else."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        quoted = not isinstance(value_of(data), str) or spelling(data) is not None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="'" if quoted else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    """Format every key of a recipe, defaults included, as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def without_password(recipe: AnyRecipe) -> AnyRecipe:
-    """Return the recipe as it may be shown and stored: a password in the tracking URI becomes ***."""
-    tracking = recipe.tracking
-    options = {
-        key: hide_password(value) if isinstance(value, str) else value for key, value in tracking.options.items()
-    }
-    hidden = tracking.model_copy(update={"uri": hide_password(tracking.uri), "options": options})
-    return cast(AnyRecipe, recipe.model_copy(update={"tracking": hidden}))
-
-
-def hide_password(text: str) -> str:
-    """Return a text in which the password of every URI is replaced by ***."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", text)
+    """Format every key of a recipe, defaults included, as YAML for `load_recipe`, with addresses shortened."""
+    return yaml.dump(shown_values(recipe.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def flatten(recipe: BaseModel) -> dict[str, Any]:
-    """Return the values of a recipe by dotted key."""
-    return dict(leaves(recipe.model_dump()))
+    """Return the values of a recipe by dotted key, with addresses shortened."""
+    return dict(leaves(shown_values(recipe.model_dump())))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -144,7 +195,7 @@ def _find(name_or_path: str) -> Path:
         from mtp_ce.training.storage.folders import fetch_file
 
         return fetch_file("recipe", name_or_path)
-    path = Path(name_or_path)
+    path = user_path("the recipe", name_or_path)
     if path.is_file():
         return path
     if path.is_dir():
@@ -154,58 +205,14 @@ def _find(name_or_path: str) -> Path:
     raise RecipeError(f"recipe '{name_or_path}' is neither a file nor a shipped recipe ({', '.join(shipped)}){hint}")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error and 3e-4 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' is given twice in the same group", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML follows YAML 1.1, in which 3.0e-4 is a number and 3e-4 a string.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{where}{line}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from None
-
-
 def _parse(path: Path, shown: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # One character more than is allowed, in bytes of which a character has at most four.
+            text = file.read(4 * (MAX_CHARACTERS + 1)).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {shown} can't be read: {error}") from None
-    tree = _read_yaml(text, f"recipe {shown}")
+    tree = read_yaml(text, f"recipe {shown}")
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {shown} holds {kind_of(tree)}; expected groups of keys, see --print-config")
     return tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    *groups, leaf = dotted.split(".")
-    if not equals or not all([*groups, leaf]):
-        raise RecipeError(f"override '{override}' is not of the form a.b=c")
-    value = _read_yaml(text, f"override '{override}'")
-    for depth, key in enumerate(groups):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise RecipeError(
-                f"override '{override}' sets a key of '{'.'.join(groups[: depth + 1])}', a value and not a group"
-            )
-    tree[leaf] = value

@@ -17,8 +17,17 @@ class TrackingConfig(Group):
         min_length=1,
         description="mlflow; none, which needs no mlflow; or your own tracker as package.module:Class",
     )
-    uri: str = Field(default="sqlite:///mlflow.db", min_length=1, description="MLflow tracking server or database")
-    experiment: str = Field(default="mtp_ce", min_length=1, description="MLflow experiment that the run belongs to")
+    uri: str | None = Field(
+        default=None,
+        min_length=1,
+        description="MLflow tracking server or database; null: MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db",
+    )
+    experiment: str | None = Field(
+        default=None,
+        min_length=1,
+        description="MLflow experiment that the run belongs to; null: MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, "
+        "or else mtp_ce",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of your own tracker, stored with the recipe"
     )

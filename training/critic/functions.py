@@ -24,13 +24,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mtp_ce.training.critic.compiler import compiles
 from mtp_ce.training.data.corpus import Document
-from mtp_ce.training.data.python_source import NOT_PYTHON, SOURCE_NAME, parse_python
+from mtp_ce.training.data.python_source import parse_python
 
 Corruption = Literal["delete", "swap", "both"]
 
 # Largest distance between two swapped tokens. A larger one is easier to detect and localises the error less.
 SWAP_REACH = 4
+
+# Characters of a file that is searched for functions.
+_LONGEST_FILE = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -99,28 +103,19 @@ class PairRows:
         return (intact > corrupted) & self.differ()
 
 
-def compiles(source: str) -> bool:
-    """Return whether Python compiles a text, without running it."""
-    try:
-        # dont_inherit: this file's own __future__ imports must not decide what is valid.
-        compile(source, SOURCE_NAME, "exec", dont_inherit=True)
-    except NOT_PYTHON:
-        return False
-    return True
-
-
 def find_functions(documents: Sequence[Document]) -> list[str]:
     """Return the source of every function and method with its decorators, without duplicates.
 
     A function is dedented, and dropped if it does not compile alone, for example because of a nonlocal variable. Files
-    that are not valid Python are skipped.
+    that are not valid Python, or very long, are skipped.
 
     Args:
         documents: files in any order; functions come in the order of the files and of their lines.
     """
     sources: dict[str, None] = {}
     for document in documents:
-        tree = parse_python(document.text)
+        # A tree takes a hundred times the memory of its text.
+        tree = parse_python(document.text) if len(document.text) <= _LONGEST_FILE else None
         if tree is None:
             continue
         # str.splitlines also breaks at form feeds, which Python does not count as lines.

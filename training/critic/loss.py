@@ -21,6 +21,7 @@ arXiv:2312.09244, section 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,11 +93,11 @@ class PairSums:
         """Return the mean loss and the accuracy by name.
 
         The accuracy is the ratio of pairs with differing rewards whose intact function has the higher value at the last
-        token; chance is 0.5.
+        token; chance is 0.5. NaN where there is no token to compare, or no such pair.
         """
         return {
-            f"{prefix}loss": self.loss / max(self.tokens, 1),
-            f"{prefix}accuracy": self.ranked / max(self.differing, 1),
+            f"{prefix}loss": self.loss / self.tokens if self.tokens else math.nan,
+            f"{prefix}accuracy": self.ranked / self.differing if self.differing else math.nan,
         }
 
 

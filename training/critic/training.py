@@ -29,13 +29,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mtp_ce.training.config.model import PretrainedModelConfig
+from mtp_ce.training.config.model import PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.rows import rows_of_step
-from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError
+from mtp_ce.training.errors import RecipeError, StateRefusedError, StepRefusedError, StoppedError, readable
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
@@ -58,10 +58,19 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
             `recipe.critic` has no sizes of its own.
     """
     sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
+    if not isinstance(sizes, PretrainedModelConfig):
+        return _critic_of(sizes, recipe, end_of_text, pretrained)
+    with readable("model.source", sizes.source):
+        return _critic_of(sizes, recipe, end_of_text, pretrained)
+
+
+def _critic_of(
+    sizes: TrunkConfig | PretrainedModelConfig, recipe: Recipe, end_of_text: int, pretrained: Path | None
+) -> PreTrainedModel:
     config: Any
     if isinstance(sizes, PretrainedModelConfig):
         assert pretrained is not None
-        config = AutoConfig.from_pretrained(pretrained)
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     else:
         config = llama_config(sizes, recipe.data, end_of_text)
     config.num_labels = 1
@@ -71,7 +80,9 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
     config.use_cache = False
     critic: PreTrainedModel
     if isinstance(sizes, PretrainedModelConfig) and pretrained:
-        critic = AutoModelForTokenClassification.from_pretrained(pretrained, config=config, dtype=torch.float32)
+        critic = AutoModelForTokenClassification.from_pretrained(
+            pretrained, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         critic = LlamaForTokenClassification(config)
     # Zero initial values: random ones differ by far more than the rewards do, and regression would spend its first
@@ -112,6 +123,7 @@ def train_critic(
     Raises:
         RecipeError: the corpus has too few functions.
         StepRefusedError: loss or gradient was not finite; the step was not taken.
+        StateRefusedError: the validation is not finite.
         StoppedError: `stop` was set.
     """
     stop = stop or Stop()
@@ -169,6 +181,8 @@ def train_critic(
             stop.check()
             sums += score_pairs(critic, [rows], objective)
     results = sums.metrics("critic/val_")
+    if not math.isfinite(loss := results["critic/val_loss"]):
+        raise StateRefusedError(train.steps, "critic/val_loss", loss)
     log(train.steps, results)
     return critic, results
 

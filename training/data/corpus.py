@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, overload
@@ -15,13 +18,21 @@ class Document:
 
     Attributes:
         path: of its file, relative to the corpus folder, with forward slashes; of a row `file:number`, from 1.
-        text: the whole text, or the completion where there is a prompt.
+        text: the whole text, or the completion where there is a prompt, or a chat as `chat.to_text` writes it.
         prompt: text before it that has no labels; None where every token has one.
+        chat: whether the text is a chat, which the tokenizer's chat template renders.
     """
 
     path: str
     text: str
     prompt: str | None = None
+    chat: bool = False
+
+    @property
+    def fingerprint(self) -> int:
+        """Return a hash of 64 bits of the prompt and the text, without the white space around them."""
+        content = f"{(self.prompt or '').strip()}\0{self.text.strip()}"
+        return int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 class Lazy(Sequence[T], Generic[T]):
@@ -59,9 +70,11 @@ class Corpus:
     Attributes:
         train: documents that the tokenizer and the model are trained on.
         held_out: documents that only validation reads.
-        skipped: documents left out: files that are empty, not UTF-8, or copies of another one; rows without text.
+        skipped: documents left out: files that are empty, not UTF-8, or copies of another one; rows without text; what
+            validation reads, too.
         digest: hash of every path, text, prompt and side of the split; cache keys contain it.
         characters: length of both sides together.
+        shared: how many of the skipped ones are left out because validation reads them.
     """
 
     train: Sequence[Document]
@@ -69,6 +82,36 @@ class Corpus:
     skipped: int
     digest: str
     characters: int = 0
+    shared: int = 0
+
+
+class Excluded:
+    """The texts of a validation corpus, which are not trained on: 8 bytes each, whatever their length.
+
+    Two texts that differ in the white space around them count as one. The hashes are computed when first needed.
+
+    Args:
+        documents: the validation documents.
+        digest: their hash; part of the key under which rows without them are cached.
+    """
+
+    def __init__(self, documents: Sequence[Document] = (), digest: str = "") -> None:
+        self.digest = digest
+        self._documents = documents
+        self._sorted: array[int] | None = None
+
+    def __contains__(self, document: Document) -> bool:
+        """Return whether the validation corpus has the text of a document."""
+        if not self._documents:
+            return False
+        if self._sorted is None:
+            # numpy takes time to load; it sorts the array in place.
+            import numpy as np
+
+            self._sorted = array("Q", (other.fingerprint for other in self._documents))
+            np.frombuffer(self._sorted, dtype=np.uint64).sort()
+        index = bisect_left(self._sorted, document.fingerprint)
+        return index < len(self._sorted) and self._sorted[index] == document.fingerprint
 
 
 def texts(documents: Sequence[Document]) -> Sequence[str]:

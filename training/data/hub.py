@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Corpus, Document
+from mtp_ce.training.data.corpus import Corpus, Document, Excluded
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.data.row_reader import Fields, RowReader
 from mtp_ce.training.errors import RecipeError
@@ -28,9 +28,9 @@ class HubRows(RowReader):
     def identity(self) -> list[Any]:
         """Return the name, subset and split, and the fields."""
         data = self.data
-        return ["hub", [self.source.address, data.subset, data.split], self.fields.prompt, self.fields.text]
+        return ["hub", [self.source.address, data.subset, data.split], *self.fields.identity]
 
-    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+    def read(self, fraction: float, excluded: Excluded) -> Corpus:
         """Download the split, then read it as rows.
 
         Raises:
@@ -38,7 +38,7 @@ class HubRows(RowReader):
         """
         self._table = _load(self.source, self.data)
         self.files = [Path(part["filename"]) for part in self._table.cache_files]
-        return super().read(fraction, seen)
+        return super().read(fraction, excluded)
 
     def documents(self) -> Iterator[Document]:
         """Yield the rows of the split."""

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtp_ce.training.data.row_reader import FileRows, Row, numbered_lines
+from mtp_ce.training.data.files import numbered_lines
+from mtp_ce.training.data.row_reader import FileRows, Row
 from mtp_ce.training.errors import RecipeError
 
 
 class JsonLines(FileRows):
-    """Reads .jsonl files; other fields may differ from line to line, and blank lines are skipped."""
+    """Reads .jsonl and .ndjson files; other fields may differ from line to line, and blank lines are skipped."""
 
     def rows(self, file: Path) -> Iterator[Row]:
         """Yield the objects of one file.

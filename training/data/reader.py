@@ -2,7 +2,9 @@
 
     stdlib                  stdlib.py       a document is one file of Python's standard library
     a folder                text_files.py   a document is one file that ends in `data.suffix`
-    .jsonl, .parquet        jsonl.py, parquet.py    a document is one row
+    .jsonl, .ndjson         jsonl.py        a document is one line, an object
+    .json                   json_values.py  a document is one object of a list, or of objects one after another
+    .csv, .parquet          csv_rows.py, parquet.py     a document is one row
     .txt                    text_lines.py   a document is one line
     owner/name              hub.py          a document is one row of a data set of the Hugging Face hub
     s3://                   s3_files.py     downloads, then reads like files on this machine
@@ -15,31 +17,40 @@ address is reported at once.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from mtp_ce.registry import load_class
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Corpus
+from mtp_ce.training.data.corpus import Corpus, Excluded
+from mtp_ce.training.data.files import check_files, files_below, files_matching, plain_suffix, readable
 from mtp_ce.training.errors import RecipeError
 
 READERS = {
     "stdlib": "mtp_ce.training.data.stdlib:StandardLibrary",
     "files": "mtp_ce.training.data.text_files:TextFiles",
     "jsonl": "mtp_ce.training.data.jsonl:JsonLines",
+    "json": "mtp_ce.training.data.json_values:JsonValues",
+    "csv": "mtp_ce.training.data.csv_rows:CsvRows",
     "parquet": "mtp_ce.training.data.parquet:ParquetRows",
     "lines": "mtp_ce.training.data.text_lines:TextLines",
     "hub": "mtp_ce.training.data.hub:HubRows",
     "s3": "mtp_ce.training.data.s3_files:S3Files",
 }
 
-# Files that hold many documents, and their readers. In a folder a .txt file is one document, like any other text file.
-ROW_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".txt": "lines"}
-_ROWS_IN_FOLDERS = (".jsonl", ".parquet")
+# Files that hold many documents, and their readers; all but .parquet may be compressed, as in .jsonl.gz. In a folder a
+# .txt file is one document, like any other text file.
+ROW_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -79,12 +90,12 @@ class Reader(Protocol):
     def check_split(self, fraction: float) -> None:
         """Raise RecipeError if it is known before reading that one side of the split is empty."""
 
-    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+    def read(self, fraction: float, excluded: Excluded) -> Corpus:
         """Read every document once and split them.
 
         Args:
             fraction: of the documents, which are held out; the split may depend on nothing else but the documents.
-            seen: hashes of the contents of whole files that were read before in this run; a file in it is a copy.
+            excluded: what validation reads; a document that is in it is skipped, and counted as shared.
 
         Returns:
             The documents in their order; the same documents have the same digest.
@@ -98,13 +109,19 @@ def find_corpus(data: DataConfig) -> Reader:
     """Find the corpus and the validation corpus without reading them; return the reader of the corpus.
 
     Raises:
-        RecipeError: one is missing, or one side of the split is empty.
+        RecipeError: one is missing or has a file that can't be read, or one side of the split is empty.
     """
-    reader = find_reader("data.corpus", data.corpus, data)
+    reader = _find("data.corpus", data.corpus, data)
     if data.validation_corpus is not None:
-        find_reader("data.validation_corpus", data.validation_corpus, data)
+        _find("data.validation_corpus", data.validation_corpus, data)
     else:
         reader.check_split(data.holdout_fraction)
+    return reader
+
+
+def _find(key: str, address: str, data: DataConfig) -> Reader:
+    reader = find_reader(key, address, data)
+    check_files(key, reader.files)
     return reader
 
 
@@ -115,23 +132,23 @@ def read_corpus(data: DataConfig) -> Corpus:
         RecipeError: the corpus is missing or can't be read, or no text is left on one side of the split.
     """
     reader = find_corpus(data)
-    seen: set[bytes] = set()
     if data.validation_corpus is None:
-        corpus = reader.read(data.holdout_fraction, seen)
+        corpus = reader.read(data.holdout_fraction, Excluded())
     else:
-        # First, so that a copy of one of its files is left out of training.
-        held_out = find_reader("data.validation_corpus", data.validation_corpus, data).read(0, seen)
-        train = reader.read(0, seen)
+        held_out = find_reader("data.validation_corpus", data.validation_corpus, data).read(0, Excluded())
+        train = reader.read(0, Excluded(held_out.train, held_out.digest))
         corpus = Corpus(
             train=train.train,
             held_out=held_out.train,
             skipped=train.skipped + held_out.skipped,
             digest=hashlib.sha256(f"{train.digest} {held_out.digest}".encode()).hexdigest(),
             characters=train.characters + held_out.characters,
+            shared=train.shared,
         )
     if not corpus.train or not corpus.held_out:
+        shared = f" ({corpus.shared} more are in data.validation_corpus, too)" if corpus.shared else ""
         raise RecipeError(
-            f"data.corpus {data.corpus} has {len(corpus.train)} readable documents to train on and "
+            f"data.corpus {data.corpus} has {len(corpus.train)} readable documents to train on{shared} and "
             f"{len(corpus.held_out)} held out; both need at least one that is UTF-8 and not empty: change "
             "data.holdout_fraction, give data.validation_corpus or more text"
         )
@@ -144,13 +161,15 @@ def find_reader(key: str, address: str, data: DataConfig) -> Reader:
     Raises:
         RecipeError: the address stands for nothing, or the reader does not accept it or can't be loaded.
     """
-    name, source = (data.reader, Source(key, address)) if data.reader else _choose(key, address, data)
+    with readable(address, key):
+        name, source = (data.reader, Source(key, address)) if data.reader else _choose(key, address, data)
     try:
         reader_class = load_class(name, READERS, "data.reader")
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from None
     try:
-        reader: Reader = reader_class(source, data)
+        with readable(address, key):
+            reader: Reader = reader_class(source, data)
     except RecipeError:
         raise
     except Exception as error:
@@ -168,27 +187,52 @@ def _choose(key: str, address: str, data: DataConfig) -> tuple[str, Source]:
         return "stdlib", Source(key, address)
     if address.startswith("s3://"):
         return "s3", Source(key, address)
-    path = Path(address).expanduser()
+    path = _local(key, address)
     if path.is_dir():
         if not (paths := files_below(path, data.suffix)):
             raise RecipeError(f"{key} {path} has no file that ends in '{data.suffix}' (data.suffix)")
-        name = ROW_SUFFIXES[data.suffix] if data.suffix in _ROWS_IN_FOLDERS else "files"
+        suffix = plain_suffix(f"file{data.suffix}")
+        name = ROW_SUFFIXES[suffix] if suffix in ROW_SUFFIXES and suffix != ".txt" else "files"
         return name, Source(key, address, path, paths)
     if path.is_file():
         return _row_files(Source(key, address, path.parent, (path.name,)))
+    if path.exists():
+        raise RecipeError(
+            f"{key} is '{address}', a named pipe, a socket or a device; write its content to a file, and give that"
+        )
     if any(mark in address for mark in "*?["):
         fixed = _before_patterns(path.parts)
-        root, pattern = Path(*fixed), str(Path(*path.parts[len(fixed) :]))
-        matches = sorted(file.relative_to(root).as_posix() for file in root.glob(pattern) if file.is_file())
+        root = Path(*fixed)
+        try:
+            matches = files_matching(root, path.parts[len(fixed) :])
+        except ValueError as error:
+            raise RecipeError(f"{key} is '{address}', which is no pattern of paths: {error}") from None
         if not matches:
             raise RecipeError(f"{key} is '{address}', and no file matches it")
-        return _row_files(Source(key, address, root, tuple(matches)))
-    if _HUB_NAME.fullmatch(address) and not address.endswith(tuple(ROW_SUFFIXES)):
+        return _row_files(Source(key, address, root, matches))
+    if _HUB_NAME.fullmatch(address) and not is_row_file(address):
         return "hub", Source(key, address)
     raise RecipeError(
         f"{key} is '{address}', which is not a folder, nor a {', '.join(ROW_SUFFIXES)} file; give one, a glob, an "
         "s3:// address, a hub name (owner/name), or 'stdlib'"
     )
+
+
+def is_row_file(name: str) -> bool:
+    """Return whether a file holds many documents, by its name."""
+    return plain_suffix(name) in ROW_SUFFIXES
+
+
+def _local(key: str, address: str) -> Path:
+    if "\0" in address:
+        raise RecipeError(f"{key} is {address!r}; a path has no null character")
+    try:
+        return Path(address).expanduser()
+    except RuntimeError:
+        user = Path(address).parts[0]
+        raise RecipeError(
+            f"{key} is '{address}', and {user} is no user's home on this machine; write the path"
+        ) from None
 
 
 def _before_patterns(parts: Sequence[str]) -> list[str]:
@@ -198,7 +242,7 @@ def _before_patterns(parts: Sequence[str]) -> list[str]:
 
 
 def _row_files(source: Source) -> tuple[str, Source]:
-    suffixes = {PurePosixPath(path).suffix for path in source.paths}
+    suffixes = {plain_suffix(path) for path in source.paths}
     if len(suffixes) != 1 or not suffixes <= set(ROW_SUFFIXES):
         raise RecipeError(
             f"{source.key} '{source.address}' has files that end in {', '.join(sorted(suffixes))}; expected one of "
@@ -207,11 +251,19 @@ def _row_files(source: Source) -> tuple[str, Source]:
     return ROW_SUFFIXES[suffixes.pop()], source
 
 
-def files_below(root: Path, suffix: str, ignored: Collection[str] = ()) -> tuple[str, ...]:
-    """List the files below a folder that end in a suffix, relative to it and sorted, without the ignored subfolders."""
-    paths: list[str] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in ignored]
-        inside = Path(folder).relative_to(root)
-        paths += [(inside / name).as_posix() for name in names if name.endswith(suffix)]
-    return tuple(sorted(paths))
+def refuse_fields(data: DataConfig, what: str) -> None:
+    """Refuse a recipe that names fields for a source that has none.
+
+    Args:
+        data: the recipe's `data` group.
+        what: says what has no fields, for the message.
+
+    Raises:
+        RecipeError: the recipe names the fields of prompts or of chats.
+    """
+    for key in ("prompt_field", "messages_field"):
+        if field := getattr(data, key):
+            raise RecipeError(
+                f"data.{key} is '{field}', but {what} have no fields; give .jsonl, .json, .csv or .parquet files, or a "
+                "hub name"
+            )

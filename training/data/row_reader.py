@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Corpus, Document
+from mtp_ce.training.data.chat import to_text
+from mtp_ce.training.data.corpus import Corpus, Document, Excluded
+from mtp_ce.training.data.files import readable, shown
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.errors import RecipeError
 
 # Keys of the recipe that a reader of the user's own may read.
-_READ_KEYS = {"subset", "split", "suffix", "text_field", "prompt_field", "completion_field"}
+_READ_KEYS = {
+    *("subset", "split", "suffix", "text_field", "messages_field"),
+    *("prompt_field", "input_field", "completion_field"),
+}
 
 
 class RowReader(ABC):
@@ -64,12 +69,12 @@ class RowReader(ABC):
         """Check nothing: rows are counted when they are read."""
         return
 
-    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+    def read(self, fraction: float, excluded: Excluded) -> Corpus:
         """Read the rows, or reuse the cached ones while identity, paths, sizes and times of the files are the same.
 
         Args:
             fraction: of the rows, which are held out.
-            seen: not used: rows are not compared with other sources, which would take memory for each.
+            excluded: rows that validation reads; they are skipped.
 
         Raises:
             RecipeError: a file or row can't be read, or lacks a field.
@@ -77,30 +82,48 @@ class RowReader(ABC):
         # pyarrow takes time to load.
         from mtp_ce.training.data.row_store import stored_rows
 
-        return stored_rows(self.identity(), self.files, self.documents, fraction)
+        return stored_rows(self.identity(), self.files, self._readable, fraction, excluded)
+
+    def _readable(self) -> Iterator[Document]:
+        """Yield the documents; errors of files and encodings are one line."""
+        with readable(self.source.address, self.source.key):
+            yield from self.documents()
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a row are read: those of prompt and completion, or that of the text.
+    """Which fields of a row are read: those of prompt and completion, that of a chat, or that of the text.
 
     Attributes:
-        text: the field of the text or completion.
+        text: the field of the text, the completion or the chat.
         prompt: the field of the prompt, or None.
         keys: field -> the recipe's key that names it.
+        input: the field of a second paragraph of the prompt, or None.
+        chat: whether the field of the text holds the messages of a chat.
     """
 
     text: str
     prompt: str | None
     keys: dict[str, str]
+    input: str | None = None
+    chat: bool = False
 
     @classmethod
     def of(cls, data: DataConfig) -> Fields:
         """Return the fields that a recipe names."""
+        if data.messages_field:
+            return cls(data.messages_field, None, {data.messages_field: "data.messages_field"}, chat=True)
         if data.prompt_field and data.completion_field:
             keys = {data.prompt_field: "data.prompt_field", data.completion_field: "data.completion_field"}
-            return cls(data.completion_field, data.prompt_field, keys)
+            keys |= {data.input_field: "data.input_field"} if data.input_field else {}
+            return cls(data.completion_field, data.prompt_field, keys, data.input_field)
         return cls(data.text_field, None, {data.text_field: "data.text_field"})
+
+    @property
+    def identity(self) -> list[Any]:
+        """Return plain values that decide the documents: part of the cache key."""
+        # The key of texts and prompts is older than input and chat.
+        return [self.prompt, self.text, *([self.input, self.chat] if self.input or self.chat else [])]
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """Return the columns of a table that have to be read."""
@@ -115,19 +138,29 @@ class Fields:
             row: the row's fields.
 
         Raises:
-            RecipeError: a field is missing or holds no string.
+            RecipeError: a field is missing, or does not hold what it should.
         """
         self.check(where, row)
-        return Document(path, row[self.text], None if self.prompt is None else row[self.prompt])
+        if self.chat:
+            return Document(path, to_text(row[self.text], f"{where}: field '{self.text}'"), chat=True)
+        if self.prompt is None:
+            return Document(path, row[self.text])
+        if self.input is None:
+            return Document(path, row[self.text], row[self.prompt])
+        paragraphs = (row[self.prompt], row[self.input])
+        return Document(path, row[self.text], "".join(f"{part}\n\n" for part in paragraphs if part))
 
     def check(self, where: str, row: dict[str, Any]) -> None:
-        """Raise RecipeError if a field is missing or holds no string."""
+        """Raise RecipeError if a field is missing, or holds neither a string nor the messages of a chat."""
         for field, key in self.keys.items():
             if field not in row:
                 raise RecipeError(f"{where}: no field '{field}' ({key}); it has {_listed(row)}")
-            if not isinstance(row[field], str):
-                kind = type(row[field]).__name__
-                raise RecipeError(f"{where}: field '{field}' ({key}) holds {kind}; expected a string")
+            value = row[field]
+            if field == self.input and value is None:
+                continue
+            if not isinstance(value, list if self.chat else str):
+                expected = "a list of messages" if self.chat else "a string"
+                raise RecipeError(f"{where}: field '{field}' ({key}) holds {type(value).__name__}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -163,38 +196,20 @@ class FileRows(RowReader):
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents of all files."""
-        for name, file in zip(self.source.paths, self.files, strict=True):
+        for path, file in zip(self.source.paths, self.files, strict=True):
+            name = shown(path)
             for row in self.rows(file):
                 yield self.fields.document(f"{name}:{row.number}", row.where, row.fields)
 
     def identity(self) -> list[Any]:
         """Return the paths and the fields."""
-        return ["rows", list(self.source.paths), self.fields.prompt, self.fields.text]
+        return ["rows", list(self.source.paths), *self.fields.identity]
 
     def describe(self) -> str:
         """Return the file, or how many there are."""
         if len(self.files) == 1:
-            return f"rows of {self.files[0]}"
-        return f"rows of {len(self.files)} files in {self.source.root}"
-
-
-def numbered_lines(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield the lines of a UTF-8 file that are not blank: number, location for messages, text.
-
-    Raises:
-        RecipeError: the file can't be read, or a line is not UTF-8.
-    """
-    number = 0
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = line.decode("utf-8").strip("\r\n")
-                if text and not text.isspace():
-                    yield number, f"{file}, line {number}", text
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}, line {number}: not UTF-8: {error.reason}") from None
-    except OSError as error:
-        raise RecipeError(f"{file} can't be read: {error.strerror}") from None
+            return f"rows of {shown(self.files[0])}"
+        return f"rows of {len(self.files)} files in {shown(self.source.root)}"
 
 
 def _listed(row: dict[str, Any]) -> str:

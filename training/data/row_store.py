@@ -9,30 +9,36 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from mtp_ce.training.data.corpus import Corpus, Document, Lazy, below
+from mtp_ce.training.data.corpus import Corpus, Document, Excluded, Lazy, below
+from mtp_ce.training.data.files import readable, shown
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import CHUNK, LazyFile
 from mtp_ce.training.storage.cache import cache_folder, cached, discard
 
 # Part of the cache key: raise it when what is stored of a row, or the layout below, changes.
-_FORMAT = "1"
+_FORMAT = "2"
 
 # Rows that are read and written together.
 BATCH = 100
 
-_SCHEMA = pa.schema([("path", pa.string()), ("text", pa.string()), ("prompt", pa.string())])
+_SCHEMA = pa.schema([("path", pa.string()), ("text", pa.string()), ("prompt", pa.string()), ("chat", pa.bool_())])
 _SIDES = ("train.arrow", "held_out.arrow")
 _SUMMARY = "summary.json"
 
 
 def stored_rows(
-    identity: Sequence[Any], files: Sequence[Path], documents: Callable[[], Iterable[Document]], fraction: float
+    identity: Sequence[Any],
+    files: Sequence[Path],
+    documents: Callable[[], Iterable[Document]],
+    fraction: float,
+    excluded: Excluded,
 ) -> Corpus:
     """Return the documents from the cache, or read them and store them.
 
@@ -41,37 +47,46 @@ def stored_rows(
         files: what is read; the cache entry is used while their paths, sizes and modification times stay the same.
         documents: starts reading.
         fraction: of the documents, which are held out.
+        excluded: documents that are skipped.
 
     Raises:
         RecipeError: a document can't be read.
     """
-    try:
-        stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except OSError as error:
-        raise RecipeError(f"{error.filename} can't be read: {error.strerror}") from None
-    key = hashlib.sha256(json.dumps([_FORMAT, *identity, fraction, stated]).encode()).hexdigest()[:32]
-    return _corpus(cached(cache_folder() / "rows" / key, lambda aside: _write(aside, documents(), fraction), lazy=True))
+    stated = []
+    for file in files:
+        with readable(file):
+            status = file.stat()
+        stated.append((os.path.realpath(file), status.st_size, status.st_mtime_ns))
+    without = [excluded.digest] if excluded.digest else []
+    key = hashlib.sha256(json.dumps([_FORMAT, *identity, fraction, stated, *without]).encode()).hexdigest()[:32]
+    entry = cache_folder() / "rows" / key
+    return _corpus(cached(entry, lambda aside: _write(aside, documents(), fraction, excluded), lazy=True))
 
 
-def _write(folder: Path, documents: Iterable[Document], fraction: float) -> None:
+def _write(folder: Path, documents: Iterable[Document], fraction: float, excluded: Excluded) -> None:
     hasher = hashlib.sha256()
-    skipped = characters = 0
+    skipped = shared = characters = 0
     with _Table(folder / _SIDES[0]) as train, _Table(folder / _SIDES[1]) as held_out:
         for document in documents:
             if not document.text.strip():
                 skipped += 1
                 continue
+            if document in excluded:
+                shared += 1
+                continue
             content = document.text if document.prompt is None else f"{document.prompt}\0{document.text}"
             try:
-                fingerprint = hashlib.sha256(content.encode()).digest()
+                path, fingerprint = document.path.encode(), hashlib.sha256(content.encode()).digest()
             except UnicodeEncodeError as error:
-                raise RecipeError(f"{document.path}: the text is not valid Unicode: {error.reason}") from None
+                raise RecipeError(f"{shown(document.path)}: the text is not valid Unicode: {error.reason}") from None
             side = below(fingerprint, fraction)
             (held_out if side else train).add(document)
-            hasher.update(f"{document.path}\0{side}\0{document.prompt is None}\0".encode() + fingerprint)
+            kind = "chat" if document.chat else document.prompt is None
+            hasher.update(path + f"\0{side}\0{kind}\0".encode() + fingerprint)
             characters += len(content)
     counts = {"train": train.count, "held_out": held_out.count}
-    summary = {**counts, "skipped": skipped, "digest": hasher.hexdigest(), "characters": characters}
+    counts |= {"skipped": skipped + shared, "shared": shared}
+    summary = {**counts, "digest": hasher.hexdigest(), "characters": characters}
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -80,7 +95,7 @@ def _corpus(folder: Path) -> Corpus:
     train, held_out = (
         _documents(folder / side, summary[name]) for side, name in zip(_SIDES, ("train", "held_out"), strict=True)
     )
-    return Corpus(train, held_out, summary["skipped"], summary["digest"], summary["characters"])
+    return Corpus(train, held_out, summary["skipped"], summary["digest"], summary["characters"], summary["shared"])
 
 
 class _Table:
@@ -110,7 +125,7 @@ class _Table:
     def _flush(self) -> None:
         if self._rows:
             columns = [[getattr(row, name) for row in self._rows] for name in _SCHEMA.names]
-            arrays = [pa.array(column, pa.string()) for column in columns]
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
             self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
             self._rows = []
 

@@ -9,8 +9,8 @@
 
 Position ids restart at every document and at every row: transformers detects from them the boundaries that
 attention must not cross, and the loss takes the boundaries from document ids. There is no attention mask, since
-an all-ones mask would disable this detection. Padding is a document of its own. The labels of padding and of the
-tokens of a prompt are -100.
+an all-ones mask would disable this detection. Padding is a document of its own. The labels of padding, of the tokens
+of a prompt, and of what is not an assistant's in a chat are -100.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Batch:
     """Rows of documents: four int64 tensors [B, S], and token weights if they were computed before training."""
 
     input_ids: Tensor
-    labels: Tensor  # input_ids, unshifted, with -100 at prompts and padding
+    labels: Tensor  # input_ids, unshifted, with -100 at what is not learnt
     document_ids: Tensor
     position_ids: Tensor
     token_weights: Tensor | None = None  # [B, S] fp32, of the token at the position
@@ -132,10 +132,13 @@ class PackedRows:
         # Padding reads token 0 of document 0, which is replaced below: it has no entry in the arrays of documents.
         index = torch.where(is_token, index, 0)
         document = torch.where(is_token, document_ids, 0)
-        tokens = documents.gather(index if documents.offsets is None else index + documents.offsets[document])
+        place = index if documents.offsets is None else index + documents.offsets[document]
+        tokens = documents.gather(place)
         has_label = is_token
         if documents.prompts is not None:
             has_label = is_token & (index - documents.starts[document] >= documents.prompts[document])
+        if documents.learnt is not None:
+            has_label = is_token & (documents.learnt[place] != 0)
         return Batch(
             input_ids=torch.where(is_token, tokens, self.pad_id),
             labels=torch.where(has_label, tokens, IGNORE),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Corpus
-from mtp_ce.training.data.reader import ROW_SUFFIXES, Source, find_reader
+from mtp_ce.training.data.corpus import Corpus, Excluded
+from mtp_ce.training.data.reader import Source, find_reader, is_row_file
 
 
 class S3Files:
@@ -31,7 +31,7 @@ class S3Files:
     def check_split(self, fraction: float) -> None:
         """Check nothing: the files are known once they are downloaded."""
 
-    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+    def read(self, fraction: float, excluded: Excluded) -> Corpus:
         """Download and read.
 
         Raises:
@@ -41,5 +41,5 @@ class S3Files:
         from mtp_ce.training.storage import folders as storage
 
         key, address = self.source.key, self.source.address
-        fetch = storage.fetch_file if address.endswith(tuple(ROW_SUFFIXES)) else storage.fetch_folder
-        return find_reader(key, str(fetch(key, address)), self._data).read(fraction, seen)
+        fetch = storage.fetch_file if is_row_file(address) else storage.fetch_folder
+        return find_reader(key, str(fetch(key, address)), self._data).read(fraction, excluded)

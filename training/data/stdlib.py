@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.reader import Source, files_below
+from mtp_ce.training.data.files import files_below
+from mtp_ce.training.data.reader import Source
 from mtp_ce.training.data.text_files import TextFiles
 
 # Third-party packages differ from machine to machine, and tests from one Linux distribution to the next.

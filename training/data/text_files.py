@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Corpus, Document, Lazy, below
-from mtp_ce.training.data.reader import Source
+from mtp_ce.training.data.corpus import Corpus, Document, Excluded, Lazy, below
+from mtp_ce.training.data.files import read_bytes, readable, shown
+from mtp_ce.training.data.reader import Source, refuse_fields
 from mtp_ce.training.errors import RecipeError
 
 
@@ -28,17 +29,13 @@ class TextFiles:
     """
 
     def __init__(self, source: Source, data: DataConfig) -> None:
-        if data.prompt_field:
-            raise RecipeError(
-                f"data.prompt_field is '{data.prompt_field}', but {source.key} '{source.address}' is a folder of text "
-                "files, which have no fields; give .jsonl or .parquet files, or a hub name"
-            )
+        refuse_fields(data, f"{source.key} '{source.address}' is a folder of text files, which")
         self.source = source
         self.files: Sequence[Path] = [source.root / path for path in source.paths]
 
     def describe(self) -> str:
         """Return how many files were found, and where."""
-        return f"{len(self.files)} files in {self.source.root}"
+        return f"{len(self.files)} files in {shown(self.source.root)}"
 
     def check_split(self, fraction: float) -> None:
         """Check from the paths alone that both sides of the split have a file."""
@@ -49,26 +46,40 @@ class TextFiles:
                 "least one: change it or add files"
             )
 
-    def read(self, fraction: float, seen: set[bytes]) -> Corpus:
+    def read(self, fraction: float, excluded: Excluded) -> Corpus:
         """Read every file once; keep hashes and not texts in memory."""
         sides: dict[bool, list[tuple[str, bytes]]] = {False: [], True: []}
+        seen: set[bytes] = set()
         hasher = hashlib.sha256()
-        characters = 0
+        characters = shared = 0
         for path, file in zip(self.source.paths, self.files, strict=True):
-            content = file.read_bytes()
-            fingerprint = hashlib.sha256(content).digest()
+            with readable(file):
+                content = read_bytes(file)
             text = _decode(content)
-            if text is None or fingerprint in seen:
+            if text is None:
                 continue
-            seen.add(fingerprint)
+            if Document(path, text) in excluded:
+                shared += 1
+                continue
+            # A copy may have other line ends, or a byte order mark.
+            fingerprint, same = (hashlib.sha256(form).digest() for form in (content, text.encode()))
+            if same in seen:
+                continue
+            seen.add(same)
             side = is_held_out(path, fraction)
             sides[side].append((path, fingerprint))
-            hasher.update(f"{path}\0{side}\0".encode() + fingerprint)
+            hasher.update(_bytes(path) + f"\0{side}\0".encode() + fingerprint)
             characters += len(text)
 
         train, held_out = sides[False], sides[True]
-        skipped = len(self.files) - len(train) - len(held_out)
-        return Corpus(self._documents(train), self._documents(held_out), skipped, hasher.hexdigest(), characters)
+        return Corpus(
+            train=self._documents(train),
+            held_out=self._documents(held_out),
+            skipped=len(self.files) - len(train) - len(held_out),
+            digest=hasher.hexdigest(),
+            characters=characters,
+            shared=shared,
+        )
 
     def _documents(self, files: list[tuple[str, bytes]]) -> Sequence[Document]:
         return Lazy(len(files), lambda i: _read_file(self.source.root, *files[i]))
@@ -76,19 +87,26 @@ class TextFiles:
 
 def is_held_out(path: str, fraction: float) -> bool:
     """Return whether a file is held out, from its path relative to the corpus folder."""
-    return below(hashlib.sha256(path.encode()).digest(), fraction)
+    return below(hashlib.sha256(_bytes(path)).digest(), fraction)
+
+
+def _bytes(path: str) -> bytes:
+    # Names of files need not be UTF-8.
+    return path.encode("utf-8", "surrogateescape")
 
 
 def _read_file(root: Path, path: str, fingerprint: bytes) -> Document:
     try:
-        content = (root / path).read_bytes()
+        content = read_bytes(root / path)
     except OSError as error:
-        raise RecipeError(f"{root / path} can't be read any more: {error.strerror}; start again") from None
+        raise RecipeError(
+            f"{shown(root / path)} can't be read any more: {error.strerror or error}; start again"
+        ) from None
     text = _decode(content)
     # The tokens in the cache were made from the text of the first reading.
     if text is None or hashlib.sha256(content).digest() != fingerprint:
-        raise RecipeError(f"{root / path} changed while it was being read; start again")
-    return Document(path, text)
+        raise RecipeError(f"{shown(root / path)} changed while it was being read; start again")
+    return Document(shown(path), text)
 
 
 def _decode(content: bytes) -> str | None:

@@ -6,20 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.reader import Source
-from mtp_ce.training.data.row_reader import FileRows, Row, numbered_lines
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.data.files import numbered_lines
+from mtp_ce.training.data.reader import Source, refuse_fields
+from mtp_ce.training.data.row_reader import FileRows, Row
 
 
 class TextLines(FileRows):
     """Reads .txt files."""
 
     def __init__(self, source: Source, data: DataConfig) -> None:
-        if data.prompt_field:
-            raise RecipeError(
-                f"data.prompt_field is '{data.prompt_field}', but the lines of {source.key} '{source.address}' have no "
-                "fields; give .jsonl or .parquet files, or a hub name"
-            )
+        refuse_fields(data, f"the lines of {source.key} '{source.address}'")
         super().__init__(source, data)
 
     def rows(self, file: Path) -> Iterator[Row]:

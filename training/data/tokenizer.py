@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, readable
 from mtp_ce.training.storage.cache import cache_folder, cached
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +42,7 @@ def load_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizer
     """
     entry = cache_folder() / "tokenizers" / tokenizer_key(texts, vocab_size)
     folder = cached(entry, lambda aside: train_tokenizer(texts, vocab_size).save_pretrained(aside))
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -57,11 +57,8 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
     Raises:
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{key} '{source}' has no tokenizer that can be loaded: {reason}") from None
+    with readable(key, source, "has no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")
     if len(tokenizer) > vocab_size:
@@ -71,6 +68,9 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Those of another use, such as embeddings of 512 tokens, would cut documents.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

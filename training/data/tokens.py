@@ -4,6 +4,8 @@
     starts     0                 7           11                   20     int64, 8 bytes a document
     prompts                                                              int64, where documents have prompts:
                                                                          tokens at the beginning without a label
+    learnt    |  0 0 0 1 1 1 0|                                     uint8, 1 byte a token, where documents are
+                                                                         chats: whether a token has a label
 
 A mapped array is on disk until it is read, and its pages are evicted when memory is needed. So the memory of a run
 does not grow with its corpus.
@@ -13,16 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mtp_ce.training.data.chat import chat_template, encode_chat
 from mtp_ce.training.data.corpus import Corpus, Document
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import CHUNK, LazyFile
@@ -39,13 +43,14 @@ _SUMMARY = "summary.json"
 
 
 class DocumentTokens(Sequence[Tensor]):
-    """Token ids of documents, each an int64 1-d tensor that begins and ends with the end-of-text token.
+    """Token ids of documents, each an int64 1-d tensor that begins and ends with the end-of-text token, chats excepted.
 
     Attributes:
         tokens: [N] int32, of all documents or of more than these.
         starts: [n + 1] int64, where each document begins in the concatenation of these documents, and its end.
         offsets: [n] int64, how much later each document begins in `tokens`; None where `tokens` is the concatenation.
         prompts: [n] int64, number of tokens at the beginning without a label; None: none.
+        learnt: [N] uint8, like `tokens`, whether a token has a label; None: all that are in no prompt.
         counts: how often each token is a label, [V] or shorter.
         file: verifies what is read of `tokens`; None where they are in memory.
     """
@@ -57,6 +62,7 @@ class DocumentTokens(Sequence[Tensor]):
         *,
         offsets: Tensor | None = None,
         prompts: Tensor | None = None,
+        learnt: Tensor | None = None,
         counts: Tensor | None = None,
         file: LazyFile | None = None,
     ) -> None:
@@ -65,6 +71,7 @@ class DocumentTokens(Sequence[Tensor]):
         self.starts = starts
         self.offsets = offsets
         self.prompts = prompts
+        self.learnt = learnt
         self.counts = counts
 
     @classmethod
@@ -118,7 +125,7 @@ class DocumentTokens(Sequence[Tensor]):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         offsets = begins - starts[:-1] + (0 if self.offsets is None else self.offsets[chosen])
         prompts = None if self.prompts is None else self.prompts[chosen]
-        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, file=self.file)
+        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, learnt=self.learnt, file=self.file)
 
     def longer_than(self, tokens: int) -> int:
         """Count the documents of more than `tokens` tokens."""
@@ -135,57 +142,111 @@ class TokenisedCorpus:
     held_out: DocumentTokens
 
 
-def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> TokenisedCorpus:
+def tokenise(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, progress: Callable[[int], None] = lambda documents: None
+) -> TokenisedCorpus:
     """Return the token ids of a corpus from the cache, or compute them and store them there.
 
-    The cache key is a hash of the texts, the prompts, the split and the tokenizer.
+    The cache key is a hash of the texts, the prompts, the split, the tokenizer, and of chats the chat template.
+
+    Args:
+        corpus: the documents.
+        tokenizer: of the run; has a chat template if the documents are chats.
+        progress: called with the number of documents that were tokenized since it was last called.
     """
-    vocabulary = tokenizer.backend_tokenizer.to_str()
+    vocabulary = vocabulary_of(corpus, tokenizer)
     key = hashlib.sha256(f"{_FORMAT}\0{corpus.digest}\0{vocabulary}".encode()).hexdigest()[:32]
 
     def make(aside: Path) -> None:
         for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
             (aside / side).mkdir()
-            _encode(documents, tokenizer, aside / side)
+            _encode(documents, tokenizer, aside / side, progress)
 
     folder = cached(cache_folder() / "tokens" / key, make, lazy=True)
     return TokenisedCorpus(train=_mapped(folder, "train"), held_out=_mapped(folder, "held_out"))
 
 
-def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the arrays of one side."""
+def vocabulary_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return what decides the tokens of a corpus beside its documents: the tokenizer, and of chats the template."""
+    chats = bool(corpus.train) and corpus.train[0].chat
+    return tokenizer.backend_tokenizer.to_str() + (f"\0{chat_template(tokenizer)}" if chats else "")
+
+
+class _Encoded(NamedTuple):
+    """Tokens of a chunk of documents.
+
+    Attributes:
+        ids: int32 tokens of each document.
+        masked: number of tokens at the beginning of each that are no labels.
+        learnt: whether a token is a label, of each document; None: all after the masked ones.
+    """
+
+    ids: list[NDArray[np.int32]]
+    masked: list[int]
+    learnt: list[NDArray[np.uint8]] | None = None
+
+    def labels(self) -> NDArray[np.int32]:
+        """Return the tokens that are labels."""
+        documents = [document[count:] for document, count in zip(self.ids, self.masked, strict=True)]
+        if self.learnt is None:
+            return np.concatenate(documents)
+        kept = [learnt[count:] for learnt, count in zip(self.learnt, self.masked, strict=True)]
+        return np.concatenate(documents)[np.concatenate(kept).astype(bool)]
+
+
+def _encode_chunk(chunk: list[Document], tokenizer: PreTrainedTokenizerFast) -> _Encoded:
+    # The first token of a document is no label, because no model predicts it.
+    if chunk[0].chat:
+        chats = [encode_chat(document.path, document.text, tokenizer) for document in chunk]
+        ids, learnt = ([chat[part] for chat in chats] for part in (0, 1))
+        arrays = [np.array(document, dtype=np.int32) for document in ids]
+        return _Encoded(arrays, [1] * len(chunk), [np.array(mask, dtype=np.uint8) for mask in learnt])
     border, encode = tokenizer.eos_token_id, tokenizer.backend_tokenizer.encode_batch_fast
+    prompted = chunk[0].prompt is not None
+    texts = encode([document.text for document in chunk], add_special_tokens=not prompted)
+    before: list[list[int]] = [[]] * len(chunk)
+    if prompted:
+        # Tokenized alone, as it is when the model is prompted.
+        encoded = encode([document.prompt for document in chunk], add_special_tokens=False)
+        before = [prompt.ids for prompt in encoded]
+    whole = [[border, *prompt, *text.ids, border] for prompt, text in zip(before, texts, strict=True)]
+    return _Encoded([np.array(document, dtype=np.int32) for document in whole], [1 + len(ids) for ids in before])
+
+
+def _encode(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> None:
+    """Write the arrays of one side."""
     counts = np.zeros(len(tokenizer), dtype=np.int64)
-    end, prompted = 0, False
+    end, prompted, chat = 0, False, False
     with (
         (folder / "tokens").open("wb") as tokens,
         (folder / "starts").open("wb") as starts,
         (folder / "prompts").open("wb") as prompts,
+        (folder / "learnt").open("wb") as learnt,
     ):
         starts.write(np.zeros(1, dtype=np.int64).tobytes())
         for chunk in _chunks(documents):
-            prompted = chunk[0].prompt is not None
-            texts = encode([document.text for document in chunk], add_special_tokens=not prompted)
-            before: list[list[int]] = [[]] * len(chunk)
-            if prompted:
-                # Tokenized alone, as it is when the model is prompted.
-                encoded = encode([document.prompt for document in chunk], add_special_tokens=False)
-                before = [prompt.ids for prompt in encoded]
-            whole = [[border, *prompt, *text.ids, border] for prompt, text in zip(before, texts, strict=True)]
-            ids = [np.array(document, dtype=np.int32) for document in whole]
-            masked = [1 + len(prompt) for prompt in before]
-            ends = end + np.cumsum([len(document) for document in ids], dtype=np.int64)
+            prompted, chat = chunk[0].prompt is not None, chunk[0].chat
+            encoded = _encode_chunk(chunk, tokenizer)
+            ends = end + np.cumsum([len(document) for document in encoded.ids], dtype=np.int64)
             end = int(ends[-1])
-            tokens.write(np.concatenate(ids).tobytes())
+            tokens.write(np.concatenate(encoded.ids).tobytes())
             starts.write(ends.tobytes())
             if prompted:
-                prompts.write(np.array(masked, dtype=np.int64).tobytes())
-            seen = np.bincount(np.concatenate([document[count:] for document, count in zip(ids, masked, strict=True)]))
+                prompts.write(np.array(encoded.masked, dtype=np.int64).tobytes())
+            if encoded.learnt is not None:
+                learnt.write(np.concatenate(encoded.learnt).tobytes())
+            seen = np.bincount(encoded.labels())
             # Ids of a tokenizer may exceed the number of its entries.
             counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
             counts[: len(seen)] += seen
+            progress(len(chunk))
     (folder / "counts").write_bytes(counts.tobytes())
-    summary = {"documents": len(documents), "tokens": end, "counts": len(counts), "prompted": prompted}
+    summary = {"documents": len(documents), "tokens": end, "counts": len(counts), "prompted": prompted, "chat": chat}
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -212,13 +273,14 @@ def _mapped(folder: Path, side: str) -> DocumentTokens:
         discard(folder)
         raise RecipeError(f"cache entry {folder} is damaged ({reason}); start again, and it is made again")
 
-    # One manifest entry a file: the other arrays are small beside the tokens, or are read as a whole anyway.
-    for name in ("starts", "prompts", "counts"):
+    # The other arrays are small beside the tokens, or are read as a whole anyway.
+    for name in ("starts", "prompts", "learnt", "counts"):
         LazyFile(folder, f"{side}/{name}", refuse).check(None)
     return DocumentTokens(
         array("tokens", summary["tokens"], torch.int32),
         array("starts", summary["documents"] + 1),
         prompts=array("prompts", summary["documents"]) if summary["prompted"] else None,
+        learnt=array("learnt", summary["tokens"], torch.uint8) if summary.get("chat") else None,
         counts=array("counts", summary["counts"]),
         file=LazyFile(folder, f"{side}/tokens", refuse),
     )

@@ -106,7 +106,7 @@ class Checkpoints:
         try:
             path = self.ranks.share(self.ranks.lead(begin))
             writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
+            dcp.save(state_tensors(model, optimizer), storage_writer=writer, no_dist=not self.ranks.sharded)
             self.ranks.lead(lambda: self._finish(step, asides[0], notes()))
         except (OSError, CheckpointException, LeaderFailedError) as error:
             cause = _cause(error)
@@ -130,6 +130,24 @@ class Checkpoints:
             RecipeError: checkpoints exist, and all are refused.
         """
         return self.ranks.share(self.ranks.lead(self._newest))
+
+    def before(self, checkpoint: Checkpoint, problem: str) -> Checkpoint | None:
+        """Return the newest valid checkpoint older than one that is valid and of no use; None if there is none.
+
+        Args:
+            checkpoint: the one that can't be used; it is named in a warning if there is an older one.
+            problem: why, in one line.
+        """
+
+        def older() -> Checkpoint | None:
+            found, refusals = self._find([folder for folder in self._folders() if folder.name < checkpoint.folder.name])
+            for refusal in (
+                [f"checkpoint {checkpoint.folder} can't be continued: {problem}", *refusals] if found else []
+            ):
+                self.warn(f"{refusal}; using an older one")
+            return found
+
+        return self.ranks.share(self.ranks.lead(older))
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
         """Load a checkpoint's tensors into a model and its optimizer.
@@ -159,19 +177,26 @@ class Checkpoints:
         dcp.load(tensors, storage_reader=reader, no_dist=not self.ranks.sharded)
 
     def _newest(self) -> Checkpoint | None:
+        found, refusals = self._find(self._folders())
+        if refusals and not found:
+            raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
+        for refusal in refusals:
+            self.warn(f"{refusal}; using an older one")
+        return found
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of all checkpoints, the newest first."""
+        return sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)
+
+    def _find(self, folders: list[Path]) -> tuple[Checkpoint | None, list[str]]:
+        """Return the first valid checkpoint, and why each folder before it is refused."""
         refusals: list[str] = []
-        for folder in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True):
+        for folder in folders:
             try:
-                checkpoint = read_checkpoint(folder, self.decided)
+                return read_checkpoint(folder, self.decided), refusals
             except CheckpointError as error:
                 refusals.append(str(error))
-                continue
-            for refusal in refusals:
-                self.warn(f"{refusal}; using an older one")
-            return checkpoint
-        if refusals:
-            raise RecipeError(f"{refusals[0]}; no other checkpoint in {self.folder} can be used")
-        return None
+        return None, refusals
 
     def _finish(self, step: int, aside: Aside, notes: dict[str, Any]) -> None:
         state = {
@@ -186,7 +211,8 @@ class Checkpoints:
         (aside.path / STATE_FILE).write_text(text, encoding="utf-8")
         # A run resumed from an earlier checkpoint writes this one again.
         aside.commit(replace=True)
-        for old in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True)[self.keep :]:
+        # One of a later step was refused when this run resumed: it takes no place from those that can be used.
+        for old in [folder for folder in self._folders() if folder.name <= aside.final.name][self.keep :]:
             remove_folder(old)
 
 
@@ -213,6 +239,8 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder} is damaged: {STATE_FILE} differs from what was written")
     wanted = json.loads(json.dumps(dict(decided)))
     if other := sorted(name for name in wanted.keys() | theirs.keys() if wanted.get(name) != theirs.get(name)):
+        if other == ["inputs"] and (change := _changed(theirs.get("inputs"), wanted.get("inputs"))):
+            raise CheckpointError(f"checkpoint {folder} was trained on another {change}")
         differences = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
         raise CheckpointError(f"checkpoint {folder} belongs to another run: {differences}")
     try:
@@ -229,7 +257,20 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(folder, step, notes)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _changed(theirs: Any, ours: Any) -> str | None:
+    """Say in words how the inputs of two runs differ; None where a hash would say no more."""
+    if not isinstance(theirs, list) or not isinstance(ours, list):
+        return None
+    names = (
+        "corpus: the documents of data.corpus or data.validation_corpus, or how they are read, have changed; resume "
+        "with the documents that the run began with",
+        "tokenizer; resume with the one that the run began with (data.tokenizer)",
+    )
+    return next((name for name, one, other in zip(names, theirs, ours, strict=False) if one != other), None)
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what a checkpoint holds: parameters and buffers of a model, and the moments of its optimizer, by name."""
     tensors = {f"model.{name}": tensor for name, tensor in _saved(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

@@ -16,8 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
@@ -42,7 +42,7 @@ from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.loop import TrainConfig
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StoppedError
-from mtp_ce.training.interrupt import ignore_sigterm
+from mtp_ce.training.interrupt import Stop, ignore_sigterm, stop_on_signal
 
 T = TypeVar("T")
 
@@ -62,11 +62,13 @@ class Ranks:
         rank: this process's number, from 0.
         size: number of ranks.
         mesh: the mesh over which parameters are sharded; None for a single process.
+        stop: the flag that signals set on one of several ranks, for the whole run; never set for a single process.
     """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def sharded(self) -> bool:
@@ -125,6 +127,7 @@ class Ranks:
 
         Raises:
             LeaderFailedError: on the other ranks, if it failed.
+            StoppedError: on all ranks, if a signal ended it.
         """
         result, failure = None, None
         if self.leads:
@@ -132,32 +135,49 @@ class Ranks:
                 result = work()
             except BaseException as error:
                 failure = error
-        failed = self.share(failure is not None)
+        stopped = failure.signal if isinstance(failure, StoppedError) else None
+        failed, stopped = self.share((failure is not None, stopped))
         if failure is not None:
             raise failure
+        if stopped:
+            raise StoppedError(stopped)
         if failed:
             raise LeaderFailedError
         return result
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, which fills a cache, and then on every other rank.
+        """Run `work` on rank 0, which fills a cache, and then on every other rank; a signal ends it at once.
 
         Raises:
             RecipeError: on rank 0, also for a mistake on another rank only, such as a file that its machine lacks.
             LeaderFailedError: on the other ranks, if any rank failed.
+            StoppedError: on all ranks, if a signal reached one of them.
         """
-        result, mistake = self.lead(work), None
+
+        def interruptible() -> T:
+            with self.stop.at_once():
+                return work()
+
+        result, mistake = self.lead(interruptible), None
         if not self.leads:
             try:
-                result = work()
+                result = interruptible()
             except RecipeError as error:
                 mistake = f"{name_of(self.rank)}: {error}"
-        if mistakes := [message for message in self._collect(mistake) if message]:
+            except StoppedError:
+                pass  # agreed on below
+        if mistakes := [message for message in self.collect(mistake) if message]:
             raise RecipeError(mistakes[0]) if self.leads else LeaderFailedError
+        self.check(self.stop)
         assert result is not None
         return result
 
-    def _collect(self, value: T) -> list[T]:
+    def check(self, stop: Stop) -> None:
+        """Raise StoppedError on all ranks if the flag is set on one of them."""
+        if number := max(self.collect(stop.signal)):
+            raise StoppedError(number)
+
+    def collect(self, value: T) -> list[T]:
         """Gather a picklable value from every rank."""
         if self.mesh is None:
             return [value]
@@ -258,7 +278,8 @@ def join_ranks(
         assert dist.group.WORLD is not None
         dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(LONGEST_WAIT)
     try:
-        yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)))
+        with stop_on_signal() if size > 1 else nullcontext(Stop()) as stop:
+            yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)), stop)
     except BaseException as error:
         if ours and size == 1:
             dist.destroy_process_group()

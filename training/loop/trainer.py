@@ -5,6 +5,9 @@
 Each rank counts N in its own rows before the first forward, and every micro-batch is divided by the global count, so
 the accumulated gradient is that of the global batch for any micro-batch size. Statistics are sums on the device, read
 by the host every `log_every` steps; the gate is the only host synchronisation of a step.
+
+The end of the loop is a place where state is kept, as every `checkpoint.every` steps are: the checkpoint after the last
+step is written before the last validation. Whatever is kept is finite.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from mtp_ce.ops.rows import row_targets
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows, rows_of_step, seed_of
-from mtp_ce.training.errors import StepRefusedError, StoppedError
+from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedError
 from mtp_ce.training.interrupt import Stop
+from mtp_ce.training.loop.checkpoint import state_tensors
+from mtp_ce.training.loop.finite import refuse_not_finite
 from mtp_ce.training.loop.ranks import Ranks, local
-from mtp_ce.training.loop.weighing import Weigh
+from mtp_ce.training.loop.weighing import NEUTRAL_BOUND, Weigh
 from mtp_ce.training.loop.window import Window
 from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
 from mtp_ce.training.metrics.sums import HeadSums
@@ -59,9 +64,11 @@ class Trainer:
         log: receives metrics by name.
         tick: called after every step.
         weight_bounds: smallest and largest allowed weight of a supervised token.
-        stop: set from outside, on any rank; the loop raises StoppedError before the next step is taken.
+        stop: set from outside, on any rank; the loop raises StoppedError before the next step is taken, or before the
+            next batch of a validation.
         ranks: the ranks that run this loop together; the model is sharded over them.
-        save_checkpoint: writes a checkpoint of this loop; called every `checkpoint.every` steps, and when stopped.
+        save_checkpoint: writes a checkpoint of this loop, and returns whether it could; called every
+            `checkpoint.every` steps, after the last one, and when stopped.
         done: steps done, including those of earlier processes.
         validations: validation results by the number of steps done before.
     """
@@ -79,7 +86,7 @@ class Trainer:
     weight_bounds: tuple[float, float] = (0.0, math.inf)
     stop: Stop = field(default_factory=Stop)
     ranks: Ranks = field(default_factory=Ranks)
-    save_checkpoint: Callable[[Trainer], object] = lambda trainer: None
+    save_checkpoint: Callable[[Trainer], bool] = lambda trainer: True
     done: int = 0
     validations: dict[int, list[HeadResult]] = field(default_factory=dict)
 
@@ -91,6 +98,7 @@ class Trainer:
 
         Raises:
             StepRefusedError: loss, gradient or token weights were out of bounds; the step was not taken.
+            StateRefusedError: a parameter, an optimizer moment or a validation is not finite; it is not saved.
             StoppedError: `stop` was set.
         """
         train, every = self.recipe.train, self.recipe.checkpoint.every
@@ -104,23 +112,38 @@ class Trainer:
                 self.done += 1
                 self.tick()
                 last = self.done == train.steps
-                saving = every is not None and self.done % every == 0 and not last
+                saving = every is not None and (last or self.done % every == 0)
                 # A checkpoint starts a new window, so that it need not store a partial one.
                 if last or saving or self.done == 1 or self.done % train.log_every == 0:
                     self.log(self.done, window.metrics())
                     window = self._window()
-                self._validate_if_due()
-                if saving:
-                    self.save_checkpoint(self)
+                if not last:
+                    self._validate_if_due()
+                if last or saving:
+                    self.refuse_not_finite()
+                if saving and self.save_checkpoint(self):
                     saved = self.done
+            # After the checkpoint: a validation may take long, and the steps are done.
+            self._validate_if_due()
         except (StepRefusedError, StoppedError) as error:
             # Log the steps taken since the last line of metrics.
             if window.steps:
                 self.log(self.done, window.metrics())
             if isinstance(error, StoppedError) and self.done > saved:
+                self.refuse_not_finite()
                 self.save_checkpoint(self)
             raise
         return self.validations[train.steps]
+
+    def refuse_not_finite(self) -> None:
+        """Refuse to keep parameters and optimizer moments that are not finite; all ranks call this together.
+
+        Raises:
+            StateRefusedError: one of them is not finite, on any rank.
+        """
+        # "model.NAME" and "optimizer.NAME.exp_avg" in a checkpoint.
+        state = state_tensors(self.model, self.optimizer)
+        refuse_not_finite(self.done, {name.partition(".")[2]: x for name, x in state.items()}, self.ranks)
 
     def _step(self, step: int, window: Window) -> None:
         """Take one optimizer step and add it to the window, or refuse it and add nothing."""
@@ -199,8 +222,10 @@ class Trainer:
     def _gate(self, step: int, loss: Tensor, norm: Tensor, weights: WeightStatistics) -> None:
         """Refuse the step if a number is out of bounds; the one place where a step waits for the device."""
         low, high = self.weight_bounds
+        neutral = weights.neutral / weights.count.clamp(min=1)
         # Weights come first: wrong weights are the cause of a wrong loss and gradient.
         allowed = {
+            "train/weight_neutral_ratio": (neutral, 0.0, NEUTRAL_BOUND),
             "train/weight_mean": (weights.mean, 1 - MEAN_TOLERANCE, 1 + MEAN_TOLERANCE),
             "train/weight_min": (weights.min, low - MEAN_TOLERANCE, math.inf),
             "train/weight_max": (weights.max, -math.inf, high + MEAN_TOLERANCE),
@@ -222,6 +247,7 @@ class Trainer:
             rows: None means the held-out rows, at most `recipe.validation.rows` of them.
 
         Raises:
+            StateRefusedError: the cross entropy of a head is not finite.
             StoppedError: `stop` was set.
         """
         self.model.eval()
@@ -230,6 +256,9 @@ class Trainer:
         batches = self._deal(rows.in_order(validation.batch_size, validation.rows))
         results = score_heads(self.model, batches, self.ranks.add)
         self.model.train()
+        for h, head in enumerate(results):
+            if head.ce is not None and not math.isfinite(head.ce):
+                raise StateRefusedError(self.done, f"val/ce_head_{h}", head.ce)
         return results
 
     def _validate_if_due(self) -> None:
@@ -246,7 +275,7 @@ class Trainer:
         Every rank must run every forward, because all ranks gather the sharded parameters together.
         """
         while dealt := list(islice(batches, self.ranks.size)):
-            self._stop_alone()
+            self.ranks.check(self.stop)
             mine = dealt[self.ranks.rank] if self.ranks.rank < len(dealt) else dealt[0].unlabelled()
             yield mine.to(self.device)
 

@@ -7,18 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
-from mtp_ce.training.config.frozen import ModelKind
+from mtp_ce.training.config.frozen import FrozenModel, ModelKind
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows
+from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.loop.finite import first_not_finite
 from mtp_ce.training.loop.ranks import ALONE, Ranks
 from mtp_ce.unembedding import Unembedding
+
+# Largest allowed ratio of supervised tokens whose score is not finite. They get weight 1, so a scorer that fails would
+# train with uniform weights. A scorer that works has none of them.
+NEUTRAL_BOUND = 0.01
 
 # Takes a micro-batch and the next-token head of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]
@@ -88,10 +93,18 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
         folders: where they are, by role.
         device: where to load them.
         ranks: the ranks that score together.
+
+    Raises:
+        RecipeError: a frozen model has a parameter that is not finite.
     """
 
-    def load(kind: ModelKind, folder: Path) -> PreTrainedModel:
-        model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(folder, dtype=torch.float32)
+    def load(role: FrozenModel, folder: Path) -> PreTrainedModel:
+        kind = role.kind
+        with readable(role.key, role.source or str(folder)):
+            model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            )
+        _check_finite(role, folder, model)
         hold_in_precision(model, recipe.train.precision)
         frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
         if kind == "language model":
@@ -100,13 +113,21 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
         return frozen
 
     scorer = recipe.scorer
-    models = {model.role: load(model.kind, folders[model.role]) for model in recipe.frozen_models()}
+    models = {model.role: load(model, folders[model.role]) for model in recipe.frozen_models()}
     return Weighing(
         scorer.build(models, recipe.seed),
         frozen=models.get("current"),
         reads_current=scorer.reads_current,
         units=scorer.scored_by.units,
     )
+
+
+def _check_finite(role: FrozenModel, folder: Path, model: PreTrainedModel) -> None:
+    if found := first_not_finite(dict(model.named_parameters())):
+        name, value = found
+        where = f"{role.key} '{role.source}'" if role.source else f"the {role.role} in {folder.parent}"
+        way_out = "give another model" if role.source else "delete that folder, and the stage is trained again"
+        raise RecipeError(f"{where} has {value} in its parameter {name}; expected finite numbers: {way_out}")
 
 
 def hold_in_precision(model: nn.Module, precision: Literal["fp32", "bf16"]) -> None:
@@ -130,14 +151,17 @@ def stored(recipe: Recipe) -> Weigh:
 
 
 @torch.no_grad()
-def weigh_rows(weighing: Weighing, rows: PackedRows, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Weigh every token of the rows once, in order; yields [batch_size * S] fp32 weights at a time, on the host."""
+def weigh_rows(weighing: Weighing, rows: PackedRows, batch_size: int, device: torch.device) -> Iterator[TokenWeights]:
+    """Weigh every token of the rows once, in order; yields the weights of `batch_size` rows at a time."""
     for batch in rows.in_order(batch_size):
-        yield weighing.weigh(batch.to(device)).weights.flatten().cpu()
+        yield weighing.weigh(batch.to(device))
 
 
 def save_weights(folder: Path, paths: list[str], weights: list[Tensor]) -> None:
     """Write a `datasets` table with one row per document: its path and the weight of each of its tokens."""
+    # It takes seconds to load, with pandas, and few runs store weights.
+    import datasets
+
     table = {"path": paths, "token_weights": [document.numpy() for document in weights]}
     features = datasets.Features(
         {"path": datasets.Value("string"), "token_weights": datasets.List(datasets.Value("float32"))}
@@ -147,4 +171,6 @@ def save_weights(folder: Path, paths: list[str], weights: list[Tensor]) -> None:
 
 def load_weights(folder: Path) -> list[Tensor]:
     """Read what `save_weights` wrote."""
+    import datasets
+
     return list(datasets.load_from_disk(str(folder)).with_format("torch")["token_weights"])

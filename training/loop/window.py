@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from dataclasses import dataclass
@@ -61,20 +62,27 @@ class Window:
 
         Losses and cross entropies are in nats over all steps of the window, divided once; weights are over supervised
         tokens; valid_token_ratio is the ratio of positions with a target; lr and grad_norm (before clipping) are those
-        of the last step; tokens_per_s counts steps alone, without validation.
+        of the last step; tokens_per_s counts steps alone, without validation. NaN where there is nothing to divide by:
+        a loss without a target, a head without rows, weights without a supervised token.
         """
         assert self.weights is not None
         positions, tokens = int(self.positions), self.steps * self.step_tokens
+        weights, supervised = self.weights, int(self.weights.count)
+
+        def of_weights(value: Tensor) -> float:
+            return float(value) if supervised else math.nan
+
         self.ranks.add(self.sums.ce, self.sums.rows)
         return {
-            "train/loss": float(self.loss) / max(positions, 1),
+            "train/loss": float(self.loss) / positions if positions else math.nan,
             "train/ce_mean": self.sums.ce_mean(),
             **{f"train/ce_head_{h}": ce for h, ce in enumerate(self.sums.ce_of_heads())},
-            "train/weight_mean": float(self.weights.mean),
-            "train/weight_min": float(self.weights.min),
-            "train/weight_max": float(self.weights.max),
-            "train/weight_ess": float(self.weights.ess),
-            "train/weight_clipped_ratio": float(self.weights.clipped / self.weights.count.clamp(min=1)),
+            "train/weight_mean": of_weights(weights.mean),
+            "train/weight_min": of_weights(weights.min),
+            "train/weight_max": of_weights(weights.max),
+            "train/weight_ess": of_weights(weights.ess),
+            "train/weight_clipped_ratio": of_weights(weights.clipped / weights.count),
+            "train/weight_neutral_ratio": of_weights(weights.neutral / weights.count),
             "train/valid_token_ratio": positions / tokens,
             "optim/lr": self.lr,
             "optim/grad_norm": float(self.grad_norm),

@@ -6,6 +6,7 @@ same load on the machine. The texts must be identical.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,9 +49,12 @@ class DecodingResult:
 
     @property
     def kept(self) -> list[float]:
-        """Return for each extra head the ratio of rounds in which its draft and all before it were accepted."""
-        rounds = max(self.speculation.offered[0], 1)
-        return [kept / rounds for kept in self.speculation.kept]
+        """Return for each extra head the ratio of rounds in which its draft and all before it were accepted.
+
+        NaN if no round verified a draft, as where the model ends every text at once.
+        """
+        rounds = self.speculation.offered[0]
+        return [kept / rounds if rounds else math.nan for kept in self.speculation.kept]
 
 
 def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ class Evaluation:
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """Return the tokens per forward that the heads' agreement with head 0 predicts; None if no head drafts."""
+        """Return the tokens per forward that the heads' agreement with head 0 predicts.
+
+        None if no head drafts, or if a head has no row to agree on.
+        """
         agrees = [head.agrees for head in self.heads]
         return None if len(agrees) == 1 or None in agrees else sum(ratio for ratio in agrees if ratio is not None)
 
@@ -49,11 +53,11 @@ class Evaluation:
         return metrics
 
     def as_json(self) -> dict[str, Any]:
-        """Return all results as plain values; a perplexity that overflows is null."""
+        """Return all results as plain values; one that does not exist, overflows or is no number is null."""
 
         def head(h: int, result: HeadResult) -> dict[str, Any]:
-            finite = result.perplexity if result.ce < 700 else None
-            return {"head": h, "distance": h + 1, **asdict(result), "perplexity": finite}
+            scores = asdict(result) | {"perplexity": result.perplexity}
+            return {"head": h, "distance": h + 1, **{name: _finite(value) for name, value in scores.items()}}
 
         decoding = None
         if self.decoding:
@@ -61,14 +65,18 @@ class Evaluation:
             decoding = asdict(self.decoding) | {
                 "tokens_per_forward": speculation.tokens_per_forward,
                 "acceptance_length": speculation.acceptance_length,
-                "acceptance": speculation.acceptance,
-                "kept": self.decoding.kept,
+                "acceptance": [_finite(ratio) for ratio in speculation.acceptance],
+                "kept": [_finite(ratio) for ratio in self.decoding.kept],
                 "speedup": self.decoding.speedup,
             }
         return {
-            "unigram_entropy": self.unigram,
+            "unigram_entropy": _finite(self.unigram),
             "tokens_per_forward": self.tokens_per_forward,
             "heads": [head(h, result) for h, result in enumerate(self.heads)],
             "before": self.before and [head(h, result) for h, result in enumerate(self.before)],
             "decoding": decoding,
         }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -30,7 +30,7 @@ CHUNK_ROWS = {"cpu": 128, "cuda": 2048}
 
 @dataclass(frozen=True)
 class HeadResult:
-    """Scores of one head.
+    """Scores of one head; None for a head without a valid row.
 
     Attributes:
         ce: mean cross entropy, nats per row.
@@ -41,16 +41,18 @@ class HeadResult:
         rows: number of valid rows.
     """
 
-    ce: float
-    top1: float
-    top5: float
+    ce: float | None
+    top1: float | None
+    top5: float | None
     agrees: float | None
     rows: int
 
     @property
-    def perplexity(self) -> float:
+    def perplexity(self) -> float | None:
         """Return the perplexity, the exponential of the cross entropy; infinite if it overflows."""
-        return math.exp(self.ce) if self.ce < 700 else math.inf
+        if self.ce is None:
+            return None
+        return math.inf if self.ce >= 700 else math.exp(self.ce)
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def score_heads(
         add: sums a tensor over the ranks in place.
 
     Returns:
-        One result per head; zeros if there are no valid rows.
+        One result per head.
     """
     H = model.horizon
     sums = torch.zeros(5, H, dtype=torch.float64)  # ce, top1, top5, agrees, rows
@@ -87,20 +89,19 @@ def score_heads(
     drafts = model.heads.drafts
     results = []
     for h, (*totals, rows) in enumerate(sums.T.tolist()):
-        ce, top1, top5, agreed = (total / max(rows, 1) for total in totals)
+        ce, top1, top5, agreed = (total / rows if rows else None for total in totals)
         results.append(HeadResult(ce, top1, top5, agreed if drafts or h == 0 else None, int(rows)))
     return results
 
 
 def validation_metrics(results: list[HeadResult]) -> dict[str, float]:
-    """Return the metrics of a validation by name."""
+    """Return the metrics of a validation by name; NaN for a head without a valid row, and for a mean without any."""
     rows = sum(result.rows for result in results)
-    metrics = {"val/ce_mean": sum(result.ce * result.rows for result in results) / max(rows, 1)}
+    total = sum(result.ce * result.rows for result in results if result.ce is not None)
+    metrics = {"val/ce_mean": total / rows if rows else math.nan}
     for h, result in enumerate(results):
-        metrics[f"val/ce_head_{h}"] = result.ce
-        metrics[f"val/perplexity_head_{h}"] = result.perplexity
-        metrics[f"val/top1_head_{h}"] = result.top1
-        metrics[f"val/top5_head_{h}"] = result.top5
+        scores = {"ce": result.ce, "perplexity": result.perplexity, "top1": result.top1, "top5": result.top5}
+        metrics |= {f"val/{name}_head_{h}": math.nan if x is None else x for name, x in scores.items()}
         if h and result.agrees is not None:
             metrics[f"val/agrees_head_{h}"] = result.agrees
     return metrics

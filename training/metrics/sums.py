@@ -45,9 +45,9 @@ class HeadSums:
         self.rows += other.rows
 
     def ce_of_heads(self) -> list[float]:
-        """Return the mean cross entropy of each head, nats; synchronises with the device."""
-        return (self.ce / self.rows.clamp(min=1)).tolist()
+        """Return the mean cross entropy of each head, nats, NaN for one without rows; synchronises with the device."""
+        return (self.ce / self.rows).tolist()
 
     def ce_mean(self) -> float:
-        """Return the mean cross entropy over the rows of all heads, nats; synchronises with the device."""
-        return self.ce.sum().item() / max(int(self.rows.sum().item()), 1)
+        """Return the mean cross entropy over the rows of all heads, nats, NaN without rows; synchronises."""
+        return (self.ce.sum() / self.rows.sum()).item()

@@ -16,7 +16,7 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, readable
 
 
 def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
@@ -29,10 +29,18 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
             with it.
 
     Raises:
-        RecipeError: as `with_heads`.
+        RecipeError: as `with_heads`, or the files of a pretrained model can't be read.
     """
     heads = recipe.model.mtp
     _check_kind(heads)
+    if not isinstance(recipe.model, PretrainedModelConfig):
+        return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
+    with readable("model.source", recipe.model.source):
+        return _pretrained(recipe, end_of_text, pretrained)
+
+
+def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> MTPWrapper:
+    heads = recipe.model.mtp
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
@@ -63,7 +71,9 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
     if not isinstance(recipe.model, PretrainedModelConfig):
         return LlamaForCausalLM(llama_config(recipe.model, recipe.data, end_of_text))
     assert pretrained is not None
-    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    trunk: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        pretrained, dtype=torch.float32, trust_remote_code=False
+    )
     return trunk
 
 

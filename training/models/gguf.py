@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, readable
 from mtp_ce.training.storage.cache import cache_folder, cached
 
 
@@ -47,11 +47,11 @@ def _convert(key: str, file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        quantised = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options, **dense)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise RecipeError(f"{key} '{file}' can't be read: {' '.join(str(error).split())[:200]}") from None
+    with readable(key, str(file)):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, trust_remote_code=False, **options, **dense
+        )
     # transformers refuses to save a model that was read from a quantised file; a new model of the same weights saves.
     config = copy.deepcopy(quantised.config)
     if hasattr(config, "quantization_config"):

@@ -10,12 +10,9 @@ an ordinary causal language model from it.
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mtp_ce.training.storage.atomic import whole_folder
@@ -42,12 +39,6 @@ def save_model(folder: Path, *parts: Saves, state_dict: dict[str, Tensor] | None
     """
     with whole_folder(folder, replace=True) as aside:
         model, *others = parts
-        try:
-            model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))
-            for part in others:
-                part.save_pretrained(aside)
-        except SafetensorError as error:
-            # safetensors reports the system's error number in its text only.
-            if number := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
-            raise
+        model.save_pretrained(aside, **({} if state_dict is None else {"state_dict": state_dict}))
+        for part in others:
+            part.save_pretrained(aside)

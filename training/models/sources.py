@@ -17,15 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from mtp_ce.heads.kinds import CONFIG_FILE as HEADS_FILE
+from mtp_ce.heads.kinds import TENSORS_FILE as HEADS_TENSORS
+from mtp_ce.heads.saved import SavedConfig, read_config
+from mtp_ce.heads.saved import check_tensors as check_saved
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import NEVER_RUN, RecipeError, readable
+from mtp_ce.training.models.gguf_header import check_header
 from mtp_ce.training.storage.atomic import MANIFEST, damage
+from mtp_ce.training.storage.paths import user_path
 from mtp_ce.training.storage.s3 import is_s3
 
 PACKAGE = "package:"
 GGUF = ".gguf"
+
+# Bytes of a config.json that are read.
+_LONGEST_CONFIG = 16 << 20
 
 
 def sources_of(recipe: Recipe) -> dict[str, tuple[str, ModelKind]]:
@@ -51,6 +59,8 @@ def find_sources(recipe: Recipe) -> None:
     here = {key: path for key, source in named.items() if (path := local_source(key, source))}
     V = recipe.data.vocab_size
     for key, (source, kind) in sources_of(recipe).items():
+        if key in here and here[key].is_file():
+            _check_gguf(key, here[key])
         if key in here and here[key].is_dir():
             theirs = check_config(key, source, here[key], kind, V)
             if key == "model.source":
@@ -73,9 +83,17 @@ def fetch_source(key: str, source: str) -> Path:
     if path.is_dir():
         check_manifest(key, source, path)
         return path
+    _check_gguf(key, path)
     from mtp_ce.training.models.gguf import convert_gguf
 
     return convert_gguf(key, path)
+
+
+def _check_gguf(key: str, file: Path) -> None:
+    try:
+        check_header(file)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key} '{file}' can't be read: {error}") from None
 
 
 def local_source(key: str, source: str) -> Path | None:
@@ -98,7 +116,7 @@ def local_source(key: str, source: str) -> Path | None:
             )
         path = Path(spec.submodule_search_locations[0]) / inside
     else:
-        path = Path(source).expanduser()
+        path = user_path(key, source)
         on_hub = source.count("/") <= (2 if source.endswith(GGUF) else 1) and not source.startswith(("/", ".", "~"))
         if on_hub and not path.exists():
             return None
@@ -128,8 +146,21 @@ def find_checkpoint(source: str) -> tuple[str, Path | None]:
     if model is None or model.is_file():
         return source, None
     check_config("CHECKPOINT", source, model, "language model", None)
+    saved_heads("CHECKPOINT", source, model)
     made = model.parent / "recipe.yaml"
     return str(model), made if model.name == "model" and made.is_file() else None
+
+
+def _read_object(key: str, source: str, file: Path) -> dict[str, Any]:
+    """Return a JSON object of a model's folder."""
+    try:
+        with file.open("rb") as opened:
+            content = json.loads(opened.read(_LONGEST_CONFIG))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{key} '{source}' has no readable {file.name}; expected a model of transformers")
+    return content
 
 
 def _model_in(folder: Path) -> Path:
@@ -151,24 +182,36 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
         V of the pretrained model.
 
     Raises:
-        RecipeError: the configuration is unreadable, or of another kind or vocabulary size.
+        RecipeError: the configuration is unreadable, needs code of its own, or is of another kind or vocabulary size.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RecipeError(f"{key} '{source}' has no readable config.json; expected a model of transformers") from None
-    check_tensors(key, source, folder)
-    architecture = " ".join(config.get("architectures") or ["model without a named architecture"])
+    config = _read_object(key, source, folder / "config.json")
+    tensors = check_tensors(key, source, folder)
+    named = config.get("architectures")
+    if config.get("auto_map") and not _is_of_transformers(config):
+        raise RecipeError(f"{key} '{source}' {NEVER_RUN}")
+    architecture = (
+        " ".join(map(str, named)) if isinstance(named, list) and named else "model without a named architecture"
+    )
+    labels = config.get("id2label", {0: "", 1: ""})
     if kind == "critic" and not (
-        architecture.endswith("ForTokenClassification") and len(config.get("id2label", {0: "", 1: ""})) == 1
+        architecture.endswith("ForTokenClassification") and isinstance(labels, dict) and len(labels) == 1
     ):
         raise RecipeError(
             f"{key} '{source}' is a {architecture} without a value head; expected a ForTokenClassification of one label"
         )
     if kind == "language model" and not architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise RecipeError(f"{key} '{source}' is a {architecture}; expected a causal language model")
-    theirs = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    if not isinstance(theirs, int):
+    inner = config.get("text_config")
+    text: dict[str, Any] = inner if isinstance(inner, dict) else {}
+    layers = {**text, **config}.get("num_hidden_layers", config.get("n_layer", 1))
+    # Before anything is built. Layers may share their tensors, but not thousands of them.
+    if tensors and not (isinstance(layers, int) and 0 <= layers <= max(tensors, 1000)):
+        raise RecipeError(
+            f"{key} '{source}' has num_hidden_layers {str(layers)[:40]} in config.json, and files with {tensors} "
+            "tensors; they are not of one model"
+        )
+    theirs = config.get("vocab_size", text.get("vocab_size"))
+    if not (isinstance(theirs, int) and theirs > 0):
         raise RecipeError(f"{key} '{source}' does not say how many entries its vocabulary has, in config.json")
     if vocab_size is not None and theirs != vocab_size:
         raise RecipeError(
@@ -178,22 +221,36 @@ def check_config(key: str, source: str, folder: Path, kind: ModelKind, vocab_siz
     return theirs
 
 
-def check_tensors(key: str, source: str, folder: Path) -> None:
+def _is_of_transformers(config: dict[str, Any]) -> bool:
+    """Return whether transformers has the classes of a model itself; otherwise only code in its folder can load it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = config.get("architectures") or []
+    return config.get("model_type") in CONFIG_MAPPING_NAMES and all(hasattr(transformers, str(name)) for name in named)
+
+
+def check_tensors(key: str, source: str, folder: Path) -> int:
     """Read the header of each safetensors file, and check the length of the file against it.
+
+    Returns:
+        The number of tensors.
 
     Raises:
         RecipeError: a file is truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
+    count = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="np"):
-                pass
+            with safe_open(file, framework="np") as tensors:
+                count += len(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise RecipeError(
                 f"{key} '{source}' has a {file.name} that is damaged or not whole ({error}); fetch or upload it again"
             ) from None
+    return count
 
 
 def check_manifest(key: str, source: str, folder: Path) -> None:
@@ -213,20 +270,38 @@ def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:
     """Check that heads saved beside a model, if any, are those that a recipe asks for.
 
     Raises:
-        RecipeError: they have another horizon or kind.
+        RecipeError: they are damaged, or have another horizon or kind.
+    """
+    saved = saved_heads("model.source", source, folder)
+    if saved is None:
+        return
+    for name, ours in (("horizon", wanted.horizon), ("kind", wanted.kind)):
+        if getattr(saved, name) != ours:
+            raise RecipeError(
+                f"model.mtp.{name} is {ours}, but model.source '{source}' has heads of {name} {getattr(saved, name)}; "
+                f"give model.mtp.{name}={getattr(saved, name)}, or remove {HEADS_FILE} to begin with new heads"
+            )
+
+
+def saved_heads(key: str, source: str, folder: Path) -> SavedConfig | None:
+    """Return what mtp_heads.json beside a model says, checked against the tensors; None if there are no heads.
+
+    Raises:
+        RecipeError: a file is damaged or missing, or the two do not fit each other.
     """
     try:
-        saved: dict[str, Any] = json.loads((folder / HEADS_FILE).read_text(encoding="utf-8"))
+        saved = read_config(folder / HEADS_FILE)
     except FileNotFoundError:
-        return
-    except (OSError, ValueError):
-        raise RecipeError(f"model.source '{source}' has a {HEADS_FILE} that can't be read") from None
-    for name, ours in (("horizon", wanted.horizon), ("kind", wanted.kind)):
-        if saved.get(name) != ours:
-            raise RecipeError(
-                f"model.mtp.{name} is {ours}, but model.source '{source}' has heads of {name} {saved.get(name)}; "
-                f"give model.mtp.{name}={saved.get(name)}, or remove {HEADS_FILE} to begin with new heads"
-            )
+        return None
+    except ValueError as error:
+        raise RecipeError(f"{key} '{source}' has a {HEADS_FILE} that can't be read: {error}") from None
+    try:
+        check_saved(folder / HEADS_TENSORS, saved)
+    except FileNotFoundError:
+        raise RecipeError(f"{key} '{source}' has a {HEADS_FILE}, and no {HEADS_TENSORS}; copy both") from None
+    except ValueError as error:
+        raise RecipeError(f"{key} '{source}' has heads that can't be read: {error}") from None
+    return saved
 
 
 def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, int]) -> None:
@@ -243,10 +318,8 @@ def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, i
     """
     from transformers import AutoTokenizer
 
-    try:
-        theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key} '{source}' has no tokenizer to compare: {' '.join(str(error).split())}") from None
+    with readable(key, source, "has no tokenizer to compare"):
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     if theirs != vocabulary:
         shared = sum(vocabulary.get(entry) == number for entry, number in theirs.items())
         raise RecipeError(

@@ -6,6 +6,7 @@ difference[seed] = CE(arm, seed) - CE(uniform, seed)        nats, of one head, o
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ def write_comparison(comparison: dict[str, Any], output: Path) -> list[Path]:
 
 
 def differences(comparison: dict[str, Any], arm: str, metric: str) -> list[float]:
-    """Return an arm's metric minus that of the first arm, which has uniform weights, seed by seed."""
-    baseline, *_ = comparison["results"].values()
-    return [ours[metric] - theirs[metric] for ours, theirs in zip(comparison["results"][arm], baseline, strict=True)]
+    """Return an arm's metric minus that of the first arm, which has uniform weights, seed by seed.
+
+    Empty for a head without held-out rows.
+    """
+    ours, theirs = _levels(comparison, arm, metric), _levels(comparison, next(iter(comparison["results"])), metric)
+    return [one - other for one, other in zip(ours, theirs, strict=True)]
+
+
+def _levels(comparison: dict[str, Any], arm: str, metric: str) -> list[float]:
+    return [result[metric] for result in comparison["results"][arm] if result[metric] is not None]
 
 
 def comparison_table(comparison: dict[str, Any]) -> str:
@@ -45,8 +53,10 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     for side in sides:
         for h in range(heads):
             metric = f"{side}/ce_head_{h}"
-            levels = [result[metric] for result in comparison["results"][baseline]]
-            cells = [_spread(levels), *(_spread(differences(comparison, arm, metric), "+") for arm in arms)]
+            cells = [
+                _spread(_levels(comparison, baseline, metric)),
+                *(_spread(differences(comparison, arm, metric), "+") for arm in arms),
+            ]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
     lines += [
@@ -59,7 +69,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
 def _draw(comparison: dict[str, Any], picture: Path) -> None:
     """Draw the differences to uniform weights, one point per seed."""
     # matplotlib writes a font cache on first import; a command that fails its checks writes nothing.
-    from mtp_ce.training.report.plot import COLOURS, open_figure
+    from mtp_ce.training.report.plot import COLOURS, head_ticks, open_figure
 
     baseline, *arms = comparison["results"]
     first = comparison["results"][baseline][0]
@@ -73,10 +83,12 @@ def _draw(comparison: dict[str, Any], picture: Path) -> None:
             points = [differences(comparison, arm, f"{side}/ce_head_{h}") for h in range(heads)]
             for at, values in zip(x, points, strict=True):
                 axes.plot([at] * len(values), values, "o", color=COLOURS[index], markersize=4, alpha=0.5)
-            means = [statistics.fmean(values) for values in points]
-            axes.plot(x, means, "_", color=COLOURS[index], markersize=16, markeredgewidth=2.5, label=arm)
+            means = [statistics.fmean(values) if values else math.nan for values in points]
+            axes.plot(
+                x, means, "_", color=COLOURS[index], markersize=min(16, 96 / heads), markeredgewidth=2.5, label=arm
+            )
         axes.axhline(0, color="black", linewidth=1)
-        axes.set_xticks(range(heads), [f"head {h}" for h in range(heads)])
+        head_ticks(axes, range(heads), heads)
         axes.set_title(f"{'all' if side == 'val' else side} held-out files", loc="left")
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -86,5 +98,7 @@ def _draw(comparison: dict[str, Any], picture: Path) -> None:
 
 
 def _spread(values: list[float], sign: str = "") -> str:
+    if not values:
+        return "-"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.3f}{spread}"

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mtp_ce.training.console import say
+from mtp_ce.training.console import number, say
 from mtp_ce.training.metrics.evaluation import Evaluation
 
 
@@ -24,14 +24,14 @@ def results_table(evaluation: Evaluation) -> Table:
     for h, result in enumerate(evaluation.heads):
         table.add_row(
             f"{h} (+{h + 1})",
-            *([f"{before[h].ce:.3f}"] if before else []),
-            f"{result.ce:.3f}",
-            f"{evaluation.unigram:.3f}",
-            f"{result.perplexity:,.1f}",
-            f"{result.top1:.1%}",
-            f"{result.top5:.1%}",
-            "" if h == 0 or result.agrees is None else f"{result.agrees:.1%}",
-            *(["" if h == 0 else f"{decoding.kept[h - 1]:.1%}"] if decoding else []),
+            *([number(before[h].ce, ".3f")] if before else []),
+            number(result.ce, ".3f"),
+            number(evaluation.unigram, ".3f"),
+            number(result.perplexity, ",.1f"),
+            number(result.top1, ".1%"),
+            number(result.top5, ".1%"),
+            "" if h == 0 or (result.agrees is None and result.rows) else number(result.agrees, ".1%"),
+            *(["" if h == 0 else number(decoding.kept[h - 1], ".1%")] if decoding else []),
         )
     return table
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mtp_ce.training.console import number
 from mtp_ce.training.metrics.evaluation import Evaluation
 
 # The colour-blind safe palette of Okabe and Ito, without its black, which is the reference line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+# Heads whose names and values fit below and into their bars; those of more heads are shortened and turned.
+_WIDE = 6
 
 
 def open_figure(inches: tuple[float, float]) -> Figure:
@@ -21,6 +30,23 @@ def open_figure(inches: tuple[float, float]) -> Figure:
     figure = Figure(figsize=inches, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def head_colours(heads: int) -> list[str]:
+    """Return a colour for each head: the palette, or for more heads an ordered scale without its pale end."""
+    if heads <= len(COLOURS):
+        return list(COLOURS[:heads])
+    scale = matplotlib.colormaps["viridis"]
+    return [to_hex(scale(0.93 * h / (heads - 1))) for h in range(heads)]
+
+
+def head_ticks(axes: Axes, at: Sequence[float], heads: int, first: int = 0) -> None:
+    """Name the heads first..heads - 1 below an axis, and the token that each predicts."""
+    if heads <= _WIDE:
+        axes.set_xticks(at, [f"head {h}\n+{h + 1}" for h in range(first, heads)])
+    else:
+        axes.set_xticks(at, [str(h) for h in range(first, heads)])
+        axes.set_xlabel("head h, which predicts token t + 1 + h")
 
 
 def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> None:
@@ -36,8 +62,9 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
     figure = open_figure((8.5, 5.0))
     axes = figure.subplots()
     handles = []
-    for h in range(sum(name.startswith("train/ce_head_") for name in lines[0])):
-        colour = COLOURS[h % len(COLOURS)]
+    # The first line may be a validation before the first step.
+    heads = len({name for line in lines for name in line if name.startswith("train/ce_head_")})
+    for h, colour in enumerate(head_colours(heads)):
         steps, ce = _series(lines, f"train/ce_head_{h}")
         axes.plot(steps, ce, color=colour, linewidth=1.3, alpha=0.85)
         steps, ce = _series(lines, f"val/ce_head_{h}")
@@ -50,7 +77,7 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
             markeredgewidth=1.2,
             zorder=3,
         )
-        last = f"   {ce[-1]:.2f}" if ce else ""
+        last = f"   {number(ce[-1] if ce else None, '.2f')}"
         handles.append(Line2D([], [], color=colour, marker="o", label=f"head {h} (token +{h + 1}){last}"))
     axes.axhline(unigram, color="black", linestyle="--", linewidth=1)
     handles.append(Line2D([], [], color="black", linestyle="--", label=f"unigram entropy   {unigram:.2f}"))
@@ -60,7 +87,11 @@ def draw_losses(metrics: Path, picture: Path, title: str, unigram: float) -> Non
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(left=0)
-    axes.legend(handles=handles, title="line: training, point: held-out files (last value)", frameon=False)
+    about = {"handles": handles, "title": "line: training, point: held-out files (last value)", "frameon": False}
+    if heads <= _WIDE:
+        axes.legend(**about)
+    else:  # a list this long would cover the lines
+        figure.legend(**about, loc="outside right upper", fontsize="small", title_fontsize="small")
     figure.savefig(picture)
 
 
@@ -75,22 +106,33 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
     heads = evaluation.heads
     figure = open_figure((8.5, 4.2))
     left, right = figure.subplots(1, 2)
-    names = [f"head {h}\n+{h + 1}" for h in range(len(heads))]
-    bars = left.bar(names, [head.ce for head in heads], color=[COLOURS[h % len(COLOURS)] for h in range(len(heads))])
-    left.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontweight="bold")
+    x, colours = range(len(heads)), head_colours(len(heads))
+    for h, head in enumerate(heads):
+        # A head without a target in the held-out text has a dash and no bar.
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontweight": "bold"}
+        if head.ce is not None and len(heads) > _WIDE:
+            look |= {"fontsize": "small", "rotation": 90}
+        left.bar(h, head.ce or 0, color=colours[h])
+        ink = "black" if head.ce is None else _ink(colours[h])
+        left.text(
+            h, (evaluation.unigram if head.ce is None else head.ce) / 2, number(head.ce, ".2f"), color=ink, **look
+        )
+    head_ticks(left, x, len(heads))
     if evaluation.before:
-        before = [head.ce for head in evaluation.before]
-        left.plot(names, before, "_", color="black", markersize=22, markeredgewidth=1.5, label="before training")
+        before = _gaps([head.ce for head in evaluation.before])
+        width = 22 if len(heads) <= _WIDE else 130 / len(heads)
+        left.plot(x, before, "_", color="black", markersize=width, markeredgewidth=1.5, label="before training")
     left.axhline(evaluation.unigram, color="black", linestyle="--", linewidth=1, label="unigram entropy")
     left.set_ylabel("cross entropy [nats per token]")
     right.set_ylabel("ratio of drafts")
     right.set_ylim(0, 1)
     agrees = [head.agrees for head in heads[1:]]
-    if agrees and None not in agrees:
-        right.plot(names[1:], agrees, "o-", color=COLOURS[0], label="agree with head 0 on held-out text")
+    if any(agreed is not None for agreed in agrees):
+        right.plot(x[1:], _gaps(agrees), "o-", color=COLOURS[0], label="agree with head 0 on held-out text")
         if evaluation.decoding:
-            right.plot(names[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="accepted in decoding")
+            right.plot(x[1:], evaluation.decoding.kept, "s--", color=COLOURS[1], label="accepted in decoding")
         right.margins(x=0.15)
+        head_ticks(right, x[1:], len(heads), first=1)
     else:
         right.text(0.5, 0.5, "no heads that draft", ha="center", transform=right.transAxes)
         right.set_xticks([])
@@ -101,6 +143,17 @@ def draw_evaluation(evaluation: Evaluation, picture: Path, title: str) -> None:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(picture)
+
+
+def _ink(colour: str) -> str:
+    """Return black or white, whichever can be read on a colour: its luminance by ITU-R BT.709 decides."""
+    red, green, blue = to_rgb(colour)
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    """Return values that leave a gap where there is none."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -52,11 +52,11 @@ def draw_weights(passages: Sequence[Passage], picture: Path, *, title: str, scor
     blocks = [_rows(passage) for passage in shown]
     # Around its text a passage has a title, a summary, a note on omitted lines, and some space.
     figure, axes = _sheet(sum(min(len(rows), limit) + 3.5 for rows in blocks) + 1, norm)
-    _write(axes, 0, -3.2, title, fontsize=12)
-    _write(axes, 0, -1.8, f"scorer: {scorer}", color=_GREY)
+    _write_title(axes, -4.8, title, fontsize=12)
+    _write(axes, 0, -3.2, f"scorer: {scorer}", color=_GREY)
     y = 0.0
     for passage, rows in zip(shown, blocks, strict=True):
-        _write(axes, 0, y, passage.title, fontsize=10.5)
+        _write_title(axes, y, passage.title, fontsize=10.5)
         _write(axes, 0, y + 1, summary(passage), color=_GREY)
         y += 2
         for row in rows[:limit]:
@@ -92,7 +92,7 @@ def _drawable(text: str) -> str:
 
 
 def _sheet(height: float, norm: TwoSlopeNorm) -> tuple[Figure, Axes]:
-    """Return white axes in units of characters and lines, with the colour scale at the top right."""
+    """Return white axes in units of characters and lines, with the colour scale below the title, on the right."""
     size = ((_COLUMNS + 6) * _CHARACTER_WIDTH / 72, (height + 5) * _LINE_HEIGHT / 72)
     # Without pyplot there is no global state and no window system.
     figure = Figure(figsize=size, dpi=150)
@@ -106,6 +106,14 @@ def _sheet(height: float, norm: TwoSlopeNorm) -> tuple[Figure, Axes]:
     bar.tick_params(labelsize=8)
     _write(axes, _COLUMNS - 41, -3.2, "weight", ha="right")
     return figure, axes
+
+
+def _write_title(axes: Axes, y: float, text: str, fontsize: float) -> None:
+    """Write one line of larger letters; the middle of a longer one is left out."""
+    most = int(_COLUMNS * _FONT_SIZE / fontsize)
+    if len(text) > most:
+        text = f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
+    _write(axes, 0, y, text, fontsize=fontsize)
 
 
 def _write(axes: Axes, x: float, y: float, text: str, **look: Any) -> None:

@@ -88,7 +88,7 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
 
 def _run(
     name: str, recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     held_out = inputs.corpus.held_out
     documented = inputs.tokens.held_out.choose([i for i, text in enumerate(held_out) if is_documented(text)])
 
@@ -113,5 +113,5 @@ def _run(
         work=work,
     )
     cached = run_stage(stage, inputs, output, tracking)
-    results: dict[str, float] = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))["results"]
+    results: dict[str, float | None] = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))["results"]
     return results

@@ -17,7 +17,7 @@ from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.reader import find_corpus
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import readable
 from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.loop.weighing import MODEL_CLASSES
 from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
@@ -80,9 +80,6 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
 def _corpus(recipe: Recipe) -> str:
     data = recipe.data
     reader = find_corpus(data)
-    for file in reader.files:
-        if not os.access(file, os.R_OK):
-            raise RecipeError(f"data.corpus has {file}, which can't be read; see its permissions")
     return f"{reader.describe()}, {data.validation_corpus or f'{data.holdout_fraction:.1%}'} held out"
 
 
@@ -114,8 +111,8 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         say(out, "model       size unknown: the model is not on this machine, and a dry run downloads nothing")
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
-    with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with readable("model", recipe.model.kind, "can't be built"), torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
     frozen = "" if heads.trunk == "joint" else "; only the heads are trained"
@@ -185,7 +182,8 @@ def _config_of(key: str, source: str) -> PreTrainedConfig | None:
         path, options = (converted, {}) if converted.exists() else (path.parent, {"gguf_file": path.name})
     if path is None:
         return None
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
+    with readable(key, source):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     return config
 
 
@@ -205,8 +203,8 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
         if config is None:
             unknown.append(frozen.key)
             continue
-        with torch.device("meta"):
-            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype)
+        with readable(frozen.key, frozen.source or frozen.role), torch.device("meta"):
+            models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype, trust_remote_code=False)
     return models, unknown
 
 

@@ -16,7 +16,7 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import readable
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
 from mtp_ce.training.metrics.evaluation import Evaluation
@@ -67,13 +67,11 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
     Raises:
         RecipeError: the saved files do not fit together.
     """
-    try:
+    with readable("CHECKPOINT", source, "can't be loaded"):
         if (folder / CONFIG_FILE).exists():
             return MTPWrapper.from_pretrained(folder, dtype=torch.float32)
-        return MTPWrapper(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 1, heads="none")
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"CHECKPOINT '{source}' can't be loaded: {reason}") from None
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return MTPWrapper(model, 1, heads="none")
 
 
 def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> DecodingResult | None:

@@ -13,11 +13,12 @@ from torch import nn
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.model import PretrainedModelConfig
-from mtp_ce.training.config.recipe import to_yaml, without_password
+from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.data.rows import PackedRows
-from mtp_ce.training.interrupt import stop_on_signal
+from mtp_ce.training.errors import StepRefusedError
+from mtp_ce.training.interrupt import Stop, stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
 from mtp_ce.training.loop.checkpoint import Checkpoint, Checkpoints
 from mtp_ce.training.loop.trainer import Trainer
@@ -43,7 +44,8 @@ def fit(
 ) -> tuple[Trainer, list[HeadResult]]:
     """Train one model with prediction heads; save it and the plot of its losses.
 
-    If the folder has checkpoints of this training, it resumes from the newest.
+    If the folder has checkpoints of this training, it resumes from the newest. One from which the first step is refused
+    gives way to the one before it.
 
     Args:
         recipe: model, optimizer, steps and seed.
@@ -56,6 +58,11 @@ def fit(
 
     Returns:
         The finished loop, and its last validation, one result per head.
+
+    Raises:
+        RecipeError: no checkpoint can be used.
+        StepRefusedError: a number is out of bounds, in a step, in what would be saved, or in a validation.
+        StoppedError: a signal ended the loop; its state is in a checkpoint.
     """
     torch.manual_seed(recipe.seed)
     pretrained = inputs.model_folders["model.source"] if isinstance(recipe.model, PretrainedModelConfig) else None
@@ -79,43 +86,65 @@ def fit(
         warn=partial(warn, inputs.console),
         written=copy,
     )
-    newest = checkpoints.newest()
-    with Display(inputs.console, recipe.train.steps, newest.step if newest else 0) as display, stop_on_signal() as stop:
-        trainer = Trainer(
-            recipe=recipe,
-            model=model,
-            weigh=weigh,
-            optimizer=optimizer,
-            schedule=schedule,
-            rows=rows,
-            held_out=inputs.rows(inputs.tokens.held_out),
-            device=inputs.device,
-            log=log_and_show(run, display),
-            tick=display.tick,
-            stop=stop,
-            weight_bounds=recipe.scorer.bounds,
-            ranks=ranks,
-            save_checkpoint=lambda trainer: checkpoints.save(
-                trainer.done, model, optimizer, lambda: _notes(trainer, run)
-            ),
-        )
-        if newest:
-            checkpoints.load(newest, model, optimizer)
-            _resume(trainer, newest, run)
-            say(inputs.console, f"resumed     after step {newest.step:,}, from {newest.folder}")
-        results = trainer.fit()
-    tensors = ranks.full_tensors(model)
 
-    def save() -> None:
-        save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
-        copy(folder / "model")
-        from mtp_ce.training.report.plot import draw_losses
+    def attempt(start: Checkpoint | None, stop: Stop) -> tuple[Trainer, list[HeadResult]] | Checkpoint:
+        """Train from a checkpoint; return the checkpoint to try next if the first step from it is refused."""
+        with Display(inputs.console, recipe.train.steps, start.step if start else 0) as display:
+            trainer = Trainer(
+                recipe=recipe,
+                model=model,
+                weigh=weigh,
+                optimizer=optimizer,
+                schedule=schedule,
+                rows=rows,
+                held_out=inputs.rows(inputs.tokens.held_out),
+                device=inputs.device,
+                log=log_and_show(run, display),
+                tick=display.tick,
+                stop=stop,
+                weight_bounds=recipe.scorer.bounds,
+                ranks=ranks,
+                save_checkpoint=lambda trainer: checkpoints.save(
+                    trainer.done, model, optimizer, lambda: _notes(trainer, run)
+                ),
+            )
+            try:
+                if start:
+                    checkpoints.load(start, model, optimizer)
+                    _resume(trainer, start, run)
+                    # Versions before this check wrote checkpoints that are not finite.
+                    trainer.refuse_not_finite()
+                    say(inputs.console, f"resumed     after step {start.step:,}, from {start.folder}")
+                elif inputs.resumed:
+                    say(inputs.console, "resumed     no checkpoint yet; starts at step 1")
+                return trainer, trainer.fit()
+            except StepRefusedError as error:
+                older = checkpoints.before(start, error.reason) if start and trainer.done == start.step else None
+                if older is None:
+                    raise
+                return older
 
-        title = f"{folder.name}: cross entropy of each head"
-        draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
-        run.artifact(folder / "losses.png")
+    # Until the model is saved: a signal after the last step must not lose it.
+    with stop_on_signal() as stop:
+        found = attempt(checkpoints.newest(), stop)
+        while isinstance(found, Checkpoint):
+            found = attempt(found, stop)
+        trainer, results = found
+        tensors = ranks.full_tensors(model)
 
-    ranks.lead(save)
+        def save() -> None:
+            save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+            copy(folder / "model")
+            try:
+                from mtp_ce.training.report.plot import draw_losses
+
+                title = f"{folder.name}: cross entropy of each head"
+                draw_losses(folder / METRICS_FILE, folder / "losses.png", title, inputs.unigram)
+                run.artifact(folder / "losses.png")
+            except Exception as error:  # such as a metrics file on a full disk: no reason to end a trained run
+                warn(inputs.console, f"losses.png could not be drawn ({type(error).__name__}: {error})")
+
+        ranks.lead(save)
     return trainer, results
 
 
@@ -123,7 +152,7 @@ def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
     """Return what a checkpoint stores besides tensors."""
     validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
     return {
-        "recipe": to_yaml(without_password(trainer.recipe)),
+        "recipe": to_yaml(trainer.recipe),
         "schedule": trainer.schedule.state_dict(),
         "metrics_bytes": run.size,
         "validations": validations,

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from mtp_ce.training.config.choice import refuse_class_paths
-from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_yaml, without_password
+from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_yaml
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import MANIFEST, remove_strays, whole_folder, write_file
@@ -53,7 +53,7 @@ def make_folder(output: Path, recipe: Recipe | EvaluationRecipe, **files: str) -
     """
     try:
         with whole_folder(output, manifest=False) as aside:
-            (aside / RECIPE_FILE).write_text(to_yaml(without_password(recipe)), encoding="utf-8")
+            (aside / RECIPE_FILE).write_text(to_yaml(recipe), encoding="utf-8")
             for name, text in files.items():
                 (aside / name).write_text(text, encoding="utf-8")
     except FileExistsError:
@@ -103,7 +103,9 @@ def check_same(output: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: a setting differs.
     """
-    theirs, ours = decided_by(load_recipe(str(output / RECIPE_FILE))), decided_by(recipe)
+    # Tracking decides nothing, and its stored address may lack what is not stored.
+    stored = load_recipe(str(output / RECIPE_FILE), ["tracking={}"])
+    theirs, ours = decided_by(stored), decided_by(recipe)
     if other := sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)):
         key = other[0]
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""

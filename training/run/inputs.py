@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,12 @@ from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.console import say
+from mtp_ce.training.data.chat import chat_template
 from mtp_ce.training.data.corpus import Corpus, texts
 from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import load_tokenizer, read_tokenizer
-from mtp_ce.training.data.tokens import TokenisedCorpus, tokenise, unigram_cross_entropy
+from mtp_ce.training.data.tokens import DocumentTokens, TokenisedCorpus, tokenise, unigram_cross_entropy, vocabulary_of
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.loop.ranks import ALONE, Ranks
 from mtp_ce.training.models.sources import check_config, check_heads, check_tokenizer, fetch_source, sources_of
@@ -29,6 +31,9 @@ from mtp_ce.training.models.sources import check_config, check_heads, check_toke
 # Approximate number of characters that a tokenizer is trained on; its counts are held in memory. Documents are taken
 # with an integer stride, so a smaller corpus is read completely.
 TOKENIZER_CHARACTERS = 50_000_000
+
+# Seconds without a line while documents are tokenized.
+SILENT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Inputs:
         vocab_size: V of the model in training.
         ranks: the ranks of the run.
         packing: how documents become rows.
+        resumed: whether the run was begun by an earlier process.
     """
 
     console: Console
@@ -60,6 +66,7 @@ class Inputs:
     vocab_size: int
     ranks: Ranks
     packing: Literal["packed", "padded"] = "packed"
+    resumed: bool = False
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
         """Pack or pad documents into rows."""
@@ -70,7 +77,7 @@ class Inputs:
     @property
     def digests(self) -> list[str]:
         """Return what decides the rows besides their length: hashes of texts with split and of tokenizer, packing."""
-        vocabulary = self.tokenizer.backend_tokenizer.to_str()
+        vocabulary = vocabulary_of(self.corpus, self.tokenizer)
         return [self.corpus.digest, hashlib.sha256(vocabulary.encode()).hexdigest(), self.packing]
 
 
@@ -93,6 +100,7 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
             check_heads(source, model_folders[key], recipe.model.mtp)
     assert V is not None
     tokenizer = _named_tokenizer(recipe, model_folders, V)
+    _check_chats(recipe.data, tokenizer)
     corpus = read_corpus(recipe.data)
     _print_corpus(console, corpus)
     stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
@@ -119,17 +127,51 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
     folder = fetch_source("CHECKPOINT", source)
     V = check_config("CHECKPOINT", source, folder, "language model", None)
     tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
+    _check_chats(recipe.data, tokenizer)
     corpus = read_corpus(recipe.data)
     _print_corpus(console, corpus)
     return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
 
 
 def _print_corpus(console: Console, corpus: Corpus) -> None:
+    shared = f" ({corpus.shared:,} of them because validation reads them)" if corpus.shared else ""
     say(
         console,
         f"corpus      {len(corpus.train):,} documents to train on, {len(corpus.held_out):,} held out, "
-        f"{corpus.skipped:,} skipped, {corpus.characters / 1e6:.1f} million characters",
+        f"{corpus.skipped:,} skipped{shared}, {corpus.characters / 1e6:.1f} million characters",
     )
+
+
+def _progress(console: Console, done: str, total: int) -> Callable[[int], None]:
+    """Return what counts documents, and says every few seconds how many are done."""
+    count, said = 0, time.monotonic()
+
+    def advance(documents: int) -> None:
+        nonlocal count, said
+        count += documents
+        if time.monotonic() - said > SILENT_S:
+            said = time.monotonic()
+            say(console, f"{done:<11} {count:,} of {total:,} documents")
+
+    return advance
+
+
+def _check_chats(data: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Check, before a corpus is read, that chats can be rendered."""
+    if data.messages_field and (tokenizer is None or chat_template(tokenizer) is None):
+        theirs = "a tokenizer trained here" if tokenizer is None else "the tokenizer"
+        raise RecipeError(
+            f"data.messages_field is '{data.messages_field}', but {theirs} has no chat template; give a data.tokenizer "
+            "that has one, or put chat_template.jinja into its folder"
+        )
+
+
+def _check_labels(side: str, documents: DocumentTokens) -> None:
+    if documents.counts is not None and not documents.counts.any():
+        raise RecipeError(
+            f"no token of the documents {side} is learnt: none is longer than its prompt, or the tokenizer's chat "
+            "template marks none with {% generation %}"
+        )
 
 
 def _inputs(
@@ -142,7 +184,9 @@ def _inputs(
     model_folders: dict[str, Path],
     ranks: Ranks,
 ) -> Inputs:
-    tokens = tokenise(corpus, tokenizer)
+    tokens = tokenise(corpus, tokenizer, _progress(console, "tokenized", len(corpus.train) + len(corpus.held_out)))
+    for side, documents in (("to train on", tokens.train), ("held out", tokens.held_out)):
+        _check_labels(side, documents)
     train, held_out = tokens.train.token_count, tokens.held_out.token_count
     say(console, f"tokens      {train:,} to train on, {held_out:,} held out, {len(tokenizer):,} entries")
     if data.packing == "padded":

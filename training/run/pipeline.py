@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def train(
     Raises:
         RecipeError: the corpus, a trained model or the output folder does not fit the recipe.
         StepRefusedError: loss, gradient or weights were out of bounds; the step was not taken.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint and the metrics so far are on disk.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the state of the loop and the metrics so far are on disk.
     """
     # transformers would draw its own progress bars for files that load in milliseconds.
     transformers_logging.disable_progress_bar()
@@ -61,7 +62,7 @@ def train(
 
 def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, lock: ExitStack, resume: bool) -> Evaluation:
     ranks.lead(lambda: _check_batches(recipe, ranks))
-    inputs = ranks.leader_first(lambda: read_inputs(recipe, out, ranks))
+    inputs = replace(ranks.leader_first(lambda: read_inputs(recipe, out, ranks)), resumed=resume)
 
     def start() -> None:
         check_stages(recipe, inputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +32,12 @@ from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.critic.training import train_critic
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.tokens import DocumentTokens
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, StateRefusedError
 from mtp_ce.training.interrupt import stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
+from mtp_ce.training.loop.finite import refuse_not_finite
 from mtp_ce.training.loop.weighing import (
+    NEUTRAL_BOUND,
     FrozenModels,
     Weigh,
     build_weighing,
@@ -54,7 +56,7 @@ from mtp_ce.training.run.fitting import fit, log_and_show
 from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
-from mtp_ce.training.storage.atomic import damage, whole_folder, write_file
+from mtp_ce.training.storage.atomic import damage, remove_folder, whole_folder, write_file
 from mtp_ce.training.storage.uploads import copies
 from mtp_ce.training.tracking.composite import Tracking
 
@@ -102,9 +104,11 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run,
         copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
     ):
-        trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
-        # The model is saved: a failure of the report leaves nothing to resume.
-        ranks.lead(lambda: finish(output))
+        with stop_on_signal() as stop:
+            trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
+            # The model is saved: a failure of the report leaves nothing to resume.
+            ranks.lead(lambda: finish(output))
+            ranks.check(stop)
         trained = Evaluation(results, inputs.unigram, trainer.validations.get(0))
         trained_model = None if ranks.sharded else trainer.model
         # Frees shards, optimizer and scorer before the report loads models.
@@ -113,7 +117,8 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
 
         def report() -> Evaluation:
             evaluation = trained
-            with _failure_is_a_warning(inputs, output):
+            # The other ranks wait, so this one may leave in the middle.
+            with ranks.stop.at_once(), _failure_is_a_warning(inputs, output):
                 model = trained_model
                 # A rank holds only its shards of a sharded model; the files hold all of it.
                 if model is None:
@@ -130,7 +135,7 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
                     hold_in_precision(model, recipe.train.precision)
                     for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
                         run.artifact(path)
-            with _failure_is_a_warning(inputs, output):
+            with ranks.stop.at_once(), _failure_is_a_warning(inputs, output):
                 run.log(recipe.train.steps, evaluation.metrics())
                 for path in write_evaluation(evaluation, output, f"{output.name}: the heads on held-out text"):
                     run.artifact(path)
@@ -249,6 +254,7 @@ def _critic(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) ->
                 pretrained=inputs.model_folders.get("model.source"),
                 log=log_and_show(run, display), tick=display.tick, stop=stop,
             )  # fmt: skip
+        refuse_not_finite(steps, dict(model.named_parameters()))
         save_model(folder / "model", model, inputs.tokenizer)
         return results
 
@@ -270,19 +276,25 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
         "row_length": inputs.row_length,
         "seed": recipe.seed,
         "precision": recipe.train.precision,
+        "neutral_bound": NEUTRAL_BOUND,
     }
     digests = [*inputs.digests, *map(folder_digest, models.values())]
     rows = inputs.rows(inputs.tokens.train)
     batch_size = recipe.validation.batch_size
 
     def work(folder: Path, run: Tracking) -> dict[str, float]:
-        batches = []
+        batches, statistics = [], None
         weighing = build_weighing(recipe, models, inputs.device)
         with Display(inputs.console, -(-len(rows) // batch_size)) as display, stop_on_signal() as stop:
             for batch in weigh_rows(weighing, rows, batch_size, inputs.device):
-                batches.append(batch)
+                batches.append(batch.weights.flatten().cpu())
+                statistics = batch.statistics if statistics is None else statistics.merge(batch.statistics)
                 display.tick()
                 stop.check()
+        assert statistics is not None
+        neutral = float(statistics.neutral / statistics.count.clamp(min=1))
+        if neutral > NEUTRAL_BOUND:
+            raise StateRefusedError(0, "weights/neutral_ratio", neutral, f"0 to {NEUTRAL_BOUND:g}")
         weights = torch.cat(batches)[: inputs.tokens.train.token_count]
         paths = [document.path for document in inputs.corpus.train]
         with whole_folder(folder / WEIGHTS_FOLDER, replace=True) as aside:
@@ -290,6 +302,7 @@ def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path,
         return {
             "weights/mean": float(weights.mean()),
             "weights/ess": float(weights.mean() ** 2 / weights.square().mean()),
+            "weights/neutral_ratio": neutral,
         }
 
     what = f"{inputs.tokens.train.token_count:,} tokens weighed by {recipe.scorer.name}"
@@ -325,50 +338,65 @@ def run_stage(stage: Stage, inputs: Inputs, output: Path, tracking: Tracking) ->
     folder, console, ranks = output / stage.name, inputs.console, inputs.ranks
     ranks.lead(lambda: folder.mkdir(exist_ok=True))
     with Tracking(stage.recipe, folder, partial(warn, console), tracking, records=ranks.leads) as run:
-        cached = ranks.share(ranks.lead(lambda: cached_stage(stage.kind, stage.key) or _finished_here(stage, folder)))
+        cached = ranks.share(ranks.lead(lambda: _finished(stage, folder, partial(warn, console))))
         reused = cached is not None
         if cached is None:
             say(console, f"{stage.name:<11} {stage.what}")
-            results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
-            cached = ranks.share(ranks.lead(lambda: _store(stage, folder, results or {}, partial(warn, console))))
+            # Until the stage is stored: a signal after its last step must not lose it.
+            with stop_on_signal() as stop:
+                results = stage.work(folder, run) if stage.together else ranks.lead(lambda: stage.work(folder, run))
+                cached = ranks.share(ranks.lead(lambda: _store(stage, folder, results or {}, partial(warn, console))))
+                ranks.check(stop)
         assert cached is not None
         record = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))
+        # A head without rows has no result.
+        results = {name: value for name, value in record["results"].items() if value is not None}
         how = f"reused, unchanged since {record['finished']}" if reused else "done"
-        say(console, f"{stage.name:<11} {how}: {_format(record['results'])}")
+        say(console, f"{stage.name:<11} {how}: {_format(results)}")
         say(console, f"            {cached}")
         if ranks.leads:
             write_file(folder / STAGE_FILE, json.dumps({**record, "folder": str(cached)}, indent=2))
-        run.summary(0, record["results"])
+        run.summary(0, results)
         run.tags({"stage.key": stage.key, "stage.finished": record["finished"]})
         run.artifact(folder / STAGE_FILE)
     return cached
 
 
-def _finished_here(stage: Stage, folder: Path) -> Path | None:
-    """Return a stage that an earlier process finished in the run directory and did not store in the cache."""
+def _finished(stage: Stage, folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the stage from the cache, or from the run directory: a process may have died before it was stored."""
+    if cached := cached_stage(stage.kind, stage.key):
+        return cached
     try:
         record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     parts = [part for part in (folder / "model", folder / WEIGHTS_FOLDER) if part.exists()]
     if not isinstance(record, dict) or record.get("key") != stage.key or not parts or any(map(damage, parts)):
         return None
-    return store_stage(stage.kind, stage.key, folder)
+    return _stored(stage, folder, warn)
 
 
 def _store(stage: Stage, folder: Path, results: dict[str, float], warn: Callable[[str], None]) -> Path:
-    """Store a finished stage in the cache; where that has no room, the run directory keeps it."""
+    """Record that a stage has finished, and store it in the cache."""
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": results}
+    plain = {name: value if math.isfinite(value) else None for name, value in results.items()}
+    record = {"stage": stage.kind, "key": stage.key, "finished": finished, "results": plain}
     # From here on the stage need not run again, whatever happens to the cache.
     write_file(folder / STAGE_FILE, json.dumps(record, indent=2))
+    return _stored(stage, folder, warn)
+
+
+def _stored(stage: Stage, folder: Path, warn: Callable[[str], None]) -> Path:
+    """Copy a finished stage to the cache; where that has no room, the run directory keeps it."""
     try:
         stored = store_stage(stage.kind, stage.key, folder)
-    except (OSError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or "a file could not be copied"
+    except OSError as error:
+        # shutil.Error lists every file that could not be copied.
+        reason = error.strerror or "a file could not be copied"
         warn(f"the {stage.name} could not be stored in the cache ({reason}); this run uses {folder}")
         stored = folder
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if (folder / CHECKPOINTS).exists():
+        remove_folder(folder / CHECKPOINTS)
     return stored
 
 

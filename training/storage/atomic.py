@@ -61,11 +61,13 @@ def whole_folder(folder: Path, *, replace: bool = False, manifest: bool = True) 
 
     Raises:
         FileExistsError: `folder` exists when the block ends; it stays as it is.
+        OSError: it can't be written, such as to a full disk.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Aside.folder(folder)
     try:
-        yield aside.path
+        with _system_errors(folder):
+            yield aside.path
         if manifest:
             files = json.dumps({"files": described(aside.path)}, indent=1)
             (aside.path / MANIFEST).write_text(files, encoding="utf-8")
@@ -250,6 +252,19 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """Raise OSError for an error of the system that a library written in Rust reports in its text only."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+        raise
 
 
 def _locked(make: Callable[[], Path]) -> tuple[Path, int]:

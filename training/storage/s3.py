@@ -10,13 +10,13 @@ files of AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE, the machine's role. No
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from mtp_ce.training.addresses import shown
 from mtp_ce.training.errors import RecipeError
 
 SCHEME = "s3://"
@@ -30,7 +30,8 @@ _CONNECTIONS = 32
 
 _LONGEST_REASON = 240
 
-_SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+# The way out where an address has credentials, or none are found.
+SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 
 # Error codes of S3 with an explanation of ours; for the others the message is S3's.
 _EXPLANATIONS = {
@@ -123,9 +124,10 @@ def error_code(error: BaseException) -> str:
 def _parse(key: str, address: str) -> Location:
     bucket, _, inside = address.removeprefix(SCHEME).partition("/")
     inside = inside.rstrip("/")
-    if "@" in bucket:
-        # The address is not repeated: it would end up in logs and in the recipe of the run.
-        raise RecipeError(f"{key} has credentials in its address; {_SET_CREDENTIALS}, and write s3://bucket/prefix")
+    if shown(address) != address:
+        raise RecipeError(
+            f"{key} has credentials or a query in its address; {SET_CREDENTIALS}, and write s3://bucket/prefix"
+        )
     if not is_s3(address) or not bucket or not inside:
         raise RecipeError(f"{key} is '{address}'; expected s3://bucket/prefix")
     return Location(bucket, inside)
@@ -138,7 +140,7 @@ def _reason(error: BaseException) -> str:
     if explanation := _EXPLANATIONS.get(code):
         return f"{explanation} ({code})"
     if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
-        return f"credentials are missing or incomplete; {_SET_CREDENTIALS}"
+        return f"credentials are missing or incomplete; {SET_CREDENTIALS}"
     broken = botocore.ConnectionError | botocore.HTTPClientError | botocore.IncompleteReadError
     if isinstance(error, broken | ConnectionError | TimeoutError):
         return f"no answer; check AWS_ENDPOINT_URL_S3 and the network ({error})"
@@ -154,9 +156,7 @@ def _without_secrets(text: str, session: Any) -> str:
     secrets |= {getattr(credentials, name, None) for name in ("access_key", "secret_key", "token")}
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
-    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
-    text = re.sub(r"(?i)\b((?:X-Amz-[\w-]+|AWSAccessKeyId|Signature)=)[^&\s\"']+", r"\1***", text)
-    line = " ".join(text.split())
+    line = " ".join(shown(text).split())
     return f"{line[: _LONGEST_REASON - 3]}..." if len(line) > _LONGEST_REASON else line
 
 

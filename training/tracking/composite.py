@@ -16,12 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mtp_ce.training.config.recipe import flatten, hide_password, without_password
+from mtp_ce.training.addresses import shown_values
+from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.tracking.jsonl import METRICS_FILE, MetricsFile
 from mtp_ce.training.tracking.none import NoTracker
-from mtp_ce.training.tracking.tracker import Status, Tracker, Warn, build_tracker
+from mtp_ce.training.tracking.tracker import Status, Tracker, Warn, build_tracker, failure
 
 
 class Tracking:
@@ -56,6 +57,7 @@ class Tracking:
         self._root: Tracking = whole._root if whole else self
         self._on_error: Callable[[], None] = whole._on_error if whole else on_error
         self._failed = False
+        self._config = recipe.tracking
         self._tracker: Tracker = NoTracker(recipe.tracking)
         if not records:
             return
@@ -68,7 +70,7 @@ class Tracking:
             with self._failures_warned():
                 self._tracker = whole._tracker.child(name, folder)
         with self._failures_warned():
-            self._tracker.params(flatten(without_password(recipe)))
+            self._tracker.params(flatten(recipe))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics by name after `step` optimizer steps."""
@@ -100,7 +102,7 @@ class Tracking:
     def tags(self, tags: Mapping[str, str]) -> None:
         """Describe the run."""
         with self._failures_warned():
-            self._tracker.tags(tags)
+            self._tracker.tags(shown_values(dict(tags)))
 
     @property
     def where(self) -> str:
@@ -121,7 +123,8 @@ class Tracking:
             self._on_error()
         self._file.close()
         with self._failures_warned():
-            self._tracker.finish(*_outcome(error))
+            status, tags = _outcome(error)
+            self._tracker.finish(status, shown_values(tags))
 
     @contextmanager
     def _failures_warned(self) -> Iterator[None]:
@@ -130,9 +133,8 @@ class Tracking:
             yield
         except Exception as error:  # a class of the user's own may raise anything
             if not self._root._failed:
-                reason = hide_password(" ".join(str(error).split()))
                 self._warn(
-                    f"the tracker fails ({type(error).__name__}: {reason[:120]}); training continues, metrics are in "
+                    f"the tracker fails ({failure(error, self._config)[:160]}); training continues, metrics are in "
                     f"{METRICS_FILE}"
                 )
             self._root._failed = True
@@ -163,5 +165,4 @@ def describe_tracking(config: TrackingConfig) -> str:
         problem = tracker.check()
         return tracker.where() if problem is None else f"{problem}; training would continue with {METRICS_FILE}"
     except Exception as error:  # a class of the user's own may raise anything
-        reason = hide_password(" ".join(str(error).split()))
-        return f"the tracker can't be checked ({type(error).__name__}: {reason}); training would continue"
+        return f"the tracker can't be checked ({failure(error, config)}); training would continue"

@@ -42,7 +42,10 @@ class MetricsFile:
 
     def rewind(self, size: int) -> None:
         """Keep the first `size` bytes of an earlier process's file; without this call it is overwritten."""
-        assert self._file is None
+        # A resumed run whose first step is refused goes back once more.
+        if self._file:
+            self._file.close()
+            self._file = None
         # On another machine the file may be missing or shorter than when the checkpoint was written.
         self._resumed_bytes = min(size, self.size)
 

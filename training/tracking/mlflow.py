@@ -4,7 +4,7 @@
     MLflow thread       connects, sends the calls in order, and sends a call again that the server did not take
 
 A stage is a nested run of its run. A server that does not answer is tried again after a pause; one that refuses a call
-loses this call only. What MLflow never took is in metrics.jsonl.
+loses this call only. What MLflow never took is in metrics.jsonl. A resumed run sends no metric that MLflow has already.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from mtp_ce.training.config.recipe import hide_password
+from mtp_ce.training.addresses import is_unclear, shown
 from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.tracking.jsonl import METRICS_FILE
@@ -33,6 +34,10 @@ from mtp_ce.training.tracking.tracker import Status, Tracker, Warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+# Where the recipe and the environment name nothing.
+DEFAULT_URI = "sqlite:///mlflow.db"
+DEFAULT_EXPERIMENT = "mtp_ce"
 
 # Ids of the MLflow runs of a run directory, so that a resumed run continues them.
 MLFLOW_FILE = "mlflow.json"
@@ -50,12 +55,17 @@ CHECK_TIMEOUT_S = 3.0
 _MLFLOW_ENVIRONMENT = {
     # Training sends nothing about its user to anyone; an explicit choice in the environment wins.
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # MLflow logs every table that it creates.
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # MLflow logs every table that it creates, and errors with a traceback; ours are one line.
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    # MLflow prints two addresses for each run that ends.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The thread below pauses between attempts; MLflow's own defaults are 7 attempts of 2 minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+
+# Stores that `mlflow ui` opens; a server has its own pages.
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql", "file")
 
 # Characters of a tag's value; MLflow refuses longer ones.
 _TAG_CHARACTERS = 5000
@@ -70,27 +80,47 @@ class MlflowTracker:
         config: server and experiment.
 
     Raises:
-        RecipeError: MLflow is not installed.
+        RecipeError: MLflow is not installed, or its address can't be taken apart.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
         if find_spec("mlflow") is None:
             raise RecipeError("training needs mlflow: pip install 'mtp_ce[train]', or give tracking.kind=none")
         self._config = config
+        self._uri = _uri(config)
+        if is_unclear(self._uri):
+            raise RecipeError(
+                f"{'tracking.uri' if config.uri else 'MLFLOW_TRACKING_URI'} has no host that can be told apart from a "
+                "password; write %40 for @ and %2F for / in a password, or set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD"
+            )
         self._parent: MlflowTracker | None = None
         self._connection: MlflowConnection
         self._key = ""
         self._id = ""
         self._resumed = False
+        # Steps of each metric that an earlier process of a resumed run has sent.
+        self._sent: dict[str, set[int]] = {}
 
     def where(self) -> str:
-        """Return the command that shows the runs."""
-        return f"mlflow ui --backend-store-uri {hide_password(self._config.uri)}"
+        """Return the address of the run's page on a server, or the command that shows the runs of a database."""
+        address = shown(self._uri)
+        kind, separator, _ = self._uri.partition("://")
+        if kind in ("http", "https"):
+            pages = address.replace("***@", "").removesuffix("?***").rstrip("/")
+            return f"{pages}/#/experiments/{self._connection.experiment_id}/runs/{self._id}" if self._id else pages
+        # Without a scheme it is the folder of a file store.
+        if not (kind.startswith(_DATABASES) or (not separator and kind != "databricks")):
+            return address
+        if address == self._uri:
+            return f"mlflow ui --backend-store-uri {shlex.quote(address)}"
+        # A command with the shortened address would not work.
+        return address if self._config.uri else 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
 
     def check(self) -> str | None:
         """Ask the server for its health, or check that the database can be written."""
-        reason = _unreachable(self._config.uri)
-        return reason and f"MLflow at {hide_password(self._config.uri)} is not reachable: {reason}"
+        reason = _unreachable(self._uri)
+        return reason and f"MLflow at {shown(self._uri)} is not reachable: {shown(reason)}"
 
     def start(self, name: str, folder: Path, warn: Warn) -> None:
         """Connect, and create the run or reopen the one that the folder had before."""
@@ -108,14 +138,16 @@ class MlflowTracker:
         started = int(time.time() * 1000)
 
         def create(client: MlflowClient) -> None:
-            if known := connection.known_run(client, self._key):
+            # The stages of a run that begins anew do so too: nothing hangs below a run that was deleted.
+            again = parent is None or parent._resumed
+            if again and (known := connection.known_run(client, self._key)):
                 self._id, self._resumed = known, True
                 client.update_run(known, status="RUNNING")
                 return
             tags = {"mlflow.source.name": Path(sys.argv[0]).name}
             if parent:
                 tags["mlflow.parentRunId"] = parent._id
-            run = client.create_run(connection.experiment_id, start_time=started, run_name=name, tags=tags)
+            run = client.create_run(connection.experiment_id, start_time=started, run_name=self._key, tags=tags)
             self._id = run.info.run_id
             connection.remember(self._key, self._id)
 
@@ -135,13 +167,20 @@ class MlflowTracker:
         self._connection.send(call)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send metrics, with the time of this call."""
+        """Send metrics, with the time of this call. Of a resumed run, MLflow may have some already."""
         now = int(time.time() * 1000)
 
         def call(client: MlflowClient) -> None:
             from mlflow.entities import Metric
 
-            client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+            new = [Metric(name, value, now, step) for name, value in metrics.items() if step not in sent(client, name)]
+            if new:
+                client.log_batch(self._id, metrics=new)
+
+        def sent(client: MlflowClient, name: str) -> set[int]:
+            if self._resumed and name not in self._sent:
+                self._sent[name] = {metric.step for metric in client.get_metric_history(self._id, name)}
+            return self._sent.get(name, set())
 
         self._connection.send(call)
 
@@ -182,7 +221,8 @@ class MlflowConnection:
     def __init__(self, config: TrackingConfig, warn: Warn, memory: Path) -> None:
         self._config = config
         self._memory = memory
-        self._shown_uri = hide_password(config.uri)
+        self._uri = _uri(config)
+        self._shown_uri = shown(self._uri)
         self._warn = warn
         self._warned = False
         self._lost = False
@@ -203,13 +243,20 @@ class MlflowConnection:
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
         known = self._remembered().get(key)
+        if known is None:
+            return None
         try:
-            return client.get_run(known).info.run_id if known else None
+            # A run that was deleted in the UI can still be read, and takes nothing.
+            if client.get_run(known).info.lifecycle_stage == "active":
+                return known
         except MlflowException as error:
-            # The run may be on another server, or someone has deleted it.
             if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 raise
-            return None
+        self._warn(
+            f"MLflow at {self._shown_uri} does not have the run {key} any more: it was deleted, or this is another "
+            f"server (tracking.uri, MLFLOW_TRACKING_URI); a new one begins, and {METRICS_FILE} has the earlier metrics"
+        )
+        return None
 
     def remember(self, key: str, run_id: str) -> None:
         """Store the id of a run that was created."""
@@ -251,9 +298,8 @@ class MlflowConnection:
         except Exception as error:  # whatever it is, training continues
             if not self._warned:
                 self._warned = True
-                reason = _shortened(str(error).replace(self._config.uri, self._shown_uri))
                 self._warn(
-                    f"MLflow at {self._shown_uri} fails ({type(error).__name__}: {reason}); "
+                    f"MLflow at {self._shown_uri} fails ({self._reason(error)}); "
                     f"training continues, metrics are in {METRICS_FILE}"
                 )
             # A server that answers has refused this very call and would refuse it again.
@@ -271,13 +317,27 @@ class MlflowConnection:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=self._config.uri)
-        experiment = client.get_experiment_by_name(self._config.experiment)
-        self.experiment_id = (
-            experiment.experiment_id if experiment else client.create_experiment(self._config.experiment)
-        )
+        client = MlflowClient(tracking_uri=self._uri)
+        self.experiment_id = self._experiment(client)
         self._client = client
         return client
+
+    def _experiment(self, client: MlflowClient) -> str:
+        """Return the id of the experiment that the recipe or the environment names, which is created if need be."""
+        name = self._config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        given = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if given and not name:
+            return given
+        name = name or DEFAULT_EXPERIMENT
+        experiment = client.get_experiment_by_name(name)
+        if experiment and experiment.lifecycle_stage != "active":
+            raise RuntimeError(f"experiment '{name}' was deleted there; restore it, or give tracking.experiment=...")
+        return str(experiment.experiment_id if experiment else client.create_experiment(name))
+
+    def _reason(self, error: Exception) -> str:
+        # Clients quote an address whole and in parts; of one with secrets no part can be recognised for certain.
+        kind = type(error).__name__
+        return kind if self._shown_uri != self._uri else f"{kind}: {_shortened(shown(str(error)))}"
 
     def _answers(self) -> bool:
         if self._client is None:
@@ -287,6 +347,10 @@ class MlflowConnection:
         except Exception:
             return False
         return True
+
+
+def _uri(config: TrackingConfig) -> str:
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def _unreachable(uri: str) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mtp_ce.registry import load_class
+from mtp_ce.training.addresses import shown, shown_values
 from mtp_ce.training.config.tracking import TrackingConfig
 from mtp_ce.training.errors import RecipeError
 
@@ -102,9 +103,19 @@ def build_tracker(config: TrackingConfig) -> Tracker:
     except RecipeError:
         raise
     except Exception as error:  # a class of the user's own may raise anything
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise RecipeError(f"tracking.kind '{config.kind}' does not accept tracking.options ({reason})") from None
+        raise RecipeError(
+            f"tracking.kind '{config.kind}' does not accept tracking.options ({failure(error, config)})"
+        ) from None
     return tracker
+
+
+def failure(error: Exception, config: TrackingConfig) -> str:
+    """Format a tracker's exception as a line: its kind alone if an address has a part that may not be shown."""
+    kind, options = type(error).__name__, config.model_dump()
+    # Clients quote an address whole and in parts, which can't all be recognised.
+    if shown_values(options) != options:
+        return kind
+    return f"{kind}: {shown(_one_line(error))}"
 
 
 def _one_line(error: Exception) -> str:

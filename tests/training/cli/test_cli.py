@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from mtp_ce.training.cli.command import folder_argument, output_folder
 from mtp_ce.training.config.recipe import load_recipe
 
 # Runs the command line in a fresh interpreter and says on the last line of stdout what it has imported.
@@ -50,7 +53,7 @@ MISTAKES = {
     "right key in the wrong place": (["lr=1e-3"], ["did you mean 'optimizer.lr'"]),
     "value out of range": (["train.steps=0"], ["'train.steps' is 0", "greater than or equal to 1"]),
     "value of the wrong type": (["train.steps=many"], ["'train.steps' is 'many'", "integer"]),
-    "truth instead of a number": (["train.steps=yes"], ["'train.steps' is true", "integer"]),
+    "truth instead of a number": (["train.steps=yes"], ["'train.steps' is 'yes'", "integer"]),
     "infinite value": (["optimizer.lr=.inf"], ["'optimizer.lr' is inf", "finite"]),
     "unknown choice": (["tracking.kind=mlflwo"], ["tracking.kind is 'mlflwo'; expected one of 'mlflow', 'none'"]),
     "unknown scorer": (["scorer.name=rho"], ["'scorer.name' is 'rho'", "'uniform'"]),
@@ -99,6 +102,19 @@ MISTAKES = {
     "missing corpus": (["data.corpus=nowhere"], ["data.corpus", "'nowhere'"]),
     "corpus without files": (["data.corpus=empty"], ["no file that ends in '.py'"]),
     "existing output folder": (["--output", "taken"], ["output folder taken exists", "--output"]),
+    "output of nobody": (["--output", "~nobody-of-this-name/run"], ["there is no user nobody-of-this-name"]),
+    "output of an endless name": (["--output", "x" * 5000], ["can't be looked up: File name too long"]),
+    "a run of nobody": (["--resume", "~nobody-of-this-name/run"], ["--resume", "there is no user nobody-of-this-name"]),
+    "a recipe of nobody": (["~nobody-of-this-name/x.yaml"], ["the recipe", "there is no user nobody-of-this-name"]),
+    "a recipe of an endless name": (["x" * 5000], ["the recipe", "can't be looked up: File name too long"]),
+    "a model of nobody": (
+        ["tiny", "model.kind=pretrained", "model.source=~nobody-of-this-name/x"],
+        ["model.source", "there is no user nobody-of-this-name"],
+    ),
+    "octal steps": (["train.steps=0100"], ["'train.steps' is '0100'", "write 100"]),
+    "a value that was not set": (["train.steps="], ["override 'train.steps=' has no value"]),
+    "a recipe that is deep": (["deep.yaml"], ["deep.yaml, line 1", "nested more than 20 deep"]),
+    "a recipe that is endless": (["long.yaml"], ["long.yaml", "expected at most 100,000"]),
     "output below a file": (["--output", "file.txt/run"], ["file.txt is a file"]),
     "unknown option": (["--dryrun"], ["--dryrun", "--help"]),
     "option without its value": (["--output"], ["--output", "expected one argument"]),
@@ -120,6 +136,8 @@ def workplace(tmp_path: Path) -> Path:
     (tmp_path / "twice.yaml").write_text("name: twice\nseed: 1\nseed: 2\n")
     (tmp_path / "broken.yaml").write_text("name: broken\ntrain: [1\n")
     (tmp_path / "list.yaml").write_text("- name\n")
+    (tmp_path / "deep.yaml").write_text("[" * 50_000)
+    (tmp_path / "long.yaml").write_text("# " + "x" * 1_000_000)
     (tmp_path / "short.yaml").write_text("name: short\n")
     (tmp_path / "misspelt.yaml").write_text("name: misspelt\noptimiser: {lr: 1.0}\n")
     return tmp_path
@@ -207,3 +225,27 @@ def test_a_dry_run_sizes_the_model_and_writes_nothing(tmp_path):
     assert "scorer      rho1_excess" in answer.stdout
     assert f"{1000 * 6 * recipe.data.sequence_length:,} in total" in answer.stdout
     assert files_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+def test_the_versions_are_read_and_nothing_is_imported(command, tmp_path):
+    program = f"import sys\nfrom mtp_ce.training.cli.{command} import main\ntry:\n    main(['--version'])\n"
+    program += "finally:\n    print(sorted({'torch', 'triton', 'transformers', 'pydantic'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers"))
+    assert answer.stdout == f"mtp_ce {version('mtp_ce')} ({versions})\n[]\n"
+
+
+def test_an_output_folder_may_be_below_home(tmp_path, monkeypatch):
+    """As `--output=~/run` arrives, which a shell does not expand."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_argument("~/runs/first") == tmp_path / "runs" / "first"
+
+
+def test_commands_of_one_second_write_to_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [output_folder("tiny", None) for _ in range(50)]
+    assert len(set(folders)) == 50
+    assert folders == sorted(folders)
+    assert all(re.fullmatch(r"tiny-\d{8}T\d{6}\.\d{6}Z", folder.name) for folder in folders)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from mtp_ce.training.config.recipe import flatten, load_recipe, shipped_recipes, to_yaml, without_password
+from mtp_ce.training.config.recipe import flatten, load_recipe, shipped_recipes, to_yaml
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError
 
@@ -66,7 +66,7 @@ def test_null_is_null_only_where_it_means_something():
 
 def test_a_token_budget_becomes_steps(tmp_path):
     """Rows of 128 tokens, 4 to a batch: 512 tokens a step, and the last one goes beyond the budget."""
-    budget = ["train.steps=null", "train.max_tokens=20_481", "train.batch_size=4", "data.sequence_length=128"]
+    budget = ["train.steps=null", "train.max_tokens=20481", "train.batch_size=4", "data.sequence_length=128"]
     recipe = load_recipe("tiny", budget)
     assert recipe.train.steps == 41
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
@@ -78,7 +78,7 @@ def test_a_token_budget_becomes_steps(tmp_path):
 
 
 def test_the_budget_of_a_reference_is_its_own():
-    recipe = load_recipe("rho1", ["reference.train.steps=null", "reference.train.max_tokens=1_000_000"])
+    recipe = load_recipe("rho1", ["reference.train.steps=null", "reference.train.max_tokens=1000000"])
     tokens = recipe.reference.train.batch_size * recipe.data.sequence_length
     assert (recipe.reference.train.steps - 1) * tokens < 1_000_000 <= recipe.reference.train.steps * tokens
     assert recipe.train == load_recipe("rho1").train
@@ -121,22 +121,6 @@ def test_a_recipe_survives_being_written_and_read(tmp_path):
     )
     (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
     assert load_recipe(str(tmp_path / "copy.yaml")) == recipe
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("postgresql://me:s3cr3t@host:5432/runs", "postgresql://me:***@host:5432/runs"),
-        ("https://me:s3cr3t@host/mlflow", "https://me:***@host/mlflow"),
-        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
-        ("sqlite:///a@b:c/mlflow.db", "sqlite:///a@b:c/mlflow.db"),
-    ],
-)
-def test_a_password_in_the_tracking_uri_is_not_stored(uri, shown):
-    recipe = load_recipe("tiny", [f"tracking.uri={uri}"])
-    assert recipe.tracking.uri == uri
-    assert without_password(recipe).tracking.uri == shown
-    assert "s3cr3t" not in to_yaml(without_password(recipe))
 
 
 def test_flatten_names_every_leaf_by_its_dotted_key():

@@ -74,6 +74,17 @@ def test_a_copy_of_a_held_out_file_does_not_train(tmp_path):
     assert again.skipped == 20
 
 
+def test_a_copy_with_other_line_ends_counts_once(tmp_path):
+    """An editor's copy of a held-out file does not train either."""
+    files = {f"file{i}.py": f"a = {i}\nb = {i}\n" for i in range(30)}
+    copies: dict[str, str | bytes] = {
+        f"copy{i}.py": b"\xef\xbb\xbf" * (i % 2) + f"a = {i}\r\nb = {i}\r\n".encode() for i in range(30)
+    }
+    corpus = read_corpus(write(tmp_path, {**files, **copies}))
+    assert sorted([*texts(corpus.train), *texts(corpus.held_out)]) == sorted(files.values())
+    assert corpus.skipped == 30
+
+
 def test_files_that_are_not_text_are_left_out_and_counted(tmp_path):
     corpus = read_corpus(
         write(tmp_path, {**many(30), "b.py": b"\xff\xfe\x00", "e.py": "", "w.py": " \n", "n.txt": "x"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_a_validation_corpus_is_held_out_and_all_else_is_trained_on(tmp_path):
     (tmp_path / "b.txt").write_text("\n".join(TEXTS[200:]))
     corpus = read(train, validation_corpus=str(tmp_path / "b.txt"))
     assert [*texts(corpus.train)] == TEXTS[:200]
+    assert corpus.shared == 0
     assert [*texts(corpus.held_out)] == TEXTS[200:]
     assert corpus.digest != read(train).digest
 
@@ -330,6 +332,16 @@ def test_every_command_of_the_page_on_data_reads_a_corpus(command, offline, buck
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "my" / "rows.jsonl", [{"body": text} for text in TEXTS])
     write_json(tmp_path / "my" / "pairs.jsonl", [{"question": "which? ", "answer": text} for text in TEXTS])
+    zipped = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    (tmp_path / "my" / "deep").mkdir()
+    (tmp_path / "my" / "deep" / "rows.jsonl.gz").write_bytes(gzip.compress(zipped))
+    (tmp_path / "my" / "table.csv").write_text("".join(["body\n", *(f'"{text}"\n' for text in TEXTS)]))
+    alpaca = [{"instruction": "Say it.", "input": "", "output": text} for text in TEXTS]
+    (tmp_path / "my" / "alpaca.json").write_text(json.dumps(alpaca))
+    chats = [[{"role": "user", "content": "Say it."}, {"role": "assistant", "content": text}] for text in TEXTS]
+    write_json(tmp_path / "my" / "chats.jsonl", [{"messages": chat} for chat in chats])
+    theirs = [[{"from": "human", "value": "Say it."}, {"from": "gpt", "value": text}] for text in TEXTS]
+    (tmp_path / "my" / "sharegpt.json").write_text(json.dumps([{"conversations": chat} for chat in theirs]))
     for name in ("a", "b", "held_out"):
         write_parquet(tmp_path / "my" / f"{name}.parquet", [{"text": f"{name} {text}"} for text in TEXTS])
     (tmp_path / "my" / "texts").mkdir()
@@ -341,6 +353,8 @@ def test_every_command_of_the_page_on_data_reads_a_corpus(command, offline, buck
     corpus = read_corpus(recipe.data)
     assert len(corpus.train) + len(corpus.held_out) >= 250
     assert (corpus.train[0].prompt is None) == ("prompt_field" not in command)
+    assert corpus.train[0].chat == ("messages_field" in command)
+    assert not {*texts(corpus.train)} & {*texts(corpus.held_out)}
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])

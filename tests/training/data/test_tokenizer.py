@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtp_ce.training.data import tokenizer as module
-from mtp_ce.training.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from mtp_ce.training.data.tokenizer import END_OF_TEXT, load_tokenizer, read_tokenizer, train_tokenizer
 from mtp_ce.training.errors import RecipeError
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "import os\nprint(os.sep)\n" * 20]
@@ -47,3 +47,30 @@ def test_a_tokenizer_is_trained_once_and_then_read(monkeypatch, tmp_path):
 def test_too_little_text_for_the_vocabulary_is_said_with_the_way_out():
     with pytest.raises(RecipeError, match=r"data.vocab_size is 8192, but .* give data.vocab_size=\d+"):
         train_tokenizer(TEXTS, 8192)
+
+
+def test_a_tokenizer_that_truncates_and_pads_does_not_cut_documents(tmp_path):
+    """As tokenizers of embedding models do, by settings in tokenizer.json that no text is meant to show."""
+    tokenizer = train_tokenizer(TEXTS, 270)
+    whole = tokenizer.backend_tokenizer.encode(TEXTS[0]).ids
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=12)
+    tokenizer.save_pretrained(tmp_path)
+    read = read_tokenizer(tmp_path, "data.tokenizer", "mine", 300)
+    long, short = read.backend_tokenizer.encode_batch_fast([TEXTS[0], "x"])
+    assert long.ids == whole
+    assert len(short.ids) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b'{"model": {"type": "BPE", "vocab": 3}}', b"[]", b"null"]
+)
+def test_a_damaged_tokenizer_is_one_line(tmp_path, content):
+    train_tokenizer(TEXTS, 270).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError, match=r"data\.tokenizer 'mine' has no") as raised:
+            read_tokenizer(tmp_path, "data.tokenizer", "mine", 300)
+        assert "\n" not in str(raised.value)
+        (tmp_path / name).write_bytes(whole)

@@ -18,10 +18,12 @@ from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import PackedRows, rows_of_step
-from mtp_ce.training.errors import StepRefusedError
+from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedError
 from mtp_ce.training.interrupt import Stop
+from mtp_ce.training.loop import trainer as loop
 from mtp_ce.training.loop.trainer import Trainer, scored_positions
 from mtp_ce.training.loop.weighing import Weighing
+from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
 
@@ -208,6 +210,103 @@ def test_weights_that_break_their_promise_never_reach_the_optimizer(small, mista
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_a_scorer_that_fails_is_refused_and_not_taken_for_uniform_weights(small):
+    """One NaN in the reference makes every weight the neutral 1, which breaks no other promise."""
+    recipe = small(FEW)
+    reference = build_model(recipe).causal
+    with torch.no_grad():
+        reference.model.norm.weight[0] = math.nan
+    trainer = make_trainer(recipe, Log(), weigh=Weighing(Rho1ExcessScorer(reference)).weigh)
+    with pytest.raises(StepRefusedError, match=r"expected 0 to 0\.01; the step was not taken") as raised:
+        trainer.fit()
+    assert (raised.value.step, raised.value.quantity) == (1, "train/weight_neutral_ratio")
+    assert raised.value.value > 0.9
+
+
+POISONS = {
+    "parameter": ("model.model.norm.weight", lambda t: t.model.causal.model.norm.weight.data),
+    "moment": (
+        "model.model.norm.weight.exp_avg",
+        lambda t: t.optimizer.state[t.model.causal.model.norm.weight]["exp_avg"],
+    ),
+}
+# What is about to be kept: step, overrides, whether the loop is stopped there.
+KEEPINGS = {
+    "a checkpoint": (2, ["checkpoint.every=2"], False),
+    "the last step": (4, ["checkpoint.every=null"], False),
+    "a stop": (3, [], True),
+}
+
+
+@pytest.mark.parametrize("keeping", KEEPINGS)
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_state_that_is_not_finite_is_never_kept(small, poison, keeping):
+    """Planted after a step that was in order, as an optimizer does that overflows."""
+    step, options, stopped = KEEPINGS[keeping]
+    name, tensor = POISONS[poison]
+    saved = []
+    trainer = make_trainer(
+        small([*FEW, *options]), Log(), save_checkpoint=lambda trainer: not saved.append(trainer.done)
+    )
+
+    def plant() -> None:
+        if trainer.done == step:
+            tensor(trainer)[-1] = math.nan
+            if stopped:
+                trainer.stop.set()
+
+    trainer.tick = plant
+    with pytest.raises(StateRefusedError, match="nothing of it is saved") as raised:
+        trainer.fit()
+    assert (raised.value.step, raised.value.quantity) == (step, name)
+    assert saved == []
+
+
+def test_a_validation_that_is_not_finite_is_refused_and_not_logged(small, monkeypatch):
+    log = Log()
+    trainer = make_trainer(small([*FEW, "validation.every=2"]), log)
+    bad = [
+        HeadResult(2.0, 0.5, 0.5, 1.0, 9),
+        HeadResult(math.inf, 0.5, 0.5, 0.5, 8),
+        HeadResult(None, None, None, None, 0),
+    ]
+    monkeypatch.setattr(loop, "score_heads", lambda *_: bad)
+    with pytest.raises(StateRefusedError) as raised:
+        trainer.fit()
+    assert (raised.value.step, raised.value.quantity, raised.value.value) == (2, "val/ce_head_1", math.inf)
+    assert not any("val/ce_mean" in metrics for _, metrics in log)
+
+
+@pytest.mark.parametrize(("every", "kept"), [("2", [2, 4]), ("3", [3, 4]), ("null", [4])])
+def test_a_stop_in_the_last_validation_loses_no_step(small, every, kept):
+    """The state is kept before that validation, or, without checkpoints, by the stop."""
+    saved = []
+
+    class Impatient(Trainer):
+        def validate(self, rows=None):
+            assert every == "null" or saved == kept
+            self.stop.set()
+            return super().validate(rows)
+
+    usual = make_trainer(small([*FEW, f"checkpoint.every={every}"]), Log())
+    trainer = Impatient(**{**vars(usual), "save_checkpoint": lambda trainer: not saved.append(trainer.done)})
+    with pytest.raises(StoppedError):
+        trainer.fit()
+    assert saved == kept
+
+
+def test_a_head_without_a_target_has_no_cross_entropy(small):
+    """Documents of two tokens have a target for head 0 alone."""
+    documents, log = [torch.arange(2)] * 64, Log()
+    rows = PackedRows(documents, 64, 0)
+    make_trainer(small([*FEW, "train.batch_size=2"]), log, rows=rows, held_out=rows).fit()
+    for side in ("train", "val"):
+        for h, missing in enumerate([False, True, True]):
+            assert all(math.isnan(ce) == missing for _, ce in log.series(f"{side}/ce_head_{h}")), (side, h)
+    assert all(math.isfinite(ce) for _, ce in log.series("train/ce_mean"))
+    assert log.series("val/ce_mean")[0][1] == log.series("val/ce_head_0")[0][1]
+
+
 def test_a_refused_step_keeps_the_metrics_of_the_steps_before_it(small):
     log = Log()
     trainer = make_trainer(small([*FEW, "train.log_every=100"]), log)
@@ -313,6 +412,7 @@ def test_excess_loss_over_a_reference_weighs_the_training(small, control):
     log, uniform = Log(), Log()
     make_trainer(recipe, log, weigh=Weighing(ShuffledWeights(scorer) if control else scorer).weigh).fit()
     make_trainer(recipe, uniform).fit()
+    assert all(value == 0 for _, value in log.series("train/weight_neutral_ratio")), "first tokens are not counted"
     for name, low, high in (("mean", 1 - 1e-5, 1 + 1e-5), ("min", 0.05, 0.9), ("max", 1.1, 3), ("ess", 0.3, 0.99)):
         assert all(low <= value <= high for _, value in log.series(f"train/weight_{name}")), name
     assert all(value == 0 for _, value in uniform.series("train/weight_clipped_ratio"))

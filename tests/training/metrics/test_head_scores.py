@@ -97,14 +97,17 @@ def test_sums_are_where_the_model_computes_and_not_where_its_parameters_wait(mon
     assert added == ["cpu"]
 
 
-def test_no_rows_at_all_are_zeros_and_not_a_division_by_0():
+def test_no_rows_at_all_are_no_result_and_not_a_division_by_0():
     batch = batches_of()[0]
     nothing = Batch(batch.input_ids, torch.full_like(batch.labels, -100), batch.document_ids, batch.position_ids)
     results = score_heads(model_of("residual"), [nothing])
-    assert [(result.ce, result.top1, result.rows) for result in results] == [(0.0, 0.0, 0)] * 3
-    assert validation_metrics(results)["val/ce_mean"] == 0.0
+    assert results == [HeadResult(None, None, None, None, 0)] * 3
+    assert results[0].perplexity is None
+    metrics = validation_metrics(results)
+    assert metrics.keys() >= {"val/ce_mean", "val/ce_head_2", "val/perplexity_head_0", "val/top1_head_1"}
+    assert all(math.isnan(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize(("ce", "perplexity"), [(0.0, 1.0), (1.0, math.e), (1e4, math.inf)])
+@pytest.mark.parametrize(("ce", "perplexity"), [(0.0, 1.0), (1.0, math.e), (1e4, math.inf), (None, None)])
 def test_a_perplexity_that_overflows_is_infinite(ce, perplexity):
     assert HeadResult(ce=ce, top1=0.0, top5=0.0, agrees=None, rows=1).perplexity == perplexity

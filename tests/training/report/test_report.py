@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from mtp_ce.decoding.speculative import Speculation
@@ -11,7 +15,7 @@ from mtp_ce.training.console import Display
 from mtp_ce.training.metrics.decoding import DecodingResult
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import HeadResult
-from mtp_ce.training.report.evaluation import print_evaluation
+from mtp_ce.training.report.evaluation import print_evaluation, write_evaluation
 
 METRICS = {
     "train/loss": 4.5,
@@ -21,16 +25,26 @@ METRICS = {
 }
 
 
-def show(terminal: bool) -> str:
+def show(terminal: bool, width: int = 120, steps: int = 3) -> str:
     file = StringIO()
-    console = Console(file=file, force_terminal=terminal, width=120)
-    with Display(console, steps=3) as display:
+    console = Console(file=file, force_terminal=terminal, width=width)
+    with Display(console, steps=steps) as display:
         for step in (1, 2, 3):
             display.tick()
             display.show(step, METRICS)
         display.show(3, {"val/ce_head_0": 4.125, "val/ce_head_1": 4.5})
         display.warn("something [odd] happened")
     return file.getvalue()
+
+
+def test_a_head_without_a_target_is_a_dash_on_the_screen():
+    file = StringIO()
+    with Display(Console(file=file, width=120), steps=3) as display:
+        display.show(1, {**METRICS, "train/loss": math.nan, "train/ce_head_1": math.nan})
+        display.show(3, {"val/ce_head_0": 4.125, "val/ce_head_1": math.nan})
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("step     1/3  loss -  CE 4.25 -  12,345 tokens/s")
+    assert second == "step     3  validation  CE 4.12 - nats"
 
 
 def test_without_a_terminal_every_line_of_metrics_is_one_plain_line():
@@ -51,6 +65,14 @@ def test_on_a_terminal_one_bar_shows_loss_heads_speed_and_time_left():
     for words in ("3/3", "loss 4.500", "CE 4.25 4.75", "12,345 tokens/s", "left"):
         assert words in last
     assert "validation" in shown
+
+
+@pytest.mark.parametrize(("width", "steps"), [(40, 600), (40, 1_000_000), (60, 600), (24, 3)])
+def test_a_narrow_terminal_keeps_the_step_count(width, steps):
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", show(terminal=True, width=width, steps=steps)).splitlines()
+    last = [line for line in lines if "left" in line][-1].rsplit("\r", 1)[-1]
+    assert f"3/{steps}" in last
+    assert len(last) <= width
 
 
 def head(ce: float, agrees: float | None) -> HeadResult:
@@ -91,3 +113,30 @@ def test_heads_that_can_not_draft_have_no_agreement():
     text, rows = table(Evaluation([head(1.0, 1.0), head(2.0, None)], unigram=6.5))
     assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%"] in rows
     assert "tokens per forward" not in text
+
+
+def test_a_head_without_a_target_is_a_dash_in_the_table_and_null_in_json(tmp_path):
+    nothing = HeadResult(ce=None, top1=None, top5=None, agrees=None, rows=0)
+    evaluation = Evaluation([head(1.0, 1.0), nothing], 6.5, [head(3.0, 1.0), nothing])
+    text, rows = table(evaluation)
+    assert ["0", "(+1)", "3.000", "1.000", "6.500", "2.7", "50.0%", "75.0%"] in rows
+    assert ["1", "(+2)", "-", "-", "6.500", "-", "-", "-", "-"] in rows
+    assert "tokens per forward" not in text
+    stored, _ = write_evaluation(evaluation, tmp_path, "run")
+    said = json.loads(stored.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    for found in (said["heads"][1], said["before"][1]):
+        assert [found[name] for name in ("ce", "perplexity", "top1", "top5", "agrees")] == [None] * 5
+    assert said["tokens_per_forward"] is None
+
+
+def test_drafts_that_were_never_verified_have_no_acceptance(tmp_path):
+    """As where the model ends every text with its first token."""
+    found = Speculation(forwards=2, rounds=0, tokens=2, offered=[0, 0], kept=[0, 0])
+    evaluation = Evaluation(
+        [head(1.0, 1.0), head(2.0, 0.5), head(3.0, 0.25)], 6.5, None, DecodingResult(2, 16, 2, found, 1.0, 1.0)
+    )
+    _, rows = table(evaluation)
+    assert ["1", "(+2)", "2.000", "6.500", "7.4", "50.0%", "75.0%", "50.0%", "-"] in rows
+    stored, _ = write_evaluation(evaluation, tmp_path, "run")
+    assert json.loads(stored.read_text())["decoding"]["acceptance"] == [None, None]
+    assert math.isnan(evaluation.metrics()["decoding/kept_head_1"])

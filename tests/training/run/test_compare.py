@@ -89,7 +89,7 @@ def test_mlflow_nests_the_trainings_below_the_comparison(compared, finished_run)
     client = MlflowClient(tracking_uri=finished_run.database)
     runs = client.search_runs([client.get_experiment_by_name("compared").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    names = {run.info.run_name for run in runs if run is not parent}
+    names = {run.info.run_name.removeprefix(f"{parent.info.run_name}/") for run in runs if run is not parent}
     assert names == {"reference"} | {f"{arm}-seed{seed}" for arm in ARMS for seed in (0, 1)}
     artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert artifacts == {"recipe.yaml", "comparison.json", "comparison.md", "comparison.png"}

@@ -70,7 +70,9 @@ def test_a_second_process_names_the_first_and_changes_nothing(small, tmp_path, c
 
 def test_strays_of_dead_processes_are_removed_from_every_folder_of_a_run(small, tmp_path):
     start_run(tmp_path / "run", small())
-    strays = [tmp_path / "run" / name for name in (".model.mtp_abcdefgh", "reference/checkpoints/.step-00000003.mtp_abcd_123")]
+    strays = [
+        tmp_path / "run" / name for name in (".model.mtp_abcdefgh", "reference/checkpoints/.step-00000003.mtp_abcd_123")
+    ]
     for stray in strays:
         stray.mkdir(parents=True)
         (stray / "half").write_text("x")

@@ -29,16 +29,18 @@ from mtp_ce.training.loop.checkpoint import read_checkpoint
 from mtp_ce.training.loop.ranks import Ranks, agree_on_round, join_ranks
 from mtp_ce.training.models.build import build_model
 from mtp_ce.training.run import fitting, pipeline
+from mtp_ce.training.run.folder import finished
 from mtp_ce.training.run.inputs import read_inputs
 
 # Both ranks run every command line in turn; then each writes what main returned. A poisoned scorer stays.
 DRIVER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 import torch
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
 from mtp_ce.training.run import fitting
 from mtp_ce.training.run import pipeline
+from mtp_ce.training.run import stages
 from mtp_ce.training.cli.train import main
 
 RANK = int(os.environ["RANK"])
@@ -65,6 +67,37 @@ def stop_rank_1(number=signal.SIGINT):
 
 def terminate_rank_1():
     stop_rank_1(signal.SIGTERM)
+
+def stop_rank_1_in_last_validation():
+    class Impatient(USUAL):
+        def validate(self, rows=None):
+            if RANK == 1 and self.done == 5:
+                os.kill(os.getpid(), signal.SIGHUP)
+            return super().validate(rows)
+    fitting.Trainer = Impatient
+
+def spoil_moment_of_rank_1():
+    class Spoilt(USUAL):
+        def _step(self, step, window):
+            super()._step(step, window)
+            if RANK == 1 and step == 2:
+                (first, *_) = self.model.parameters()
+                self.optimizer.state[first]["exp_avg"].to_local()[-1] = torch.nan
+    fitting.Trainer = Spoilt
+
+
+def terminate_both_in_report():
+    # torchrun signals both: rank 0 in the report, rank 1 in the collective in which it waits for it.
+    fitting.Trainer = USUAL
+    usual, pids = stages.decode, [None, None]
+    torch.distributed.all_gather_object(pids, os.getpid())
+    def decode(*args):
+        stages.decode = usual
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.2)
+        return usual(*args)
+    stages.decode = decode
 
 def lose_corpus_of_rank_1():
     usual = pipeline.read_inputs
@@ -106,6 +139,9 @@ EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data
 ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
     "terminate": ("terminate_rank_1", 143, []),
+    "last validation": ("stop_rank_1_in_last_validation", 129, []),
+    "report": ("terminate_both_in_report", 143, []),
+    "moment": ("spoil_moment_of_rank_1", 3, ["checkpoint.every=2"]),
     "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
     "lost": ("lose_corpus_of_rank_1", 2, []),
 }
@@ -279,6 +315,35 @@ def test_a_signal_to_one_rank_stops_all_before_the_same_step_with_a_checkpoint(n
     assert sorted(path.name for path in kept.iterdir()) == [
         "shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors", "state.json",
     ]  # fmt: skip
+
+
+def test_a_signal_to_one_rank_in_the_last_validation_stops_all_and_loses_no_step(
+    launched, alone, same_training, tmp_path
+):
+    folder, codes, said = launched
+    assert codes["last validation"] == (129, 129)
+    assert said.count("train-mtp: hung up; metrics so far are in") == 1
+    (kept,) = (folder / "last validation" / "checkpoints").iterdir()
+    assert kept.name == "step-00000005"
+    assert not (folder / "last validation" / "model").exists()
+    shutil.copytree(folder / "last validation", tmp_path / "went on")
+    same_training(alone([]), alone([], tmp_path / "went on"), steps=5)
+
+
+def test_a_signal_to_both_ranks_in_the_report_ends_both_with_the_model_saved(launched, alone, same_training):
+    """A rank that left the collective in which it waits would leave the other in it for hours."""
+    folder, codes, said = launched
+    assert codes["report"] == (143, 143)
+    assert said.count(f"train-mtp: terminated; the model is saved in {folder / 'report'}/model, eval-mtp") == 1
+    assert finished(folder / "report")
+    same_training(alone([]), folder / "report", steps=5)
+
+
+def test_a_shard_that_is_not_finite_on_one_rank_is_saved_by_none(launched):
+    folder, codes, said = launched
+    assert codes["moment"] == (3, 3)
+    assert said.count("exp_avg is nan after step 2, expected a finite number; nothing of it is saved") == 1
+    assert not (folder / "moment" / "checkpoints").exists()
 
 
 def test_a_batch_that_can_not_be_dealt_out_is_a_mistake_of_the_recipe(launched):

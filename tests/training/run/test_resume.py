@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
-from mtp_ce.training.errors import RecipeError, StoppedError
+from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError
 from mtp_ce.training.loop import checkpoint
 from mtp_ce.training.run import fitting, pipeline
 from mtp_ce.training.storage import folders as storage
@@ -176,6 +178,109 @@ def test_a_checkpoint_that_can_not_be_trusted_is_named_and_the_one_before_is_use
     assert f"resumed     after step 6, from {run}/checkpoints/step-00000006" in out
 
 
+def plant_nan(folder: Path, name: str) -> None:
+    """A value that is no number in a tensor of a checkpoint, as versions that did not look could write it."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    tensors[name].view(-1)[-1] = math.nan
+    save_file(tensors, file, metadata)
+    state = json.loads((folder / checkpoint.STATE_FILE).read_text())
+    state["files"] = checkpoint._digests(folder)
+    del state["sha256"]
+    (folder / checkpoint.STATE_FILE).write_text(json.dumps(state | {"sha256": checkpoint._digest(state)}))
+
+
+NOT_FINITE = ["model.model.model.norm.weight", "optimizer.model.lm_head.weight.exp_avg_sq"]
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_checkpoint_that_is_not_finite_is_named_and_the_one_before_is_used(name, stopped, capsys):
+    recipe, run = stopped
+    plant_nan(run / "checkpoints" / "step-00000008", name)
+    named = name.partition(".")[2]
+    pipeline.train(recipe, run, Console(width=1000), resume=True)
+    out = capsys.readouterr().out
+    assert (
+        f"warning: checkpoint {run}/checkpoints/step-00000008 can't be continued: {named} is nan after step 8, "
+        "expected a finite number; using an older one\n"
+    ) in out
+    assert f"resumed     after step 6, from {run}/checkpoints/step-00000006" in out
+    assert [line["step"] for line in record(run) if "train/loss" in line] == list(range(1, 13))
+
+
+def test_where_no_checkpoint_is_finite_the_run_ends_refused_and_all_of_them_stay(stopped, capsys, monkeypatch):
+    _, run = stopped
+    for folder in (run / "checkpoints").iterdir():
+        plant_nan(folder, NOT_FINITE[0])
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["--resume", "run"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"train-mtp: error: {NOT_FINITE[0].partition('.')[2]} is nan after step 6, expected a finite number; nothing"
+    )
+    assert not (run / "model").exists()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_a_refused_first_step_of_a_resumed_run_is_taken_from_the_checkpoint_before(stopped, small, monkeypatch, capsys):
+    """Refused once: the second time the run comes to that step its numbers are in order."""
+    recipe, run = stopped
+    refused = []
+
+    class Refusing(fitting.Trainer):
+        def _step(self, step, window):
+            if step == 9 and not refused:
+                refused.append(self.done)
+                raise StepRefusedError(step, "train/loss", math.nan)
+            super()._step(step, window)
+
+    monkeypatch.setattr(fitting, "Trainer", Refusing)
+    pipeline.train(recipe, run, Console(width=1000), resume=True)
+    out = capsys.readouterr().out
+    assert (
+        "step-00000008 can't be continued: train/loss is nan at step 9, expected a finite number; using an older" in out
+    )
+    assert f"resumed     after step 6, from {run}/checkpoints/step-00000006" in out
+    quiet(recipe, run.parent / "undisturbed")
+    assert parameters(run) == parameters(run.parent / "undisturbed")
+    assert record(run) == record(run.parent / "undisturbed")
+
+
+def test_a_later_refused_step_ends_the_run(stopped, monkeypatch):
+    recipe, run = stopped
+
+    class Refusing(fitting.Trainer):
+        def _step(self, step, window):
+            if step == 10:
+                raise StepRefusedError(step, "train/loss", math.nan)
+            super()._step(step, window)
+
+    monkeypatch.setattr(fitting, "Trainer", Refusing)
+    with pytest.raises(StepRefusedError, match="at step 10"):
+        quiet(recipe, run, resume=True)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "not finite"])
+def test_a_refused_checkpoint_takes_no_place_from_those_that_can_be_used(how, stopped, small, stop_at):
+    """One is kept, and the refused one is of a later step than the next."""
+    _, run = stopped
+    newest = run / "checkpoints" / "step-00000008"
+    if how == "not finite":
+        plant_nan(newest, NOT_FINITE[0])
+    else:
+        spoil(newest, how)
+    recipe = small([*SHORT, "checkpoint.keep=1"])
+    stop_at["step"] = 7
+    with pytest.raises(StoppedError):
+        quiet(recipe, run, resume=True)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000007", "step-00000008"]
+    stop_at["step"] = 0
+    quiet(recipe, run, resume=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000012"]
+
+
 def test_a_checkpoint_of_another_run_is_named_and_left_alone(stopped, small, stop_at, tmp_path, capsys):
     recipe, run = stopped
     stop_at["step"] = 9
@@ -278,7 +383,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(small, stop_at, finished_run, t
     finished = {run.info.run_id: run.info for run in client.search_runs([experiment])}
     assert finished.keys() == stopped.keys()
     assert {info.status for info in finished.values()} == {"FINISHED"}
-    (main,) = [run_id for run_id, info in finished.items() if info.run_name == "main"]
+    (main,) = [run_id for run_id, info in finished.items() if info.run_name == "run/main"]
     losses = client.get_metric_history(main, "train/loss")
     assert [loss.step for loss in losses] == list(range(1, 13))
 

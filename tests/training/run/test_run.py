@@ -24,6 +24,7 @@ TRAIN_METRICS = {
     *("train/loss", "train/ce_mean", "train/ce_head_0", "train/ce_head_1", "train/ce_head_2"),
     *("train/weight_mean", "train/weight_min", "train/weight_max", "train/weight_ess"),
     "train/weight_clipped_ratio",
+    "train/weight_neutral_ratio",
     *("train/valid_token_ratio", "optim/lr", "optim/grad_norm", "perf/tokens_per_s", "perf/peak_memory_mb"),
 }
 VAL_METRICS = {"val/ce_mean", "val/unigram_entropy", "val/tokens_per_forward", "val/agrees_head_1", "val/agrees_head_2"}
@@ -102,7 +103,7 @@ def test_the_run_above_the_stage_shows_how_it_ended(mlflow_parent, mlflow_run, f
     assert run.info.run_name == finished_run.folder.name
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/ce_head_1"] == finished_run.evaluation.heads[1].ce
-    assert mlflow_run[1].info.run_name == "main"
+    assert mlflow_run[1].info.run_name == f"{finished_run.folder.name}/main"
 
 
 def test_the_recipe_is_in_mlflow_as_parameters_and_as_an_artifact_that_runs_again(

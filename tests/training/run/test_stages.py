@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, StateRefusedError
 from mtp_ce.training.run import pipeline, stages
 from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
@@ -64,7 +64,8 @@ def test_mlflow_has_one_run_with_a_child_for_each_stage(weighted_run):
     runs = client.search_runs([client.get_experiment_by_name("weighted").experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not parent}
-    assert set(children) == {"reference", "main"}
+    assert set(children) == {f"{weighted_run.folder.name}/{stage}" for stage in ("reference", "main")}
+    children = {name.rpartition("/")[2]: run for name, run in children.items()}
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
     assert children["reference"].data.params["model.mtp.horizon"] == "1"
@@ -278,6 +279,25 @@ def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     again = run(before, tmp_path / "again")
     assert "weights     reused, unchanged since" in again
+
+
+def test_weights_made_before_training_are_refused_where_the_scorer_fails(
+    weighted_run, rho1, tmp_path, empty_cache, monkeypatch
+):
+    """They would all be the neutral 1, in the cache too."""
+    explain = Rho1ExcessScorer.explain
+
+    def failing(*arguments, **options):
+        return {name: part * torch.nan for name, part in explain(*arguments, **options).items()}
+
+    scorer = f"scorer={{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
+    reference = f"reference={{source: {weighted_run.folder / 'reference'}}}"
+    recipe = rho1([scorer, reference, "precompute_weights=true"])
+    monkeypatch.setattr(Rho1ExcessScorer, "explain", failing)
+    with pytest.raises(StateRefusedError, match=r"weights/neutral_ratio is 0\.9\d+ after step 0, expected 0 to 0\.01"):
+        run(recipe, tmp_path / "failing")
+    assert not (tmp_path / "cache" / "mtp_ce" / "stages").exists()
+    assert finished(tmp_path / "failing") is None
 
 
 def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -15,6 +16,7 @@ from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.errors import StoppedError
 from mtp_ce.training.interrupt import stop_on_signal, terminate_in_order
 from mtp_ce.training.run import fitting
+from mtp_ce.training.run.folder import finished
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_a_signal_ends_the_run_killed_with_its_code_and_all_that_was_done(
     runs = client.search_runs([experiment.experiment_id])
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"], "the run and its stage"
     assert {run.data.tags["stop.reason"] for run in runs} == {number.name}
-    (run,) = [run for run in runs if run.info.run_name == "main"]
+    (run,) = [run for run in runs if run.info.run_name == "out/main"]
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(steps)
     (newest,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert newest.name == f"step-{steps[-1]:08d}"
@@ -112,6 +114,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_failed_with_3(
             "quantity": "train/loss",
             "value": "nan",
         }
+
+
+def test_a_learning_rate_that_explodes_in_the_only_step_saves_no_model(small, tmp_path, capsys, monkeypatch):
+    """No step follows whose loss would show it."""
+    (tmp_path / "small.yaml").write_text(to_yaml(small(["train.steps=1", "optimizer.warmup_steps=0"])))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["small.yaml", "optimizer.lr=3e38", "--output", "out"]) == 3
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"train-mtp: error: model\.\S+ is (nan|-?inf) after step 1, expected a finite number; nothing", error
+    )
+    assert error.endswith("A lower learning rate or a longer warm-up usually helps")
+    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert finished(tmp_path / "out") is None
 
 
 def test_the_first_ctrl_c_asks_and_the_second_insists():

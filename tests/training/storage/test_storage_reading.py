@@ -190,7 +190,7 @@ MISSING = {
     "s3://models": "expected s3://bucket/prefix",
     "s3:///model": "expected s3://bucket/prefix",
     "models/model": "expected s3://bucket/prefix",
-    "s3://testkey:testsecret123@models/model": "credentials in its address; set AWS_ACCESS_KEY_ID",
+    "s3://testkey:testsecret123@models/model": "credentials or a query in its address; set AWS_ACCESS_KEY_ID",
 }
 
 

@@ -25,5 +25,5 @@ def test_the_page_of_tracking_names_every_metric(finished_run, weighted_run):
                 recorded |= json.loads(line).keys() - {"step", "time"}
     # The stages of a critic and of weights that are made before training have these of their own.
     recorded |= PairSums().metrics("critic/").keys() | PairSums().metrics("critic/val_").keys()
-    recorded |= {"weights/mean", "weights/ess"}
+    recorded |= {"weights/mean", "weights/ess", "weights/neutral_ratio"}
     assert {re.sub(r"_head_\d+$", "_head_<h>", name) for name in recorded} == documented()
