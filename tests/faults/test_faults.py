@@ -1,0 +1,219 @@
+"""The n-th file-system call of a short run fails, or the process dies there; nothing is lost, and nothing is silent.
+
+Held of every fault: the disturbed run does not hang, prints no traceback, and either trains the same model or ends with
+one line. The same command again, on a disk that works, ends with the parameters of a run that nobody disturbed, bit for
+bit, and leaves no half-written file of the process that died.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+# How a warning on stderr begins; it is not the one line of an error.
+WARNINGS = ("warning: ", "cache entry ")
+ERRORS = ("ENOSPC", "EIO", "EROFS", "kill -9", "power cut")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault of one scenario.
+
+    Attributes:
+        scenario: what stands on the disk when the run begins; a name in `scenarios`.
+        kind: of the call.
+        n: which of its kind.
+        error: what happens at it.
+        site: the call's path without what differs from run to run.
+    """
+
+    scenario: str
+    kind: str
+    n: int
+    error: str
+    site: str
+
+
+@dataclass
+class Outcome:
+    """What happened in a case: the way it took, and what is wrong with it."""
+
+    way: str
+    wrong: list[str] = field(default_factory=list)
+
+
+def site(call: Any) -> str:
+    """Return a call's path without keys, steps and random names."""
+    path = re.sub(r"(\.mtp_|/\.tmp)\w{6,8}(?=/|$)", r"\1*", call.path)
+    return re.sub(r"\d{5,}", "N", re.sub(r"[0-9a-f]{32}", "KEY", path))
+
+
+def choose(scenario: str, calls: Sequence[Any], draw: random.Random) -> list[Case]:
+    """Return a case for every kind of call, place and error; which of several calls of one place is drawn."""
+    places: dict[tuple[str, str], list[int]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    for call in calls:
+        counts[call.kind] += 1
+        places[call.kind, site(call)].append(counts[call.kind])
+    return [
+        Case(scenario, kind, draw.choice(numbers), error, where)
+        for (kind, where), numbers in places.items()
+        for error in (ERRORS if kind != "read" else ("EIO",))
+    ]
+
+
+def cut_power(disk: Path, calls: Sequence[Any], draw: random.Random) -> None:
+    """Lose what was written and not flushed, as file systems do that put names on the disk before contents."""
+    written: set[str] = set()
+    for call in calls[:-1] if calls[-1].kind == "fsync" else calls:
+        match call.kind:
+            case "open" | "write" | "truncate" | "mmap":
+                written.add(call.path)
+            case "fsync":
+                written.discard(call.path)
+            case "rename" if call.what == "call":
+                moved = {path for path in written if path == call.path or path.startswith(f"{call.path}/")}
+                written = (written - moved) | {call.to + path[len(call.path) :] for path in moved}
+    for path in sorted(written):
+        file = disk / path
+        if file.is_file() and (size := file.stat().st_size):
+            how = draw.choice(("empty", "half", "zeros"))
+            content = file.read_bytes()[: {"empty": 0, "half": size // 2, "zeros": size}[how]]
+            file.write_bytes(bytes(size) if how == "zeros" else content)
+
+
+def strays(disk: Path) -> list[str]:
+    """Return what processes that ended have left: names that begin with a dot, but manifests."""
+    return sorted(str(path.relative_to(disk)) for path in disk.rglob(".*") if path.name != ".mtp_files.json")
+
+
+def spoken(answer: Any) -> list[str]:
+    """Return what is wrong with how a command that was not killed ended."""
+    if answer.code is None:
+        return ["stuck"]
+    if "Traceback" in answer.printed + answer.complained:
+        last = [line for line in answer.complained.splitlines() if line and not line.startswith(" ")]
+        return [f"traceback: {last[-1][:300] if last else ''}"]
+    errors = [line for line in answer.complained.splitlines() if not line.startswith(WARNINGS)]
+    if len(errors) != (answer.code != 0):
+        return [f"{len(errors)} lines with exit {answer.code}: {answer.complained[:300]!r}"]
+    return [] if answer.code in (0, 1, 2) else [f"exit {answer.code}"]
+
+
+def attempt(server: Any, short: Any, case: Case, where: Path, disk: Path | None) -> Outcome:
+    """Run a case, and the same command again without a fault."""
+    short.place(where, disk)
+    out = where / "disk" / "out"
+    first = server.ask(where, *short.command, fault=(case.kind, case.n, case.error))
+    if not any(call.what == "struck" for call in first.calls):
+        return Outcome("not reached")
+    wrong: list[str] = []
+    if first.code == -9 and case.error in ("kill -9", "power cut"):
+        way = "killed"
+        if case.error == "power cut":
+            cut_power(where / "disk", first.calls, random.Random(str(case)))
+    else:
+        wrong += [f"disturbed: {fault}" for fault in spoken(first)]
+        way = {0: "went through", 1: "one line", 2: "one line"}.get(first.code, "died")
+        if first.code == 0 and (other := short.differs(out)):
+            # The report is not training: a run may finish without it, and says so.
+            wrong += [f"disturbed: exit 0 with another {', '.join(other)}"] * (other != ["evaluation.json"])
+    second = server.ask(where, *short.command)
+    wrong += [f"again: {fault}" for fault in spoken(second)]
+    if second.code:
+        wrong.append(f"again: exit {second.code}: {second.complained.strip()[-300:]}")
+    elif other := short.differs(out):
+        if other != ["evaluation.json"]:
+            wrong.append(f"again: exit 0 with another {', '.join(other)}")
+        else:
+            way = f"{way}, without evaluation"
+    if not second.code and (left := strays(where / "disk")):
+        wrong.append(f"again: left {', '.join(re.sub(r'[0-9a-f]{32}', 'KEY', name) for name in left[:3])}")
+    return Outcome(way, wrong)
+
+
+def table(outcomes: dict[Case, Outcome]) -> str:
+    """Format the outcomes: a line for each kind of call and error."""
+    lines = [f"{'call':<10}{'fault':<11}{'cases':>6}  outcome"]
+    rows: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for case, outcome in outcomes.items():
+        rows[case.kind, case.error][outcome.way if not outcome.wrong else "WRONG"] += 1
+    for (kind, error), ways in sorted(rows.items()):
+        ways_text = ", ".join(f"{way} {count}" for way, count in ways.most_common())
+        lines.append(f"{kind:<10}{error:<11}{ways.total():>6}  {ways_text}")
+    wrong = sum(bool(outcome.wrong) for outcome in outcomes.values())
+    return "\n".join([*lines, f"{len(outcomes)} faults, {wrong} of them wrong"])
+
+
+@pytest.fixture(scope="session")
+def scenarios(server, short, tmp_path_factory) -> dict[str, tuple[Path | None, list[Any]]]:
+    """What stands on the disk when a run begins, and the calls of a run that begins so, by name.
+
+    new       nothing
+    resumed   a run that was killed while it renamed its second checkpoint, and its caches
+    cached    the caches of a run that finished; its folder is gone
+    """
+    killed = short.stop(tmp_path_factory.mktemp("killed"), "out/checkpoints/step-00000004")
+    cached = tmp_path_factory.mktemp("cached") / "disk"
+    shutil.copytree(short.where / "disk" / "cache", cached / "cache")
+    found: dict[str, tuple[Path | None, list[Any]]] = {"new": (None, short.answer.calls)}
+    for name, disk in (("resumed", killed), ("cached", cached)):
+        where = short.place(tmp_path_factory.mktemp(name), disk)
+        answer = server.ask(where, *short.command, fault=("open", 0, "EIO"))
+        assert (answer.code, answer.complained, short.differs(where / "disk" / "out")) == (0, "", [])
+        found[name] = disk, answer.calls
+    return found
+
+
+def run_all(servers: Sequence[Any], short: Any, cases: Sequence[Case], scenarios: Any, where: Path) -> dict[Any, Any]:
+    """Run cases, each server one at a time."""
+    free: SimpleQueue[Any] = SimpleQueue()
+    for server in servers:
+        free.put(server)
+
+    def one(number: int) -> Outcome:
+        server, folder = free.get(), where / str(number)
+        try:
+            return attempt(server, short, cases[number], folder, scenarios[cases[number].scenario][0])
+        finally:
+            free.put(server)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with ThreadPoolExecutor(len(servers)) as threads:
+        return dict(zip(cases, threads.map(one, range(len(cases))), strict=True))
+
+
+def assert_all_right(outcomes: dict[Case, Outcome]) -> None:
+    """Fail with what is wrong, most frequent first."""
+    wrong: dict[str, list[Case]] = defaultdict(list)
+    for case, outcome in outcomes.items():
+        for fault in outcome.wrong:
+            wrong[fault].append(case)
+    listed = [
+        f"{len(cases):>4} x {fault}\n" + "\n".join(f"         {case}" for case in cases[:4])
+        for fault, cases in sorted(wrong.items(), key=lambda item: -len(item[1]))
+    ]
+    assert not listed, "\n".join(listed)
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_fault_at_any_call(servers, server, short, scenarios, tmp_path, capsys):
+    """A fault of each sort at every place of every kind of call, in a new run, a resumed one and one with caches."""
+    draw = random.Random(16)
+    cases = [case for name, (_, calls) in scenarios.items() for case in choose(name, calls, draw)]
+    draw.shuffle(cases)
+    outcomes = run_all([server, servers()], short, cases, scenarios, tmp_path)
+    with capsys.disabled():
+        print(f"\n{table(outcomes)}")
+    assert sum(outcome.way != "not reached" for outcome in outcomes.values()) >= 200
+    assert_all_right(outcomes)
