@@ -100,7 +100,7 @@ class Display:
 
 
 def number(value: float | None, form: str) -> str:
-    """Format a number, or "-" where there is none."""
+    """Format a number, or "-" where there is none: None, or NaN in metrics."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 

@@ -3,7 +3,7 @@
 The package gguf takes the lengths as they are, so that a flipped bit in the length of an array of numbers is a loop of
 2^60 rounds. Needs neither torch nor the package.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+Source: the GGUF specification of ggml-org/ggml, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations

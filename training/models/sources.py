@@ -335,7 +335,9 @@ def _from_hub(key: str, source: str) -> Path:
         if source.endswith(GGUF):
             repository, _, file = source.rpartition("/")
             return Path(hf_hub_download(repository, file))
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(

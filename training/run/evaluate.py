@@ -16,8 +16,9 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
-from mtp_ce.training.errors import readable
+from mtp_ce.training.errors import RecipeError, readable
 from mtp_ce.training.interrupt import ignore_sigterm
+from mtp_ce.training.loop.finite import first_not_finite
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import score_heads, validation_metrics
@@ -65,13 +66,18 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
     """Load a model with its heads, in fp32; without saved heads, it gets its next-token head only.
 
     Raises:
-        RecipeError: the saved files do not fit together.
+        RecipeError: the saved files do not fit together, or a parameter is not finite.
     """
     with readable("CHECKPOINT", source, "can't be loaded"):
         if (folder / CONFIG_FILE).exists():
-            return MTPWrapper.from_pretrained(folder, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        return MTPWrapper(model, 1, heads="none")
+            model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
+        else:
+            causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+            model = MTPWrapper(causal, 1, heads="none")
+    if found := first_not_finite(dict(model.named_parameters())):
+        name, value = found
+        raise RecipeError(f"CHECKPOINT '{source}' has {value} in its parameter {name}; expected finite numbers")
+    return model
 
 
 def decode(model: MTPWrapper, inputs: Inputs, config: DecodingConfig) -> DecodingResult | None:

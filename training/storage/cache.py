@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def cached(
-    folder: Path, make: Callable[[Path], None], *, lazy: bool = False, forget: Callable[[Path], None] | None = None
+    folder: Path, make: Callable[[Path], object], *, lazy: bool = False, forget: Callable[[Path], None] | None = None
 ) -> Path:
     """Return an entry of the cache; make it where it is absent or damaged.
 

@@ -90,7 +90,7 @@ def test_files_that_disagree_are_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "mtp_heads.json").read_text())
     (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "horizon": 5}))
-    with pytest.raises(RuntimeError, match=r"blocks\.3"):
+    with pytest.raises(ValueError, match=r"has 3 extra heads, and mtp_heads\.json beside it has horizon 5"):
         MTPHeads.from_pretrained(tmp_path)
 
 

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from mtp_ce.training.config.recipe import load_evaluation
 from mtp_ce.training.errors import RecipeError
@@ -90,6 +92,23 @@ def test_heads_of_another_model_are_refused_in_one_line(finished_run, tmp_path):
     with pytest.raises(RecipeError, match=r"can't be loaded: .* missing in mtp_heads\.safetensors") as raised:
         evaluate(str(other), recipe, tmp_path / "eval", QUIET)
     assert "\n" not in str(raised.value)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_model_that_is_not_finite_is_refused_and_not_measured(finished_run, tmp_path):
+    """Its cross entropies would be no numbers."""
+    bad = tmp_path / "bad"
+    model = AutoModelForCausalLM.from_pretrained(finished_run.folder / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.inf
+    model.save_pretrained(bad)
+    for file in (finished_run.folder / "model").glob("tokenizer*"):
+        shutil.copy(file, bad)
+    recipe = load_evaluation(finished_run.folder / "recipe.yaml", SMALL)
+    with pytest.raises(
+        RecipeError, match=r"^CHECKPOINT '.*bad' has inf in its parameter \S*norm\.weight; expected finite"
+    ):
+        evaluate(str(bad), recipe, tmp_path / "eval", QUIET)
     assert not (tmp_path / "eval").exists()
 
 

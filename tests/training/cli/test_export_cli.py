@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mtp_ce import MTPWrapper
@@ -17,7 +19,8 @@ MISTAKES = {
     "no checkpoint": (["nowhere", "base", "new"], ["nowhere is not a folder", "MTPWrapper.save_pretrained"]),
     "a file": (["file.txt", "base", "new"], ["file.txt is not a folder"]),
     "no heads": (["empty", "base", "new"], ["empty has no mtp_heads.json"]),
-    "damaged": (["damaged", "heads", "new"], ["damaged/mtp_heads.json is damaged"]),
+    "damaged": (["damaged", "heads", "new"], ["damaged/mtp_heads.json can't be read", "save the heads again"]),
+    "more heads than tensors": (["many", "heads", "new"], ["has 2 extra heads, and mtp_heads.json", "horizon 1000000"]),
     "half a checkpoint": (["half", "base", "new"], ["half has mtp_heads.json but no config.json"]),
     "no tensors": (["layer", "heads", "new"], ["layer has mtp_heads.json but no mtp_heads.safetensors"]),
     "heads that are no Medusa": (["layer", "medusa", "new"], ["'layer' heads with horizon 3", "needs 'residual'"]),
@@ -39,13 +42,15 @@ def workplace(tmp_path: Path) -> Path:
         "damaged": "{",
         "half": {"kind": "residual", "hidden_size": 8, "horizon": 3},
         "layer": {"kind": "layer", "hidden_size": 8, "horizon": 3},
+        "many": {"kind": "residual", "hidden_size": 8, "horizon": 1_000_000},
         "one": {"kind": "residual", "hidden_size": 8, "horizon": 1},
         "teacher": {"kind": "teacher_forcing", "hidden_size": 8, "horizon": 3},
     }.items():
         (tmp_path / name).mkdir()
         if heads is not None:
             (tmp_path / name / "mtp_heads.json").write_text(heads if isinstance(heads, str) else json.dumps(heads))
-    (tmp_path / "half" / "mtp_heads.safetensors").touch()
+    for name in ("half", "many"):
+        save_file({f"blocks.{h}.bias": torch.zeros(8) for h in range(2)}, tmp_path / name / "mtp_heads.safetensors")
     return tmp_path
 
 
@@ -73,7 +78,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_base_has_the_model_and_its_tokenizer(checkpoint, tmp_path, capsys):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert main([str(checkpoint), "base", str(tmp_path / "new" / "base")]) == 0

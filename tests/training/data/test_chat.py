@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from mtp_ce.training.data.rows import IGNORE, PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import train_tokenizer
 from mtp_ce.training.data.tokens import tokenise
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.models.sources import fetch_source
 from mtp_ce.training.run import inputs as run_inputs
 from mtp_ce.training.run import pipeline
 from mtp_ce.training.run.inputs import read_inputs
@@ -199,6 +201,21 @@ def test_labels_are_the_tokens_of_the_assistant(tmp_path, tokenizer, kind, templ
             assert batch.labels[here].tolist() == labels[: here.sum()]
     every = [encode_chat(document.path, document.text, tokenizer)[1] for document in corpus.train]
     assert tokens.counts.sum() == sum(map(sum, every))
+
+
+def test_the_template_of_a_model_on_the_hub_is_downloaded(tmp_path, tokenizer, monkeypatch):
+    """It is a file of its own, beside those of the tokenizer."""
+    import huggingface_hub
+
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    patterns = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda _, allow_patterns: patterns.extend(allow_patterns) or str(tmp_path)
+    )
+    fetch_source("data.tokenizer", "somebody/model")
+    for file in tmp_path.iterdir():
+        assert any(fnmatch(file.name, pattern) for pattern in patterns), file.name
 
 
 def test_another_template_makes_other_tokens(tmp_path, tokenizer):
