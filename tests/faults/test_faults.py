@@ -7,6 +7,7 @@ bit, and leaves no half-written file of the process that died.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -22,6 +23,8 @@ import pytest
 
 # How a warning on stderr begins; it is not the one line of an error.
 WARNINGS = ("warning: ", "cache entry ")
+# How many of about 3,000 cases the slow tier runs; the environment variable MTP_FAULTS names another number.
+FAULTS = 600
 ERRORS = ("ENOSPC", "EIO", "EROFS", "kill -9", "power cut")
 
 
@@ -70,6 +73,15 @@ def choose(scenario: str, calls: Sequence[Any], draw: random.Random) -> list[Cas
         for (kind, where), numbers in places.items()
         for error in (ERRORS if kind != "read" else ("EIO",))
     ]
+
+
+def draw_evenly(cases: Sequence[Case], draw: random.Random) -> list[Case]:
+    """Return the cases in random order, but so that scenarios, kinds of call and errors take turns."""
+    groups: dict[tuple[str, str, str], list[Case]] = defaultdict(list)
+    for case in draw.sample(cases, len(cases)):
+        groups[case.scenario, case.kind, case.error].append(case)
+    turns = [(turn, case) for group in groups.values() for turn, case in enumerate(group)]
+    return [case for _, case in sorted(turns, key=lambda pair: pair[0])]
 
 
 def cut_power(disk: Path, calls: Sequence[Any], draw: random.Random) -> None:
@@ -155,24 +167,40 @@ def table(outcomes: dict[Case, Outcome]) -> str:
     return "\n".join([*lines, f"{len(outcomes)} faults, {wrong} of them wrong"])
 
 
-@pytest.fixture(scope="session")
-def scenarios(server, short, tmp_path_factory) -> dict[str, tuple[Path | None, list[Any]]]:
-    """What stands on the disk when a run begins, and the calls of a run that begins so, by name.
+class Scenarios:
+    """What stands on the disk when a run begins, by name; each is made when it is first asked for.
 
     new       nothing
     resumed   a run that was killed while it renamed its second checkpoint, and its caches
     cached    the caches of a run that finished; its folder is gone
     """
-    killed = short.stop(tmp_path_factory.mktemp("killed"), "out/checkpoints/step-00000004")
-    cached = tmp_path_factory.mktemp("cached") / "disk"
-    shutil.copytree(short.where / "disk" / "cache", cached / "cache")
-    found: dict[str, tuple[Path | None, list[Any]]] = {"new": (None, short.answer.calls)}
-    for name, disk in (("resumed", killed), ("cached", cached)):
-        where = short.place(tmp_path_factory.mktemp(name), disk)
-        answer = server.ask(where, *short.command, fault=("open", 0, "EIO"))
-        assert (answer.code, answer.complained, short.differs(where / "disk" / "out")) == (0, "", [])
-        found[name] = disk, answer.calls
-    return found
+
+    names = ("new", "resumed", "cached")
+
+    def __init__(self, server: Any, short: Any, temporary: pytest.TempPathFactory) -> None:
+        self._server, self._short, self._temporary = server, short, temporary
+        self._made: dict[str, tuple[Path | None, list[Any]]] = {"new": (None, short.answer.calls)}
+
+    def __getitem__(self, name: str) -> tuple[Path | None, list[Any]]:
+        """Return the disk, and the calls of a run that begins with it."""
+        if name not in self._made:
+            before, where = (self._temporary.mktemp(name) for _ in range(2))
+            if name == "resumed":
+                disk = self._short.stop(before, "out/checkpoints/step-00000004")
+            else:
+                disk = before / "disk"
+                shutil.copytree(self._short.where / "disk" / "cache", disk / "cache")
+            self._short.place(where, disk)
+            answer = self._server.ask(where, *self._short.command, fault=("open", 0, "EIO"))
+            found = (answer.code, answer.complained, self._short.differs(where / "disk" / "out"))
+            assert found == (0, "", []), answer
+            self._made[name] = disk, answer.calls
+        return self._made[name]
+
+
+@pytest.fixture(scope="session")
+def scenarios(server, short, tmp_path_factory) -> Scenarios:
+    return Scenarios(server, short, tmp_path_factory)
 
 
 def run_all(servers: Sequence[Any], short: Any, cases: Sequence[Case], scenarios: Any, where: Path) -> dict[Any, Any]:
@@ -206,12 +234,23 @@ def assert_all_right(outcomes: dict[Case, Outcome]) -> None:
     assert not listed, "\n".join(listed)
 
 
+def test_a_run_survives_a_fault_at_a_call_of_every_kind(server, short, scenarios, tmp_path):
+    """Of the matrix below: one for each kind of call that a resumed run makes, and a new run that is killed."""
+    draw = random.Random(0)
+    cases = choose("resumed", scenarios["resumed"][1], draw)
+    sample = [draw.choice([case for case in cases if case.kind == kind]) for kind in sorted({c.kind for c in cases})]
+    sample += [draw.choice([c for c in choose("new", short.answer.calls, draw) if c.error == "kill -9"])]
+    outcomes = run_all([server], short, sample, scenarios, tmp_path)
+    assert {outcome.way for outcome in outcomes.values()} >= {"killed", "one line"}
+    assert_all_right(outcomes)
+
+
 @pytest.mark.slow
 def test_a_run_survives_a_fault_at_any_call(servers, server, short, scenarios, tmp_path, capsys):
-    """A fault of each sort at every place of every kind of call, in a new run, a resumed one and one with caches."""
+    """In a new run, a resumed one and one with caches: each sort of fault at each kind of call, at places drawn evenly."""
     draw = random.Random(16)
-    cases = [case for name, (_, calls) in scenarios.items() for case in choose(name, calls, draw)]
-    draw.shuffle(cases)
+    cases = draw_evenly([case for name in scenarios.names for case in choose(name, scenarios[name][1], draw)], draw)
+    cases = cases[: int(os.environ.get("MTP_FAULTS", FAULTS))]
     outcomes = run_all([server, servers()], short, cases, scenarios, tmp_path)
     with capsys.disabled():
         print(f"\n{table(outcomes)}")

@@ -184,6 +184,14 @@ def assert_none_silent(outcomes: dict[Damage, str]) -> None:
     assert not listed, "\n".join(listed)
 
 
+@pytest.mark.parametrize("name", ["rows", "tokens", "tokenizers", "finished run"])
+def test_a_flipped_bit_is_not_silent(name, server, short, uses, tmp_path):
+    """Of the matrix below: one bit in one file of each cache that a run reads first, and in the model."""
+    where = "model/" if name == "finished run" else ""
+    flips = [damage for damage in damages(name, uses[name], 1) if damage.how == "flip" and where in damage.file]
+    assert_none_silent(try_all([server], short, uses, [random.Random(name).choice(flips)], tmp_path))
+
+
 @pytest.mark.slow
 def test_no_damage_to_a_kept_file_is_silent(servers, server, short, uses, tmp_path, capsys):
     """Five flipped bits, zeros and a cut, in every file that is kept."""
