@@ -73,7 +73,7 @@ def test_mlflow_has_the_measurement(evaluated, finished_run):
 
 def test_a_model_without_heads_is_one_head_that_does_not_draft(finished_run, corpus_folder, tmp_path):
     bare = tmp_path / "bare"
-    shutil.copytree(finished_run.folder / "model", bare, ignore=shutil.ignore_patterns("mtp_*"))
+    shutil.copytree(finished_run.folder / "model", bare, ignore=shutil.ignore_patterns("mtp_*", ".mtp_files.json"))
     source, made = find_checkpoint(str(bare))
     assert made is None, "there is no run around it"
     data = [f"data.corpus={corpus_folder}", "data.holdout_fraction=0.2", "data.sequence_length=64"]
@@ -88,6 +88,7 @@ def test_heads_of_another_model_are_refused_in_one_line(finished_run, tmp_path):
     shutil.copytree(finished_run.folder / "model", other)
     heads = json.loads((other / "mtp_heads.json").read_text())
     (other / "mtp_heads.json").write_text(json.dumps({**heads, "horizon": 5}))
+    (other / ".mtp_files.json").unlink()  # or the change itself is refused
     recipe = load_evaluation(finished_run.folder / "recipe.yaml", SMALL)
     with pytest.raises(RecipeError, match=r"can't be loaded: .* missing in mtp_heads\.safetensors") as raised:
         evaluate(str(other), recipe, tmp_path / "eval", QUIET)
