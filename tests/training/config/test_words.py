@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
 import yaml
 
+from mtp_ce.training.config.explain import _known_keys
 from mtp_ce.training.config.recipe import load_recipe, to_yaml
+from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.config.words import MAX_CHARACTERS, read_yaml, spelling, value_of
 from mtp_ce.training.errors import RecipeError
 
@@ -235,3 +238,40 @@ def test_a_misspelt_option_of_a_recipe_is_not_dropped_with_its_scorer(tmp_path):
     (tmp_path / "my.yaml").write_text(to_yaml(load_recipe("rho1")).replace("temperature:", "temprature:"))
     with pytest.raises(RecipeError, match=r"scorer\.temprature"):
         load_recipe(str(tmp_path / "my.yaml"), ["scorer.name=uniform"])
+
+
+# --- a sample of what may come
+
+VALUES = [
+    "", "null", "~", "[", "{", "{}", "[]", "[1]", "{a: 1}", "1e999", "-1", "0", "1" * 6000, "yes", "0100", "*a", "&a",
+    "!x",
+    "'", '"', "\x00", "\ud800", "[[[[[[[[[[[[[[[[[[[[[[[[[", "a: b", "---", "|", "> x", "%", "@", "1:30", str(2**63),
+    "x" * 500, "package:x/y", "my:Cls", "{name: uniform}", "{name: shuffled, of: {name: rho1_excess}}", "{<<: 1}",
+    "{kind: pretrained, source: x}", "{train: {steps: 1}}", "true", ".nan", "2024-01-01", "\n", "a\nb", "#",
+]  # fmt: skip
+
+
+def test_any_value_of_any_key_is_one_line_or_a_recipe_that_prints_as_itself(tmp_path):
+    numbers = random.Random(0)
+    keys, valid = sorted({*_known_keys(Recipe)}), 0
+    for _ in range(300):
+        overrides = [f"{numbers.choice(keys)}={numbers.choice(VALUES)}" for _ in range(numbers.choice([1, 1, 2]))]
+        try:
+            recipe = load_recipe(numbers.choice(["tiny", "rho1", "smollm2"]), overrides)
+        except RecipeError as error:
+            said = str(error)
+            assert "\n" not in said, overrides
+            assert len(said) < 1500, overrides
+            continue
+        valid += 1
+        (tmp_path / "copy.yaml").write_text(to_yaml(recipe))
+        assert load_recipe(str(tmp_path / "copy.yaml")) == recipe, overrides
+    assert 5 < valid < 200
+
+
+def test_a_module_of_ones_own_that_fails_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "fails_when_imported.py").write_text("1 / 0\n")
+    with pytest.raises(RecipeError, match=r"fails_when_imported:Own.* can't be loaded: ZeroDivisionError") as raised:
+        load_recipe("tiny", ["scorer.name=fails_when_imported:Own"])
+    assert "\n" not in str(raised.value)
