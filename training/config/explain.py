@@ -48,7 +48,7 @@ def explain(schema: type[BaseModel], tree: Mapping[str, Any], error: ErrorDetail
         near = difflib.get_close_matches(tag, re.findall(r"'([^']*)'", expected), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         own = ", or a class of your own as package.module:Class" if _chooser(error) == "name" else ""
-        return f"'{dotted}.{_chooser(error)}' is '{tag}'; it should be one of {expected}{own}{hint}"
+        return f"'{dotted}.{_chooser(error)}' is '{tag[:_LONGEST_VALUE]}'; it should be one of {expected}{own}{hint}"
     if error["type"] == "union_tag_not_found":
         dotted = f"{dotted}.{_chooser(error)}"
     if error["type"] in ("missing", "union_tag_not_found"):

@@ -38,17 +38,21 @@ def apply_override(schema: type[BaseModel], tree: dict[str, Any], override: str)
     dotted, equals, text = override.partition("=")
     *groups, leaf = keys = dotted.split(".")
     if not equals or not all(keys) or len(dotted) > _LONGEST_KEY:
-        raise RecipeError(f"override '{override[:_LONGEST_KEY]}' is not of the form a.b=c")
+        raise RecipeError(f"{_shown(override)} is not of the form a.b=c")
     fields = _fields_at(schema, tree, keys)
     value = _text(text) if fields and _types(fields) <= {str} else _value(override, text, known=bool(fields))
     for depth, key in enumerate(groups):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise RecipeError(
-                f"override '{override}' sets a key of '{'.'.join(groups[: depth + 1])}', a value and not a group"
+                f"{_shown(override)} sets a key of '{'.'.join(groups[: depth + 1])}', a value and not a group"
             )
     tree[leaf] = value
     return dotted
+
+
+def _shown(override: str) -> str:
+    return f"override '{' '.join(override.split())[:_LONGEST_KEY]}'"
 
 
 def _text(text: str) -> str | None:
@@ -67,13 +71,13 @@ def _text(text: str) -> str | None:
 
 def _value(override: str, text: str, known: bool) -> Any:
     try:
-        value = read_yaml(text, f"override '{override}'")
+        value = read_yaml(text, _shown(override))
     except RecipeError:
         if known:
             raise
         return text
     if known and value is None:
-        raise RecipeError(f"override '{override}' has no value; give one, or null")
+        raise RecipeError(f"{_shown(override)} has no value; give one, or null")
     return value
 
 

@@ -28,6 +28,7 @@ from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Excluded
 from mtp_ce.training.data.files import check_files, files_below, files_matching, plain_suffix, readable
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.paths import user_path
 
 READERS = {
     "stdlib": "mtp_ce.training.data.stdlib:StandardLibrary",
@@ -187,7 +188,7 @@ def _choose(key: str, address: str, data: DataConfig) -> tuple[str, Source]:
         return "stdlib", Source(key, address)
     if address.startswith("s3://"):
         return "s3", Source(key, address)
-    path = _local(key, address)
+    path = user_path(key, address)
     if path.is_dir():
         if not (paths := files_below(path, data.suffix)):
             raise RecipeError(f"{key} {path} has no file that ends in '{data.suffix}' (data.suffix)")
@@ -221,18 +222,6 @@ def _choose(key: str, address: str, data: DataConfig) -> tuple[str, Source]:
 def is_row_file(name: str) -> bool:
     """Return whether a file holds many documents, by its name."""
     return plain_suffix(name) in ROW_SUFFIXES
-
-
-def _local(key: str, address: str) -> Path:
-    if "\0" in address:
-        raise RecipeError(f"{key} is {address!r}; a path has no null character")
-    try:
-        return Path(address).expanduser()
-    except RuntimeError:
-        user = Path(address).parts[0]
-        raise RecipeError(
-            f"{key} is '{address}', and {user} is no user's home on this machine; write the path"
-        ) from None
 
 
 def _before_patterns(parts: Sequence[str]) -> list[str]:
