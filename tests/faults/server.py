@@ -35,6 +35,7 @@ PRELOADED = (
     "mtp_ce.training.run.evaluate",
     "mtp_ce.training.run.passages",
     "mtp_ce.training.data.jsonl",
+    "mtp_ce.training.data.row_store",
     "mtp_ce.training.report.plot",
     "matplotlib.backends.backend_agg",
 )
@@ -65,8 +66,9 @@ def read_inputs(recipe: str, *overrides: str) -> int:
             hasher.update(repr(document).encode())
         for ids in tokens:
             hasher.update(ids.numpy().tobytes())
-    # What encodes and decodes, and what the tokenizer writes beside a model.
-    hasher.update(repr((read.tokenizer, read.tokenizer.encode("def f(x):"), read.tokenizer.decode([300]))).encode())
+    # What its own files add to the vocabulary; its name is the folder that it was read from.
+    settings = {name: value for name, value in read.tokenizer.init_kwargs.items() if name != "name_or_path"}
+    hasher.update(repr((settings, read.tokenizer.special_tokens_map, read.tokenizer.encode("def f(x):"))).encode())
     print("inputs", hasher.hexdigest())
     return 0
 
@@ -154,10 +156,13 @@ def prepare_trainer() -> None:
     from matplotlib.figure import Figure
     from transformers import conversion_mapping
 
+    from mtp_ce.training.report import weights_plot
+
     torch.set_num_threads(1)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
     # Drawing takes half of a short run.
     Figure.savefig = lambda figure, path, **_: Path(path).write_bytes(b"a plot")
+    weights_plot._draw_row = lambda *_, **__: None
 
 
 def main(bare: bool) -> None:

@@ -247,7 +247,7 @@ def test_a_run_survives_a_fault_at_a_call_of_every_kind(server, short, scenarios
 
 @pytest.mark.slow
 def test_a_run_survives_a_fault_at_any_call(servers, server, short, scenarios, tmp_path, capsys):
-    """In a new run, a resumed one and one with caches: each sort of fault at each kind of call, at places drawn evenly."""
+    """In a new run, a resumed one and one with caches: each fault at each kind of call, at places drawn evenly."""
     draw = random.Random(16)
     cases = draw_evenly([case for name in scenarios.names for case in choose(name, scenarios[name][1], draw)], draw)
     cases = cases[: int(os.environ.get("MTP_FAULTS", FAULTS))]

@@ -92,9 +92,15 @@ def locked_run(output: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        for folder in [output, *(path for path in output.rglob("*") if path.is_dir())]:
-            remove_strays(folder)
+        _remove_strays_below(output)
         yield
+        # Again at the end of a finished run: of what a passing error of the disk kept from being deleted.
+        _remove_strays_below(output)
+
+
+def _remove_strays_below(folder: Path) -> None:
+    for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        remove_strays(inside)
 
 
 def check_same(output: Path, recipe: Recipe) -> None:

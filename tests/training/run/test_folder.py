@@ -151,3 +151,10 @@ def test_a_model_that_was_changed_is_refused_by_what_loads_it(small, tmp_path, c
     assert evaluate.main(["run", "--output", "out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.safetensors differs from what was written; fetch or train it again, or remove .mtp_files.json" in line
+
+
+def test_what_could_not_be_deleted_at_its_time_is_gone_when_the_run_ends(tmp_path):
+    """An old checkpoint that a device error kept."""
+    with locked_run(tmp_path):
+        (tmp_path / "checkpoints" / ".step-00000002.mtp_abcdefgh").mkdir(parents=True)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
