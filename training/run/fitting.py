@@ -151,10 +151,12 @@ def fit(
 def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
     """Return what a checkpoint stores besides tensors."""
     validations = {str(step): [asdict(head) for head in heads] for step, heads in trainer.validations.items()}
+    size, sha256 = run.recorded()
     return {
         "recipe": to_yaml(trainer.recipe),
         "schedule": trainer.schedule.state_dict(),
-        "metrics_bytes": run.size,
+        "metrics_bytes": size,
+        "metrics_sha256": sha256,
         "validations": validations,
     }
 
@@ -167,7 +169,8 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint, run: Tracking) -> None:
         group["lr"] = lr
     validations = checkpoint.notes["validations"]
     trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
-    run.rewind(checkpoint.notes["metrics_bytes"])
+    # Earlier versions stored no hash.
+    run.rewind(checkpoint.notes["metrics_bytes"], checkpoint.notes.get("metrics_sha256"))
 
 
 def parameters(model: MTPWrapper) -> str:

@@ -80,14 +80,13 @@ class Tracking:
         with self._failures_warned():
             self._tracker.log(step, metrics)
 
-    @property
-    def size(self) -> int:
-        """Bytes in the metrics file."""
-        return self._file.size
+    def recorded(self) -> tuple[int, str]:
+        """Return size and SHA-256 of the metrics file, flushed to disk."""
+        return self._file.recorded()
 
-    def rewind(self, size: int) -> None:
-        """Keep the first `size` bytes of the metrics file of the run that is resumed."""
-        self._file.rewind(size)
+    def rewind(self, size: int, sha256: str | None) -> None:
+        """Keep the first `size` bytes of the metrics file of the run that is resumed, which have this hash."""
+        self._file.rewind(size, sha256)
 
     def summary(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record figures in the tracker that are in another metrics file already."""
