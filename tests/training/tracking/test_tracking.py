@@ -19,7 +19,7 @@ from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.errors import StepRefusedError
 from mtp_ce.training.tracking import mlflow as module
 from mtp_ce.training.tracking.composite import Tracking
-from mtp_ce.training.tracking.jsonl import METRICS_FILE
+from mtp_ce.training.tracking.jsonl import METRICS_FILE, MetricsFile
 
 
 @pytest.fixture
@@ -297,3 +297,21 @@ def test_no_output_of_a_run_has_the_secrets_of_its_tracker(small, tmp_path, monk
     for text in [*texts, *(path.read_bytes().decode("latin-1") for path in files)]:
         assert "s3cr3t" not in text
         assert "t0ken" not in text
+
+
+def test_a_resumed_metrics_file_whose_lines_have_changed_is_named(warnings, tmp_path):
+    """Bit by bit as it was, cut to the checkpoint; or with a warning, as nothing can make the lines again."""
+    file = MetricsFile(tmp_path, warnings.append)
+    file.log(1, {"train/loss": 5.0})
+    recorded = file.recorded()
+    file.log(2, {"train/loss": 4.0})
+    file.close()
+    path = tmp_path / METRICS_FILE
+    MetricsFile(tmp_path, warnings.append).rewind(*recorded)
+    assert warnings == []
+    path.write_text(path.read_text().replace("5.0", "4.0"))
+    resumed = MetricsFile(tmp_path, warnings.append)
+    resumed.rewind(*recorded)
+    assert [f"{path} is damaged" in line for line in warnings] == [True]
+    resumed.log(2, {"train/loss": 3.0})
+    assert [json.loads(line)["train/loss"] for line in path.read_text().splitlines()] == [4.0, 3.0]
