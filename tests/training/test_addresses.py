@@ -160,7 +160,7 @@ COMMANDS = {
     "--resume into a folder": (cli.main, ["--resume", SECRET, "--output", "new"]),
     "an unknown option": (cli.main, ["--corpus=https://s3cr3t@host/x"]),
     "no override": (cli.main, ["tiny", "https://me:s3cr3t@host/x"]),
-    "no YAML": (cli.main, ["tiny", "tracking.uri=[https://me:s3cr3t@host/x"]),
+    "no YAML": (cli.main, ["tiny", "train.steps=[https://me:s3cr3t@host/x"]),
     "a value of another type": (cli.main, ["tiny", "train.steps=https://me:s3cr3t@host/x"]),
     "an unclear tracking address": (cli.main, ["tiny", "tracking.uri=https://me:12/s3cr3t@host/x"]),
     "a checkpoint to evaluate": (eval_cli.main, [SECRET]),

@@ -90,7 +90,7 @@ def test_heads_of_another_model_are_refused_in_one_line(finished_run, tmp_path):
     (other / "mtp_heads.json").write_text(json.dumps({**heads, "horizon": 5}))
     (other / ".mtp_files.json").unlink()  # or the change itself is refused
     recipe = load_evaluation(finished_run.folder / "recipe.yaml", SMALL)
-    with pytest.raises(RecipeError, match=r"can't be loaded: .* missing in mtp_heads\.safetensors") as raised:
+    with pytest.raises(RecipeError, match=r"can't be loaded: .* has 2 extra heads, .* horizon 5") as raised:
         evaluate(str(other), recipe, tmp_path / "eval", QUIET)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "eval").exists()

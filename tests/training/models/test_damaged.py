@@ -117,6 +117,10 @@ def test_tensors_of_other_names_are_named(model):
     save_file({"blocks.0.weight": torch.ones(8, 8), "blocks.1.other": torch.ones(8)}, model / "mtp_heads.safetensors")
     with pytest.raises(ValueError, match=r"mtp_heads\.safetensors has tensors of other names"):
         MTPHeads.from_pretrained(model)
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.bias is missing in mtp_heads\.safetensors; expected \[8\] for 3 heads"
+    ):
+        MTPWrapper.from_pretrained(model)
 
 
 @pytest.mark.parametrize("layers", [1_000_000, "many", -1, None, 2.5])
