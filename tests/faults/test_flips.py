@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-FLIPS = 5
+FLIPS = 6
 # How a warning on stderr begins.
 WARNINGS = ("warning: ", "cache entry ")
 
@@ -140,7 +140,7 @@ def try_all(servers: Sequence[Any], short: Any, uses: dict[str, Use], tries: Seq
     """Return the outcome of each damage."""
     expected, free = {}, SimpleQueue()
     for name in {damage.use for damage in tries}:
-        folder = short.place(where / name, uses[name].disk)
+        folder = short.place(where / name.replace(" ", "-"), uses[name].disk)
         answer = servers[0].ask(folder, *uses[name].command)
         assert (answer.code, answer.complained) == (0, ""), answer
         expected[name] = uses[name].found(short, folder, answer), answer.printed
@@ -201,7 +201,7 @@ def test_a_flipped_bit_is_not_silent(name, server, short, uses, tmp_path):
 
 @pytest.mark.slow
 def test_no_damage_to_a_kept_file_is_silent(servers, server, short, uses, tmp_path, tmp_path_factory, capsys):
-    """Five flipped bits, zeros and a cut, in every file that a finished run has kept, or one that was stopped."""
+    """Six flipped bits, zeros and a cut, in every file that a finished run has kept, or one that was stopped."""
     stopped = short.stop(tmp_path_factory.mktemp("stopped"), "out/model")
     uses = {**uses, "stopped run": Use(stopped, "out/**/*", short.command, "out")}
     tries = [damage for name, use in uses.items() for damage in damages(name, use)]
