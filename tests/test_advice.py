@@ -69,13 +69,16 @@ GIVE = {
     "give train to train one": ("rho1", ["reference.train.steps=40"]),
     "give a multiple": ("tiny", ["train.batch_size=4"]),
     "give the folder, and data.suffix": ("tiny", ["data.corpus=my/texts", "data.suffix=.txt"]),
-    "give .jsonl or .parquet files": ("tiny", ["data.corpus=my/a.jsonl"]),
+    "give .jsonl, .json, .csv or .parquet files": ("tiny", ["data.corpus=my/a.jsonl"]),
     "give one, an s3:// address or a hub": ("smollm2", ["model.source=s3://bucket/model"]),
     "give one, a glob, an": ("tiny", ["data.corpus=my/*.jsonl"]),
     "give one of them, and": ("tiny", ["train.steps=null", "train.max_tokens=1000000"]),
     "give {}=auto or cpu": ("tiny", ["train.device=auto"]),
     "give one, or null": ("tiny", ["checkpoint.every=null"]),
     "give each its own": ("tiny", ["checkpoint.upload=s3://bucket/a"]),
+    "give {}=... again": None,  # tests/training/test_addresses.py
+    "give that": None,  # tests/training/data/test_input_faults.py: a file instead of a named pipe
+    "give another model": None,  # tests/training/loop/test_scoring.py
     "give the s3:// address of a run directory": None,  # tests/training/run/test_resume.py
     "give logits as wide as": None,  # tests/mtp_ce/loss/test_labels.py
     "give sharp weights": None,  # no advice
@@ -131,7 +134,8 @@ def loads(settings: list[str]) -> bool:
 
 def wrong_settings(text: str) -> list[str]:
     """What a text sets that does not exist, or has no such value."""
-    found = [(key, value.strip("'").rstrip(".")) for key, value in SETTING.findall(text)]
+    # A dot at the end belongs to the sentence.
+    found = [(key, value if value in CHOSEN else value.strip("'").rstrip(".")) for key, value in SETTING.findall(text)]
     if wrong := [key for key, _ in found if not is_key(key) and key.partition("=")[0] not in NO_KEYS]:
         return wrong
     concrete = [(key, value) for key, value in found if HOLE not in key and value not in CHOSEN]

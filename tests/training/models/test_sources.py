@@ -44,8 +44,8 @@ def upload(client, folder: Path, prefix: str) -> None:
 
 
 def changed(folder: Path, where: Path, **config) -> Path:
-    """A copy of a model with other values in its config.json."""
-    shutil.copytree(folder, where)
+    """A copy of a model with other values in its config.json, and without the list of its files, which would differ."""
+    shutil.copytree(folder, where, ignore=shutil.ignore_patterns(".mtp_files.json"))
     old = json.loads((where / "config.json").read_text())
     (where / "config.json").write_text(json.dumps({**old, **config}))
     return where

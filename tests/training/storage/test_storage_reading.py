@@ -30,7 +30,9 @@ def header(head: str, name: str) -> str | None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder by name, but the list of files that every entry of the cache has."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".mtp_files.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def strays() -> list[Path]:

@@ -48,7 +48,9 @@ def large(folder) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder by name, but the list of files that every entry of the cache has."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".mtp_files.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def names(client, prefix: str) -> set[str]:
