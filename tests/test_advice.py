@@ -186,7 +186,7 @@ def test_every_package_that_a_text_has_installed_is_one():
 @pytest.mark.parametrize("words", [words for words, example in GIVE.items() if example])
 def test_advice_in_words_is_valid(words):
     recipe, settings = GIVE[words]
-    load_recipe(recipe, settings)
+    assert load_recipe(recipe, settings)
 
 
 def test_all_advice_is_checked():

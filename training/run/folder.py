@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import MANIFEST, remove_strays, whole_folder, write_file
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
@@ -87,8 +90,8 @@ def locked_run(output: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             raise RecipeError(f"run {output} is being trained by {holder}; wait for it, or stop it first") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            logger.warning("run %s is not locked (%s): start no second process in it", output, error.strerror)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

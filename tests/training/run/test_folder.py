@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -66,6 +67,17 @@ def test_a_second_process_names_the_first_and_changes_nothing(small, tmp_path, c
         holder.send_signal(signal.SIGKILL)
     with locked_run(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_file_system_without_locks_is_named(small, tmp_path, monkeypatch, caplog):
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    start_run(tmp_path / "run", small())
+    monkeypatch.setattr(folder.fcntl, "flock", unsupported)
+    with locked_run(tmp_path / "run"):
+        pass
+    assert f"run {tmp_path / 'run'} is not locked (No locks available): start no second process in it" in caplog.text
 
 
 def test_strays_of_dead_processes_are_removed_from_every_folder_of_a_run(small, tmp_path):
