@@ -48,8 +48,9 @@ class TeacherForcedHeads(Heads):
         check_inputs(states, (states.shape[0], states.shape[1], H, states.shape[2]), inputs, options, "hidden")
         B, S = labels.shape
         target, _, valid = row_targets(
-            labels, None, inputs.document_ids, H=H, shift=options.shift, ignore_index=options.ignore_index
-        )
+            labels, inputs.seq_lens, inputs.document_ids,
+            H=H, shift=options.shift, ignore_index=options.ignore_index,
+        )  # fmt: skip
         _, coefficient = row_coefficients(target, valid, inputs, options, torch.float32)
         # Row (t, h) has the logits of row (t + h, 0), which therefore collects the coefficients of up to H rows.
         weights = coefficient.new_zeros(B, S)
@@ -57,7 +58,10 @@ class TeacherForcedHeads(Heads):
             weights = weights + F.pad(coefficient[:, : S - h, h], (h, 0))
         summed = replace(options, weight_alignment="position", reduction="sum")
         loss, stats = fused(hidden, LossInputs(labels, weights), summed)
-        positions = valid.any(-1).sum().clamp(min=1) if inputs.normalizer is None else inputs.normalizer
+        normalizer = valid.any(-1).sum() if inputs.normalizer is None else inputs.normalizer
+        if isinstance(normalizer, Tensor):
+            # Without a valid row the sum is exactly 0, and so is the loss, even for a normalizer of 0.
+            normalizer = torch.where(valid.any(), normalizer, 1)
         source = (target - options.shift).clamp(min=0)  # [S, H], the position whose next token is the target
         ce, lse = (torch.where(valid, x[:, source, 0], 0.0) for x in (stats.ce, stats.lse))
-        return MTPLoss(loss / positions, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))
+        return MTPLoss(loss / normalizer, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))
