@@ -3,7 +3,7 @@
 The tokens in between are known in training, so that one next-token pass computes the losses of all heads, with other
 weights:
 
-    loss = 1/N sum_j c(j) ce(j)         c(j) = sum_h w / K(j - h) over valid rows (j - h, h)
+    loss = 1/N sum_j c(j) ce(j)         c(j) = sum_h of the coefficients of valid rows (j - h, h)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mtp_ce.checks import check_inputs
 from mtp_ce.heads.protocol import FusedLoss, Heads
 from mtp_ce.heads.trunk import TrunkPass
 from mtp_ce.loss import MTPLoss, MTPStats
-from mtp_ce.ops.rows import row_coefficients, row_targets
+from mtp_ce.ops.rows import count_terms, row_coefficients, row_targets
 from mtp_ce.options import LossInputs, LossOptions
 
 
@@ -56,9 +56,9 @@ class TeacherForcedHeads(Heads):
         weights = coefficient.new_zeros(B, S)
         for h in range(min(H, S)):
             weights = weights + F.pad(coefficient[:, : S - h, h], (h, 0))
-        summed = replace(options, weight_alignment="position", reduction="sum")
+        summed = replace(options, weight_alignment="position", head_reduction="live", reduction="sum")
         loss, stats = fused(hidden, LossInputs(labels, weights), summed)
-        normalizer = valid.any(-1).sum() if inputs.normalizer is None else inputs.normalizer
+        normalizer = count_terms(valid, options) if inputs.normalizer is None else inputs.normalizer
         if isinstance(normalizer, Tensor):
             # Without a valid row the sum is exactly 0, and so is the loss, even for a normalizer of 0.
             normalizer = torch.where(valid.any(), normalizer, 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_ce.heads.protocol import Heads
+from mtp_ce.ops.rows import count_terms
 from mtp_ce.options import LossOptions
 
 # Names of the coefficient, in the model or in its configuration.
@@ -64,7 +65,7 @@ def normalized_fraction(live: Tensor, normalizer: Tensor | float | None, options
     """
     if normalizer is None:
         return 1
-    own = live.any(-1).sum()
+    own = count_terms(live, options)
     return own / torch.where(own == 0, 1, normalizer)
 
 

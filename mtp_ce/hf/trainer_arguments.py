@@ -69,9 +69,7 @@ def check_options(
     given = {**given, **given.pop("kwargs", {})}
     args = given.get("args")
     if heads_lr is not None and not 0 < heads_lr < math.inf:
-        raise ValueError(
-            f"heads_lr is {heads_lr}; expected a rate above 0, or None for that of all parameters."
-        )
+        raise ValueError(f"heads_lr is {heads_lr}; expected a rate above 0, or None for that of all parameters.")
     if heads_lr is not None and given.get("optimizers", (None,))[0] is not None:
         raise ValueError(
             f"heads_lr is {heads_lr} with an optimizer in optimizers, which has its own rates; expected one of them."

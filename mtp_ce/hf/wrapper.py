@@ -110,7 +110,7 @@ class MTPWrapper(PreTrainedModel):
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        head_reduction: str = "live",
+        head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         check_name(heads, PATHS, "heads")
@@ -370,6 +370,8 @@ class MTPWrapper(PreTrainedModel):
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        head_reduction: str = "target",
+        head_weights: Sequence[float] | Tensor | None = None,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> MTPWrapper:
@@ -381,6 +383,8 @@ class MTPWrapper(PreTrainedModel):
             loss: "linear" or "logits".
             label_smoothing: of the loss.
             z_loss: of the loss.
+            head_reduction: of the loss.
+            head_weights: of the loss.
             trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
                 that code first.
             **options: for `AutoModelForCausalLM.from_pretrained`. Those that locate files apply to the heads' too.
@@ -408,7 +412,7 @@ class MTPWrapper(PreTrainedModel):
             model.set_adapter(model.active_adapters())
         wrapper = cls(
             model, saved.horizon, heads=saved.kind, trunk=trunk, loss=loss, label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            z_loss=z_loss, head_reduction=head_reduction, head_weights=head_weights,
         )  # fmt: skip
         saved.load_into(wrapper)
         return wrapper

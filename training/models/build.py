@@ -43,7 +43,7 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     heads = recipe.model.mtp
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
-        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, head_reduction="live", dtype=torch.float32)
         assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
         wrapper.loss = heads.loss
         return wrapper
@@ -57,7 +57,7 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
         RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
     """
     _check_kind(heads)
-    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction="live")
 
 
 def _check_kind(heads: MTPConfig) -> None:
