@@ -39,8 +39,8 @@ def check_in_memory(causal: Any) -> None:
     devices = getattr(causal, "hf_device_map", None)
     if offloaded and (devices is not None or len(offloaded) < len(list(causal.parameters()))):
         raise ValueError(
-            f"model has offloaded parameters, such as {offloaded[0]}, which are on the meta device outside its forward; "
-            "expected all of them in memory: load it without device_map, or with device_map={'': device}."
+            f"model has offloaded parameters, such as {offloaded[0]}, which are on the meta device outside its "
+            "forward; expected all of them in memory: load it without device_map, or with device_map={'': device}."
         )
 
 

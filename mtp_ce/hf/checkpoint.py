@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,8 @@ def load_model(source: str | Path, *, trainable: bool, trust_remote_code: bool =
             elsewhere = {x: y for x, y in options.items() if x not in HUB_OPTIONS or x in _BASE_OPTIONS}
             if config.revision is not None:
                 elsewhere["revision"] = config.revision
-            model = get_peft_model(_load_base(config.base_model_name_or_path, trust_remote_code, elsewhere), config, name)
+            base = _load_base(config.base_model_name_or_path, trust_remote_code, elsewhere)
+            model = get_peft_model(base, config, name)
         else:
             raise ValueError(
                 f"{source} has adapters of a model that was never saved: {ADAPTER_CONFIG} has no "
@@ -102,16 +102,18 @@ def load_into(model: Any, folder: Path) -> None:
         return
     # Nothing is rounded on the way: the files are read in a dtype that holds all of the model's.
     dtype = reduce(torch.promote_types, {x.dtype for x in causal.state_dict().values() if x.is_floating_point()})
-    saved = _whole(type(causal), folder, config=causal.config, dtype=dtype)
+    saved = _whole(type(causal), folder, False, config=causal.config, dtype=dtype)
     causal.load_state_dict(saved.state_dict())
 
 
 def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
-        config = options.get("config") or AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        config = options.get("config")
+        if config is None:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
         kind = AutoModelForCausalLM if trust_remote_code and _has_code(config) else _class_of(config)
-        return _whole(kind, source, trust_remote_code=trust_remote_code, **options)
+        return _whole(kind, source, trust_remote_code, **options)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -128,19 +130,19 @@ def _has_code(config: Any) -> bool:
 def _class_of(config: Any) -> Any:
     """Return the class that wrote the files: AutoModelForCausalLM has none for most vision-language models."""
     for name in config.architectures or ():
-        named = getattr(transformers, name, None)
+        named: Any = getattr(transformers, name, None)
         # A configuration may name a class without output embeddings, on which transformers puts new ones.
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
-            if named.config_class is type(config):
-                return named
+        known = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate()
+        if known and named.config_class is type(config):
+            return named
     return AutoModelForCausalLM
 
 
-def _whole(kind: Any, source: str | Path, **options: Any) -> Any:
+def _whole(kind: Any, source: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """Load a model, and check that the files hold its parameters and no others."""
-    options.setdefault("trust_remote_code", False)
     ignores = options.pop("ignore_mismatched_sizes", False)
-    model, report = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    options.update(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, report = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     wrong += [f"{name} is not the model's" for name in sorted(report["unexpected_keys"])]
     wrong += [
@@ -168,7 +170,9 @@ def _named_adapters(source: str | Path) -> dict[str, Path]:
 
 
 def _adapter_folders(source: str | Path, hub: dict[str, Any]) -> dict[str, str | Path]:
-    default = {} if _located(source, ADAPTER_CONFIG, hub) is None else {"default": source}
+    default: dict[str, str | Path] = {}
+    if _located(source, ADAPTER_CONFIG, hub) is not None:
+        default["default"] = source
     return {**default, **_named_adapters(source)}
 
 
@@ -195,7 +199,7 @@ def _read_adapter(model: Any, folder: str | Path, name: str, hub: dict[str, Any]
     _refuse(folder, f"the adapter {name!r}", wrong)
 
 
-def checkpoint_to_resume(requested: str | Path | bool | None, output_dir: str | Path, *, sharded: bool) -> Any:
+def checkpoint_to_resume(requested: str | bool | None, output_dir: str | None, *, sharded: bool) -> str | None:
     """Return the checkpoint from which a training resumes; None where it starts anew.
 
     Args:
@@ -215,7 +219,8 @@ def checkpoint_to_resume(requested: str | Path | bool | None, output_dir: str | 
                 "complete one in output_dir; a saved wrapper without a training loads with MTPWrapper.from_pretrained."
             )
         return str(requested)
-    steps = {int(match[1]): path for path in Path(output_dir).glob("*/") if (match := _FOLDER.fullmatch(path.name))}
+    folders = Path(output_dir or ".").glob("*/")
+    steps = {int(match[1]): path for path in folders if (match := _FOLDER.fullmatch(path.name))}
     for _, path in sorted(steps.items(), reverse=True):
         fault = _fault(path, sharded)
         if fault is None:
@@ -242,13 +247,17 @@ def _fault(folder: Path, sharded: bool) -> str | None:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if not files:
         return "it has neither model.safetensors nor adapters"
-    return next((f"{path.name} is damaged or missing" for path in (*files, *folder.glob("*.pt")) if _broken(path)), None)
+    return next(
+        (f"{path.name} is damaged or missing" for path in (*files, *folder.glob("*.pt")) if _broken(path)), None
+    )
 
 
 def _tensor_files(folder: Path) -> list[Path]:
     """Return the files of a model's or its adapters' tensors, those that an index names included."""
-    stems = ("model", "pytorch_model", ADAPTER_TENSORS)
-    found = [path for stem in stems for path in (folder / f"{stem}.safetensors", folder / f"{stem}.bin") if path.exists()]
+    names = (
+        f"{stem}{suffix}" for stem in ("model", "pytorch_model", ADAPTER_TENSORS) for suffix in (".safetensors", ".bin")
+    )
+    found = [folder / name for name in names if (folder / name).exists()]
     for index in folder.glob("*.index.json"):
         found += sorted({folder / name for name in json.loads(index.read_bytes())["weight_map"].values()})
     return found + [path.parent / f"{ADAPTER_TENSORS}.safetensors" for path in folder.glob(f"*/{ADAPTER_CONFIG}")]

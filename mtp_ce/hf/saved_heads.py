@@ -69,7 +69,8 @@ class SavedHeads:
         """Copy the tensors into the parameters of a wrapper's heads.
 
         Raises:
-            ValueError: the heads do not fit the wrapper: another hidden size, kind or number; or they have no values yet.
+            ValueError: the heads do not fit the wrapper: another hidden size, kind or number; or they are on the meta
+                device.
         """
         heads = wrapper.heads
         check_values(heads)

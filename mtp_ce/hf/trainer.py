@@ -106,4 +106,3 @@ class MTPTrainer(Trainer):
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
