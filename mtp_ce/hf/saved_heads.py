@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
 from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.heads.saved import check_tensors, read_config
+from mtp_ce.hf.causal import check_values
 
 # Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -68,9 +69,11 @@ class SavedHeads:
         """Copy the tensors into the parameters of a wrapper's heads.
 
         Raises:
-            ValueError: the heads do not fit the wrapper: another hidden size, kind or number.
+            ValueError: the heads do not fit the wrapper: another hidden size, kind or number; or they are on the meta
+                device.
         """
         heads = wrapper.heads
+        check_values(heads)
         if self.hidden_size != heads.hidden_size:
             raise ValueError(
                 f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "
