@@ -315,8 +315,9 @@ class MTPWrapper(PreTrainedModel):
 
         Args:
             *arguments: as the model's `generate` takes them.
-            speculative: whether the heads draft and the model verifies; takes the options of
-                `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were accepted.
+            speculative: whether the heads draft and the model verifies, under the same generation_config, with options
+                as of `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were
+                accepted.
             **options: as the model's `generate` takes them.
 
         Returns:
