@@ -146,7 +146,7 @@ class MTPTrainer(Trainer):
         """Log, with the heads' means since the last log of the training; arguments as Trainer's."""
         if "loss" in logs or "train_loss" in logs:
             means = self._trained.take(self.args.device, self._sum_ranks)
-            if means and self._has_token_metrics:
+            if self._has_token_metrics and (means or "loss" in logs):
                 means["num_tokens"] = self._count_tokens()
             logs.update(means)
         super().log(logs, start_time)
