@@ -42,17 +42,3 @@ def check_in_memory(causal: Any) -> None:
             f"model has offloaded parameters, such as {offloaded[0]}, which are on the meta device outside its "
             "forward; expected all of them in memory: load it without device_map, or with device_map={'': device}."
         )
-
-
-def check_values(module: Any) -> None:
-    """Check that the parameters have values to be written, or memory to be read into.
-
-    Raises:
-        ValueError: one is on the meta device.
-    """
-    for name, x in module.named_parameters():
-        if x.is_meta:
-            raise ValueError(
-                f"{type(module).__name__} is on the meta device: {name} has no values. Expected parameters in memory: "
-                "module.to_empty(device=...) allocates them."
-            )

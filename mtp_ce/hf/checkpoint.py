@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from mtp_ce.hf.causal import causal_model, check_values
+from mtp_ce.heads.kinds import CONFIG_FILE
+from mtp_ce.heads.protocol import check_materialized
+from mtp_ce.hf.causal import causal_model
 from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model"
 STATE = "trainer_state.json"
-# Of what a checkpoint is located by, only these hold for the base model of its adapters, too.
-_BASE_OPTIONS = frozenset(HUB_OPTIONS) - {"revision", "subfolder"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -52,34 +52,42 @@ def load_model(source: str | Path, *, trainable: bool, trust_remote_code: bool =
             code that may not run.
     """
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if _located(source, ADAPTER_CONFIG, hub) is None and not _named_adapters(source):
+    adapters = _adapters_of(source, hub)
+    if not adapters:
         return _load_base(source, trust_remote_code, options)
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError:
         raise ImportError(f"{source} has adapters, which PEFT reads; pip install 'mtp_ce[adapters]'") from None
     model: Any = None
-    for name, folder in _adapter_folders(source, hub).items():
-        config = PeftConfig.from_pretrained(str(folder), **hub)
+    for name, (folder, where) in adapters.items():
+        config = PeftConfig.from_pretrained(str(folder), **where)
         config.inference_mode = not trainable
-        if model is not None:
-            model.add_adapter(name, config)
-        elif _located(source, "config.json", hub) is not None:
-            model = get_peft_model(_load_base(source, trust_remote_code, options), config, name)
-        elif config.base_model_name_or_path:
-            elsewhere = {x: y for x, y in options.items() if x not in HUB_OPTIONS or x in _BASE_OPTIONS}
-            if config.revision is not None:
-                elsewhere["revision"] = config.revision
-            base = _load_base(config.base_model_name_or_path, trust_remote_code, elsewhere)
+        if model is None:
+            base = _base_of_adapters(source, config, hub, trust_remote_code, options)
             model = get_peft_model(base, config, name)
         else:
-            raise ValueError(
-                f"{source} has adapters of a model that was never saved: {ADAPTER_CONFIG} has no "
-                "base_model_name_or_path. PeftModel.from_pretrained(model, folder) puts them on the model, and "
-                "MTPWrapper.with_saved_heads(model, folder) the heads on both."
-            )
-        _read_adapter(model, folder, name, hub)
+            model.add_adapter(name, config)
+        _read_adapter(model, folder, name, where)
     return model
+
+
+def _base_of_adapters(
+    source: str | Path, adapters: Any, hub: dict[str, Any], trust_remote_code: bool, options: dict[str, Any]
+) -> Any:
+    """Load the model beside the adapters, or else the one that they name."""
+    if _located(source, "config.json", hub) is not None:
+        return _load_base(source, trust_remote_code, options)
+    if not adapters.base_model_name_or_path:
+        raise ValueError(
+            f"{source} has adapters of a model that was never saved: {ADAPTER_CONFIG} has no base_model_name_or_path. "
+            "PeftModel.from_pretrained(model, folder) puts them on the model, and "
+            "MTPWrapper.with_saved_heads(model, folder) the heads on both."
+        )
+    elsewhere = {name: x for name, x in options.items() if name not in ("revision", "subfolder")}
+    if adapters.revision is not None:
+        elsewhere["revision"] = adapters.revision
+    return _load_base(adapters.base_model_name_or_path, trust_remote_code, elsewhere)
 
 
 def load_into(model: Any, folder: Path) -> None:
@@ -93,7 +101,7 @@ def load_into(model: Any, folder: Path) -> None:
         ValueError: a parameter is missing, is not the model's or has another shape, or the model has no values.
     """
     causal = causal_model(model)
-    check_values(causal)
+    check_materialized(causal)
     if hasattr(model, "peft_config"):
         for name in model.peft_config:
             _read_adapter(model, folder if name == "default" else folder / name, name, {})
@@ -142,7 +150,15 @@ def _whole(kind: Any, source: str | Path, trust_remote_code: bool, **options: An
     """Load a model, and check that the files hold its parameters and no others."""
     ignores = options.pop("ignore_mismatched_sizes", False)
     options.update(output_loading_info=True, ignore_mismatched_sizes=True)
-    model, report = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    try:
+        model, report = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} does not fit {kind.__name__}: tensors that are parts of one parameter are missing or have other "
+            "shapes; transformers' log names them."
+        ) from error
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     wrong += [f"{name} is not the model's" for name in sorted(report["unexpected_keys"])]
     wrong += [
@@ -165,15 +181,17 @@ def _located(source: str | Path, name: str, hub: dict[str, Any]) -> str | None:
     return path
 
 
-def _named_adapters(source: str | Path) -> dict[str, Path]:
-    return {path.parent.name: path.parent for path in sorted(Path(source).glob(f"*/{ADAPTER_CONFIG}"))}
-
-
-def _adapter_folders(source: str | Path, hub: dict[str, Any]) -> dict[str, str | Path]:
-    default: dict[str, str | Path] = {}
+def _adapters_of(source: str | Path, hub: dict[str, Any]) -> dict[str, tuple[str | Path, dict[str, Any]]]:
+    """Return where each adapter is, by its name: PEFT writes "default" beside the heads, others into folders."""
+    found: dict[str, tuple[str | Path, dict[str, Any]]] = {}
     if _located(source, ADAPTER_CONFIG, hub) is not None:
-        default["default"] = source
-    return {**default, **_named_adapters(source)}
+        found["default"] = source, hub
+    elif _located(source, "config.json", hub) is not None:
+        return {}
+    folder = Path(source, hub.get("subfolder") or "")
+    # A folder with heads is a wrapper of its own, such as a checkpoint in the output directory.
+    inner = (path.parent for path in sorted(folder.glob(f"*/{ADAPTER_CONFIG}")))
+    return found | {path.name: (path, {}) for path in inner if not (path / CONFIG_FILE).exists()}
 
 
 def _read_adapter(model: Any, folder: str | Path, name: str, hub: dict[str, Any]) -> None:
@@ -192,11 +210,11 @@ def _read_adapter(model: Any, folder: str | Path, name: str, hub: dict[str, Any]
         for key, x in sorted(current.items())
         if key in saved and saved[key].shape != x.shape
     ]
-    _refuse(folder, f"the adapter {name!r}", wrong)
+    _refuse(folder, f"the model's adapter {name!r}", wrong)
     set_peft_model_state_dict(model, saved, adapter_name=name)
     current = get_peft_model_state_dict(model, adapter_name=name)
     wrong = [f"{key} was not read" for key, x in current.items() if not torch.equal(x, saved[key].to(x))]
-    _refuse(folder, f"the adapter {name!r}", wrong)
+    _refuse(folder, f"the model's adapter {name!r}", wrong)
 
 
 def checkpoint_to_resume(requested: str | bool | None, output_dir: str | None, *, sharded: bool) -> str | None:

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
-from mtp_ce.heads.protocol import ModelWithHeads
+from mtp_ce.heads.protocol import ModelWithHeads, check_materialized
 from mtp_ce.heads.saved import check_tensors, read_config
-from mtp_ce.hf.causal import check_values
 
 # Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -73,7 +72,7 @@ class SavedHeads:
                 device.
         """
         heads = wrapper.heads
-        check_values(heads)
+        check_materialized(heads)
         if self.hidden_size != heads.hidden_size:
             raise ValueError(
                 f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "

@@ -22,9 +22,9 @@ from transformers.utils import ModelOutput
 
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
-from mtp_ce.heads.protocol import Heads, build_heads
+from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
 from mtp_ce.hf.arguments import LOSS_INPUTS, LOSS_OPTIONS, ModelArguments
-from mtp_ce.hf.causal import causal_model, check_in_memory, check_values
+from mtp_ce.hf.causal import causal_model, check_in_memory
 from mtp_ce.hf.checkpoint import load_model
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
@@ -345,7 +345,7 @@ class MTPWrapper(PreTrainedModel):
             **options: for the model's `save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub`, which is a separate method of the wrapper.
+            ValueError: `push_to_hub`, which is a separate method of the wrapper; or parameters on the meta device.
         """
         if options.get("push_to_hub"):
             raise ValueError(
@@ -353,7 +353,7 @@ class MTPWrapper(PreTrainedModel):
                 "The wrapper's push_to_hub(repo_id) uploads both."
             )
         if state_dict is None:
-            check_values(self)
+            check_materialized(self)
         split: dict[str, dict[str, Tensor] | None] = {"model.": None, "heads.": None}
         if state_dict is not None:
             split = {
