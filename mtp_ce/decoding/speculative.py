@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, StopStringCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
 
 from mtp_ce.decoding.choice import Choice, Draft
@@ -242,14 +242,17 @@ class _Trunk:
     """Forwards of the base model, with the inputs that the model prepares for its own `generate`."""
 
     def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.model, self.kwargs, self.output = model, kwargs, None
+        self.model, self.kwargs = model, kwargs
+        self.output: Any = None
         caches = [value for value in kwargs.values() if isinstance(value, Cache)]
         if not caches:
             raise _uncroppable(model)
         (self.cache,) = caches
         _record_past(self.cache)
 
-    def run(self, tokens: Tensor, begin: int, drafted: int) -> Tensor:  # [B, L + drafted] -> [B, L + drafted - begin, D]
+    def run(
+        self, tokens: Tensor, begin: int, drafted: int
+    ) -> Tensor:  # [B, L + drafted] -> [B, L + drafted - begin, D]
         """Return the last hidden states of the tokens from `begin` on; those before are in the cache."""
         inputs = self.model.prepare_inputs_for_generation(
             tokens,
@@ -276,7 +279,7 @@ class _Trunk:
 
 
 def _precision(heads: torch.nn.Module, hidden: Tensor) -> AbstractContextManager[Any]:
-    """Return the autocast under which heads of another dtype than the trunk's read it, as in mixed-precision training."""
+    """Return an autocast for heads of another dtype than the trunk's, as in mixed-precision training."""
     own = next((parameter.dtype for parameter in heads.parameters()), hidden.dtype)
     half = own if hidden.dtype == torch.float32 else hidden.dtype
     return torch.autocast(hidden.device.type, dtype=half, enabled=own != hidden.dtype)
@@ -301,7 +304,7 @@ def _crop(layers: list[Any], positions: int) -> None:
             layer.crop(-positions)
 
 
-def _check_croppable(cache: DynamicCache, length: int, causal: Any) -> None:
+def _check_croppable(cache: Cache, length: int, causal: Any) -> None:
     """Refuse a model whose state can't be rolled back: by the type of its cache, or because it has not used it."""
     croppable = (getattr(layer, "is_croppable", type(layer) is DynamicLayer) for layer in cache.layers)
     if not all(croppable) or cache.get_seq_length() != length:
