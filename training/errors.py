@@ -77,7 +77,7 @@ NEVER_RUN = (
 
 
 @contextmanager
-def readable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
+def refuse_unloadable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
     """Turn what a library raises about a user's files into one line: anything, where they are damaged.
 
     Args:

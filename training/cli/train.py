@@ -83,7 +83,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
     from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_sources
-    from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
+    from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished, pending_report
     from mtp_ce.training.tracking.tracker import build_tracker
 
     try:
@@ -112,7 +112,7 @@ def _main(argv: Sequence[str] | None) -> int:
         build_tracker(recipe.tracking)
         if resumed:
             check_same(resumed, recipe)
-            if when := finished(resumed):
+            if (when := finished(resumed)) and not pending_report(resumed):
                 if leads():
                     print(f"run {resumed} finished {when}; its model is in {resumed}/model")
                 return EXIT_DONE
@@ -172,13 +172,14 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
 
 def _remains(output: Path, seeds: int | None) -> str:
     """Format what a stopped run left: its model if that is saved, or its metrics and what --resume does."""
-    from mtp_ce.training.run.folder import finished, is_run
+    from mtp_ce.training.run.folder import finished, is_run, pending_report
 
     again = ""
     if not seeds and is_run(output):
         with suppress(RecipeError):
             if finished(output):
-                return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+                missing = f", train-mtp --resume {output} writes the report" if pending_report(output) else ""
+                return f"; the model is saved in {output}/model{missing}"
         kept = any(output.rglob("state.json"))
         again = f"; train-mtp --resume {output} {'resumes' if kept else 'starts again, as there is no checkpoint yet'}"
     metrics = sorted(output.rglob("metrics.jsonl"))

@@ -17,7 +17,7 @@ from typing import Any
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.chat import to_text
 from mtp_ce.training.data.corpus import Corpus, Document, Excluded
-from mtp_ce.training.data.files import readable, shown
+from mtp_ce.training.data.files import refuse_unreadable, shown
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.errors import RecipeError
 
@@ -86,7 +86,7 @@ class RowReader(ABC):
 
     def _readable(self) -> Iterator[Document]:
         """Yield the documents; errors of files and encodings are one line."""
-        with readable(self.source.address, self.source.key):
+        with refuse_unreadable(self.source.address, self.source.key):
             yield from self.documents()
 
 
