@@ -31,6 +31,7 @@ from mtp_ce.training.cli.command import (
     missing_packages,
     output_folder,
     sort_out,
+    system_reason,
 )
 from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
@@ -163,10 +164,8 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
             return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
             return _complain(f"interrupted{_remains(output, seeds)}", EXIT_INTERRUPTED, prints=leads())
-        case OSError():
-            # A disk that is full or fails, a file without permission; pyarrow and shutil give no number.
-            reason = error.strerror or " ".join(str(error).split())[:200]
-            return _complain(f"{reason}: {error.filename or output}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
+    if reason := system_reason(error, output):
+        return _complain(f"{reason}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
     raise error
 
 
