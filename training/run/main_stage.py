@@ -63,22 +63,24 @@ def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Pat
         if weigh:
             with stop_on_signal() as stop:
                 trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
-                pending = _state(results, trainer.validations.get(0), run)
+                state = _state(results, trainer.validations.get(0), run)
                 # The model is saved: a failure of the report leaves nothing to resume but the report.
-                ranks.lead(partial(finish, output, pending))
+                ranks.lead(partial(finish, output, state))
                 ranks.check(stop)
             model = None if ranks.sharded else trainer.model
             # Frees shards, optimizer and scorer before the report loads models.
             del trainer, weigh
             _free_memory(inputs.device)
         else:
+            assert pending
+            state = pending
             say(inputs.console, f"resumed     the model is in {output / 'model'}; its report is missing")
             ranks.lead(lambda: check_manifest("--resume", str(output), output / "model"))
             if ranks.leads:
-                run.rewind(pending["metrics_bytes"], pending["metrics_sha256"])
+                run.rewind(state["metrics_bytes"], state["metrics_sha256"])
                 # Its upload may have been cut off, too.
                 copy(output / "model")
-        trained = _evaluation(pending, inputs.unigram)
+        trained = _evaluation(state, inputs.unigram)
         evaluation = ranks.share(ranks.lead(lambda: _report(recipe, inputs, models, output, run, trained, model)))
         assert evaluation is not None
         return evaluation
