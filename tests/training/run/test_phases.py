@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -185,6 +186,23 @@ def test_of_a_report_only_what_was_written_is_resumed(command, during):
     answered, (complained,), _ = command("--resume", "out")
     assert answered == 2
     assert complained.startswith("train-mtp: error: --resume 'out' is damaged: model.safetensors differs from what was")
+
+
+def test_a_run_in_training_is_resumed_by_no_other_process(command, monkeypatch, undisturbed):
+    """It would write the same checkpoints and metrics. A lock does not ask which process asks."""
+    usual, answers = fitting.Trainer._step, []
+
+    def step(trainer, number, window):
+        if number == 3 and not answers:
+            answers.append(None)
+            answers[0] = cli.main(["--resume", "out"])
+        return usual(trainer, number, window)
+
+    monkeypatch.setattr(fitting.Trainer, "_step", step)
+    answered, (complained,), _ = command()
+    assert (answered, answers) == (0, [2])
+    assert complained.startswith(f"train-mtp: error: run out is being trained by process {os.getpid()} on ")
+    assert parameters(Path("out")) == undisturbed
 
 
 def test_a_signal_while_a_stage_is_stored_loses_nothing_of_it(rho1, usual_signals, during, tmp_path, monkeypatch):
