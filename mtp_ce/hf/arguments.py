@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
+from torch import Tensor
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
@@ -23,6 +24,44 @@ LOSS_INPUTS = ("head_weights", "seq_lens")
 _OF_ANY_MODEL = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
 # Requests for outputs that `MTPOutput` does not have.
 _OUTPUTS = ("output_attentions", "output_hidden_states")
+
+
+class LossArguments(NamedTuple):
+    """What a call passes for the loss alone, by other names than the parameters of the wrapper's forward."""
+
+    targets: Tensor | None  # [B, S], labels
+    shift: int  # of the labels
+    options: dict[str, Any]
+    tensors: dict[str, Any]
+
+    @classmethod
+    def take(cls, labels: Tensor | None, arguments: dict[str, Any]) -> LossArguments:
+        """Take them out of the arguments of a call; those for the model stay.
+
+        Raises:
+            ValueError: both labels and shift_labels.
+        """
+        shift_labels = arguments.pop("shift_labels", None)
+        if labels is not None and shift_labels is not None:
+            raise ValueError("labels and shift_labels are both given; expected one of them.")
+        options, tensors = (
+            {name: arguments.pop(name) for name in names if name in arguments} for names in (LOSS_OPTIONS, LOSS_INPUTS)
+        )
+        targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
+        return cls(targets, shift, options, tensors)
+
+    def refuse(self, **others: Any) -> None:
+        """Check that a call without labels has nothing for the loss.
+
+        Args:
+            **others: parameters of the wrapper's forward that only the loss reads; None where not given.
+
+        Raises:
+            ValueError: one is given.
+        """
+        for name, value in {**others, **self.tensors, **self.options}.items():
+            if value is not None:
+                raise ValueError(f"{name} is given without labels, where nothing reads it; expected labels, too.")
 
 
 class ModelArguments(NamedTuple):

@@ -25,9 +25,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
 from mtp_ce.hf.head_metrics import HeadSums
 from mtp_ce.hf.heads_lr import separate_heads
+from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.saved_heads import SavedHeads
 from mtp_ce.hf.trainer_arguments import check_bases, check_options, check_parallelism, use_router_coefficient
-from mtp_ce.hf.wrapper import MTPOutput, MTPWrapper
+from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.loss import MTPStats
 
 
@@ -68,8 +69,12 @@ class MTPTrainer(Trainer):
                 "MTPWrapper(get_peft_model(model, ...), horizon)."
             )
         check_parallelism(self.accelerator.parallelism_config, self.model.horizon)
-        self.heads_lr = heads_lr
         heads = self.model.heads
+        if heads_lr is not None and next(heads.parameters(), None) is None:
+            raise ValueError(
+                f"heads_lr is {heads_lr} with heads={heads.kind!r}, which have no parameters; expected None."
+            )
+        self.heads_lr = heads_lr
         self._trained, self._evaluated = (HeadSums(heads.horizon, heads.drafts) for _ in range(2))
         # TRL's trainer counts tokens; its metrics are computed here, where the loss is.
         self._has_token_metrics = hasattr(self, "_total_train_tokens")
@@ -139,8 +144,9 @@ class MTPTrainer(Trainer):
         means = self._evaluated.take(self.args.device, self._sum_ranks)
         if self._has_token_metrics:
             means["num_tokens"] = self._count_tokens()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        metrics: dict[str, float] = output.metrics or {}
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the heads' means since the last log of the training; arguments as Trainer's."""

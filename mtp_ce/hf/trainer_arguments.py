@@ -109,9 +109,10 @@ def check_options(
             "peft_config is given; expected None: it would wrap the wrapper in adapters. Adapters go inside: "
             "MTPWrapper(get_peft_model(model, peft_config), horizon)."
         )
-    if getattr(args, "n_gpu", 1) > 1:
+    gpus = getattr(args, "n_gpu", 1)
+    if gpus > 1:
         raise ValueError(
-            f"one process has {args.n_gpu} GPUs, for torch.nn.DataParallel, which replicates no hooks; expected one "
+            f"one process has {gpus} GPUs, for torch.nn.DataParallel, which replicates no hooks; expected one "
             "process per GPU, as torchrun and accelerate start them, or CUDA_VISIBLE_DEVICES with one GPU."
         )
 

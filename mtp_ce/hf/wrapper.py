@@ -12,26 +12,26 @@ logits of H heads are never built, unless they are requested.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
 from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
-from mtp_ce.hf.arguments import LOSS_INPUTS, LOSS_OPTIONS, ModelArguments
+from mtp_ce.hf.arguments import LossArguments, ModelArguments
 from mtp_ce.hf.causal import causal_model, check_in_memory
 from mtp_ce.hf.checkpoint import load_model
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
 from mtp_ce.hf.hidden_states import head_hidden_states
+from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
 from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
-from mtp_ce.loss import MTPLoss, MTPStats
+from mtp_ce.loss import MTPLoss
 from mtp_ce.next_token import NextToken
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import check_name
@@ -39,26 +39,6 @@ from mtp_ce.unembedding import Unembedding
 
 TrunkMode = Literal["joint", "detached", "frozen"]
 LossPath = Literal["linear", "logits"]
-
-
-@dataclass
-class MTPOutput(ModelOutput):
-    """Output of `MTPWrapper.forward` with labels.
-
-    Attributes:
-        loss: [] fp32, weighted, over all heads, plus the routers' loss times the model's coefficient.
-        logits: [B, S, V] of head 0, where `return_logits` is True.
-        stats: per-head statistics, where `return_stats` is True.
-        aux_loss: [] balancing loss of the model's routers, where it is requested.
-        entropy: [B, S] fp32, nats, of head 0's distribution where it has a target, else 0; where `return_entropy` is
-            True.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    stats: MTPStats | None = None
-    aux_loss: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 class MTPWrapper(PreTrainedModel):
@@ -232,36 +212,32 @@ class MTPWrapper(PreTrainedModel):
             TypeError: as the loss; or an argument that neither the wrapper nor its model reads.
             ValueError: as the loss; both labels and shift_labels; or arguments of the loss without labels.
         """
-        shift_labels = arguments.pop("shift_labels", None)
-        if labels is not None and shift_labels is not None:
-            raise ValueError("labels and shift_labels are both given; expected one of them.")
-        settings = {name: arguments.pop(name) for name in LOSS_OPTIONS if name in arguments}
-        tensors = {name: arguments.pop(name) for name in LOSS_INPUTS if name in arguments}
+        call = LossArguments.take(labels, arguments)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             **arguments,
         }
-        targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
-        normalizer = loss_normalizer(num_items_in_batch, targets)
-        if targets is None:
-            loss_only = {"token_weights": token_weights, "document_ids": document_ids, **tensors, **settings}
-            for name, value in {**loss_only, "return_stats": return_stats or None}.items():
-                if value is not None:
-                    raise ValueError(f"{name} is given without labels, where nothing reads it; expected labels, too.")
+        normalizer = loss_normalizer(num_items_in_batch, call.targets)
+        if call.targets is None:
+            call.refuse(
+                token_weights=token_weights, document_ids=document_ids, return_stats=return_stats or None,
+                return_entropy=return_entropy or None,
+            )  # fmt: skip
             self._model_arguments.check_own(arguments)
             return self.model(**inputs)
         hidden, router_loss = self._hidden_states(**inputs)
         output = Unembedding.of(self.causal)
         if document_ids is None:
-            document_ids = packed_documents(targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
+            document_ids = packed_documents(call.targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
         weights = token_weights(self._next_token(hidden, output)) if callable(token_weights) else token_weights
         options = replace(
-            self.loss_options, shift=shift, weight_alignment=weight_alignment, softcap=output.softcap, **settings
-        )
-        tensors.setdefault("head_weights", self.head_weights)
-        loss_inputs = LossInputs(targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
+            self.loss_options, shift=call.shift, weight_alignment=weight_alignment, softcap=output.softcap,
+            **call.options,
+        )  # fmt: skip
+        tensors = {"head_weights": self.head_weights, **call.tensors}
+        loss_inputs = LossInputs(call.targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
         loss, stats = self._loss(hidden, output, loss_inputs, options)
         if router_loss is not None:
             fraction = normalized_fraction(stats.live, normalizer, options)

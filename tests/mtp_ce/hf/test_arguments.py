@@ -102,9 +102,7 @@ def test_what_one_model_alone_takes_is_passed_on():
         wrap()(TOKENS, labels=TOKENS, pixel_values=torch.ones(1))
     wrapper = wrap()
     embedded = wrapper.get_input_embeddings()(TOKENS)
-    assert torch.equal(
-        wrapper(inputs_embeds=embedded, labels=TOKENS).loss, wrapper(TOKENS, labels=TOKENS).loss
-    )
+    assert torch.equal(wrapper(inputs_embeds=embedded, labels=TOKENS).loss, wrapper(TOKENS, labels=TOKENS).loss)
     mixture = wrap(architecture="mixtral")
     assert mixture(TOKENS, labels=TOKENS, output_router_logits=True).aux_loss > 0
 
@@ -112,7 +110,7 @@ def test_what_one_model_alone_takes_is_passed_on():
 def test_what_the_model_reads_without_labels_only_is_refused_with_them():
     wrapper = wrap()
     assert wrapper(TOKENS, logits_to_keep=1).logits.shape == (2, 1, V)
-    with pytest.raises(TypeError, match="logits_to_keep is given for the loss .* expected a call without labels"):
+    with pytest.raises(TypeError, match=r"logits_to_keep is given for the loss .* expected a call without labels"):
         wrapper(TOKENS, labels=TOKENS, logits_to_keep=1)
     assert len(wrapper(TOKENS, output_hidden_states=True).hidden_states) == 2
     with pytest.raises(ValueError, match="output_hidden_states is True with labels, where no such output"):

@@ -1,7 +1,7 @@
 """One definition of N: every supervised token has weight 1, whatever is masked around it and however it is batched.
 
-A model whose output layer is zero has the cross entropy ln V in every row, to the last bits, so that a loss of ln V says
-that the coefficients of all rows sum to 1, and the gradient with respect to a token's weight what the token counts for.
+A model whose output layer is zero has the cross entropy ln V in every row, to the last bits. A loss of ln V says that
+the coefficients of all rows sum to 1, and the gradient with respect to a token's weight what the token counts for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def wrap(horizon: int, kind: str = "residual", uniform: bool = True, **options: 
 
 
 def draw_rows(seed: int, rows: int, length: int, masked: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, labels masked in runs and by themselves, and positions of packed documents, whose first labels are masked."""
+    """Tokens, labels masked in runs and one by one, and positions of packed documents, whose first label is masked."""
     generator = torch.Generator().manual_seed(seed)
 
     def share() -> Tensor:
@@ -141,7 +141,7 @@ def test_the_routers_fraction_is_counted_as_the_loss_is():
     torch.testing.assert_close(added, expected)
 
 
-# Through transformers' trainer. What it costs to import them stands above.
+# Through transformers' trainer.
 
 
 def answers(lengths: list[int], seed: int = 0) -> list[dict[str, Tensor]]:
@@ -212,7 +212,9 @@ def test_eval_loss_is_the_mean_over_tokens_whatever_the_batches(kind, tmp_path):
             assert metrics[f"eval_ce_head_{h}"] == pytest.approx(mean.item(), rel=1e-5)
         batches = torch.tensor([wrapper(**{k: torch.stack([r[k] for r in rows[i : i + size]]) for k in rows[0]}).loss
                                 for i in range(0, 12, size)])  # fmt: skip
-        assert size == 12 or abs(batches.mean().item() - expected.loss.item()) > 1e-2, "a mean of means would be another"
+        assert size == 12 or abs(batches.mean().item() - expected.loss.item()) > 1e-2, (
+            "a mean of means would be another"
+        )
 
 
 def test_a_batch_whose_loss_is_not_finite_is_left_out_of_eval_loss_as_in_trainer(tmp_path):

@@ -1,4 +1,4 @@
-"""TRL's trainers: SFTTrainer's data in all its forms with the wrapper's loss and TRL's own metrics; the others refused."""
+"""TRL's trainers: all forms of SFTTrainer's data with the wrapper's loss and TRL's own metrics; the others refused."""
 
 from __future__ import annotations
 
@@ -127,7 +127,13 @@ def test_every_form_of_data_has_a_loss_of_ln_vocabulary_under_a_uniform_model(da
     """Whatever is masked, packed and accumulated, the coefficients of all rows sum to 1."""
     rows, options = DATA[data]
     trainer = sft(
-        MultiTokenSFT, wrap(uniform=True), tmp_path, rows, gradient_accumulation_steps=2, eval_strategy="epoch", **options
+        MultiTokenSFT,
+        wrap(uniform=True),
+        tmp_path,
+        rows,
+        gradient_accumulation_steps=2,
+        eval_strategy="epoch",
+        **options,
     )
     trainer.train()
     entries = [entry for entry in logged(trainer) if "ce_head_0" in entry]
