@@ -37,20 +37,21 @@ def mean_kernel(
 ):
     """loss = factor * sum of out, factor = scale / N; both exactly 0 where no row is valid. One program."""
     H: tl.constexpr = RULE.H
-    offs_h = tl.arange(0, RULE.H_BLOCK)
     lane_sum = tl.zeros([BLOCK_P], tl.float32)
     lane_count = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, P, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P).to(tl.int64)
         lane_sum += tl.load(out_ptr + offs_p, mask=offs_p < P, other=0.0)
-        mask = (offs_p < P)[:, None] & (offs_h < H)[None, :]
-        source = offs_p[:, None]
-        if RULE.OVER == "target":
-            # Head h predicts token p from here.
-            source = source - (RULE.SHIFT + offs_h)[None, :]
-            mask = mask & ((offs_p % S)[:, None] >= (RULE.SHIFT + offs_h)[None, :])
-        valid = tl.load(valid_ptr + source * H + offs_h[None, :], mask=mask, other=0).to(tl.int32)
-        lane_count += tl.max(valid, axis=1)
+        counts = tl.zeros([BLOCK_P], tl.int32)
+        for h in tl.static_range(H):
+            source = offs_p
+            mask = offs_p < P
+            if RULE.OVER == "target":
+                # Head h predicts token p from here.
+                source = offs_p - (RULE.SHIFT + h)
+                mask = mask & (offs_p % S >= RULE.SHIFT + h)
+            counts |= tl.load(valid_ptr + source * H + h, mask=mask, other=0).to(tl.int32)
+        lane_count += counts
     count = tl.sum(lane_count, axis=0).to(tl.float32)
     normalizer = 1.0
     if COUNT:

@@ -133,7 +133,7 @@ class LayerDrafter:
         z = self.call.hidden
         heads = list(zip(self.heads.layers, self.caches, strict=True))[:width]
         ends = [self.call.repeat(layer, z, cache)[:, last : last + 1] for layer, cache in heads]
-        return draw(self.output.logits(self.norm(torch.cat(ends, 1))[0]))
+        return draw(self.output.logits(self.norm(torch.cat(ends, 1))))
 
 
 def _unsupported(model: Any, reason: str) -> ValueError:

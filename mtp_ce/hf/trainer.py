@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
 from mtp_ce.hf.head_metrics import HeadSums
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
@@ -186,17 +186,32 @@ class MTPTrainer(Trainer):
         state, labels = self.accelerator.gradient_state, inputs.get("labels")
         if labels is None or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return inputs
-        row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * len(labels)
+        # A row of several, flattened for flash attention, may hold some that repeat: those stay.
+        size = self.args.eval_batch_size if "cu_seq_lens_q" in inputs else len(labels)
+        row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * size
         return {**inputs, "labels": torch.where((row < state.remainder)[:, None], labels, -100)}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train; arguments as Trainer's.
+
+        Args:
+            resume_from_checkpoint: a complete checkpoint, or True for the newest complete one in output_dir: one that
+                was being written when its process was killed is passed over with a warning.
+            *arguments: as Trainer takes them.
+            **options: as Trainer takes them.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or does not fit the wrapper.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, sharded=sharded)
+        return super().train(checkpoint, *arguments, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = SavedHeads.beside(resume_from_checkpoint)
-        if self.model.model is self.model.causal and hasattr(self.model.causal, "peft_config"):
-            _load_adapters(self.model.causal, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.model.model)
+        load_into(self.model.model, Path(resume_from_checkpoint))
         saved.load_into(self.model)
 
     def _load_best_model(self) -> None:
@@ -204,14 +219,3 @@ class MTPTrainer(Trainer):
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _load_adapters(causal: Any, checkpoint: Path) -> None:
-    """Load the adapters of a checkpoint into a model that transformers inserted them into, without PEFT's wrapper."""
-    prefix = "base_model.model."
-    saved = {name.removeprefix(prefix): x for name, x in load_file(checkpoint / "adapter_model.safetensors").items()}
-    current = causal.get_adapter_state_dict()
-    for name in sorted(saved.keys() | current.keys()):
-        if name not in saved or name not in current or saved[name].shape != current[name].shape:
-            raise ValueError(f"{checkpoint} has an adapter that does not fit the model's at {name}.")
-        current[name].copy_(saved[name])

@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
-from mtp_ce.heads.protocol import Heads, build_heads
+from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
-from mtp_ce.hf.causal import causal_model
+from mtp_ce.hf.causal import causal_model, check_in_memory
+from mtp_ce.hf.checkpoint import load_model
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
 from mtp_ce.hf.hidden_states import head_hidden_states
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
-from mtp_ce.hf.saved_heads import SavedHeads
+from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
 from mtp_ce.loss import MTPLoss
 from mtp_ce.next_token import NextToken
 from mtp_ce.options import LossInputs, LossOptions
@@ -101,6 +102,7 @@ class MTPWrapper(PreTrainedModel):
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
         options = LossOptions(head_reduction=head_reduction, label_smoothing=label_smoothing, z_loss=z_loss)
         causal = causal_model(model)
+        check_in_memory(causal)
         Unembedding.checked(causal)
         built = build_heads(heads, causal, horizon)
         if trunk != "joint" and next(built.parameters(), None) is None:
@@ -289,8 +291,9 @@ class MTPWrapper(PreTrainedModel):
 
         Args:
             *arguments: as the model's `generate` takes them.
-            speculative: whether the heads draft and the model verifies; takes the options of
-                `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were accepted.
+            speculative: whether the heads draft and the model verifies, under the same generation_config, with options
+                as of `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were
+                accepted.
             **options: as the model's `generate` takes them.
 
         Returns:
@@ -318,13 +321,15 @@ class MTPWrapper(PreTrainedModel):
             **options: for the model's `save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub`, which is a separate method of the wrapper.
+            ValueError: `push_to_hub`, which is a separate method of the wrapper; or parameters on the meta device.
         """
         if options.get("push_to_hub"):
             raise ValueError(
                 "push_to_hub is True; expected False: the model would be on the hub before its heads are written. "
                 "The wrapper's push_to_hub(repo_id) uploads both."
             )
+        if state_dict is None:
+            check_materialized(self)
         split: dict[str, dict[str, Tensor] | None] = {"model.": None, "heads.": None}
         if state_dict is not None:
             split = {
@@ -363,33 +368,44 @@ class MTPWrapper(PreTrainedModel):
             head_weights: of the loss.
             trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
                 that code first.
-            **options: for `AutoModelForCausalLM.from_pretrained`. Those that locate files apply to the heads' too.
+            **options: for `from_pretrained` of the class that the model's configuration names. Those that locate files
+                apply to the heads' too.
 
         Raises:
             FileNotFoundError: there are no heads beside the model.
             ValueError: the heads do not fit the model: another hidden size, kind or number; or their class is the
-                author's own and `source` is no local folder; or the model needs code that may not run.
+                author's own and `source` is no local folder; or a parameter of the model is missing or is not its own;
+                or the model needs code that may not run.
         """
         saved = SavedHeads.beside(source, **options)
         saved.check_trusted()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            raise ValueError(
-                f"{source} needs Python code from its own files, which is not run. Read it; then load the model with "
-                "transformers and trust_remote_code=True, and wrap it: MTPWrapper(model, horizon)."
-            ) from None
-        if trunk == "joint" and hasattr(model, "peft_config"):
-            # transformers loads adapters for inference.
-            for config in model.peft_config.values():
-                config.inference_mode = False
-            model.set_adapter(model.active_adapters())
-        wrapper = cls(
-            model, saved.horizon, heads=saved.kind, trunk=trunk, loss=loss, label_smoothing=label_smoothing,
-            z_loss=z_loss, head_reduction=head_reduction, head_weights=head_weights,
+        model = load_model(source, trainable=trunk == "joint", trust_remote_code=trust_remote_code, **options)
+        return cls._with(
+            saved, model, trunk=trunk, loss=loss, label_smoothing=label_smoothing, z_loss=z_loss,
+            head_reduction=head_reduction, head_weights=head_weights,
         )  # fmt: skip
+
+    @classmethod
+    def with_saved_heads(cls, model: nn.Module, source: str | Path, **options: Any) -> MTPWrapper:
+        """Put heads that are saved on a model that is loaded.
+
+        Args:
+            model: as `MTPWrapper` takes it; the heads take its dtype and device.
+            source: the folder of `save_pretrained`, or of the heads' two files alone, or a name on the hub.
+            **options: `trunk`, `loss` and the options of the loss, as `MTPWrapper` takes them, and those of
+                `from_pretrained` that locate files.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        saved = SavedHeads.beside(source, **hub)
+        saved.check_trusted()
+        return cls._with(saved, model, **options)
+
+    @classmethod
+    def _with(cls, saved: SavedHeads, model: nn.Module, **options: Any) -> MTPWrapper:
+        wrapper = cls(model, saved.horizon, heads=saved.kind, **options)
         saved.load_into(wrapper)
         return wrapper
 
