@@ -20,7 +20,10 @@ FLOORS = {
 # What works on models of transformers; loaded when it is first asked for.
 OF_TRANSFORMERS = {
     f"mtp_ce/{name}.py"
-    for name in ("hf/causal", "hf/checkpoint", "hf/trainer", "hf/saved_heads", "decoding/speculative", "hf/wrapper")
+    for name in (
+        *("hf/arguments", "hf/causal", "hf/checkpoint", "hf/output", "hf/saved_heads", "hf/trainer"),
+        *("hf/trainer_arguments", "hf/wrapper", "decoding/speculative"),
+    )
 }
 CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")
 

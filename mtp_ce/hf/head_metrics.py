@@ -13,6 +13,7 @@ Rows are those with a target and a weight other than 0. Micro-batches, steps and
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -30,22 +31,26 @@ class HeadSums:
     """
 
     def __init__(self, horizon: int, drafts: bool) -> None:
-        self.drafts = drafts
-        agreements = [f"agrees_head_{h}" for h in range(1, horizon)] if drafts else []
+        self.drafts = drafts and horizon > 1
         # In the same order on every rank, whatever it has added.
-        of_heads = [f"ce_head_{h}" for h in range(horizon)] + agreements
-        self._names = [*of_heads, "aux_loss", "loss", "mean_token_accuracy", "entropy"]
+        self._names = {
+            "ce": [f"ce_head_{h}" for h in range(horizon)],
+            "agrees": [f"agrees_head_{h}" for h in range(1, horizon)] if self.drafts else [],
+            "aux_loss": ["aux_loss"],
+            "loss": ["loss"],
+            "tokens": ["mean_token_accuracy", "entropy"],
+        }
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
         """Forget all rows."""
         self._sums = {}
 
-    def _add(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
+    def _add(self, group: str, numerators: Tensor, denominators: Tensor) -> None:
         # MPS has no float64.
-        dtype = torch.float32 if numerator.device.type == "mps" else torch.float64
-        pair = torch.stack([numerator.detach().to(dtype), denominator.to(numerator.device, dtype)])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        dtype = torch.float32 if numerators.device.type == "mps" else torch.float64
+        pairs = torch.stack([numerators.to(dtype), denominators.to(dtype)]).view(2, -1)
+        self._sums[group] = self._sums[group] + pairs if group in self._sums else pairs
 
     @torch.no_grad()
     def add_heads(self, stats: MTPStats, aux_loss: Tensor | None = None) -> None:
@@ -56,21 +61,12 @@ class HeadSums:
             aux_loss: [], the routers' balancing loss.
         """
         read = stats.top1 >= 0
-        S, H = read.shape[1:]
-        rows, ce = read.sum((0, 1)), stats.ce.sum((0, 1))
-        for h in range(H):
-            self._add(f"ce_head_{h}", ce[h], rows[h])
+        rows = read.sum((0, 1))
+        self._add("ce", stats.ce.sum((0, 1)), rows)
         if aux_loss is not None:
             self._add("aux_loss", aux_loss * rows[0], rows[0])
-        if not self.drafts:
-            return
-        agree = compared = torch.ones_like(read[:, :, 0])
-        for h in range(1, H):
-            # Head 0's argmax at t + h, which predicts the same token as head h at t.
-            later = F.pad(stats.top1[:, h:, 0], (0, min(h, S)), value=-1)
-            compared = compared & read[:, :, h] & (later >= 0)
-            agree = agree & compared & (stats.top1[:, :, h] == later)
-            self._add(f"agrees_head_{h}", agree.sum(), compared.sum())
+        if self.drafts:
+            self._add("agrees", *_agreements(stats.top1, read))
 
     @torch.no_grad()
     def add_tokens(self, stats: MTPStats, next_labels: Tensor, entropy: Tensor) -> None:
@@ -82,9 +78,9 @@ class HeadSums:
             entropy: [B, S], of head 0's distributions, 0 in rows without a target.
         """
         top1 = stats.top1[:, :, 0]
-        rows = (top1 >= 0).sum()
-        self._add("mean_token_accuracy", ((top1 == next_labels) & (top1 >= 0)).sum(), rows)
-        self._add("entropy", entropy.sum(), stats.live[:, :, 0].sum())
+        read = top1 >= 0
+        numerators = torch.stack([((top1 == next_labels) & read).sum().float(), entropy.sum()])
+        self._add("tokens", numerators, torch.stack([read.sum(), stats.live[:, :, 0].sum()]))
 
     @torch.no_grad()
     def add_loss(self, loss: Tensor, tokens: Tensor, finite_only: bool) -> None:
@@ -107,8 +103,22 @@ class HeadSums:
             device: for a rank that has added nothing.
             sum_ranks: sums a tensor over the ranks.
         """
-        nothing = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        sums = torch.stack([self._sums.get(name, nothing) for name in self._names])
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        nothing = {
+            group: torch.zeros(2, len(names), dtype=dtype, device=device) for group, names in self._names.items()
+        }
+        numerators, denominators = sum_ranks(torch.cat([*(nothing | self._sums).values()], dim=1)).tolist()
         self.clear()
-        pairs = zip(self._names, sum_ranks(sums).tolist(), strict=True)
-        return {name: numerator / denominator for name, (numerator, denominator) in pairs if denominator}
+        names = chain.from_iterable(self._names.values())
+        return {name: x / n for name, x, n in zip(names, numerators, denominators, strict=True) if n}
+
+
+def _agreements(top1: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions where heads 1..h match head 0's later argmax, and those where they are compared: [H-1]."""
+    S, H = top1.shape[1:]
+    # later[t, h] is head 0's argmax at t + h, which predicts the same token as head h at t.
+    position = torch.arange(S, device=top1.device)[:, None] + torch.arange(H, device=top1.device)
+    later = F.pad(top1[:, :, 0], (0, H - 1), value=-1)[:, position]
+    compared = (read & (later >= 0))[:, :, 1:].cumprod(-1)
+    agree = (top1 == later)[:, :, 1:].cumprod(-1) * compared
+    return agree.sum((0, 1)), compared.sum((0, 1))

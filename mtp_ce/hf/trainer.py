@@ -186,7 +186,9 @@ class MTPTrainer(Trainer):
         state, labels = self.accelerator.gradient_state, inputs.get("labels")
         if labels is None or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return inputs
-        row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * len(labels)
+        # A row of several, flattened for flash attention, may hold some that repeat: those stay.
+        size = self.args.eval_batch_size if "cu_seq_lens_q" in inputs else len(labels)
+        row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * size
         return {**inputs, "labels": torch.where((row < state.remainder)[:, None], labels, -100)}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:

@@ -6,7 +6,12 @@ the coefficients of all rows sum to 1, and the gradient with respect to a token'
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +253,45 @@ def test_rows_that_fill_up_the_last_batch_of_several_ranks_do_not_count(tmp_path
         assert (masked[kept:] == -100).all()
     State.end_of_dataloader = False
     assert trainer._without_repeats({"labels": labels})["labels"] is labels
+
+
+RANKS = """
+import json, os, sys, torch
+from transformers import TrainingArguments
+sys.path.insert(0, os.environ["TESTS"])
+from test_token_counts import LENGTHS, answers, wrap
+from mtp_ce import MTPTrainer
+
+size = int(os.environ.get("WORLD_SIZE", 1))
+arguments = TrainingArguments(
+    "out", report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=2, save_strategy="no", max_steps=2,
+    learning_rate=1e-2, per_device_train_batch_size=4 // size, per_device_eval_batch_size=4 // size,
+    train_sampling_strategy="sequential",
+)
+rows = answers(LENGTHS[:11])
+trainer = MTPTrainer(model=wrap(4, uniform=False), args=arguments, train_dataset=rows[:8], eval_dataset=rows)
+trainer.train()
+trainer.evaluate()
+if trainer.is_world_process_zero():
+    with open(sys.argv[1], "w") as file:
+        json.dump([trainer.state.log_history[0], trainer.state.log_history[-1]], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_log_what_one_does(tmp_path):
+    """Losses, gradients and means of every head; eleven rows of evaluation are no multiple of the ranks' batches."""
+    (tmp_path / "script.py").write_text(RANKS)
+    environment = {**os.environ, "TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    logs = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *launcher, "script.py", f"{len(logs)}.json"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
+        logs.append(json.loads((tmp_path / f"{len(logs)}.json").read_text()))
+    for one, two in zip(*logs, strict=True):
+        same = [name for name in one if not name.endswith(("time", "second"))]
+        assert {name: two[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-5)
+    assert {"eval_loss", "eval_ce_head_3", "eval_agrees_head_1"} <= logs[1][1].keys()
 
 
 def test_a_shift_of_labels_is_no_shift_of_the_count():
