@@ -11,6 +11,7 @@ logits of H heads are never built, unless they are requested.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from mtp_ce.heads.kinds import PATHS
 from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
 from mtp_ce.hf.causal import causal_model, check_in_memory
-from mtp_ce.hf.checkpoint import load_model
+from mtp_ce.hf.checkpoint import load_model, parameters_beside_adapters
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
 from mtp_ce.hf.hidden_states import head_hidden_states
@@ -336,6 +337,8 @@ class MTPWrapper(PreTrainedModel):
                 prefix: {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
                 for prefix in split
             }
+        if left_out := parameters_beside_adapters(self.model):
+            warnings.warn(f"{save_directory} is written without all that is trained: {left_out}", stacklevel=2)
         model: Any = self.model
         model.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=split["model."], **options)
         # DeepSpeed passes an empty one where it keeps the parameters in files of its own.
