@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
 from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
+from mtp_ce.heads.virtual_tokens import check_virtual_tokens
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
-from mtp_ce.hf.causal import causal_model, check_in_memory
+from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
 from mtp_ce.hf.checkpoint import load_model, parameters_beside_adapters
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
@@ -66,8 +67,9 @@ class MTPWrapper(PreTrainedModel):
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
         ValueError: an encoder-decoder model, one whose logits are more than a linear layer, a scale and a softcap, an
-            argument out of its range, nothing to train, or output_router_logits in the configuration of a model without
-            that loss or with heads that have routers of their own.
+            argument out of its range, nothing to train, output_router_logits in the configuration of a model without
+            that loss or with heads that have routers of their own, a quantised output layer, a quantised model without
+            adapters and a joint trunk, or virtual tokens of PEFT that the heads can't follow.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,8 +112,12 @@ class MTPWrapper(PreTrainedModel):
             raise ValueError(
                 f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."
             )
-        if wants_router_loss(causal, built):
+        balances = wants_router_loss(causal, built)
+        if balances:
             coefficient(causal)
+        check_virtual_tokens(model, built.reads_last_layer, balances)
+        if trunk == "joint":
+            check_trainable(model)
         super().__init__(causal.config)
         # Trainer then counts the targets of a batch as it does for a causal language model.
         self.loss_type = "ForCausalLM"
@@ -266,7 +272,7 @@ class MTPWrapper(PreTrainedModel):
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
             inputs["return_dict"] = True
-        return head_hidden_states(self.causal, self.heads, inputs, joint=self.trunk == "joint")
+        return head_hidden_states(self.model, self.heads, inputs, joint=self.trunk == "joint")
 
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         requested = inputs.get("return_dict")
