@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print({name: round(value, 3) for name, value in metrics.items() if name.startswith("eval_ce") or "loss" in name})
 
     question = [{"role": "user", "content": "What does math.sqrt do in Python?"}]
-    rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    rendered = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     decoded = generate_speculatively(wrapper.eval(), rendered["input_ids"].to(wrapper.device), max_new_tokens=32)
     print(tokenizer.decode(decoded.sequences[0, rendered["input_ids"].shape[1] :], skip_special_tokens=True))
 

@@ -33,6 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from mtp_ce.decoding.choice import Choice, Draft
 from mtp_ce.decoding.settings import check_followed
 from mtp_ce.heads.protocol import ModelWithHeads
+from mtp_ce.heads.virtual_tokens import prepare_behind_virtual_tokens, virtual_tokens
 from mtp_ce.unembedding import Unembedding
 
 
@@ -146,7 +147,7 @@ class _Decoding:
     """The loop of one decoding, which transformers' `generate` calls in place of its own."""
 
     def __init__(self, wrapper: ModelWithHeads, generator: torch.Generator | None, streamer: Any) -> None:
-        self.heads, self.generator, self.streamer = wrapper.heads, generator, streamer
+        self.wrapper, self.heads, self.generator, self.streamer = wrapper, wrapper.heads, generator, streamer
         self.counts = Speculation(offered=[0] * (self.heads.horizon - 1), kept=[0] * (self.heads.horizon - 1))
 
     def __call__(
@@ -158,7 +159,7 @@ class _Decoding:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> SpeculativeOutput:
-        trunk = _Trunk(model, model_kwargs)
+        trunk = _Trunk(self.wrapper.model, model, model_kwargs)
         ends = generation_config._eos_token_tensor
         choice = Choice(logits_processor, generation_config.do_sample, ends, self.generator)
         pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
@@ -168,7 +169,7 @@ class _Decoding:
         with self.heads.drafter(model, lambda: _new_cache(model)) as drafter:
             # `begin` is the position at which the last forward began.
             begin, hidden = 0, trunk.run(input_ids, 0, 0)
-            _check_croppable(trunk.cache, input_ids.shape[1], model)
+            _check_croppable(trunk.cache, virtual_tokens(self.wrapper.model) + input_ids.shape[1], model)
             draft, drawn_from = input_ids[:, :0], hidden.new_empty(len(input_ids), 0, output.weight.shape[0])
             while True:
                 width, before = draft.shape[1], text.tokens.shape[1]
@@ -241,28 +242,27 @@ class _Text:
 class _Trunk:
     """Forwards of the base model, with the inputs that the model prepares for its own `generate`."""
 
-    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
-        self.model, self.kwargs = model, kwargs
+    def __init__(self, model: Any, causal: Any, kwargs: dict[str, Any]) -> None:
+        self.model, self.causal, self.kwargs = model, causal, kwargs
         self.output: Any = None
-        caches = [value for value in kwargs.values() if isinstance(value, Cache)]
-        if not caches:
-            raise _uncroppable(model)
-        (self.cache,) = caches
-        _record_past(self.cache)
+        self.cache = _cache_of(kwargs, causal)
 
     def run(
         self, tokens: Tensor, begin: int, drafted: int
     ) -> Tensor:  # [B, L + drafted] -> [B, L + drafted - begin, D]
         """Return the last hidden states of the tokens from `begin` on; those before are in the cache."""
-        inputs = self.model.prepare_inputs_for_generation(
-            tokens,
-            next_sequence_length=None if self.output is None else tokens.shape[1] - begin,
-            is_first_iteration=self.output is None,
-            **self._extended(drafted),
-        )
+        kwargs = self._extended(drafted)
+        if self.output is None:
+            # PEFT's prompt learning puts its virtual tokens before these.
+            inputs = self.causal.prepare_inputs_for_generation(tokens, is_first_iteration=True, **kwargs)
+            self.cache = _cache_of(inputs, self.causal)
+            _record_past(self.cache)
+        else:
+            kwargs["next_sequence_length"] = tokens.shape[1] - begin
+            inputs = prepare_behind_virtual_tokens(self.model, tokens, is_first_iteration=False, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
-        self.output = self.model.base_model(**inputs, return_dict=True)
-        hidden: Tensor = self.output.last_hidden_state
+        self.output = self.causal.base_model(**inputs, return_dict=True)
+        hidden: Tensor = self.output.last_hidden_state[:, begin - tokens.shape[1] :]
         return hidden
 
     def extend(self, count: int) -> None:
@@ -271,8 +271,8 @@ class _Trunk:
 
     def _extended(self, count: int) -> dict[str, Any]:
         if not count:
-            return self.kwargs
-        extended: dict[str, Any] = self.model._update_model_kwargs_for_generation(
+            return dict(self.kwargs)
+        extended: dict[str, Any] = self.causal._update_model_kwargs_for_generation(
             self.output, dict(self.kwargs), num_new_tokens=count
         )
         return extended
@@ -288,6 +288,14 @@ def _precision(heads: torch.nn.Module, hidden: Tensor) -> AbstractContextManager
 def _new_cache(causal: Any) -> DynamicCache:
     cache = DynamicCache(config=causal.config)
     _record_past(cache)
+    return cache
+
+
+def _cache_of(inputs: dict[str, Any], causal: Any) -> Cache:
+    """Return the cache among the inputs of a model, whatever its name there."""
+    cache = next((value for value in inputs.values() if isinstance(value, Cache)), None)
+    if cache is None:
+        raise _uncroppable(causal)
     return cache
 
 

@@ -52,7 +52,10 @@ class LayerHeads(Heads):
             for layer in self.layers:
                 layer.load_state_dict(weights)
         except (AttributeError, RuntimeError, TypeError) as error:
-            raise _unsupported(model, f"a second {type(last).__name__} can't be made") from error
+            reason = f"a second {type(last).__name__} can't be made"
+            if getattr(model, "is_quantized", False):
+                reason += " as a copy of the last one, whose weights are quantised"
+            raise _unsupported(model, reason) from error
 
     @classmethod
     def of_model(cls, model: Any, horizon: int) -> Self:

@@ -103,6 +103,8 @@ def load_into(model: Any, folder: Path) -> None:
     causal = causal_model(model)
     check_materialized(causal)
     if hasattr(model, "peft_config"):
+        if left_out := parameters_beside_adapters(model):
+            raise ValueError(f"{folder} has the adapters of a model that trains more than those: {left_out}")
         for name in model.peft_config:
             _read_adapter(model, folder if name == "default" else folder / name, name, {})
         return
@@ -114,6 +116,29 @@ def load_into(model: Any, folder: Path) -> None:
     causal.load_state_dict(saved.state_dict())
 
 
+def parameters_beside_adapters(model: Any) -> str | None:
+    """Return a sentence that names a parameter that is trained and that PEFT does not write; None where there is none.
+
+    Args:
+        model: any model, with or without adapters.
+    """
+    adapters = getattr(model, "peft_config", ())
+    trained = {
+        name: x
+        for name, x in model.named_parameters()
+        if adapters and x.requires_grad and not any(f".{adapter}" in name for adapter in adapters)
+    }
+    if not trained:
+        return None
+    from peft.utils import get_peft_model_state_dict
+
+    written = {x.data_ptr() for name in adapters for x in get_peft_model_state_dict(model, adapter_name=name).values()}
+    name = next((name for name, x in trained.items() if x.data_ptr() not in written), None)
+    if name is None:
+        return None
+    return f"{name} is trained, and PEFT does not write it; expected its module among modules_to_save of the adapters."
+
+
 def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     hub = {name: options[name] for name in HUB_OPTIONS if name in options}
     try:
@@ -123,6 +148,11 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         kind = AutoModelForCausalLM if trust_remote_code and _has_code(config) else _class_of(config)
         return _whole(kind, source, trust_remote_code, **options)
     except ValueError as error:
+        if "does not fit" in str(error):
+            advice = (
+                "MTPWrapper.with_saved_heads(model, folder) puts the heads on a model that is loaded in another way"
+            )
+            raise ValueError(f"{error}; {advice}.") from error
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
@@ -157,7 +187,7 @@ def _whole(kind: Any, source: str | Path, trust_remote_code: bool, **options: An
             raise
         raise ValueError(
             f"{source} does not fit {kind.__name__}: tensors that are parts of one parameter are missing or have other "
-            "shapes; transformers' log names them."
+            "shapes, and are named in transformers' log"
         ) from error
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     wrong += [f"{name} is not the model's" for name in sorted(report["unexpected_keys"])]

@@ -11,6 +11,7 @@ logits of H heads are never built, unless they are requested.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from transformers import PreTrainedModel
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
 from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
+from mtp_ce.heads.virtual_tokens import check_virtual_tokens
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
-from mtp_ce.hf.causal import causal_model, check_in_memory
-from mtp_ce.hf.checkpoint import load_model
+from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
+from mtp_ce.hf.checkpoint import load_model, parameters_beside_adapters
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
 from mtp_ce.hf.hidden_states import head_hidden_states
@@ -65,8 +67,9 @@ class MTPWrapper(PreTrainedModel):
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
         ValueError: an encoder-decoder model, one whose logits are more than a linear layer, a scale and a softcap, an
-            argument out of its range, nothing to train, or output_router_logits in the configuration of a model without
-            that loss or with heads that have routers of their own.
+            argument out of its range, nothing to train, output_router_logits in the configuration of a model without
+            that loss or with heads that have routers of their own, a quantised output layer, a quantised model without
+            adapters and a joint trunk, or virtual tokens of PEFT that the heads can't follow.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,8 +112,12 @@ class MTPWrapper(PreTrainedModel):
             raise ValueError(
                 f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."
             )
-        if wants_router_loss(causal, built):
+        balances = wants_router_loss(causal, built)
+        if balances:
             coefficient(causal)
+        check_virtual_tokens(model, built.reads_last_layer, balances)
+        if trunk == "joint":
+            check_trainable(model)
         super().__init__(causal.config)
         # Trainer then counts the targets of a batch as it does for a causal language model.
         self.loss_type = "ForCausalLM"
@@ -265,7 +272,7 @@ class MTPWrapper(PreTrainedModel):
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
             inputs["return_dict"] = True
-        return head_hidden_states(self.causal, self.heads, inputs, joint=self.trunk == "joint")
+        return head_hidden_states(self.model, self.heads, inputs, joint=self.trunk == "joint")
 
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         requested = inputs.get("return_dict")
@@ -336,6 +343,8 @@ class MTPWrapper(PreTrainedModel):
                 prefix: {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
                 for prefix in split
             }
+        if left_out := parameters_beside_adapters(self.model):
+            warnings.warn(f"{save_directory} is written without all that is trained: {left_out}", stacklevel=2)
         model: Any = self.model
         model.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=split["model."], **options)
         # DeepSpeed passes an empty one where it keeps the parameters in files of its own.
