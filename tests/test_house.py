@@ -21,7 +21,7 @@ FLOORS = {
 OF_TRANSFORMERS = {
     f"mtp_ce/{name}.py"
     for name in (
-        *("hf/arguments", "hf/causal", "hf/checkpoint", "hf/output", "hf/saved_heads", "hf/trainer"),
+        *("hf/arguments", "hf/causal", "hf/checkpoint", "hf/files", "hf/output", "hf/saved_heads", "hf/trainer"),
         *("hf/trainer_arguments", "hf/wrapper", "decoding/speculative"),
     )
 }

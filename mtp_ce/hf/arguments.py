@@ -22,6 +22,8 @@ LOSS_OPTIONS = ("head_reduction", "ignore_index", "label_smoothing", "loss_scale
 LOSS_INPUTS = ("head_weights", "seq_lens")
 # What transformers' decorators take out of the arguments of any forward.
 _OF_ANY_MODEL = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
+# What a model's own forward reads for logits and loss, after its base model.
+_OF_LOGITS = frozenset({"labels", "logits_to_keep", "num_items_in_batch"})
 # Requests for outputs that `MTPOutput` does not have.
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
@@ -69,7 +71,7 @@ class ModelArguments(NamedTuple):
 
     model: str  # its class
     own: frozenset[str]  # of its own forward
-    base: frozenset[str]  # of its base model's, which computes the hidden states for a loss
+    base: frozenset[str]  # of those, what reaches its base model, which computes the hidden states for a loss
     wrapper: frozenset[str]  # of the wrapper's forward, for messages
 
     @classmethod
@@ -82,10 +84,10 @@ class ModelArguments(NamedTuple):
             forward: the wrapper's.
         """
         own = forward_arguments(causal)
+        # Some models' own forward passes more on than the base model's signature has.
+        base = (forward_arguments(causal.base_model) | own) - _OF_LOGITS
         if model is not causal:
             own |= forward_arguments(model) | {"adapter_names"}
-        # The count of a trainer, which transformers documents for every module, is for the loss alone.
-        base = forward_arguments(causal.base_model) - {"num_items_in_batch"}
         named = inspect.signature(forward).parameters.values()
         wrapper = {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
         return cls(type(causal).__name__, own, base, frozenset({*wrapper, *LOSS_OPTIONS, *LOSS_INPUTS} - {"self"}))
@@ -110,7 +112,7 @@ class ModelArguments(NamedTuple):
             arguments: for the model.
 
         Raises:
-            TypeError: the base model reads no such argument.
+            TypeError: the argument does not reach the base model.
             ValueError: an output that the wrapper does not return.
         """
         for name, value in arguments.items():

@@ -27,7 +27,13 @@ from mtp_ce.hf.head_metrics import HeadSums
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.saved_heads import SavedHeads
-from mtp_ce.hf.trainer_arguments import check_bases, check_options, check_parallelism, use_router_coefficient
+from mtp_ce.hf.trainer_arguments import (
+    check_arguments,
+    check_bases,
+    check_options,
+    check_parallelism,
+    use_router_coefficient,
+)
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.loss import MTPStats
 
@@ -68,7 +74,8 @@ class MTPTrainer(Trainer):
                 f"model is {type(self.model).__name__}; expected MTPWrapper, with adapters of PEFT inside: "
                 "MTPWrapper(get_peft_model(model, ...), horizon)."
             )
-        check_parallelism(self.accelerator.parallelism_config, self.model.horizon)
+        check_arguments(self.args, self.compute_loss_func)  # those that another base's constructor has named itself
+        check_parallelism(self.accelerator.parallelism_config, self.args.n_gpu, self.model.horizon)
         heads = self.model.heads
         if heads_lr is not None and next(heads.parameters(), None) is None:
             raise ValueError(
@@ -206,6 +213,17 @@ class MTPTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, sharded=sharded)
         return super().train(checkpoint, *arguments, **options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint} has an optimizer of other parameter groups ({error}); heads_lr is {self.heads_lr}; "
+                "expected it as in the run that wrote the checkpoint."
+            ) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -67,13 +67,37 @@ def check_options(
     except TypeError:
         return  # the constructor reports it
     given = {**given, **given.pop("kwargs", {})}
-    args = given.get("args")
     if heads_lr is not None and not 0 < heads_lr < math.inf:
         raise ValueError(f"heads_lr is {heads_lr}; expected a rate above 0, or None for that of all parameters.")
     if heads_lr is not None and given.get("optimizers", (None,))[0] is not None:
         raise ValueError(
             f"heads_lr is {heads_lr} with an optimizer in optimizers, which has its own rates; expected one of them."
         )
+    check_arguments(given.get("args"), given.get("compute_loss_func"))
+    columns = getattr(given.get("train_dataset"), "column_names", None) or ()
+    # Of TRL's constructor, whose collator passes on tokens and labels alone.
+    if "formatting_func" in inspect.signature(construct).parameters and "token_weights" in columns:
+        raise ValueError(
+            "train_dataset has a column token_weights, which SFTTrainer removes; expected none, or MTPTrainer without "
+            "SFTTrainer, with tokens, labels and token_weights as columns."
+        )
+    if given.get("peft_config") is not None:
+        raise ValueError(
+            "peft_config is given; expected None: it would wrap the wrapper in adapters. Adapters go inside: "
+            "MTPWrapper(get_peft_model(model, peft_config), horizon)."
+        )
+
+
+def check_arguments(args: Any, compute_loss_func: Any) -> None:
+    """Check what a trainer has been given for its loss.
+
+    Args:
+        args: TrainingArguments or a subclass; None for the defaults.
+        compute_loss_func: of the trainer.
+
+    Raises:
+        ValueError: an argument that would compute another loss.
+    """
     smoothing = getattr(args, "label_smoothing_factor", 0)
     if smoothing:
         raise ValueError(
@@ -81,7 +105,7 @@ def check_options(
             "and no head would be trained. "
             f"MTPWrapper(label_smoothing={smoothing}) smooths the loss of all heads."
         )
-    if given.get("compute_loss_func") is not None:
+    if compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func is given; expected None: it is called with the model's logits, and no head would be "
             "trained. The wrapper's forward computes the loss; a column token_weights of the data weights it."
@@ -97,32 +121,25 @@ def check_options(
             f"loss_type is {loss_type!r}; expected 'nll': the loss is the wrapper's cross entropy of all heads. "
             "Weights of tokens are a column token_weights of the data of MTPTrainer."
         )
-    columns = getattr(given.get("train_dataset"), "column_names", None) or ()
-    # Of TRL's constructor, whose collator passes on tokens and labels alone.
-    if "formatting_func" in inspect.signature(construct).parameters and "token_weights" in columns:
-        raise ValueError(
-            "train_dataset has a column token_weights, which SFTTrainer removes; expected none, or MTPTrainer without "
-            "SFTTrainer, with tokens, labels and token_weights as columns."
-        )
-    if given.get("peft_config") is not None:
-        raise ValueError(
-            "peft_config is given; expected None: it would wrap the wrapper in adapters. Adapters go inside: "
-            "MTPWrapper(get_peft_model(model, peft_config), horizon)."
-        )
-    gpus = getattr(args, "n_gpu", 1)
+
+
+def check_parallelism(parallelism: Any, gpus: int, horizon: int) -> None:
+    """Check how a trainer that is constructed divides its batches.
+
+    Args:
+        parallelism: accelerate's `ParallelismConfig`, or None.
+        gpus: `n_gpu`, of this process; 1 where the model is divided among them.
+        horizon: H.
+
+    Raises:
+        ValueError: among the GPUs of one process; or sequences among ranks, so that heads lack the targets beyond a
+            rank's part.
+    """
     if gpus > 1:
         raise ValueError(
             f"one process has {gpus} GPUs, for torch.nn.DataParallel, which replicates no hooks; expected one "
             "process per GPU, as torchrun and accelerate start them, or CUDA_VISIBLE_DEVICES with one GPU."
         )
-
-
-def check_parallelism(parallelism: Any, horizon: int) -> None:
-    """Check accelerate's `ParallelismConfig`.
-
-    Raises:
-        ValueError: it divides sequences among ranks, so that heads lack the targets beyond a rank's part.
-    """
     if parallelism is None or horizon == 1:
         return
     for name in ("cp_size", "sp_size"):

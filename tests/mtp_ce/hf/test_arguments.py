@@ -12,7 +12,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce
-from mtp_ce.hf.arguments import forward_arguments
+from mtp_ce.hf.arguments import ModelArguments, forward_arguments
 
 V, H = 61, 3
 SIZES = {
@@ -105,6 +105,28 @@ def test_what_one_model_alone_takes_is_passed_on():
     assert torch.equal(wrapper(inputs_embeds=embedded, labels=TOKENS).loss, wrapper(TOKENS, labels=TOKENS).loss)
     mixture = wrap(architecture="mixtral")
     assert mixture(TOKENS, labels=TOKENS, output_router_logits=True).aux_loss > 0
+
+
+def test_what_a_models_own_forward_passes_on_beyond_its_base_models_signature_is_passed_on():
+    """As `image_sizes` of AyaVision and InternVL, and not what it reads for its logits."""
+
+    class Base:
+        def forward(self, input_ids=None, **kwargs):
+            raise NotImplementedError
+
+    class Causal:
+        base_model = Base()
+
+        def forward(self, input_ids=None, image_sizes=None, labels=None, logits_to_keep=0, **kwargs):
+            raise NotImplementedError
+
+    causal = Causal()
+    arguments = ModelArguments.of(causal, causal, MTPWrapper.forward)
+    arguments.check_base({"input_ids": 1, "image_sizes": 1})
+    for name in ("labels", "logits_to_keep", "num_items_in_batch"):
+        with pytest.raises(TypeError, match=f"^{name} is given for the loss or the hidden states of the heads"):
+            arguments.check_base({name: 1})
+        arguments.check_own({name: 1})
 
 
 def test_what_the_model_reads_without_labels_only_is_refused_with_them():

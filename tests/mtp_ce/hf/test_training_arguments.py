@@ -150,7 +150,6 @@ class Refused(SimpleNamespace):
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor is 0\.1; expected 0"),
         ({"loss_type": "dft"}, "loss_type is 'dft'; expected 'nll'"),
         ({"loss_type": "sum"}, "loss_type is 'sum'; expected 'nll'"),
-        ({"n_gpu": 2}, "one process has 2 GPUs, for torch.nn.DataParallel"),
     ],
 )
 def test_what_would_be_another_loss_is_refused_before_anything_is_made_or_patched(options, words, tmp_path):
@@ -170,6 +169,25 @@ def test_real_arguments_are_refused_as_well(option, tmp_path):
         make(tmp_path, **{option: 0.1 if option == "label_smoothing_factor" else True})
 
 
+def test_arguments_that_a_constructor_in_between_takes_as_they_come_are_refused_as_well(tmp_path):
+    """It has no names for them, so that they are checked once Trainer has them."""
+
+    class Between(MTPTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class Mixin:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class Both(MTPTrainer, Mixin, Trainer):
+        pass
+
+    for kind in (Between, Both):
+        with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
+            kind(wrap(), settings(tmp_path, label_smoothing_factor=0.1), train_dataset=ROWS)
+
+
 def test_the_losses_of_sft_config_are_honoured_or_refused(tmp_path):
     given = {"bf16": False, "use_cpu": True, "report_to": "none"}
     for loss_type in ("nll", "chunked_nll"):
@@ -184,12 +202,17 @@ def test_parts_of_sequences_on_several_ranks_are_refused_with_several_heads(name
     """A rank's last positions would have fewer heads, in silence."""
     parallelism = SimpleNamespace(**{"cp_size": 1, "sp_size": 1, name: 2})
     with pytest.raises(ValueError, match=f"{name} of parallelism_config is 2; expected 1 with 3 heads"):
-        trainer_arguments.check_parallelism(parallelism, 3)
-    trainer_arguments.check_parallelism(parallelism, 1)
+        trainer_arguments.check_parallelism(parallelism, 1, 3)
+    trainer_arguments.check_parallelism(parallelism, 1, 1)
     checked = []
     monkeypatch.setattr("mtp_ce.hf.trainer.check_parallelism", lambda *given: checked.append(given))
     make(tmp_path)
-    assert checked == [(None, 3)]
+    assert checked == [(None, TrainingArguments(str(tmp_path), use_cpu=True).n_gpu, 3)]
+
+
+def test_several_gpus_in_one_process_are_refused():
+    with pytest.raises(ValueError, match=r"one process has 2 GPUs, for torch\.nn\.DataParallel"):
+        trainer_arguments.check_parallelism(None, 2, 3)
 
 
 def test_noise_on_embeddings_reaches_the_loss(tmp_path):
@@ -249,7 +272,7 @@ def test_heads_have_a_learning_rate_of_their_own(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(before)
     assert all(of_heads == pytest.approx(10 * of_trunk) for of_trunk, _, of_heads, _ in rates)
     # Adam's first steps are as large as the rate.
-    moved = {name: float((x - before[name]).abs().max()) for name, x in trainer.model.named_parameters()}
+    moved = {name: float((x - before[name]).detach().abs().max()) for name, x in trainer.model.named_parameters()}
     assert moved["heads.blocks.0.weight"] > 5 * moved["model.model.layers.0.self_attn.q_proj.weight"]
 
 
@@ -265,6 +288,16 @@ def test_a_resumed_training_with_a_rate_of_the_heads_is_the_uninterrupted_one(tr
     plain = make(tmp_path / "plain", wrap(trunk=trunk), max_steps=4, learning_rate=1e-3)
     plain.train()
     assert not torch.equal(plain.model.heads.blocks[0].weight, whole.model.heads.blocks[0].weight)
+
+
+def test_a_checkpoint_without_a_rate_of_the_heads_is_named(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make(tmp_path, **options).train()
+    again = make(tmp_path, of_trainer={"heads_lr": 1e-2}, **options)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 has an optimizer of other parameter groups .*heads_lr is 0\.01"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_rate_of_the_heads_that_nothing_would_read_is_refused(tmp_path):
