@@ -22,7 +22,7 @@ OF_TRANSFORMERS = {
     f"mtp_ce/{name}.py"
     for name in (
         *("hf/arguments", "hf/causal", "hf/checkpoint", "hf/files", "hf/output", "hf/saved_heads", "hf/trainer"),
-        *("hf/trainer_arguments", "hf/wrapper", "decoding/speculative"),
+        *("hf/trainer_arguments", "hf/wrapper", "decoding/speculative", "serving/carried"),
     )
 }
 CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")

@@ -170,6 +170,8 @@ class ModelWithHeads(Protocol):
 
     model: Any  # with PEFT's wrapper, where there is one
     heads: Heads
+    trunk: str  # "joint" where the model is trained
+    carried: Any  # `mtp_ce.serving.carried.CarriedModule`
 
     @property
     def causal(self) -> Any:

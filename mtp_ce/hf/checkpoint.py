@@ -29,6 +29,7 @@ from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.heads.protocol import check_materialized
 from mtp_ce.hf.causal import causal_model
 from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
+from mtp_ce.serving.carried import mtp_names
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model"
 STATE = "trainer_state.json"
@@ -146,7 +147,10 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         if config is None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
         kind = AutoModelForCausalLM if trust_remote_code and _has_code(config) else _class_of(config)
-        return _whole(kind, source, trust_remote_code, **options)
+        model = _whole(kind, source, trust_remote_code, **options)
+        if hub and (file := _located(source, "config.json", hub)):
+            model.source_folder = str(Path(file).parent)  # for `CarriedModule`, which does not know the options
+        return model
     except ValueError as error:
         if "does not fit" in str(error):
             advice = (
@@ -190,7 +194,9 @@ def _whole(kind: Any, source: str | Path, trust_remote_code: bool, **options: An
             "shapes, and are named in transformers' log"
         ) from error
     wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    wrong += [f"{name} is not the model's" for name in sorted(report["unexpected_keys"])]
+    # An MTP module behind another number of layers than that of the published model is not ignored by transformers.
+    unexpected = report["unexpected_keys"] - set(mtp_names(report["unexpected_keys"]))
+    wrong += [f"{name} is not the model's" for name in sorted(unexpected)]
     wrong += [
         f"{name} is {list(theirs)}; expected {list(ours)}"
         for name, theirs, ours in sorted(report["mismatched_keys"])

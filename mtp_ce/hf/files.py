@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtp_ce.heads.protocol import Heads, check_materialized
+from mtp_ce.hf.causal import causal_model
 from mtp_ce.hf.checkpoint import load_model, parameters_beside_adapters
 from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
+from mtp_ce.serving.carried import CarriedModule
 
 TrunkMode = Literal["joint", "detached", "frozen"]
 LossPath = Literal["linear", "logits"]
@@ -23,6 +26,13 @@ class WrapperFiles(PreTrainedModel):
 
     model: Any
     heads: Heads
+    trunk: TrunkMode
+    carried: CarriedModule
+
+    @property
+    def causal(self) -> Any:
+        """The causal language model itself, without the wrapper of PEFT."""
+        return causal_model(self.model)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -34,6 +44,9 @@ class WrapperFiles(PreTrainedModel):
     ) -> None:
         """Write the model, which loads without the heads, and the heads beside it.
 
+        Tensors of an MTP module that transformers did not load are carried over from the files that the model came
+        from. Where `trunk` is "joint", the index of the files says that they are stale.
+
         Args:
             save_directory: folder for both.
             is_main_process: whether this process writes; others take part in gathering the model.
@@ -42,7 +55,10 @@ class WrapperFiles(PreTrainedModel):
             **options: for the model's `save_pretrained`.
 
         Raises:
-            ValueError: `push_to_hub`, which is a separate method of the wrapper; or parameters on the meta device.
+            FileNotFoundError: the files of an MTP module that is to be carried over can't be found any more.
+            ValueError: `push_to_hub`, which is a separate method of the wrapper; parameters on the meta device; or an
+                MTP module that can't be carried over: with `distributed_checkpoint`, or behind another number of
+                layers than the model has.
         """
         if options.get("push_to_hub"):
             raise ValueError(
@@ -59,12 +75,28 @@ class WrapperFiles(PreTrainedModel):
             }
         if left_out := parameters_beside_adapters(self.model):
             warnings.warn(f"{save_directory} is written without all that is trained: {left_out}", stacklevel=2)
-        self.model.save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=split["model."], **options
-        )
         # DeepSpeed passes an empty one where it keeps the parameters in files of its own.
+        with self._with_carried(save_directory, is_main_process, state_dict != {}, options):
+            self.model.save_pretrained(
+                save_directory, is_main_process=is_main_process, state_dict=split["model."], **options
+            )
         if is_main_process and state_dict != {}:
             self.heads.save_pretrained(save_directory, state_dict=split["heads."])
+
+    def _with_carried(
+        self, folder: str | Path, writes: bool, tensors: bool, options: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        # Adapters are saved without the model, and name its files.
+        if not writes or hasattr(self.model, "peft_config"):
+            return nullcontext()
+        if options.get("distributed_checkpoint") and self.carried.names:
+            raise ValueError(
+                f"distributed_checkpoint is True, and {self.carried.source} has an MTP module that is carried over "
+                "into safetensors; expected False."
+            )
+        return self.carried.carried_into(
+            self.causal, folder, stale=self.trunk == "joint", variant=options.get("variant"), tensors=tensors
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -33,6 +33,7 @@ from mtp_ce.loss import MTPLoss
 from mtp_ce.next_token import NextToken
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import check_name
+from mtp_ce.serving.carried import CarriedModule
 from mtp_ce.unembedding import Unembedding
 
 
@@ -122,6 +123,8 @@ class MTPWrapper(WrapperFiles):
         # A constant of this run, not saved.
         self.register_buffer("head_weights", fixed_head_weights(head_weights, built, options), persistent=False)
         self._model_arguments = ModelArguments.of(model, causal, MTPWrapper.forward)
+        self.carried = CarriedModule.of(causal)
+        self.carried.report(causal, trained=trunk == "joint")
         if trunk == "frozen":
             model.requires_grad_(False)
 
@@ -141,11 +144,6 @@ class MTPWrapper(WrapperFiles):
     def kind(self) -> str:
         """The kind of the heads: a name or a class path."""
         return self.heads.kind
-
-    @property
-    def causal(self) -> Any:
-        """The causal language model itself, without the wrapper of PEFT."""
-        return causal_model(self.model)
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -17,7 +17,7 @@ def export_base(wrapper: ModelWithHeads, folder: str | Path) -> None:
     """Write the model without the heads, as a folder of transformers.
 
     Adapters of PEFT are merged into the weights that are written. They are merged in a copy, so that the wrapper keeps
-    them apart; such a model needs twice its memory.
+    them apart; such a model needs twice its memory. An MTP module that the model's files have is carried over.
 
     Args:
         wrapper: its model is written, in its dtype.
@@ -25,12 +25,15 @@ def export_base(wrapper: ModelWithHeads, folder: str | Path) -> None:
 
     Raises:
         FileExistsError: `folder` holds a model already.
-        ValueError: the model has adapters that can't be merged.
+        FileNotFoundError: the files of an MTP module that is to be carried over can't be found any more.
+        ValueError: the model has adapters that can't be merged, or not the layers of its MTP module.
     """
     check_free(folder)
     adapted = wrapper.model is not wrapper.causal or hasattr(wrapper.causal, "peft_config")
     model: Any = _merged(wrapper.model) if adapted else wrapper.model
-    model.save_pretrained(folder)
+    stale = adapted or wrapper.trunk == "joint"
+    with wrapper.carried.carried_into(wrapper.causal, folder, stale=stale):
+        model.save_pretrained(folder)
 
 
 def _merged(model: Any) -> Any:

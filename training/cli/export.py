@@ -166,7 +166,7 @@ def _write_whole(source: Path, part: str, folder: Path) -> None:
                     shutil.copyfile(source / name, aside / name)
             else:
                 _write(wrapper, part, source, aside)
-    except (FileExistsError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise ExportError(str(error)) from None
 
 
@@ -230,9 +230,12 @@ def _load(source: Path) -> MTPWrapper:
 
     logging.disable_progress_bar()
     try:
-        return MTPWrapper.from_pretrained(source)
+        wrapper = MTPWrapper.from_pretrained(source)
     except Exception as error:  # damaged files raise anything
         raise ExportError(f"{source} can't be loaded: {type(error).__name__}: {error}") from error
+    # Nothing is trained here, so an MTP module that is carried over stays as it is marked in the checkpoint.
+    wrapper.trunk = "detached"
+    return wrapper
 
 
 def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.serving.carried import CarriedModuleLostError
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import Display, say, warn
 from mtp_ce.training.data.rows import PackedRows
-from mtp_ce.training.errors import StepRefusedError
+from mtp_ce.training.errors import RecipeError, StepRefusedError
 from mtp_ce.training.interrupt import Stop, stop_on_signal
 from mtp_ce.training.loop.checkpoint import FOLDER as CHECKPOINTS
 from mtp_ce.training.loop.checkpoint import Checkpoint, Checkpoints
@@ -133,7 +134,13 @@ def fit(
         tensors = ranks.full_tensors(model)
 
         def save() -> None:
-            save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+            try:
+                save_model(folder / "model", model, inputs.tokenizer, state_dict=tensors)
+            except CarriedModuleLostError as error:
+                raise RecipeError(
+                    f"model.source '{error.source}' was removed during training, and its MTP module is to be carried "
+                    f"over into the saved model; put it back, then train-mtp --resume {folder}"
+                ) from None
             copy(folder / "model")
             try:
                 from mtp_ce.training.report.plot import draw_losses

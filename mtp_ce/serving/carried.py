@@ -1,0 +1,293 @@
+"""The MTP module that a checkpoint came with, which transformers does not load: carried over into what is saved.
+
+    mtp.*, model.mtp.*, model.mtp_layers.*, ...      Qwen, MiMo, Nemotron, EXAONE, ...
+    model.layers.{N+k}.*, with a projection eh_proj  DeepSeek, GLM, ...: behind the N layers of the model
+
+Such tensors are absent from the model in memory, so that `save_pretrained` would lose them, while the configuration
+goes on to promise them (num_nextn_predict_layers). Here they are found in the files that the model was loaded from, by
+name, and copied on save into one more shard, behind those that transformers wrote:
+
+    model-00001-of-00002.safetensors    model.safetensors, renamed: where it exists, transformers reads no index
+    model-00002-of-00002.safetensors    the MTP module, unchanged
+    model.safetensors.index.json        all names; {"metadata": {"mtp_module": "stale"}} where the trunk was trained
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.utils import cached_file
+
+_NAMED = re.compile(r"(^|\.)(mtp|nextn)")
+_LAYER = re.compile(r"((?:^|.*\.)layers\.(\d+)\.)")
+# Only a layer of an MTP module joins two inputs, or has an output layer.
+_MARK = re.compile(r"(^|\.)layers\.\d+\.(.*\.)?(eh_proj|shared_head)\.")
+# Keys of a configuration that say how many modules there are.
+_COUNT = re.compile(r"(mtp|nextn)\w*_(layers|modules)$")
+_CONFIG = "config.json"
+_STATE, _STALE = "mtp_module", "stale"
+
+
+def mtp_names(names: Collection[str]) -> list[str]:
+    """Return the names of an MTP module's tensors among those of a checkpoint, sorted."""
+    layers = {match[1] for name in names if _MARK.search(name) and (match := _LAYER.match(name))}
+    return sorted(
+        name for name in names if _NAMED.search(name) or ((match := _LAYER.match(name)) and match[1] in layers)
+    )
+
+
+class CarriedModuleLostError(FileNotFoundError):
+    """The files that an MTP module is to be carried over from can't be found any more.
+
+    Attributes:
+        source: where they were.
+    """
+
+    def __init__(self, message: str, source: str) -> None:
+        super().__init__(message)
+        self.source = source
+
+
+@dataclass(frozen=True)
+class CarriedModule:
+    """The MTP module of the files that a model was loaded from; without names where there is none.
+
+    Attributes:
+        source: the folder, or the name on the hub; empty for a model that was built and not loaded.
+        names: of its tensors.
+        found: whether the files could be found.
+    """
+
+    source: str
+    names: tuple[str, ...] = ()
+    found: bool = True
+
+    @classmethod
+    def of(cls, causal: Any) -> CarriedModule:
+        """Look for the module of a causal language model of transformers; no tensor is read.
+
+        Args:
+            causal: the model, without PEFT's wrapper.
+        """
+        # from_pretrained alone sets the attribute: a configuration has a path, too, where a model was built from it.
+        source = str(getattr(causal, "source_folder", None) or causal.name_or_path or "")
+        if not source or not hasattr(causal, "_weight_conversions"):
+            return cls("")
+        if Path(source).is_dir():
+            source = str(Path(source).absolute())
+        files = _files(source)
+        if files is None:
+            patterns = causal._keys_to_ignore_on_load_unexpected or ()
+            expects = any(_promised(causal.config.to_dict()).values()) or any("mtp" in pattern for pattern in patterns)
+            return cls(source if expects else "", found=not expects)
+        own = {name for name, _ in (*causal.named_parameters(), *causal.named_buffers())}
+        return cls(source, tuple(name for name in mtp_names(files) if name not in own))
+
+    def report(self, causal: Any, *, trained: bool) -> None:
+        """Warn of what transformers did not load, and what becomes of it.
+
+        Args:
+            causal: the model.
+            trained: whether the model is, so that the module falls behind it.
+        """
+        if not self.names and self.found:
+            return
+        message = f"{self._lost()}. Until then save_pretrained is refused."
+        if self.names:
+            fate = "save_pretrained carries it over unchanged"
+            if trained:
+                fate += "; the model is trained and the module is not, which makes it stale: it drafts worse"
+            if self._is_dropped(causal):
+                fate = "save_pretrained leaves it out, because the model's configuration has 0 such modules"
+            message = (
+                f"{self.source} has an MTP module of {len(self.names)} tensors that transformers does not load, "
+                f"{self.names[0]} to {self.names[-1]}. {fate}."
+            )
+        elif self._is_dropped(causal):
+            return
+        warnings.warn(message, stacklevel=3)
+
+    @contextmanager
+    def carried_into(
+        self, causal: Any, folder: str | Path, *, stale: bool, variant: str | None = None, tensors: bool = True
+    ) -> Iterator[None]:
+        """Add the module to the model that is saved into `folder` inside the block.
+
+        The configuration that is written promises a module where there is one, and only there.
+
+        Args:
+            causal: the model in memory.
+            folder: may be the one that the module comes from.
+            stale: whether the trunk was trained since the module was.
+            variant: of `save_pretrained`.
+            tensors: whether the model's tensors are written; False: its configuration alone.
+
+        Raises:
+            CarriedModuleLostError: the files of the module can't be found any more. Nothing is written.
+            ValueError: the model has another number of layers than they have. Nothing is written.
+        """
+        folder = Path(folder)
+        promised: dict[tuple[str, ...], int] = {}
+        staged = None
+        if tensors and (self.names or not self.found) and not self._is_dropped(causal):
+            source, files, names = self._now(causal)
+            if names:
+                folder.mkdir(parents=True, exist_ok=True)
+                promised, stale = _promised(_read(source, _CONFIG)), stale or _is_stale(source)
+                # Before the block, which may overwrite the files that they come from.
+                staged = folder / "mtp_module.safetensors.part"
+                _copy(files, names, staged)
+        index = folder / _with_variant("model.safetensors.index.json", variant)
+        try:
+            # Of an earlier save: transformers writes none where it writes one file, and leaves the other there.
+            index.unlink(missing_ok=True)
+            yield
+            if staged:
+                _add_shard(folder, staged, index, {_STATE: _STALE} if stale else {})
+        finally:
+            if staged:
+                staged.unlink(missing_ok=True)
+        if not staged and not mtp_names(_files(folder) or ()):
+            promised = dict.fromkeys((key for key, n in _promised(causal.config.to_dict()).items() if n), 0)
+        _promise(folder / _CONFIG, promised, overwrite=not staged)
+
+    def _is_dropped(self, causal: Any) -> bool:
+        """Return whether the user has set the number of modules to 0 in the model's configuration."""
+        now = _promised(causal.config.to_dict()).values()
+        before = _promised(_read(self.source, _CONFIG)).values()
+        return bool(now) and not any(now) and (any(before) or not before)
+
+    def _now(self, causal: Any) -> tuple[str, dict[str, Path], tuple[str, ...]]:
+        """Return the source, the files of all its tensors, and the module's names.
+
+        Raises:
+            CarriedModuleLostError, ValueError: see `carried_into`.
+        """
+        now = CarriedModule.of(causal)
+        if self.names:  # those that were missing from the model before it was sharded
+            now = replace(now, names=self.names)
+        files = _files(now.source) if now.found else None
+        if files is None or any(name not in files or not files[name].exists() for name in now.names):
+            raise CarriedModuleLostError(f"{self._lost()}.", now.source)
+        layers = causal.config.get_text_config().num_hidden_layers
+        numbers = {int(m[2]) for name in now.names if not _NAMED.search(name) and (m := _LAYER.match(name))}
+        if numbers and min(numbers) != layers:
+            raise ValueError(
+                f"{now.source} has an MTP module behind {min(numbers)} layers ({now.names[0]}), and the model has "
+                f"{layers}; expected as many, or no module: {_DROP}."
+            )
+        return now.source, files, now.names
+
+    def _lost(self) -> str:
+        what = f"the {len(self.names)} tensors" if self.names else "the tensors"
+        return (
+            f"{self.source} can't be found or lacks safetensors files, from which {what} of the model's MTP module are "
+            "carried over when it is saved, because transformers does not load them; expected them there, or their "
+            f"folder in wrapper.causal.name_or_path, or no module: {_DROP}"
+        )
+
+
+_DROP = "wrapper.causal.config.get_text_config().num_nextn_predict_layers = 0 drops it"
+
+
+def _files(source: str | Path) -> dict[str, Path] | None:
+    """Return the file of each tensor of a saved model, as transformers reads them; None where there are none."""
+    if whole := _located(source, "model.safetensors"):
+        with safe_open(whole, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), whole)
+    if index := _located(source, "model.safetensors.index.json"):
+        return {name: index.parent / file for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+    return None
+
+
+def _located(source: str | Path, name: str) -> Path | None:
+    # Not from the hub again: what the model was loaded from is on this machine.
+    try:
+        path = cached_file(str(source), name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return Path(path) if path else None
+
+
+def _read(source: str | Path, name: str) -> dict[str, Any]:
+    file = _located(source, name)
+    content = json.loads(file.read_bytes()) if file else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_stale(source: str) -> bool:
+    if _located(source, "model.safetensors"):
+        return False
+    return (_read(source, "model.safetensors.index.json").get("metadata") or {}).get(_STATE) == _STALE
+
+
+def _promised(config: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Return the numbers of modules in a configuration, by their keys from the outside in."""
+    found: dict[tuple[str, ...], int] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _promised(value, (*path, key))
+        elif isinstance(value, int) and not isinstance(value, bool) and _COUNT.search(str(key)):
+            found[(*path, key)] = value
+    return found
+
+
+def _promise(file: Path, promised: dict[tuple[str, ...], int], *, overwrite: bool) -> None:
+    """Write numbers of modules into a configuration; without `overwrite`, those whose keys it does not have."""
+    if not promised:
+        return
+    config = json.loads(file.read_bytes())
+    present = {key[-1] for key in _promised(config)}
+    changed = False
+    for (*path, key), number in promised.items():
+        if not overwrite and key in present:
+            continue
+        inner = config
+        for name in path:
+            # A text model of a vision-language model's files has a configuration without that part.
+            inner = inner.setdefault(name, {}) if overwrite else inner.get(name, inner)
+        inner[key], changed = number, True
+    if changed:
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy(files: dict[str, Path], names: Iterable[str], target: Path) -> None:
+    tensors = {}
+    for name in names:
+        with safe_open(files[name], framework="pt") as opened:
+            tensors[name] = opened.get_tensor(name)
+    save_file(tensors, target, metadata={"format": "pt"})
+
+
+def _add_shard(folder: Path, shard: Path, index: Path, metadata: dict[str, str]) -> None:
+    """Put a shard behind those that transformers wrote, and write the index of all."""
+    stem = index.name.replace(".safetensors.index", "").removesuffix(".json")
+    whole = folder / f"{stem}.safetensors"
+    shards = [whole]
+    if index.exists():
+        whole.unlink(missing_ok=True)  # of an earlier save
+        shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+    weight_map: dict[str, str] = {}
+    size = 0
+    for i, path in enumerate((*shards, shard), start=1):
+        name = f"{stem}-{i:05}-of-{len(shards) + 1:05}.safetensors"
+        with safe_open(path, framework="pt") as opened:
+            weight_map |= dict.fromkeys(opened.keys(), name)
+        with path.open("rb") as opened:
+            size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")  # the header's length, in front
+        path.rename(folder / name)
+    content = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    return name if variant is None else f"{name.removesuffix('.json')}.{variant}.json"
