@@ -170,12 +170,16 @@ class ModelWithHeads(Protocol):
 
     model: Any  # with PEFT's wrapper, where there is one
     heads: Heads
-    trunk: str  # "joint" where the model is trained
     carried: Any  # `mtp_ce.serving.carried.CarriedModule`
 
     @property
     def causal(self) -> Any:
         """The causal language model, without PEFT's wrapper."""
+        ...
+
+    @property
+    def trunk(self) -> str:
+        """ "joint" where the model is trained."""
         ...
 
 

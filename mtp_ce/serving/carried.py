@@ -146,13 +146,9 @@ class CarriedModule:
                 # Before the block, which may overwrite the files that they come from.
                 staged = folder / "mtp_module.safetensors.part"
                 _copy(files, names, staged)
-        index = folder / _with_variant("model.safetensors.index.json", variant)
         try:
-            # Of an earlier save: transformers writes none where it writes one file, and leaves the other there.
-            index.unlink(missing_ok=True)
             yield
-            if staged:
-                _add_shard(folder, staged, index, {_STATE: _STALE} if stale else {})
+            _write_index(folder, variant, staged, {_STATE: _STALE} if stale else {})
         finally:
             if staged:
                 staged.unlink(missing_ok=True)
@@ -197,6 +193,18 @@ class CarriedModule:
 
 
 _DROP = "wrapper.causal.config.get_text_config().num_nextn_predict_layers = 0 drops it"
+
+
+def promise_none(config: Any) -> None:
+    """Set the numbers of MTP modules in a configuration of transformers to 0.
+
+    Args:
+        config: of a model of another kind, which is trained from a checkpoint and has no module.
+    """
+    for part in (config, config.get_text_config()):
+        for key in _promised(vars(part)):
+            if len(key) == 1:
+                setattr(part, key[0], 0)
 
 
 def _files(source: str | Path) -> dict[str, Path] | None:
@@ -268,26 +276,33 @@ def _copy(files: dict[str, Path], names: Iterable[str], target: Path) -> None:
     save_file(tensors, target, metadata={"format": "pt"})
 
 
-def _add_shard(folder: Path, shard: Path, index: Path, metadata: dict[str, str]) -> None:
-    """Put a shard behind those that transformers wrote, and write the index of all."""
-    stem = index.name.replace(".safetensors.index", "").removesuffix(".json")
+def _write_index(folder: Path, variant: str | None, added: Path | None, metadata: dict[str, str]) -> None:
+    """Put a shard behind the files that transformers wrote, and write the index of all.
+
+    Without one to add, an index of an earlier save is removed that transformers left beside the one file it wrote.
+    """
+    part = "" if variant is None else f".{variant}"
+    stem, index = f"model{part}", folder / f"model.safetensors.index{part}.json"
     whole = folder / f"{stem}.safetensors"
-    shards = [whole]
-    if index.exists():
-        whole.unlink(missing_ok=True)  # of an earlier save
-        shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+    shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else []
+    # Where transformers writes one file, it removes all shards, but not their index; and the other way round.
+    numbered = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
+    if not all(numbered.fullmatch(name) and (folder / name).exists() for name in shards):
+        index.unlink()
+        shards = []
+    if shards:
+        whole.unlink(missing_ok=True)
+    if added is None:
+        return
+    files = [*(folder / name for name in shards or [whole.name]), added]
     weight_map: dict[str, str] = {}
     size = 0
-    for i, path in enumerate((*shards, shard), start=1):
-        name = f"{stem}-{i:05}-of-{len(shards) + 1:05}.safetensors"
-        with safe_open(path, framework="pt") as opened:
-            weight_map |= dict.fromkeys(opened.keys(), name)
+    for i, path in enumerate(files, start=1):
+        name = f"{stem}-{i:05}-of-{len(files):05}.safetensors"
+        with safe_open(path, framework="pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), name)
         with path.open("rb") as opened:
-            size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")  # the header's length, in front
+            size += path.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")  # without the header
         path.rename(folder / name)
     content = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
     index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    return name if variant is None else f"{name.removesuffix('.json')}.{variant}.json"

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mtp_ce.serving.carried import promise_none
 from mtp_ce.training.config.model import PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_functions, find_functions, make_pair
@@ -78,6 +79,7 @@ def _critic_of(
     config.classifier_dropout = 0.0
     # The scorer reads packed rows, and transformers separates their documents only without a cache.
     config.use_cache = False
+    promise_none(config)
     critic: PreTrainedModel
     if isinstance(sizes, PretrainedModelConfig) and pretrained:
         critic = AutoModelForTokenClassification.from_pretrained(

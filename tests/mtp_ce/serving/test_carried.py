@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, TrainingArguments
@@ -39,7 +38,7 @@ TINY: dict[str, Any] = {
     "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "index_kpool": 4,
     # linear attention
     "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1,
+    "linear_head_dim": 8, "linear_num_heads": 2, "mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1,
     # towers
     "num_heads": 2, "depth": 1, "out_hidden_size": D, "patch_size": 4, "image_size": 16, "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
@@ -77,7 +76,7 @@ FAMILIES = (
     Family("ExaoneMoeForCausalLM", "exaone_moe", "mtp."),
     Family("LongcatFlashForCausalLM", "longcat_flash", "model.mtp.layers.0.", LATENT),
     Family("MellumForCausalLM", "mellum", "mtp."),
-    Family("MiMoV2FlashForCausalLM", "mimo_v2_flash", "model.mtp.layers.0."),
+    Family("MiMoV2FlashForCausalLM", "mimo_v2_flash", "model.mtp.layers.0.", {"num_key_value_heads": 1}),
     Family("NemotronHForCausalLM", "nemotron_h", "mtp.layers.0."),
     Family("OlmoHybridForCausalLM", "olmo_hybrid", "mtp."),
     Family("Qwen2ForCausalLM", "qwen2", "model.mtp_layers.0."),
@@ -91,7 +90,7 @@ FAMILIES = (
     Family("Glm4vMoeForConditionalGeneration", "glm4v_moe", INSIDE, ROTARY),
     Family("GlmOcrForConditionalGeneration", "glm_ocr", INSIDE, ROTARY),
     Family("Exaone4_5_ForConditionalGeneration", "exaone4_5", "mtp."),
-    Family("Glm5NextForConditionalGeneration", "glm5_next", INSIDE),
+    Family("Glm5NextForConditionalGeneration", "glm5_next", INSIDE, {"qk_rope_head_dim": 0}),
     Family("GraniteDoclingForConditionalGeneration", "granite_docling", "mtp."),
     Family("MistralLarge4ForConditionalGeneration", "mistral_large4", "mtp_dspark.", LATENT),
     Family("Step3p7ForConditionalGeneration", "step3p7", LAYERED),
@@ -136,18 +135,17 @@ def module(family: Family) -> dict[str, Tensor]:
     return tensors
 
 
-def source_of(family: Family, folder: Path, shards: str | None = None) -> dict[str, Tensor]:
+def source_of(family: Family, folder: Path, shard: str | None = None) -> dict[str, Tensor]:
     """Write a checkpoint with an MTP module; return the module."""
     tiny(family).save_pretrained(folder)
     extra = module(family)
     file = folder / "model.safetensors"
-    if shards is None:
+    if shard is None:
         save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     else:
         file.rename(folder / "model-00001-of-00002.safetensors")
-        save_file(extra, folder / shards)
-        weight_map = dict.fromkeys(extra, shards)
-        weight_map |= dict.fromkeys(names_in(folder / "model-00001-of-00002.safetensors"), file.stem + "-00001-of-00002.safetensors")
+        save_file(extra, folder / shard)
+        weight_map = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((folder / "config.json").read_text())
     config.get("text_config", config)[family.key] = 1
@@ -155,13 +153,8 @@ def source_of(family: Family, folder: Path, shards: str | None = None) -> dict[s
     return extra
 
 
-def names_in(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
-
-
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as transformers and serving engines find them, the index checked against the files."""
+    """All tensors of a folder as transformers and serving engines find them, its index checked against the files."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         assert not index.exists()  # transformers reads the file, and engines read the index
@@ -193,10 +186,16 @@ def loaded(family: Family, folder: Path, **options: Any) -> Any:
     return getattr(transformers, family.name).from_pretrained(folder, **options)
 
 
-def wrapped(family: Family, folder: Path, **options: Any) -> MTPWrapper:
+def quiet(make: Any, *arguments: Any, **options: Any) -> Any:
+    """What a call returns, its warnings ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return MTPWrapper(loaded(family, folder), 2, **options)
+        return make(*arguments, **options)
+
+
+def wrapped(family: Family, folder: Path) -> MTPWrapper:
+    wrapper: MTPWrapper = quiet(MTPWrapper, loaded(family, folder), 2)
+    return wrapper
 
 
 def step(wrapper: MTPWrapper) -> None:
@@ -210,14 +209,237 @@ def step(wrapper: MTPWrapper) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_every_family_keeps_its_module(family, tmp_path):
-    """Wrapped, trained, saved, loaded with from_pretrained and saved again: all names of the source are there."""
+    """Wrapped, trained, saved and loaded: all names of the source are there, and the model is the same."""
     extra = source_of(family, tmp_path / "source")
     with pytest.warns(UserWarning, match=f"has an MTP module of {len(extra)} tensors"):
         wrapper = MTPWrapper(loaded(family, tmp_path / "source"), 2)
     step(wrapper)
     wrapper.save_pretrained(tmp_path / "saved")
     assert_carried(tmp_path / "saved", extra, tmp_path / "source", family)
-    again = MTPWrapper.from_pretrained(tmp_path / "saved")
+    if family.prefix.startswith("mtp"):  # which transformers ignores by name, wherever the layers end
+        return
+    again = quiet(MTPWrapper.from_pretrained, tmp_path / "saved")
+    assert again.carried.names == tuple(sorted(extra))
     assert all(torch.equal(x, y) for x, y in zip(wrapper.parameters(), again.parameters(), strict=True))
-    again.save_pretrained(tmp_path / "again")
-    assert_carried(tmp_path / "again", extra, tmp_path / "source", family)
+
+
+GLM, QWEN = BY_TYPE["glm4_moe"], BY_TYPE["qwen3_next"]
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "model.safetensors.index.json").read_text())
+    return content
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_of_any_number_and_name_come_with_one_index(tmp_path):
+    """The source's module in a file of another name; saved in parts, as a whole, in parts, all into one folder."""
+    extra = source_of(GLM, tmp_path / "source", shard="mtp.safetensors")
+    wrapper = wrapped(GLM, tmp_path / "source")
+    for size in ("8KB", "50GB", "8KB", "4KB"):
+        wrapper.save_pretrained(tmp_path / "saved", max_shard_size=size)
+        saved = tensors_of(tmp_path / "saved")
+        assert set(saved) == set(load_file(tmp_path / "source" / "model-00001-of-00002.safetensors")) | set(extra)
+        assert len(set(index_of(tmp_path / "saved")["weight_map"].values())) == 2 or size != "50GB"
+        assert not list((tmp_path / "saved").glob("*.part"))
+        model = loaded(GLM, tmp_path / "saved")
+        assert all(torch.equal(x, y) for x, y in zip(model.parameters(), wrapper.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shard", [None, "mtp.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_save_over_the_source_keeps_its_module(shard, tmp_path):
+    """transformers deletes the shards that it does not write, those with the module among them."""
+    extra = source_of(GLM, tmp_path, shard)
+    wrapper = wrapped(GLM, tmp_path)
+    for _ in range(2):
+        wrapper.save_pretrained(tmp_path)
+        assert {name: x.tolist() for name, x in module(GLM).items()}.keys() <= tensors_of(tmp_path).keys()
+    saved = tensors_of(tmp_path)
+    assert all(torch.equal(saved[name].view(torch.uint8), x.view(torch.uint8)) for name, x in extra.items())
+
+
+@pytest.mark.parametrize("family", [GLM, QWEN], ids=lambda family: family.model_type)
+def test_without_the_source_a_save_is_refused_before_it_writes(family, tmp_path):
+    source = tmp_path / "source"
+    extra = source_of(family, source)
+    wrapper = wrapped(family, source)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=f"^{source} can't be found .* the {len(extra)} tensors"):
+        wrapper.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    # The advice of the message, one after the other.
+    wrapper.causal.name_or_path = str(tmp_path / "moved")
+    wrapper.save_pretrained(tmp_path / "saved")
+    assert_carried(tmp_path / "saved", extra, tmp_path / "moved", family)
+    wrapper.causal.name_or_path = str(source)
+    wrapper.causal.config.get_text_config().num_nextn_predict_layers = 0
+    wrapper.save_pretrained(tmp_path / "saved")
+    assert not set(extra) & set(tensors_of(tmp_path / "saved"))
+    assert config_of(tmp_path / "saved")[NEXTN] == 0
+
+
+def test_a_source_that_is_gone_when_the_model_is_wrapped_is_said_then(tmp_path):
+    source_of(GLM, tmp_path / "source")
+    model = loaded(GLM, tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")
+    with pytest.warns(UserWarning, match="Until then save_pretrained is refused"):
+        wrapper = MTPWrapper(model, 2)
+    with pytest.raises(FileNotFoundError, match="can't be found"):
+        wrapper.save_pretrained(tmp_path / "saved")
+
+
+def test_a_module_that_the_configuration_drops_is_said_and_left_out(tmp_path):
+    extra = source_of(GLM, tmp_path / "source")
+    with pytest.warns(UserWarning, match="leaves it out"):
+        wrapper = MTPWrapper(loaded(GLM, tmp_path / "source", num_nextn_predict_layers=0), 2)
+    wrapper.save_pretrained(tmp_path / "saved")
+    assert not set(extra) & set(tensors_of(tmp_path / "saved"))
+    assert config_of(tmp_path / "saved")[NEXTN] == 0
+
+
+def promises(family: Family) -> bool:
+    """Whether the class does by default."""
+    return any(getattr(CONFIG_MAPPING[family.model_type], key, 0) for key in (NEXTN, "num_mtp_layers"))
+
+
+def test_a_module_behind_other_layers_is_refused(tmp_path):
+    source_of(GLM, tmp_path / "source")
+    wrapper = quiet(MTPWrapper, loaded(GLM, tmp_path / "source", num_hidden_layers=1), 2)
+    with pytest.raises(ValueError, match=r"behind 2 layers .*, and the model has 1"):
+        wrapper.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if promises(family)], ids=lambda x: x.model_type)
+def test_no_configuration_promises_a_module_that_is_not_there(family, tmp_path):
+    """Some classes promise one by default, of a model that was built, too."""
+    wrapper = MTPWrapper(tiny(family), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapper.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path).get_text_config()
+    assert getattr(config, family.key) == 0
+
+
+def test_a_source_that_promises_what_it_lacks_is_saved_without_the_promise(tmp_path):
+    tiny(GLM).save_pretrained(tmp_path / "source")
+    assert config_of(tmp_path / "source")[NEXTN] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MTPWrapper(loaded(GLM, tmp_path / "source"), 2).save_pretrained(tmp_path / "saved")
+    assert config_of(tmp_path / "saved") == {**config_of(tmp_path / "source"), NEXTN: 0}
+
+
+def test_a_configuration_with_a_path_is_no_loaded_model(tmp_path):
+    """from_config keeps the path of the configuration; the module belongs to other weights."""
+    extra = source_of(GLM, tmp_path / "source")
+    model = transformers.AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "source"))
+    MTPWrapper(model, 2).save_pretrained(tmp_path / "saved")
+    assert not set(extra) & set(tensors_of(tmp_path / "saved"))
+    assert config_of(tmp_path / "saved")[NEXTN] == 0
+
+
+def test_a_source_without_a_module_is_saved_as_transformers_saves_it(tmp_path):
+    """A Llama, and a Qwen3-Next without the module that its class would ignore."""
+    for family in (Family("LlamaForCausalLM", "llama", ""), QWEN):
+        source, plain, saved = (tmp_path / f"{family.model_type}-{name}" for name in ("source", "plain", "saved"))
+        tiny(family).save_pretrained(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapper = MTPWrapper(loaded(family, source), 2)
+            wrapper.save_pretrained(saved)
+        loaded(family, source).save_pretrained(plain)
+        theirs, ours = files_of(plain), files_of(saved)
+        assert {name: ours[name] for name in theirs} == theirs
+        assert ours.keys() - theirs.keys() == {"mtp_heads.json", "mtp_heads.safetensors"}
+
+
+def test_a_module_behind_a_trained_trunk_is_marked_as_stale(tmp_path):
+    """And stays so, whatever is trained afterwards; a frozen trunk leaves it as it was."""
+    source_of(GLM, tmp_path / "source")
+    for trunk, source, saved, stale in (
+        ("frozen", "source", "frozen", False),
+        ("detached", "source", "detached", False),
+        ("joint", "source", "joint", True),
+        ("frozen", "joint", "twice", True),
+    ):
+        wrapper = quiet(MTPWrapper, loaded(GLM, tmp_path / source), 2, trunk=trunk)
+        for save, folder in (
+            (wrapper.save_pretrained, saved),
+            (lambda x, y=wrapper: export_base(y, x), f"{saved}-base"),
+        ):
+            save(tmp_path / folder)
+            assert (index_of(tmp_path / folder)["metadata"].get("mtp_module") == "stale") == stale, folder
+
+
+def test_adapters_leave_the_module_with_the_base_and_an_export_carries_it(tmp_path):
+    """Adapters are saved without the model; merged, they are a trained trunk."""
+    peft = pytest.importorskip("peft")
+    extra = source_of(GLM, tmp_path / "source")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    for inserted in (False, True):
+        model, folder = loaded(GLM, tmp_path / "source"), tmp_path / f"adapters-{inserted}"
+        if inserted:
+            model.add_adapter(lora)
+        wrapper = quiet(MTPWrapper, model if inserted else peft.get_peft_model(model, lora), 2, trunk="detached")
+        wrapper.save_pretrained(folder)
+        assert not list(folder.glob("model*"))
+        export_base(wrapper, tmp_path / f"base-{inserted}")
+        assert_carried(tmp_path / f"base-{inserted}", extra, tmp_path / "source", GLM)
+        assert index_of(tmp_path / f"base-{inserted}")["metadata"]["mtp_module"] == "stale"
+    again = quiet(MTPWrapper.from_pretrained, tmp_path / "adapters-False")
+    export_base(again, tmp_path / "again")
+    assert_carried(tmp_path / "again", extra, tmp_path / "source", GLM)
+
+
+def test_checkpoints_of_a_training_have_the_module_and_resume(tmp_path):
+    pytest.importorskip("accelerate")
+    from mtp_ce import MTPTrainer
+
+    family, extra = GLM, source_of(GLM, tmp_path / "source")
+    rows = [{"input_ids": list(range(20, 28)), "labels": list(range(20, 28))}] * 2
+
+    def trainer(steps: int) -> Any:
+        arguments = TrainingArguments(
+            tmp_path / "run", max_steps=steps, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return MTPTrainer(model=wrapped(family, tmp_path / "source"), args=arguments, train_dataset=rows)
+
+    trainer(1).train()
+    assert_carried(tmp_path / "run" / "checkpoint-1", extra, tmp_path / "source", family)
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert_carried(tmp_path / "run" / "checkpoint-2", extra, tmp_path / "source", family)
+    resumed.save_model(tmp_path / "saved")
+    assert_carried(tmp_path / "saved", extra, tmp_path / "source", family)
+
+
+def test_a_subfolder_is_where_the_module_is_looked_for(tmp_path):
+    """from_pretrained of the wrapper knows the options; transformers keeps them nowhere."""
+    extra = source_of(GLM, tmp_path / "source" / "inner")
+    wrapped(GLM, tmp_path / "source" / "inner").save_pretrained(tmp_path / "wrapper" / "inner")
+    again = quiet(MTPWrapper.from_pretrained, tmp_path / "wrapper", subfolder="inner")
+    again.save_pretrained(tmp_path / "saved")
+    assert_carried(tmp_path / "saved", extra, tmp_path / "source" / "inner", GLM)
+
+
+def test_distributed_checkpoints_and_empty_states_hold_no_module(tmp_path):
+    """The first are refused; the second are DeepSpeed's, whose tensors are in files of its own."""
+    source_of(GLM, tmp_path / "source")
+    wrapper = wrapped(GLM, tmp_path / "source")
+    with pytest.raises(ValueError, match="distributed_checkpoint is True"):
+        wrapper.save_pretrained(tmp_path / "saved", distributed_checkpoint=True)
+    wrapper.save_pretrained(tmp_path / "empty", state_dict={})
+    assert not list((tmp_path / "empty").glob("*.safetensors*"))
+    assert config_of(tmp_path / "empty")[NEXTN] == 0
+    wrapper.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not list((tmp_path / "other").iterdir())

@@ -1,0 +1,60 @@
+"""train-mtp on a checkpoint with an MTP module of its own: the saved model has it, and so has the exported base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from mtp_ce.training.cli import export
+from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import fitting, pipeline
+from mtp_ce.training.run.inputs import read_inputs
+
+MODULE = {"model.layers.2.eh_proj.weight": torch.randn(8, 16), "model.layers.2.enorm.weight": torch.randn(8).bfloat16()}
+SIZES = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4,
+    "num_key_value_heads": 1, "moe_intermediate_size": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+
+
+def assert_carried(folder, *, stale):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert (index["metadata"].get("mtp_module") == "stale") == stale
+    for name, x in MODULE.items():
+        saved = load_file(folder / index["weight_map"][name])[name]
+        assert saved.dtype == x.dtype
+        assert torch.equal(saved, x)
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_a_run_keeps_the_module_of_its_source(small, tmp_path, monkeypatch):
+    """Also where the source is removed before the model is saved: the run is refused by name, and resumes."""
+    quiet = Console(quiet=True)
+    source, output = tmp_path / "source", tmp_path / "run"
+    Glm4MoeForCausalLM(Glm4MoeConfig(vocab_size=512, **SIZES)).save_pretrained(source)
+    save_file(load_file(source / "model.safetensors") | MODULE, source / "model.safetensors", metadata={"format": "pt"})
+    read_inputs(small(), quiet).tokenizer.save_pretrained(source)
+    model = f"model={{kind: pretrained, source: {source}, mtp: {{horizon: 2, trunk: detached}}}}"
+    recipe = small([model, "data.vocab_size=null", "train.steps=2", "optimizer.warmup_steps=0"])
+
+    class Removing(fitting.Trainer):
+        def fit(self):
+            results = super().fit()
+            source.rename(tmp_path / "moved")
+            return results
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="has an MTP module of 2 tensors"):
+        patch.setattr(fitting, "Trainer", Removing)
+        with pytest.raises(RecipeError, match=f"model.source '{source}' was removed during training"):
+            pipeline.train(recipe, output, quiet)
+    (tmp_path / "moved").rename(source)
+    pipeline.train(recipe, output, quiet, resume=True)
+    assert_carried(output / "model", stale=False)
+    assert export.main([str(output), "base", str(tmp_path / "base")]) == 0
+    assert_carried(tmp_path / "base", stale=False)
