@@ -179,7 +179,7 @@ class ModelWithHeads(Protocol):
 
     @property
     def trunk(self) -> str:
-        """ "joint" where the model is trained."""
+        """What is trained: "joint" includes the model."""
         ...
 
 

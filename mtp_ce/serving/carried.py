@@ -101,7 +101,7 @@ class CarriedModule:
         """
         if not self.names and self.found:
             return
-        message = f"{self._lost()}. Until then save_pretrained is refused."
+        message = f"{self._lost(causal)}. Until then save_pretrained is refused."
         if self.names:
             fate = "save_pretrained carries it over unchanged"
             if trained:
@@ -148,7 +148,8 @@ class CarriedModule:
                 _copy(files, names, staged)
         try:
             yield
-            _write_index(folder, variant, staged, {_STATE: _STALE} if stale else {})
+            if tensors:
+                _write_index(folder, variant, staged, {_STATE: _STALE} if stale else {})
         finally:
             if staged:
                 staged.unlink(missing_ok=True)
@@ -173,26 +174,30 @@ class CarriedModule:
             now = replace(now, names=self.names)
         files = _files(now.source) if now.found else None
         if files is None or any(name not in files or not files[name].exists() for name in now.names):
-            raise CarriedModuleLostError(f"{self._lost()}.", now.source)
+            raise CarriedModuleLostError(f"{self._lost(causal)}.", now.source)
         layers = causal.config.get_text_config().num_hidden_layers
         numbers = {int(m[2]) for name in now.names if not _NAMED.search(name) and (m := _LAYER.match(name))}
         if numbers and min(numbers) != layers:
             raise ValueError(
                 f"{now.source} has an MTP module behind {min(numbers)} layers ({now.names[0]}), and the model has "
-                f"{layers}; expected as many, or no module: {_DROP}."
+                f"{layers}; expected as many, or no module: {_drops(causal)}."
             )
         return now.source, files, now.names
 
-    def _lost(self) -> str:
+    def _lost(self, causal: Any) -> str:
         what = f"the {len(self.names)} tensors" if self.names else "the tensors"
         return (
             f"{self.source} can't be found or lacks safetensors files, from which {what} of the model's MTP module are "
             "carried over when it is saved, because transformers does not load them; expected them there, or their "
-            f"folder in wrapper.causal.name_or_path, or no module: {_DROP}"
+            f"folder in wrapper.causal.name_or_path, or no module: {_drops(causal)}"
         )
 
 
-_DROP = "wrapper.causal.config.get_text_config().num_nextn_predict_layers = 0 drops it"
+def _drops(causal: Any) -> str:
+    """Return what the user can set to leave the module out."""
+    counts = [".".join(key) for key, number in _promised(causal.config.to_dict()).items() if number]
+    names = counts or ["get_text_config().num_nextn_predict_layers"]
+    return f"{' = '.join(f'wrapper.causal.config.{name}' for name in names)} = 0 drops it"
 
 
 def promise_none(config: Any) -> None:
@@ -287,11 +292,11 @@ def _write_index(folder: Path, variant: str | None, added: Path | None, metadata
     shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else []
     # Where transformers writes one file, it removes all shards, but not their index; and the other way round.
     numbered = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.safetensors")
-    if not all(numbered.fullmatch(name) and (folder / name).exists() for name in shards):
+    if all(numbered.fullmatch(name) and (folder / name).exists() for name in shards):
+        (whole if shards else index).unlink(missing_ok=True)
+    elif whole.exists():
         index.unlink()
         shards = []
-    if shards:
-        whole.unlink(missing_ok=True)
     if added is None:
         return
     files = [*(folder / name for name in shards or [whole.name]), added]

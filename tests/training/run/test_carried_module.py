@@ -49,7 +49,7 @@ def test_a_run_keeps_the_module_of_its_source(small, tmp_path, monkeypatch):
             source.rename(tmp_path / "moved")
             return results
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="has an MTP module of 2 tensors"):
+    with monkeypatch.context() as patch:
         patch.setattr(fitting, "Trainer", Removing)
         with pytest.raises(RecipeError, match=f"model.source '{source}' was removed during training"):
             pipeline.train(recipe, output, quiet)
