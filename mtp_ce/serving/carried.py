@@ -15,6 +15,7 @@ name, and copied on save into one more shard, behind those that transformers wro
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -93,19 +94,21 @@ class CarriedModule:
         return cls(source, tuple(name for name in mtp_names(files) if name not in own))
 
     def report(self, causal: Any, *, trained: bool) -> None:
-        """Warn of what transformers did not load, and what becomes of it.
+        """Warn of what transformers did not load, and what becomes of it; on the first rank.
 
         Args:
             causal: the model.
-            trained: whether the model is, so that the module falls behind it.
+            trained: whether it may be trained, so that the module falls behind it.
         """
-        if not self.names and self.found:
+        if (not self.names and self.found) or os.environ.get("RANK", "0") != "0":
             return
         message = f"{self._lost(causal)}. Until then save_pretrained is refused."
         if self.names:
             fate = "save_pretrained carries it over unchanged"
-            if trained:
-                fate += "; the model is trained and the module is not, which makes it stale: it drafts worse"
+            if _is_stale(self.source):
+                fate += "; it is stale, because the model was trained after it, and drafts worse"
+            elif trained:
+                fate += "; once the model is trained, which trunk='joint' does, it is stale and drafts worse"
             if self._is_dropped(causal):
                 fate = "save_pretrained leaves it out, because the model's configuration has 0 such modules"
             message = (

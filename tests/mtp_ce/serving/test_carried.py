@@ -394,7 +394,9 @@ def test_a_module_behind_a_trained_trunk_is_marked_as_stale(tmp_path):
         ("joint", "source", "joint", True),
         ("frozen", "joint", "twice", True),
     ):
-        wrapper = quiet(MTPWrapper, loaded(GLM, tmp_path / source), 2, trunk=trunk)
+        with pytest.warns(UserWarning, match="has an MTP module") as warned:
+            wrapper = MTPWrapper(loaded(GLM, tmp_path / source), 2, trunk=trunk)
+        assert any("stale" in str(warning.message) for warning in warned) == ("joint" in (trunk, source))
         wrapper.save_pretrained(tmp_path / saved)
         export_base(wrapper, tmp_path / f"{saved}-base")
         for folder in (saved, f"{saved}-base"):
