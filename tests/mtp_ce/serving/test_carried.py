@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, TrainingArguments
 
 from mtp_ce import MTPWrapper
 from mtp_ce.serving.base import export_base
+from mtp_ce.serving.carried import promise_none
 
 V, D, LAYERS = 64, 16, 2
 TINY: dict[str, Any] = {
@@ -348,8 +349,10 @@ def test_no_configuration_promises_a_module_that_is_not_there(family, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapper.save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path).get_text_config()
-    assert getattr(config, family.key) == 0
+    assert getattr(AutoConfig.from_pretrained(tmp_path).get_text_config(), family.key) == 0
+    assert getattr(wrapper.config, family.key) == 1
+    promise_none(wrapper.config)  # as for a critic
+    assert getattr(wrapper.config, family.key) == 0
 
 
 def test_a_source_that_promises_what_it_lacks_is_saved_without_the_promise(tmp_path):
