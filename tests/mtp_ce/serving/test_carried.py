@@ -450,6 +450,34 @@ def test_checkpoints_of_a_training_have_the_module_and_resume(tmp_path):
     assert_carried(tmp_path / "saved", extra, tmp_path / "source", family)
 
 
+def test_transformers_drafts_with_the_module_that_was_carried_over(tmp_path):
+    """generate(use_mtp=True) raises where a tensor of it is missing; the layer of the module is the model's last."""
+    source = tmp_path / "source"
+    tiny(GLM).save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    last = f"model.layers.{LAYERS - 1}."
+    extra = {LAYERED + name.removeprefix(last): x + 0.1 for name, x in tensors.items() if name.startswith(last)}
+    extra |= {f"{LAYERED}{name}.weight": torch.ones(D) for name in ("enorm", "hnorm", "shared_head.norm")}
+    extra[f"{LAYERED}eh_proj.weight"] = torch.randn(D, 2 * D)
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    wrapped(GLM, source).save_pretrained(tmp_path / "saved")
+
+    def text(folder: Path, **options: Any) -> Tensor:
+        model = loaded(GLM, folder)
+        # transformers knows the numbers of published models alone.
+        model._keys_to_ignore_on_load_unexpected = {re.escape(LAYERED)}
+        tokens: Tensor = model.generate(
+            torch.arange(20, 26)[None], max_new_tokens=6, do_sample=False, eos_token_id=None, **options
+        )
+        return tokens
+
+    for folder in (source, tmp_path / "saved"):
+        assert torch.equal(text(folder), text(folder, use_mtp=True))
+    (tmp_path / "saved" / "model-00001-of-00002.safetensors").rename(tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(RuntimeError, match="are missing"):
+        text(tmp_path / "saved", use_mtp=True)
+
+
 def test_a_subfolder_or_a_cache_of_the_hub_is_where_the_module_is_looked_for(tmp_path):
     """from_pretrained of the wrapper knows the options; transformers keeps them nowhere."""
     extra = source_of(GLM, tmp_path / "source")
