@@ -64,6 +64,8 @@ class _Version(argparse.Action):
 
 def folder_argument(text: str) -> Path:
     """Return the path of an argument, with ~ expanded: the `type` of an option."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"it is the address {shown(text)}; give a folder on this machine")
     try:
         return user_path("it", text)
     except RecipeError as error:

@@ -44,7 +44,13 @@ from mtp_ce.training.tracking.composite import Tracking
 
 
 def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
-    """Train the model itself, evaluate its heads, and draw token weights of held-out passages if weighted."""
+    """Train the model itself, evaluate its heads, and draw token weights of held-out passages if weighted.
+
+    Of a run that has finished without its report, only the report is made.
+
+    Raises:
+        RecipeError: the record or the saved model of such a run is damaged.
+    """
     ranks = inputs.ranks
     pending = ranks.share(ranks.lead(lambda: pending_report(output)))
     rows = inputs.rows(inputs.tokens.train)
@@ -123,7 +129,8 @@ def _report(
         trained: the evaluation so far.
         model: the trained model; None: it is loaded from its files.
     """
-    evaluation, failures = trained, list[str]()
+    evaluation = trained
+    failures: list[str] = []
     # The other ranks wait, so this one may leave in the middle.
     with inputs.ranks.stop.at_once(), _failure_is_a_warning(inputs, output, failures):
         # A rank holds only its shards of a sharded model; the files hold all of it.
