@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE
@@ -145,8 +145,7 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         config = options.get("config")
         if config is None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-        kind = AutoModelForCausalLM if trust_remote_code and _has_code(config) else _class_of(config)
-        return _whole(kind, source, trust_remote_code, **options)
+        return _whole(_class_of(config, trust_remote_code), source, trust_remote_code, **options)
     except ValueError as error:
         if "does not fit" in str(error):
             advice = (
@@ -161,12 +160,12 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         ) from None
 
 
-def _has_code(config: Any) -> bool:
-    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-
-
-def _class_of(config: Any) -> Any:
+def _class_of(config: Any, trust_remote_code: bool) -> Any:
     """Return the class that wrote the files: AutoModelForCausalLM has none for most vision-language models."""
+    own = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if trust_remote_code and auto.__name__ in own:
+            return auto
     for name in config.architectures or ():
         named: Any = getattr(transformers, name, None)
         # A configuration may name a class without output embeddings, on which transformers puts new ones.
@@ -241,7 +240,7 @@ def _read_adapter(model: Any, folder: str | Path, name: str, hub: dict[str, Any]
         if key in saved and saved[key].shape != x.shape
     ]
     _refuse(folder, f"the model's adapter {name!r}", wrong)
-    set_peft_model_state_dict(model, saved, adapter_name=name)
+    set_peft_model_state_dict(model, dict(saved), adapter_name=name)  # PEFT 0.20 removes what it renames
     current = get_peft_model_state_dict(model, adapter_name=name)
     wrong = [f"{key} was not read" for key, x in current.items() if not torch.equal(x, saved[key].to(x))]
     _refuse(folder, f"the model's adapter {name!r}", wrong)

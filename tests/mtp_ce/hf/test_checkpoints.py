@@ -373,10 +373,10 @@ def test_what_is_trained_beside_adapters_and_not_written_is_named(tmp_path):
         run._load_from_checkpoint(str(tmp_path / "part"))
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_that_peft_writes_are_not_left_out(bias, tmp_path):
+def test_biases_that_peft_writes_are_not_left_out(tmp_path):
+    """They are the base's own parameters, and in the adapters' file."""
     LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)).save_pretrained(tmp_path / "base")
-    lora = LoraConfig(r=2, target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
     run = trainer(get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), lora), tmp_path, 1)
     run.train()
     wanted = state(run.model)
