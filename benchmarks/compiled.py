@@ -109,7 +109,7 @@ def launch_logits(
     tokens, options = torch.zeros(B, S, dtype=torch.int64), LossOptions(weight_alignment="target", **loss)
     inputs = LossInputs(tokens, torch.ones(B, S), document_ids=tokens)
     results = forward.launch_forward(heads, inputs, options, with_top1=extra, with_d_weights=extra)
-    _, factor = mean.launch_mean(results.out, results.valid, None, scale=1.0, count=True)
+    _, factor = mean.launch_mean(results.out, results.valid, None, options)
     backward.launch_backward(results.out, heads, d_heads, inputs, options, results.row_max, results.log_sum, factor)
 
 

@@ -136,9 +136,12 @@ class Heads(nn.Module):
 
         Raises:
             ModuleNotFoundError: safetensors is not installed; `pip install 'mtp_ce[train]'` brings it.
+            ValueError: the parameters are on the meta device.
         """
         from safetensors.torch import save_file
 
+        if state_dict is None:
+            check_materialized(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
@@ -146,6 +149,20 @@ class Heads(nn.Module):
         tensors = self.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata=self.file_metadata)
+
+
+def check_materialized(module: nn.Module) -> None:
+    """Check that the parameters have values to be written, or memory to be read into.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for name, x in module.named_parameters():
+        if x.is_meta:
+            raise ValueError(
+                f"{type(module).__name__} is on the meta device: {name} has no values. Expected parameters in memory: "
+                "module.to_empty(device=...) allocates them."
+            )
 
 
 class ModelWithHeads(Protocol):

@@ -86,7 +86,10 @@ class MTPHeads(Heads):
         folder = Path(folder)
         config = read_config(folder / CONFIG_FILE)
         if config.kind != cls.kind:
-            raise ValueError(f"{folder} has heads of the kind {config.kind!r}; expected {cls.kind!r}.")
+            raise ValueError(
+                f"{folder} has heads of the kind {config.kind!r}; expected {cls.kind!r}. "
+                "MTPWrapper.with_saved_heads(model, folder) puts heads of any kind on their model."
+            )
         check_tensors(folder / TENSORS_FILE, config)
         with torch.device("meta"):
             heads = cls(config.hidden_size, config.horizon)

@@ -53,8 +53,9 @@ def read_config(file: Path) -> SavedConfig:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} can't be read ({type(error).__name__}); {expected}") from None
-    # What is left in it is nothing that heads are saved with.
-    wrong = config | {name: x for name, x in (("hidden_size", hidden_size), ("horizon", horizon)) if not _counts(x)}
+    if config:
+        raise ValueError(f"{file} has the unknown key {min(config)[:60]!r}, perhaps of a later version; {expected}")
+    wrong = {name: x for name, x in (("hidden_size", hidden_size), ("horizon", horizon)) if not _counts(x)}
     if not (isinstance(kind, str) and len(kind) <= _LONGEST_PATH and (kind in KINDS or is_class_path(kind))):
         wrong["kind"] = kind
     for name, value in wrong.items():

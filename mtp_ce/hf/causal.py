@@ -34,6 +34,23 @@ def causal_model(model: Any) -> Any:
     return causal
 
 
+def check_in_memory(causal: Any) -> None:
+    """Check that no parameter is offloaded, since the loss reads the output layer outside the module's forward.
+
+    A model that is on the meta device as a whole, without any values yet, may be wrapped.
+
+    Raises:
+        ValueError: some of them are.
+    """
+    offloaded = [name for name, x in causal.named_parameters() if x.is_meta]
+    devices = getattr(causal, "hf_device_map", None)
+    if offloaded and (devices is not None or len(offloaded) < len(list(causal.parameters()))):
+        raise ValueError(
+            f"model has offloaded parameters, such as {offloaded[0]}, which are on the meta device outside its "
+            "forward; expected all of them in memory: load it without device_map, or with device_map={'': device}."
+        )
+
+
 def check_trainable(model: Any) -> None:
     """Check that a quantised model has adapters to train, by the rules of transformers' Trainer.
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
-from mtp_ce.heads.protocol import ModelWithHeads
+from mtp_ce.heads.protocol import ModelWithHeads, check_materialized
 from mtp_ce.heads.saved import check_tensors, read_config
 
 # Options of `from_pretrained` that locate a file and control its download.
@@ -68,9 +68,11 @@ class SavedHeads:
         """Copy the tensors into the parameters of a wrapper's heads.
 
         Raises:
-            ValueError: the heads do not fit the wrapper: another hidden size, kind or number.
+            ValueError: the heads do not fit the wrapper: another hidden size, kind or number; or they are on the meta
+                device.
         """
         heads = wrapper.heads
+        check_materialized(heads)
         if self.hidden_size != heads.hidden_size:
             raise ValueError(
                 f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "

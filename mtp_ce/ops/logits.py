@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtp_ce.ops import cpu
 from mtp_ce.ops.register import differentiable, mutating_operator, once_differentiable, operator
-from mtp_ce.ops.rows import check_labels
+from mtp_ce.ops.rows import check_labels, sum_by_token
 from mtp_ce.options import LossInputs, LossOptions
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -122,8 +122,7 @@ def reduce(
     scale = options.loss_scale
     if options.reduction == "none":
         return out.mul_(scale), out.new_full((), scale)
-    count = options.reduction == "mean" and inputs.normalizer is None
-    return mean(out, valid, inputs.normalizer, scale=scale, count=count)
+    return mean(out, valid, inputs.normalizer, options)
 
 
 @operator(fake=lambda d_loss, logits, *_: [torch.empty_like(x) for x in logits])
@@ -187,16 +186,14 @@ def weights_backward(
     weight_alignment: str,
 ) -> Tensor:
     """Return d loss / d token_weights: the gradients of a weight's rows, summed."""
-    B, S, H = d_row_weights.shape
+    B, S, _ = d_row_weights.shape
     upstream = (d_loss.expand(B, S).to(d_row_weights.dtype) * factor)[:, :, None]
     # Exactly 0 for a masked row and for an upstream gradient of 0, also where the other is Inf or NaN.
     by_row = torch.where((d_row_weights == 0) | (upstream == 0), 0.0, upstream * d_row_weights)
     if token_weights.dim() == 3:
         d_weights = by_row
     elif weight_alignment == "target":
-        d_weights = by_row.new_zeros(B, S)
-        for h in range(min(H, S - shift)):
-            d_weights[:, shift + h :] += by_row[:, : S - shift - h, h]
+        d_weights = sum_by_token(by_row, shift)
     else:
         d_weights = by_row.sum(-1)
     return d_weights.to(token_weights.dtype, copy=True)

@@ -153,11 +153,12 @@ def test_a_model_in_several_files_is_resumed(tmp_path):
 
 def test_a_checkpoint_of_other_heads_is_refused(tmp_path):
     build(tmp_path, "sequential").save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "trainer_state.json").write_text("{}")
     trainer = train(MTPTrainer, build(tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match=r"3 heads of the kind 'sequential'; expected 3 of the kind 'residual'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint"))
     (tmp_path / "checkpoint" / "mtp_heads.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no mtp_heads\.json"):
+    with pytest.raises(ValueError, match=r"is no complete checkpoint: .* has no mtp_heads\.json"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint"))
 
 
