@@ -222,7 +222,6 @@ def _check_normalizer(normalizer: Any, reduction: str, device: torch.device, sou
         raise ValueError(f"normalizer is {normalizer}; expected a finite number above 0.")
 
 
-@torch.compiler.assume_constant_result
 def _triton_missing(device_type: str, source: str) -> str | None:
     """Return why Triton cannot run on tensors of this device; None where it can."""
     try:
@@ -237,6 +236,11 @@ def _triton_missing(device_type: str, source: str) -> str | None:
         f"{source} is on {device_type}; expected a GPU, or TRITON_INTERPRET=1 in the environment before triton is "
         "imported. Use impl='auto' or 'cpu' here."
     )
+
+
+# As torch.compiler.assume_constant_result marks it; the decorator itself imports torch._dynamo, which doubles the time
+# that importing this package takes.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_impl(impl: str, first: Tensor, source: str = "logits") -> str:
