@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.rows import check_labels
 from mtp_ce.options import LossInputs, LossOptions, check_choice
 
@@ -262,18 +263,9 @@ def check_inplace(heads: list[Tensor], impl: str) -> None:
     """ValueError where the gradient cannot overwrite the logits."""
     if impl == "reference":
         raise ValueError("inplace_backward is True; expected False with impl='reference', which has no such path.")
-    for x in heads:
-        leaf = x._base if x._base is not None else x
-        if leaf.is_leaf and leaf.requires_grad:
-            raise ValueError(
-                "inplace_backward is True and logits is a leaf that requires a gradient, or a view of one; expected "
-                "the output of a layer: the leaf's own values would be overwritten."
-            )
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError("inplace_backward is True and logits is expanded; expected memory of its own.")
-    # Under torch.compile tensors have no addresses, and each graph input is known to be separate.
-    if not torch.compiler.is_compiling() and _overlap(heads):
-        raise ValueError("inplace_backward is True and two heads of logits share memory; expected separate memory.")
+    # Under torch.compile tensors have neither a base nor an address: the operator checks them when it is traced.
+    if not torch.compiler.is_compiling():
+        check_memory(heads)
     if any(x.requires_grad for x in heads) and saved_tensors_are_hooked():
         raise ValueError(
             "inplace_backward is True under hooks for saved tensors, such as non-reentrant activation checkpointing; "
@@ -290,23 +282,6 @@ def saved_tensors_are_hooked() -> bool:
         return False
     # torch has no public function for this. The argument: also where something else traces.
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _overlap(heads: list[Tensor]) -> bool:
-    """Return whether two heads of one shape share memory; where their strides differ this errs towards True."""
-    return any(not _apart(head, other) for i, head in enumerate(heads) for other in heads[:i])
-
-
-def _apart(head: Tensor, other: Tensor) -> bool:
-    distance = abs(head.data_ptr() - other.data_ptr()) // head.element_size()
-    steps = sorted((step, n) for step, n in zip(head.stride(), head.shape, strict=True) if n > 1)
-    extent = 1  # elements that the dimensions of smaller steps span
-    for step, n in steps:
-        # One head lies in the gaps that the other's steps leave, as heads of one tensor do.
-        if head.stride() == other.stride() and extent <= distance % step <= step - extent:
-            return True
-        extent += (n - 1) * step
-    return distance >= extent
 
 
 def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int, int, int]) -> None:

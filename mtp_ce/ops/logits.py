@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce.ops import cpu
+from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
 from mtp_ce.options import LossInputs, LossOptions
@@ -84,7 +85,13 @@ def _allocate(logits: list[Tensor], inputs: LossInputs, options: LossOptions, ca
     )
 
 
-@operator(fake=_allocate)
+def _trace_forward(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> Forward:
+    if call.inplace_backward:
+        check_memory(logits)
+    return _allocate(logits, inputs, options, call)
+
+
+@operator(fake=_trace_forward)
 def logits_forward(
     logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
     inputs: LossInputs,

@@ -180,8 +180,16 @@ EXCLUSIVE: dict[str, Row] = {
 NOT_IN_PLACE: dict[str, Row] = {
     "leaf": ("inplace_backward ... leaf ... expected", lambda: {"logits": leaf(B, S, H, V)} | INPLACE),
     "leaf_in_a_list": ("inplace_backward ... leaf", lambda: {"logits": [layer(B, S, V), leaf(B, S, V)]} | INPLACE),
+    "leaf_that_is_a_view": (
+        "inplace_backward ... leaf",
+        lambda: {"logits": f32(B * S * H * V).view(B, S, H, V).requires_grad_()} | INPLACE,
+    ),
     "view_of_a_leaf": ("inplace_backward ... leaf", lambda: {"logits": leaf(B, S, H * V).view(B, S, H, V)} | INPLACE),
-    "expanded": ("inplace_backward ... expanded", lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V)} | INPLACE),
+    "expanded": ("inplace_backward ... expand or", lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V)} | INPLACE),
+    "overlapping_rows": (
+        "inplace_backward ... rows of logits share memory",
+        lambda: {"logits": layer(B * S * 2 + V).unfold(0, V, 2)[: B * S].view(B, S, V)} | INPLACE,
+    ),
     "one_tensor_twice": ("inplace_backward ... two heads", lambda: {"logits": [layer(B, S, V)] * 2} | INPLACE),
     "overlapping_heads": (
         "inplace_backward ... expected",
