@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mtp_ce.kernels.online_softmax import term
 from mtp_ce.kernels.rows import power_of_2
 
 
@@ -28,6 +29,7 @@ def mean_kernel(
     factor_ptr,
     P,
     scale,
+    changing_ptr,
     COUNT: tl.constexpr,
     H: tl.constexpr,
     H_BLOCK: tl.constexpr,
@@ -50,7 +52,7 @@ def mean_kernel(
     elif normalizer_ptr is not None:
         normalizer = tl.load(normalizer_ptr).to(tl.float32)
     empty = count == 0.0
-    factor = tl.where(empty, 0.0, scale / tl.where(empty, 1.0, normalizer))
+    factor = tl.where(empty, 0.0, term(scale, changing_ptr, 0) / tl.where(empty, 1.0, normalizer))
     tl.store(factor_ptr, factor)
     tl.store(loss_ptr, tl.where(empty, 0.0, tl.sum(lane_sum, axis=0) * factor))
 
@@ -60,7 +62,7 @@ def launch_mean(
     valid: torch.Tensor,  # [B, S, H]
     normalizer: torch.Tensor | None,  # []
     *,
-    scale: float,
+    scale: float | torch.Tensor,  # a number, or []
     count: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and factor, 0-d fp32."""
@@ -73,7 +75,8 @@ def launch_mean(
         loss,
         factor,
         out.numel(),
-        scale,
+        1.0 if isinstance(scale, torch.Tensor) else scale,
+        scale if isinstance(scale, torch.Tensor) else None,
         COUNT=count,
         H=H,
         H_BLOCK=power_of_2(H),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
-from mtp_ce.ops.register import differentiable, mutating_operator, once_differentiable, operator
+from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, read_terms
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -102,7 +102,10 @@ def logits_forward(
 
     The factor is what the gradient of every position's term takes: scale / N.
     """
-    heads = split_heads(logits) if call.impl == "cpu" else logits
+    heads = logits
+    if call.impl == "cpu":
+        heads = split_heads(logits)
+        inputs, options = read_terms(inputs, options)
     device = inputs.labels.device
     if inputs.labels.numel() == 0:
         results = _allocate(logits, inputs, options, call)
@@ -126,9 +129,9 @@ def reduce(
     mean: Callable[..., tuple[Tensor, Tensor]], out: Tensor, valid: Tensor, inputs: LossInputs, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of the positions' terms `out`, and the factor of their gradients."""
-    scale = options.loss_scale
+    scale = options.loss_scale if inputs.terms is None else inputs.terms[0]
     if options.reduction == "none":
-        return out.mul_(scale), out.new_full((), scale)
+        return out.mul_(scale), out.new_ones(()).mul_(scale)
     count = options.reduction == "mean" and inputs.normalizer is None
     return mean(out, valid, inputs.normalizer, scale=scale, count=count)
 
@@ -179,6 +182,7 @@ def _write_gradient(
         return
     if impl == "cpu":
         logits, d_logits = split_heads(logits), split_heads(d_logits)
+        inputs, options = read_terms(inputs, options)
     _, _, backward = functions(impl)
     with device_guard(labels.device):
         backward(d_loss.expand(labels.shape), logits, d_logits, inputs, options, *statistics)
@@ -214,7 +218,7 @@ def input_gradients(d_weights: Tensor | None) -> Iterator[Tensor | None]:
     return (d_weights if name == "token_weights" else None for name in LossInputs._fields)
 
 
-class _LogitsLoss(torch.autograd.Function):
+class _LogitsLoss(Loss):
     """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, valid and top1."""
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Whether the gradient may be written over the logits: what else lies in their memory, by storage and strides."""
 
+from typing import Any
+
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -7,9 +9,8 @@ from torch._subclasses import FakeTensor
 def check_memory(heads: list[Tensor]) -> None:
     """ValueError where the logits are a leaf's memory, or where two of their rows share memory."""
     for x in heads:
-        base = x if x._base is None else x._base
-        # Where only the view requires a gradient, a leaf was made of it, or of another view that it is one of.
-        if x.requires_grad and (x.is_leaf or base.is_leaf):
+        # A leaf may itself be a view, of memory that requires no gradient.
+        if any(leaf is not None and leaf.is_leaf and leaf.requires_grad for leaf in (x, x._base)):
             raise ValueError(
                 "inplace_backward is True and logits is a leaf that requires a gradient, or a view of one; expected "
                 "the output of a layer: the leaf's own values would be overwritten."
@@ -42,7 +43,8 @@ def _distance(head: Tensor, other: Tensor) -> int | None:
         return abs(head.data_ptr() - other.data_ptr()) // head.element_size()
     if head.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return None
-    return abs(head.storage_offset() - other.storage_offset())
+    distance: Any = head.storage_offset() - other.storage_offset()
+    return abs(distance)
 
 
 def _apart(head: Tensor, other: Tensor) -> bool:

@@ -214,7 +214,7 @@ def test_rows_that_share_memory_are_refused_and_no_others(compiled: bool) -> Non
 
 def test_a_leaf_is_refused_while_compiling_too() -> None:
     """A parameter, or a view of one, that the compiled graph would overwrite."""
-    parameter, labels = torch.linspace(-1, 1, 33).view(1, 3, 11).requires_grad_(), torch.tensor([[3, 1, 2]])
+    parameter, labels = torch.linspace(-1, 1, 33).view(1, 3, 11).clone().requires_grad_(), torch.tensor([[3, 1, 2]])
     for view in (lambda x: x, lambda x: x.view(1, 3, 1, 11)):
         step = torch.compile(
             lambda x, view=view: weighted_mtp_ce(view(x), labels, inplace_backward=True),
