@@ -114,7 +114,7 @@ def launch_logits(
     terms = torch.ones(4, dtype=torch.float64) if changing else None
     inputs = LossInputs(tokens, torch.ones(B, S), document_ids=tokens, terms=terms)
     results = forward.launch_forward(heads, inputs, options, with_top1=extra, with_d_weights=extra)
-    _, factor = mean.launch_mean(results.out, results.valid, None, scale=1.0 if terms is None else terms[0], count=True)
+    _, factor = mean.launch_mean(results.out, results.valid, None, options, terms)
     backward.launch_backward(results.out, heads, d_heads, inputs, options, results.row_max, results.log_sum, factor)
 
 

@@ -121,7 +121,7 @@ def weighted_mtp_linear_ce(
             a GPU.
         shift: as in `weighted_mtp_ce`, like all that follow.
         weight_alignment: "position" or "target".
-        head_reduction: "live" or "horizon".
+        head_reduction: "live", "horizon" or "target".
         head_weights: [H] constants.
         seq_lens: [B] integers.
         document_ids: [B, S] integers.

@@ -116,7 +116,8 @@ def weighted_mtp_ce(
         ce(b,t,h)    = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,target]]            nats
         loss         = loss_scale / N * sum_{b,t} w[b,t] * mean_{h valid} ce(b,t,h)
 
-    N is the number of positions with a valid head. Neither the probabilities nor shifted copies are ever built. A
+    N is the number of positions with a valid head. With head_reduction="target" the mean is over the heads that predict
+    the same token, and N the number of predicted tokens. Neither the probabilities nor shifted copies are ever built. A
     masked row (not valid, or of weight 0) is not read.
 
     Args:
@@ -128,7 +129,9 @@ def weighted_mtp_ce(
         shift: 1: head 0 is the next-token head; 0: labels are already shifted; 2: extra heads only.
         weight_alignment: "position": all heads at t use w[b,t]. "target": head h uses the weight of the token that
             it predicts, w[b,target]. For [B, S] weights.
-        head_reduction: "live": divide by the number of valid heads. "horizon": divide by H.
+        head_reduction: "live": divide by the number of valid heads. "horizon": divide by H. "target": divide by the
+            number of heads that predict the same token, so that every token counts once; N then equals the
+            `num_items_in_batch` of transformers' Trainer. For masked prompts.
         head_weights: [H] constants a: the mean over heads becomes sum a ce / sum a over valid heads.
         seq_lens: [B] integers: tokens from index seq_lens[b] on are padding.
         document_ids: [B, S] integers: a head never predicts a token of another document.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHOICES = {
     "weight_alignment": ("position", "target"),
-    "head_reduction": ("live", "horizon"),
+    "head_reduction": ("live", "horizon", "target"),
     "reduction": ("mean", "sum", "none"),
     "impl": ("auto", "triton", "cpu", "reference"),
 }

@@ -103,6 +103,7 @@ class MTPWrapper(PreTrainedModel):
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        head_reduction: str = "target",
     ) -> None:
         check_name(heads, PATHS, "heads")
         for name, value, known in (("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
@@ -110,7 +111,7 @@ class MTPWrapper(PreTrainedModel):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
-        LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)  # checks them
+        LossOptions(label_smoothing=label_smoothing, z_loss=z_loss, head_reduction=head_reduction)  # checks them
         causal = causal_model(model)
         Unembedding.checked(causal)
         built = build_heads(heads, causal, horizon)
@@ -126,7 +127,7 @@ class MTPWrapper(PreTrainedModel):
         self.model = model
         self.generation_config = causal.generation_config
         self.trunk, self.loss = trunk, loss
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.label_smoothing, self.z_loss, self.head_reduction = label_smoothing, z_loss, head_reduction
         self.heads: Heads = built
         if trunk == "frozen":
             model.requires_grad_(False)
@@ -217,6 +218,7 @@ class MTPWrapper(PreTrainedModel):
         options = LossOptions(
             shift=shift, weight_alignment=weight_alignment,
             softcap=output.softcap, z_loss=self.z_loss, label_smoothing=self.label_smoothing,
+            head_reduction=self.head_reduction,
         )  # fmt: skip
         loss_inputs = LossInputs(targets, weights, document_ids=document_ids, normalizer=normalizer)
         loss, stats = self._loss(hidden, output, loss_inputs, options)

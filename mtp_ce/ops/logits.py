@@ -17,7 +17,7 @@ from torch import Tensor
 from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
-from mtp_ce.ops.rows import check_labels
+from mtp_ce.ops.rows import check_labels, sum_by_token
 from mtp_ce.options import LossInputs, LossOptions, read_terms
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -129,11 +129,13 @@ def reduce(
     mean: Callable[..., tuple[Tensor, Tensor]], out: Tensor, valid: Tensor, inputs: LossInputs, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of the positions' terms `out`, and the factor of their gradients."""
-    scale = options.loss_scale if inputs.terms is None else inputs.terms[0]
     if options.reduction == "none":
-        return out.mul_(scale), out.new_ones(()).mul_(scale)
-    count = options.reduction == "mean" and inputs.normalizer is None
-    return mean(out, valid, inputs.normalizer, scale=scale, count=count)
+        if inputs.terms is None:
+            return out.mul_(options.loss_scale), out.new_full((), options.loss_scale)
+        return out.mul_(inputs.terms[0]), inputs.terms[0].to(out.dtype)
+    if inputs.terms is None:
+        return mean(out, valid, inputs.normalizer, options)
+    return mean(out, valid, inputs.normalizer, options, inputs.terms)
 
 
 @operator(fake=lambda d_loss, logits, *_: [torch.empty_like(x) for x in logits])
@@ -198,16 +200,14 @@ def weights_backward(
     weight_alignment: str,
 ) -> Tensor:
     """Return d loss / d token_weights: the gradients of a weight's rows, summed."""
-    B, S, H = d_row_weights.shape
+    B, S, _ = d_row_weights.shape
     upstream = (d_loss.expand(B, S).to(d_row_weights.dtype) * factor)[:, :, None]
     # Exactly 0 for a masked row and for an upstream gradient of 0, also where the other is Inf or NaN.
     by_row = torch.where((d_row_weights == 0) | (upstream == 0), 0.0, upstream * d_row_weights)
     if token_weights.dim() == 3:
         d_weights = by_row
     elif weight_alignment == "target":
-        d_weights = by_row.new_zeros(B, S)
-        for h in range(min(H, S - shift)):
-            d_weights[:, shift + h :] += by_row[:, : S - shift - h, h]
+        d_weights = sum_by_token(by_row, shift)
     else:
         d_weights = by_row.sum(-1)
     return d_weights.to(token_weights.dtype, copy=True)

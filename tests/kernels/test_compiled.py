@@ -88,12 +88,15 @@ def main(target_name: str) -> None:
     cases += [(V, torch.bfloat16, 1, "shared capped") for V in large]
     cases += [(V, torch.float32, H, layout) for V in large for H, layout in ((2, "plain"), (1, "capped"))]
     cases += [(32000, torch.bfloat16, 1, "strided"), (151936, torch.bfloat16, 1, "capped changing")]
+    cases += [(32000, torch.bfloat16, 4, "per token")]
     report = []
     for V, dtype, H, layout in cases:
         logits = torch.empty(1, 2, H, V, dtype=dtype)
         if layout == "strided":
             logits = torch.empty(1, V, 2, H, dtype=dtype).permute(0, 2, 3, 1)
         loss = compiled.CAPPED if "capped" in layout else compiled.PLAIN
+        if layout == "per token":
+            loss = {**loss, "head_reduction": "target"}
         extra = "capped" in layout or layout == "statistics"
         # Nobody shares a row on no multiprocessor, and two positions are too few for 132.
         how = {"extra": extra, "changing": "changing" in layout}

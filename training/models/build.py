@@ -57,7 +57,9 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
         RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
     """
     _check_kind(heads)
-    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+    return MTPWrapper(
+        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction
+    )
 
 
 def _check_kind(heads: MTPConfig) -> None:

@@ -60,6 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {
         "softcap": 5.0, "z_loss": 0.01, "label_smoothing": 0.1, "weight_alignment": "target", "loss_scale": 0.5,
+        "head_reduction": "target",
         "chunk_bytes": FEW,
     },
     "none": {"reduction": "none", "head_reduction": "horizon", "shift": 0},

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "weight_alignment": "target",
         "loss_scale": 0.5,
+        "head_reduction": "target",
     },
     "none": {"reduction": "none", "head_reduction": "horizon", "shift": 0},
     "sum": {"reduction": "sum", "shift": 2},
