@@ -36,6 +36,7 @@ from mtp_ce.kernels.online_softmax import (
     row_layout,
     row_of,
     scaled_exp,
+    smoothing_loss,
     term,
 )
 from mtp_ce.kernels.results import ForwardResults
@@ -95,7 +96,7 @@ def write_row_results(
     if not PLAIN:
         lse = row_max + log_sum
         z_term = term(terms.z_loss, terms.changing, 2) * lse * lse
-        row_loss += z_term + term(terms.label_smoothing, terms.changing, 3) * above_mean
+        row_loss += z_term + smoothing_loss(above_mean, terms)
     tl.store(results.ce + r, ce)
     tl.store(results.row_max + r, row_max)
     tl.store(results.log_sum + r, log_sum)

@@ -30,6 +30,7 @@ from mtp_ce.kernels.online_softmax import (
     online_softmax,
     pack_heads,
     row_layout,
+    smoothing_loss,
     term,
 )
 from mtp_ce.kernels.results import RowResults, Rows
@@ -70,7 +71,7 @@ def forward_backward_kernel(logits_ptr, stride_r, rows, results, V, terms, SETTI
             lse = row_max + log_sum
             row_loss += term(terms.z_loss, terms.changing, 2) * lse * lse
             if SETTINGS.softmax.SMOOTH:
-                row_loss += term(terms.label_smoothing, terms.changing, 3) * ((label_logit - base) - total / V)
+                row_loss += smoothing_loss((label_logit - base) - total / V, terms)
         g = tl.load(rows.coefficient + r)
     tl.store(results.ce + r, ce)
     tl.store(results.row_loss + r, row_loss)

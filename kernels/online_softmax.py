@@ -77,6 +77,17 @@ def term(number, changing, INDEX: tl.constexpr):
 
 
 @triton.jit
+def smoothing_loss(above_mean, terms):
+    """What label smoothing adds to a row's loss: its factor times the label's logit above the mean."""
+    smoothing = term(terms.label_smoothing, terms.changing, 3)
+    loss = smoothing * above_mean
+    if terms.changing is not None:
+        # A label of probability 0 must not come back as 0 * -inf; a number that is 0 is known when this compiles.
+        loss = tl.where(smoothing == 0.0, 0.0, loss)
+    return loss
+
+
+@triton.jit
 def row_of(heads, b, t, h: tl.constexpr):
     """The row of head h at (b, t): its pointer, and the distance of its entries."""
     i: tl.constexpr = h if heads.stride_h is None else 0

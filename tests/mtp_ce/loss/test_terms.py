@@ -163,8 +163,15 @@ def test_masks_are_weights_of_0_and_1(impl, draw) -> None:
 
 def test_a_label_of_probability_0_has_an_infinite_loss_beside_a_z_loss(impl, draw) -> None:
     """Not NaN: nothing is smoothed."""
-    logits, labels = draw.normal(1, 3, 1, V), draw.integers(V, 1, 3)
-    logits[0, 1, 0, labels[0, 2]] = -torch.inf
-    loss = weighted_mtp_ce(logits, labels, z_loss=0.1, reduction="none", impl=impl)
-    assert loss[0, 1].item() == torch.inf
-    assert bool(loss[0, 0].isfinite())
+    hidden, unembed, bias = draw.normal(1, 3, 1, D), draw.normal(V, D), draw.normal(V)
+    labels = torch.tensor([[3, 1, 2]], device=bias.device)
+    bias[2] = -torch.inf  # the target of position 1
+    logits = torch.nn.functional.linear(hidden, unembed, bias)
+    for smoothing in (0.0, torch.tensor(0.0, device=bias.device)):
+        how = {"z_loss": 0.1, "label_smoothing": smoothing, "reduction": "none", "impl": impl}
+        for loss in (
+            weighted_mtp_ce(logits, labels, **how),
+            weighted_mtp_linear_ce(hidden, unembed, labels, bias=bias, **how),
+        ):
+            assert loss[0, 1].item() == torch.inf
+            assert bool(loss[0, 0].isfinite())
