@@ -2,7 +2,9 @@
 
 Math       target           = t + shift + h
            valid            = target < len(b), label(target) != ignore_index, document(target) == document(t)
-           head coefficient = valid * a_h / D     D = K(b,t), H, or the sum of a_h over valid heads; a_h = 1 by default
+           head coefficient = valid * a_h / D         a_h = 1 by default
+           D                = "live": sum of a_h over the position's valid heads; "horizon": H
+                              "target": sum of a_i over the heads i that predict the same token, each from t + h - i
            row coefficient  = w * head coefficient        w = w[b,t], w[b,t,h] or w[b,target]
 
 Shapes     labels, document_ids [B,S]; token_weights [B,S] or [B,S,H]; head_weights [H]; seq_lens [B]; any strides
@@ -10,8 +12,10 @@ Shapes     labels, document_ids [B,S]; token_weights [B,S] or [B,S,H]; head_weig
 
 Algorithm  A position's H targets are read as one short vector straight from the caller's tensors. Nothing is
            rolled, padded or copied. `rows_kernel` writes the vectors to memory, for the linear path's chunks of rows.
+           "target" allocates nothing either: label and length are the token's own, so head i predicts it unless
+           t + h - i lies before the sequence or in another document.
 
-Traffic    Per position: H labels, H (or 1) weights, H + 1 document ids. Nothing of size V.
+Traffic    Per position: H labels, H (or 1) weights, H + 1 document ids ("target": 2 H - 1 and more). Nothing of size V.
 
 Numerics   Coefficients are fp32, or NaN where a valid label lies outside [0, V), which reports a broken label
            without a host sync and without an illegal read.
@@ -53,7 +57,7 @@ class Rule(NamedTuple):
     SHIFT: int
     H: int
     H_BLOCK: int  # H rounded up to a power of 2
-    OVER_HORIZON: bool  # divide by H
+    OVER: str  # head_reduction: what a head's weight is divided by
     TARGET_WEIGHTS: bool  # [B, S] weights are those of the targets
 
 
@@ -72,6 +76,25 @@ class RowsSettings(NamedTuple):
 
     rule: Rule
     WITH_D_WEIGHTS: bool  # rows of weight 0 are computed too
+
+
+@triton.jit
+def token_totals(rows, b, t, offs_h, valid, target, RULE: tl.constexpr):
+    """Sum of the weights of all heads that predict the same token as head h from t, [H_BLOCK]; 0 where not valid."""
+    total = tl.zeros([RULE.H_BLOCK], tl.float32)
+    for i in tl.static_range(RULE.H):
+        # Head i predicts the token from here. Rows of one token sum in one order, and so divide by the same bits.
+        source = t + offs_h - i
+        predicts = valid & (source >= 0)
+        if rows.document_ids is not None:
+            docs = rows.document_ids + b * rows.stride_db
+            document = tl.load(docs + target * rows.stride_ds, mask=predicts, other=0)
+            predicts = predicts & (tl.load(docs + source * rows.stride_ds, mask=predicts, other=0) == document)
+        weight = 1.0
+        if rows.head_weights is not None:
+            weight = tl.load(rows.head_weights + i * rows.stride_a).to(tl.float32)
+        total += tl.where(predicts, weight, 0.0)
+    return total
 
 
 @triton.jit
@@ -104,10 +127,13 @@ def row_coefficients(
     head_coefficient = valid.to(tl.float32)
     if rows.head_weights is not None:
         head_coefficient = tl.load(rows.head_weights + offs_h * rows.stride_a, mask=valid, other=0.0).to(tl.float32)
-    if RULE.OVER_HORIZON:
+    if RULE.OVER == "horizon":
         head_coefficient = head_coefficient / H
     else:
-        total = tl.sum(head_coefficient, axis=0)
+        if RULE.OVER == "target":
+            total = token_totals(rows, b, t, offs_h, valid, target, RULE)
+        else:
+            total = tl.sum(head_coefficient, axis=0)
         head_coefficient = head_coefficient / tl.where(total == 0.0, 1.0, total)
 
     # A NaN or Inf weight on a row whose head coefficient is 0 must not come back as NaN * 0.
@@ -167,7 +193,7 @@ def rows_kernel(
 
 def pack_inputs(inputs: LossInputs) -> RowInputs:
     """Return the tensors of the rule with their strides."""
-    labels, token_weights, head_weights, seq_lens, document_ids, _ = inputs
+    labels, token_weights, head_weights, seq_lens, document_ids, *_ = inputs
     packed = (
         labels, *labels.stride(),
         token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
@@ -189,7 +215,7 @@ def row_rule(options: LossOptions, H: int) -> Rule:
         SHIFT=options.shift,
         H=H,
         H_BLOCK=power_of_2(H),
-        OVER_HORIZON=options.head_reduction == "horizon",
+        OVER=options.head_reduction,
         TARGET_WEIGHTS=options.weight_alignment == "target",
     )
 

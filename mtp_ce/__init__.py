@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_ce.heads.residual import MTPHeads
+    from mtp_ce.hf.output import MTPOutput
     from mtp_ce.hf.trainer import MTPTrainer
-    from mtp_ce.hf.wrapper import MTPOutput, MTPWrapper
+    from mtp_ce.hf.wrapper import MTPWrapper
     from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
     from mtp_ce.loss import MTPLoss, MTPStats, WeightedMTPLoss, weighted_mtp_ce
     from mtp_ce.next_token import NextToken
@@ -25,7 +26,7 @@ _HOME = {
     "CriticDeltaScorer": "mtp_ce.scorers.critic",
     "MTPHeads": "mtp_ce.heads.residual",
     "MTPLoss": "mtp_ce.loss",
-    "MTPOutput": "mtp_ce.hf.wrapper",
+    "MTPOutput": "mtp_ce.hf.output",
     "MTPStats": "mtp_ce.loss",
     "MTPTrainer": "mtp_ce.hf.trainer",
     "MTPWrapper": "mtp_ce.hf.wrapper",

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from mtp_ce.linear import token_ce
 from mtp_ce.unembedding import Unembedding
 
+# fp32 logits of one chunk of rows.
+ENTROPY_CHUNK_BYTES = 64 * 2**20
+
 
 class NextToken(NamedTuple):
     """A causal language model's next-token head on one batch, without its logits."""
@@ -61,3 +64,26 @@ class NextToken(NamedTuple):
         ce = predicting.new_full((B, S), torch.nan)
         ce[:, 1:] = torch.where(predicted, predicting[:, :-1], torch.nan)
         return ce
+
+    @torch.no_grad()
+    def entropy(self, rows: Tensor) -> Tensor:
+        """Return the entropy [B, S] fp32, nats, of the predicted distributions in `rows`; 0 in all others.
+
+        Args:
+            rows: [B, S] bool. On a GPU all rows are computed, because counting them would synchronise.
+        """
+        hidden = self.hidden.flatten(0, 1)
+        if compact := not hidden.is_cuda:
+            hidden = hidden[rows.flatten()]
+        count = max(1, ENTROPY_CHUNK_BYTES // (4 * self.unembed.shape[0]))
+        chunks = [self._entropies(chunk) for chunk in hidden.split(count)]
+        entropies = torch.cat(chunks) if chunks else hidden.new_zeros(0, dtype=torch.float32)
+        if compact:
+            return entropies.new_zeros(rows.shape).masked_scatter(rows, entropies)
+        return torch.where(rows, entropies.view(rows.shape), 0.0)
+
+    def _entropies(self, hidden: Tensor) -> Tensor:
+        logits = nn.functional.linear(hidden, self.unembed, self.bias).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return torch.special.entr(logits.softmax(-1)).sum(-1)

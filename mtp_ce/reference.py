@@ -15,9 +15,12 @@ class _ZeroWeighted(torch.autograd.Function):
     """w * row_loss at w = 0: the value is 0 whatever the row's loss is, and d / d w is still row_loss."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, row_loss: Tensor) -> Tensor:
-        ctx.save_for_backward(row_loss)
+    def forward(w: Tensor, row_loss: Tensor) -> Tensor:
         return torch.zeros_like(w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -104,22 +107,28 @@ def reference_weighted_mtp_ce(
         weighted = a[h] * weighted
         losses.append(torch.zeros(B, S, dtype=dtype, device=device).index_put((b, position), weighted))
 
-    if head_weights is not None:
-        denominator = (valid * a).sum(-1)
+    count = valid.any(-1).sum()
+    if head_reduction == "target":
+        # By the token that is predicted: token j from position j - shift - h by head h.
+        predictions, total = (torch.zeros(B, S + shift + H, dtype=dtype, device=device) for _ in range(2))
+        for h in range(H):
+            predictions[:, shift + h : shift + h + S] += valid[:, :, h]
+            total[:, shift + h : shift + h + S] += valid[:, :, h] * a[h]
+        count = (predictions > 0).sum()
+        denominator = torch.stack([total[:, shift + h : shift + h + S] for h in range(H)], dim=-1)
     elif head_reduction == "horizon":
-        denominator = torch.full((B, S), float(H), dtype=dtype, device=device)
+        denominator = torch.full((B, S, 1), float(H), dtype=dtype, device=device)
     else:
-        denominator = valid.sum(-1).to(dtype)
-    average = sum(losses, start=torch.zeros(B, S, dtype=dtype, device=device))
-    average = average / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+        denominator = (valid * a).sum(-1, keepdim=True)
+    weighted = torch.stack(losses, dim=-1)
+    average = (weighted / torch.where(denominator == 0, torch.ones_like(denominator), denominator)).sum(-1)
 
-    positions = valid.any(-1).sum()
     if reduction == "none":
         loss = loss_scale * average
-    elif positions == 0:
+    elif count == 0:
         loss = 0.0 * average.sum()
     elif reduction == "sum":
         loss = loss_scale * average.sum()
     else:
-        loss = loss_scale * average.sum() / (positions if normalizer is None else normalizer)
+        loss = loss_scale * average.sum() / (count if normalizer is None else normalizer)
     return loss.to(dtype), ce, valid, lse, top1

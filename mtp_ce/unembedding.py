@@ -72,9 +72,17 @@ class Unembedding(NamedTuple):
 
         Raises:
             TypeError, ValueError: as `of`.
-            ValueError: the model computes its logits in another way.
+            ValueError: the model computes its logits in another way, or its output layer is quantised.
         """
         output = cls.of(model)
+        values = output.weight.detach()
+        if getattr(model, "is_quantized", False) and not (type(values) is Tensor and values.is_floating_point()):
+            layer = type(model.get_output_embeddings()).__name__  # type: ignore[operator]
+            raise ValueError(
+                f"model is {type(model).__name__}, whose output layer is quantised: {layer} with a weight "
+                f"{type(output.weight).__name__} of {values.dtype}; expected floating point. Load the model with its "
+                "output layer, often 'lm_head', in llm_int8_skip_modules or modules_to_not_convert."
+            )
         base = getattr(model, "base_model", None)
         if not isinstance(base, nn.Module) or base is model or not has_values(output.weight):
             return output

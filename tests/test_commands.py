@@ -75,6 +75,7 @@ ELSEWHERE = {
     "train-mtp --resume s3://": ("tests/training/run/test_resume.py", "test_a_run_goes_on_from_s3"),
     "sbatch docs/train.sbatch": ("tests/training/run/test_launch.py", "train.sbatch"),
     "python examples/finetune.py": ("tests/test_examples.py", "finetune"),
+    "python examples/chat.py": ("tests/test_examples.py", 'load("chat")'),
     "eval-mtp HuggingFaceTB/": ("tests/training/models/test_sources.py", '"somebody/model"'),
     "export-mtp runs/first base s3://": ("tests/training/storage/test_storage_settings.py", "export-mtp"),
 }

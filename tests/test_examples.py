@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ from mtp_ce import MTPWrapper
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def finetune():
-    spec = importlib.util.spec_from_file_location("finetune", ROOT / "examples" / "finetune.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    return load("finetune")
 
 
 @pytest.mark.parametrize("trainer", ["transformers", "trl"])
@@ -59,3 +64,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_both_end_with_the_best(finet
     for name, x in kept.items():
         assert torch.equal(x, whole[name]), name
         assert torch.equal(x, again[name]), name
+
+
+@pytest.mark.slow
+def test_a_chat_fine_tune_saves_resumes_evaluates_decodes_and_exports(tmp_path):
+    """SmolLM2-135M with LoRA through MTPTrainer, SFTTrainer: a resumed run is the uninterrupted one, bit for bit."""
+    chat = load("chat")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    before = chat.main(["--steps", "1", "--save-steps", "1", "--output", str(tmp_path / "one")])
+    metrics = chat.main(["--steps", "12", "--save-steps", "6", "--output", str(whole)])
+    assert metrics["eval_loss"] < before["eval_loss"] - 1
+    assert all(metrics[f"eval_ce_head_{h}"] < before[f"eval_ce_head_{h}"] for h in range(4))
+    assert metrics["tokens_per_forward"] >= 1
+    # As after a kill behind the first checkpoint.
+    shutil.copytree(whole / "checkpoint-6", cut / "checkpoint-6")
+    resumed_metrics = chat.main(["--steps", "12", "--save-steps", "6", "--output", str(cut), "--resume"])
+    assert resumed_metrics["eval_loss"] == metrics["eval_loss"]
+    trained, resumed = (MTPWrapper.from_pretrained(folder).state_dict() for folder in (whole, cut))
+    assert trained.keys() == resumed.keys()
+    assert all(torch.equal(x, resumed[name]) for name, x in trained.items())
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(whole / "export" / "base")(tokens).logits
+        adapted = MTPWrapper.from_pretrained(whole)(tokens).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3)
+    assert (whole / "export" / "medusa" / "model.safetensors").is_file()

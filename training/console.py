@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -97,6 +99,30 @@ class Display:
 
     def _line(self, text: str) -> None:
         say(self._console, text)
+
+
+@contextmanager
+def patience(console: Console, what: str, seconds: float) -> Iterator[None]:
+    """Print a line every few seconds of a block that prints nothing itself.
+
+    Args:
+        console: where to print.
+        what: the beginning of the line; how long the block has taken follows.
+        seconds: between two lines.
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(seconds):
+            say(console, f"{what}, {time.monotonic() - started:.0f} s so far")
+
+    thread = threading.Thread(target=tell, name="patience", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def number(value: float | None, form: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +71,22 @@ class LeaderFailedError(RuntimeError):
     """Rank 0 failed and reports the cause; the other ranks exit silently."""
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """Return the error of the system behind an exception; None: there is none.
+
+    Libraries in Rust and C++ report it in their text alone: `No space left on device (os error 28)`, or
+    `unable to open file </a/b> in read-only mode: Input/output error (5)`.
+    """
+    if isinstance(error, OSError):
+        return error
+    text = str(error) if isinstance(error, Exception) else ""
+    for number in map(int, re.findall(r"\((?:os error )?([1-9]\d{0,2})\)", text)):
+        if (reason := os.strerror(number)) in text:
+            named = re.search(r"<(/[^>]*)>", text)
+            return OSError(number, reason, named[1] if named else None)
+    return None
+
+
 # Of a model or tokenizer whose files come with Python code.
 NEVER_RUN = (
     "needs Python code that comes with it, which is never run; load it yourself, with transformers and "
@@ -77,7 +95,7 @@ NEVER_RUN = (
 
 
 @contextmanager
-def readable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
+def refuse_unloadable(key: str, source: str, problem: str = "can't be read") -> Iterator[None]:
     """Turn what a library raises about a user's files into one line: anything, where they are damaged.
 
     Args:

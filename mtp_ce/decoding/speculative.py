@@ -10,13 +10,16 @@ Every token accepted or replaced in this way has the distribution p, whatever q 
 p and q are 0 and 1: a draft is accepted if the model would have chosen it. A round costs one forward of the model and
 yields at least one token.
 
+p is the distribution of the model's own `generate`: transformers prepares inputs, logits processors and stopping
+criteria from the generation_config, and calls the loop here in place of its own (its argument `custom_generate`).
+
 Source: arXiv:2302.01318, algorithm 2, with drafts from heads as in arXiv:2401.10774.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -24,11 +27,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import DynamicCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
 
+from mtp_ce.decoding.choice import Choice, Draft
+from mtp_ce.decoding.settings import check_followed
 from mtp_ce.heads.protocol import ModelWithHeads
+from mtp_ce.heads.virtual_tokens import prepare_behind_virtual_tokens, virtual_tokens
 from mtp_ce.unembedding import Unembedding
 
 
@@ -36,10 +41,12 @@ from mtp_ce.unembedding import Unembedding
 class Speculation:
     """Counts of one decoding. Those of several prompts add up: `sum(counts, Speculation())`.
 
+    In a batch each row that is not finished counts for itself: its forwards, rounds, tokens and drafts.
+
     Attributes:
         forwards: forwards of the model, that of the prompt included.
         rounds: forwards that verified a draft, or computed the last token: all but the prompt's.
-        tokens: new tokens.
+        tokens: new tokens, without padding.
         offered: for each extra head, how often its token was verified: all before it were accepted.
         kept: for each extra head, how often its token was accepted.
     """
@@ -71,50 +78,38 @@ class Speculation:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per round, accepted drafts and the model's own token: tau of arXiv:2401.15077, from 1 to H."""
+        """Mean tokens per round, accepted drafts and the model's own token: tau of arXiv:2401.15077, from 1 to H.
+
+        A batch keeps less where its rows accept unequal numbers of tokens; see `tokens_per_forward`.
+        """
         return 1 + sum(self.kept) / max(self.rounds, 1)
 
 
 class SpeculativeOutput(NamedTuple):
     """Tokens, and the counts of their decoding."""
 
-    sequences: Tensor  # [1, S + new], the prompt included
+    sequences: Tensor  # [B, S + new], the prompts included
     speculation: Speculation
 
 
-@torch.no_grad()
 def generate_speculatively(
     wrapper: ModelWithHeads,
-    input_ids: Tensor,  # [1, S]
-    attention_mask: Tensor | None = None,  # [1, S]
+    inputs: Tensor | None = None,  # [B, S]
+    generation_config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | list[int] | None = None,
     generator: torch.Generator | None = None,
+    **options: Any,
 ) -> SpeculativeOutput:
-    """Decode with drafts of the wrapper's heads.
-
-    Of the model's generation settings only the length and the end of text apply: no penalty or other change of logits.
+    """Decode as the model's own `generate` does, with drafts of the wrapper's heads.
 
     Args:
         wrapper: an `MTPWrapper` with heads that draft: "residual", "layer" or "sequential", or your own.
-        input_ids: one prompt, not padded.
-        attention_mask: ones, as a tokenizer returns them.
-        max_new_tokens: maximal number of new tokens; None takes the model's own generation settings, and where they
-            set none, max_length.
-        max_length: maximal number of tokens, the prompt included; None takes the model's own generation settings, and
-            where they set none, 20 new tokens.
-        do_sample: whether to sample; else greedy.
-        temperature: of sampling, above 0.
-        top_k: sample among the k most likely tokens; None or 0 means all.
-        top_p: sample among the most likely tokens with this total probability, from 0 to 1; None means all.
-        eos_token_id: decoding ends with it; None takes the model's own generation settings.
+        inputs: the prompts, padded on the left where they differ in length; also taken as `input_ids`.
+        generation_config: as `generate` takes it; None means the model's own.
         generator: source of random numbers; None means torch's own.
+        **options: settings of the generation_config by name, `attention_mask`, `logits_processor`,
+            `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `tokenizer`, with their meaning in `generate`.
+            Processors also see prefixes that end in a draft: one that keeps state between calls is not followed.
 
     Returns:
         The tokens of the model's own greedy decoding, or samples of its distribution, and the counts. A forward over
@@ -122,180 +117,191 @@ def generate_speculatively(
         may differ from that of `generate`.
 
     Raises:
-        ValueError: more than one prompt, a padded one, heads that can't draft, a model whose cache can't be cropped, or
-            a setting out of its range.
+        ValueError: heads that can't draft, a model whose cache can't be cropped, a setting that can't be followed (see
+            `mtp_ce.decoding.settings`), or what `generate` itself refuses.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids is {list(input_ids.shape)}; expected one prompt, [1, S].")
-    if attention_mask is not None and (attention_mask.shape != input_ids.shape or not attention_mask.all()):
+    heads = wrapper.heads
+    if not heads.drafts or heads.horizon == 1:
         raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)} with {int(attention_mask.sum())} ones; expected ones of "
-            f"{list(input_ids.shape)}: no head drafts for a padded prompt. Pass the prompt without its padding."
+            f"heads are {heads.kind!r} with horizon {heads.horizon}; speculative decoding needs heads that draft, such "
+            "as heads='residual', and a horizon above 1."
         )
-    causal, heads, H = wrapper.causal, wrapper.heads, wrapper.heads.horizon
-    if not heads.drafts or H == 1:
-        raise ValueError(
-            f"heads are {heads.kind!r} with horizon {H}; speculative decoding needs heads that draft, such as "
-            "heads='residual', and a horizon above 1."
-        )
-    max_new_tokens = _new_tokens(max_new_tokens, max_length, input_ids.shape[1], causal)
-    _check_sampling(temperature, top_k, top_p)
-    choice = _Sampling(temperature, top_k, top_p, generator) if do_sample else _Greedy()
-    output, base, cache_argument = Unembedding.of(causal), causal.base_model, _cache_argument(causal.base_model)
-    ends = _ends(eos_token_id, causal)
-    cache = _new_cache(causal)
-    counts = Speculation(forwards=1, offered=[0] * (H - 1), kept=[0] * (H - 1))
+    config, arguments = wrapper.causal._prepare_generation_config(generation_config, **options)
+    check_followed(config, arguments)
+    prompt = options.get("input_ids") if inputs is None else inputs
+    if prompt is None or prompt.dim() != 2 or 0 in prompt.shape:
+        shape = None if prompt is None else list(prompt.shape)
+        raise ValueError(f"input_ids is {shape}; expected prompts of at least one token, [B, S].")
+    if config.stop_strings is not None and (tokenizer := options.get("tokenizer")) is not None:
+        # transformers passes no tokenizer on to its own criterion where it calls another loop.
+        options["stop_strings"], stop = None, StopStringCriteria(tokenizer, config.stop_strings)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stop])
+    decoding = _Decoding(wrapper, generator, options.get("streamer"))
+    output: SpeculativeOutput = wrapper.model.generate(
+        inputs, generation_config=generation_config, custom_generate=decoding, **options
+    )
+    return output
 
-    def run(tokens: Tensor) -> Tensor:  # [1, S] -> [1, S, D]
-        hidden: Tensor = base(input_ids=tokens, use_cache=True, **{cache_argument: cache}).last_hidden_state
+
+class _Decoding:
+    """The loop of one decoding, which transformers' `generate` calls in place of its own."""
+
+    def __init__(self, wrapper: ModelWithHeads, generator: torch.Generator | None, streamer: Any) -> None:
+        self.wrapper, self.heads, self.generator, self.streamer = wrapper, wrapper.heads, generator, streamer
+        self.counts = Speculation(offered=[0] * (self.heads.horizon - 1), kept=[0] * (self.heads.horizon - 1))
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,  # [B, S]
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> SpeculativeOutput:
+        trunk = _Trunk(self.wrapper.model, model, model_kwargs)
+        ends = generation_config._eos_token_tensor
+        choice = Choice(logits_processor, generation_config.do_sample, ends, self.generator)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad = generation_config._pad_token_tensor if pads else None
+        text = _Text(input_ids, stopping_criteria, pad, self.streamer)
+        output = Unembedding.of(model)
+        with self.heads.drafter(model, lambda: _new_cache(model)) as drafter:
+            # `begin` is the position at which the last forward began.
+            begin, hidden = 0, trunk.run(input_ids, 0, 0)
+            _check_croppable(trunk.cache, virtual_tokens(self.wrapper.model) + input_ids.shape[1], model)
+            draft, drawn_from = input_ids[:, :0], hidden.new_empty(len(input_ids), 0, output.weight.shape[0])
+            while True:
+                width, before = draft.shape[1], text.tokens.shape[1]
+                logits = output.logits(hidden[:, -1 - width :])
+                tokens, accepted = choice.verify(text.tokens, draft, drawn_from, logits, text.active)
+                self._count([one for one, counted in zip(accepted, text.counted, strict=True) if counted], width)
+                if text.append(tokens):
+                    break
+                trunk.extend(text.tokens.shape[1] - before)
+                # The cache holds every position but the newest token's. What is cropped: the positions of rejected
+                # tokens, and those that the next forward repeats.
+                cached = text.tokens.shape[1] - 1
+                width = max(min(self.heads.horizon - 1, int(generation_config.max_length) - cached - 2), 0)
+                draft, drawn_from = draft[:, :0], drawn_from[:, :0]
+                if width:  # the last token needs no draft
+                    draw = Draft(choice, text.tokens, text.active)
+                    with _precision(self.heads, hidden):
+                        draft, drawn_from = drafter.draft(
+                            hidden, cached - begin - 1, text.tokens[:, begin:], width, draw
+                        )
+                    draft, drawn_from = draft[:, : draw.length], drawn_from[:, : draw.length]
+                end_of_cache = begin + hidden.shape[1]
+                begin = max(cached - drafter.repeats, 0)
+                _crop([*trunk.cache.layers, *drafter.layers], end_of_cache - begin)
+                hidden = trunk.run(torch.cat([text.tokens, draft], 1), begin, draft.shape[1])
+        self.counts.tokens = text.count
+        return SpeculativeOutput(text.tokens, self.counts)
+
+    def _count(self, accepted: list[int], width: int) -> None:
+        counts = self.counts
+        counts.rounds += len(accepted) if counts.forwards else 0  # the first forward is the prompt's
+        counts.forwards += len(accepted)
+        for one in accepted:
+            for h in range(min(one + 1, width)):
+                counts.offered[h] += 1
+                counts.kept[h] += h < one
+
+
+class _Text:
+    """The accepted tokens of a batch, with the end of every row as `generate` decides it."""
+
+    def __init__(self, prompt: Tensor, criteria: Any, pad: Tensor | None, streamer: Any) -> None:
+        self.tokens, self.criteria, self.pad, self.streamer = prompt, criteria, pad, streamer
+        # Rows without an end, and rows that still get tokens: where no token ends a text, `generate` writes on in
+        # finished rows too.
+        self.unfinished = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+        self.active, self.counted = self.unfinished, [True] * len(prompt)
+        self.count = 0
+
+    def append(self, tokens: Tensor) -> bool:  # [B, n]
+        """Append tokens one after the other, and return whether all rows are finished: later ones are dropped."""
+        for token in tokens.unbind(1):
+            if self.pad is not None:
+                token = token.where(self.active, self.pad.to(token.device))
+            self.count += sum(self.counted)
+            self.tokens = torch.cat([self.tokens, token[:, None]], 1)
+            self.unfinished = self.unfinished & ~self.criteria(self.tokens, None)
+            if self.streamer is not None:
+                self.streamer.put(token.cpu())
+            unfinished = self.unfinished.tolist()
+            if self.pad is not None:
+                self.active, self.counted = self.unfinished, unfinished
+            if not any(unfinished):
+                if self.streamer is not None:
+                    self.streamer.end()
+                return True
+        return False
+
+
+class _Trunk:
+    """Forwards of the base model, with the inputs that the model prepares for its own `generate`."""
+
+    def __init__(self, model: Any, causal: Any, kwargs: dict[str, Any]) -> None:
+        self.model, self.causal, self.kwargs = model, causal, kwargs
+        self.output: Any = None
+        self.cache = _cache_of(kwargs, causal)
+
+    def run(
+        self, tokens: Tensor, begin: int, drafted: int
+    ) -> Tensor:  # [B, L + drafted] -> [B, L + drafted - begin, D]
+        """Return the last hidden states of the tokens from `begin` on; those before are in the cache."""
+        kwargs = self._extended(drafted)
+        if self.output is None:
+            # PEFT's prompt learning puts its virtual tokens before these.
+            inputs = self.causal.prepare_inputs_for_generation(tokens, is_first_iteration=True, **kwargs)
+            self.cache = _cache_of(inputs, self.causal)
+            _record_past(self.cache)
+        else:
+            kwargs["next_sequence_length"] = tokens.shape[1] - begin
+            inputs = prepare_behind_virtual_tokens(self.model, tokens, is_first_iteration=False, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "logits_to_keep")}
+        self.output = self.causal.base_model(**inputs, return_dict=True)
+        hidden: Tensor = self.output.last_hidden_state[:, begin - tokens.shape[1] :]
         return hidden
 
-    with heads.drafter(causal, lambda: _new_cache(causal)) as drafter:
-        hidden = run(input_ids)
-        _check_croppable(cache, input_ids.shape[1], causal)
-        token, drawn_from = choice.draw(output.logits(hidden[0, -1:]))
-        # `text` holds the accepted tokens; `begin` is the position at which the last forward began.
-        text, begin = torch.cat([input_ids[0], token]), 0
-        new = token.tolist()
-        while len(new) < max_new_tokens and new[-1] not in ends:
-            # The cache holds every position but the newest token's. What is cropped: the positions of rejected tokens,
-            # and those that the next forward repeats.
-            cached = len(text) - 1
-            width = min(H - 1, max_new_tokens - len(new) - 1)
-            draft = token[:0]  # the last token needs no draft
-            if width:
-                draft, drawn_from = drafter.draft(hidden, cached - begin - 1, text[begin:], width, choice.draw)
-            end_of_cache = begin + hidden.shape[1]
-            begin = max(cached - drafter.repeats, 0)
-            _crop([*cache.layers, *drafter.layers], end_of_cache - begin)
-            hidden = run(torch.cat([text[begin:], draft])[None])
-            counts.forwards, counts.rounds = counts.forwards + 1, counts.rounds + 1
-            count, token = choice.verify(draft, drawn_from, output.logits(hidden[0, -1 - width :]))
-            # The one synchronisation with the device per round.
-            *drafted, follows, accepted = torch.cat([draft, token, count]).tolist()
-            for h in range(min(accepted + 1, width)):
-                counts.offered[h] += 1
-                counts.kept[h] += h < accepted
-            text = torch.cat([text, draft[:accepted], token])
-            end = next((i for i, one in enumerate(drafted[:accepted]) if one in ends), accepted)
-            new += [*drafted[:accepted], follows][: end + 1]
-    counts.tokens = len(new)
-    return SpeculativeOutput(text[None, : input_ids.shape[1] + len(new)], counts)
+    def extend(self, count: int) -> None:
+        """Extend mask and positions by as many accepted tokens."""
+        self.kwargs = self._extended(count)
 
-
-class _Greedy:
-    """Greedy decoding: p and q are 0 and 1."""
-
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # [N, V]
-        """Return tokens [N], and the scores [N, V] that they were drawn from."""
-        return logits.argmax(-1), logits
-
-    def verify(self, draft: Tensor, drawn_from: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many tokens of a draft [h] are accepted, [1], and the token [1] after them.
-
-        Args:
-            draft: [h], tokens.
-            drawn_from: [h, V], their scores.
-            logits: [h + 1, V] of the model, at the positions before, in and after the draft.
-        """
-        argmax = logits.argmax(-1)
-        count = _leading(draft == argmax[:-1])
-        return count, argmax.gather(0, count)
-
-
-class _Sampling:
-    """Sampling from the distribution of the logits under temperature, top-k and top-p."""
-
-    def __init__(
-        self, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-    ) -> None:
-        self.steps: list[Any] = [TemperatureLogitsWarper(float(temperature))]
-        self.steps += [TopKLogitsWarper(top_k)] if top_k else []
-        self.steps += [TopPLogitsWarper(top_p)] if top_p is not None and top_p < 1 else []
-        self.generator = generator
-
-    def distribution(self, logits: Tensor) -> Tensor:
-        """Return probabilities [N, V]."""
-        logits = logits.float()
-        for step in self.steps:
-            logits = step(None, logits)
-        return logits.softmax(-1)
-
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [N], and the scores [N, V] that they were drawn from."""
-        probabilities = self.distribution(logits)
-        return self._sample(probabilities), probabilities
-
-    def verify(self, draft: Tensor, drawn_from: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many tokens of a draft [h] are accepted, [1], and the token [1] after them.
-
-        Args:
-            draft: [h], tokens.
-            drawn_from: [h, V], their scores.
-            logits: [h + 1, V] of the model, at the positions before, in and after the draft.
-        """
-        p, h = self.distribution(logits), len(draft)
-        q = F.pad(drawn_from[:h], (0, 0, 0, 1))  # nothing was drafted for the position after the draft
-        ratio = (p[:h].gather(1, draft[:, None]) / q[:h].gather(1, draft[:, None]))[:, 0]
-        count = _leading(torch.rand(h, device=p.device, generator=self.generator) < ratio)
-        p, q = p.index_select(0, count), q.index_select(0, count)
-        rest = (p - q).clamp(min=0)
-        # Where p and q differ by rounding alone, the rest may be 0 everywhere.
-        return count, self._sample(torch.where(rest.any(), rest, p))
-
-    def _sample(self, weights: Tensor) -> Tensor:  # [N, V], need not sum to 1
-        # As in torch.multinomial, without its validity check, which would synchronise with the device.
-        return (weights / torch.empty_like(weights).exponential_(generator=self.generator)).argmax(-1)
-
-
-def _new_tokens(requested: int | None, max_length: int | None, prompt: int, causal: Any) -> int:
-    """Return the maximal number of new tokens, by the rules of transformers."""
-    settings = causal.generation_config
-    requested = settings.max_new_tokens if requested is None else requested
-    limit = settings.max_length if max_length is None else max_length
-    for name, value in (("max_new_tokens", requested), ("max_length", limit)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name} is {value!r}; expected an integer.")
-    if requested is not None:
-        if requested < 1:
-            raise ValueError(f"max_new_tokens is {requested}; expected at least 1.")
-        return requested
-    if limit is None:
-        positions = getattr(causal.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        limit = prompt + 20 if positions is None else min(prompt + 20, positions)
-    if limit <= prompt:
-        raise ValueError(
-            f"max_length is {limit} and the prompt has {prompt} tokens; expected more. Or set max_new_tokens."
+    def _extended(self, count: int) -> dict[str, Any]:
+        if not count:
+            return dict(self.kwargs)
+        extended: dict[str, Any] = self.causal._update_model_kwargs_for_generation(
+            self.output, dict(self.kwargs), num_new_tokens=count
         )
-    return limit - prompt
+        return extended
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}; expected a number above 0. do_sample=False takes the most likely token."
-        )
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise ValueError(f"top_k is {top_k}; expected a whole number of tokens, or None for all.")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected a probability from 0 to 1, or None for all tokens.")
-
-
-def _leading(accepted: Tensor) -> Tensor:  # [h]
-    """Return the number of true values before the first false one, [1]."""
-    return accepted.long().cumprod(0).sum(0, keepdim=True)
-
-
-def _cache_argument(base: Any) -> str:
-    """Return the name of the cache in a model's forward, which transformers renames from past_key_values to cache."""
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+def _precision(heads: torch.nn.Module, hidden: Tensor) -> AbstractContextManager[Any]:
+    """Return an autocast for heads of another dtype than the trunk's, as in mixed-precision training."""
+    own = next((parameter.dtype for parameter in heads.parameters()), hidden.dtype)
+    half = own if hidden.dtype == torch.float32 else hidden.dtype
+    return torch.autocast(hidden.device.type, dtype=half, enabled=own != hidden.dtype)
 
 
 def _new_cache(causal: Any) -> DynamicCache:
     cache = DynamicCache(config=causal.config)
+    _record_past(cache)
+    return cache
+
+
+def _cache_of(inputs: dict[str, Any], causal: Any) -> Cache:
+    """Return the cache among the inputs of a model, whatever its name there."""
+    cache = next((value for value in inputs.values() if isinstance(value, Cache)), None)
+    if cache is None:
+        raise _uncroppable(causal)
+    return cache
+
+
+def _record_past(cache: Cache) -> None:
     # A sliding window then keeps the positions that rejected tokens push out of it, until it is cropped.
     getattr(cache, "activate_past_recording", lambda: None)()
-    return cache
 
 
 def _crop(layers: list[Any], positions: int) -> None:
@@ -306,16 +312,15 @@ def _crop(layers: list[Any], positions: int) -> None:
             layer.crop(-positions)
 
 
-def _check_croppable(cache: DynamicCache, length: int, causal: Any) -> None:
+def _check_croppable(cache: Cache, length: int, causal: Any) -> None:
     """Refuse a model whose state can't be rolled back: by the type of its cache, or because it has not used it."""
     croppable = (getattr(layer, "is_croppable", type(layer) is DynamicLayer) for layer in cache.layers)
     if not all(croppable) or cache.get_seq_length() != length:
-        raise ValueError(
-            f"model is {type(causal).__name__}, whose cache transformers {transformers.__version__} can't crop "
-            "before a rejected token; generate without speculative=True."
-        )
+        raise _uncroppable(causal)
 
 
-def _ends(requested: int | list[int] | None, causal: Any) -> set[int]:
-    ends = causal.generation_config.eos_token_id if requested is None else requested
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+def _uncroppable(causal: Any) -> ValueError:
+    return ValueError(
+        f"model is {type(causal).__name__}, whose cache transformers {transformers.__version__} can't crop before a "
+        "rejected token; generate without speculative=True."
+    )

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mtp_ce.unembedding import Unembedding
 
-# Takes logits [N, V], returns tokens [N] and the scores [N, V] that they were drawn from.
+# Takes logits [B, N, V] of the next N tokens of a draft, returns tokens [B, N] and the scores [B, N, V] that they were
+# drawn from.
 Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -37,14 +38,14 @@ class Drafter(Protocol):
         """Draft the tokens that follow the accepted ones; called once per forward of the model.
 
         Args:
-            hidden: [1, S, D] of that forward, after the model's final norm.
-            last: its last accepted position; later ones belong to rejected tokens.
-            tokens: [last + 2], accepted: those of the positions up to `last`, and the next one.
+            hidden: [B, S, D] of that forward, after the model's final norm.
+            last: its last accepted position, the same in all rows; later ones belong to rejected tokens.
+            tokens: [B, last + 2], accepted: those of the positions up to `last`, and the next one.
             width: number of tokens to draft, at most H - 1 and never more than in the call before.
-            draw: chooses tokens.
+            draw: chooses tokens; called for every token of the draft in turn, or for several at once.
 
         Returns:
-            Tokens [width], and the scores [width, V] that they were drawn from.
+            Tokens [B, width], and the scores [B, width, V] that they were drawn from.
         """
         ...
 
@@ -65,5 +66,5 @@ class HiddenStateDrafter:
 
     def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """See `Drafter.draft`."""
-        heads = self.heads(hidden[0, last : last + 1])[1 : width + 1]
-        return draw(self.output.logits(torch.cat(heads)))
+        heads = self.heads(hidden[:, last : last + 1])[1 : width + 1]
+        return draw(self.output.logits(torch.cat(heads, 1)))

@@ -52,7 +52,10 @@ class LayerHeads(Heads):
             for layer in self.layers:
                 layer.load_state_dict(weights)
         except (AttributeError, RuntimeError, TypeError) as error:
-            raise _unsupported(model, f"a second {type(last).__name__} can't be made") from error
+            reason = f"a second {type(last).__name__} can't be made"
+            if getattr(model, "is_quantized", False):
+                reason += " as a copy of the last one, whose weights are quantised"
+            raise _unsupported(model, reason) from error
 
     @classmethod
     def of_model(cls, model: Any, horizon: int) -> Self:
@@ -133,7 +136,7 @@ class LayerDrafter:
         z = self.call.hidden
         heads = list(zip(self.heads.layers, self.caches, strict=True))[:width]
         ends = [self.call.repeat(layer, z, cache)[:, last : last + 1] for layer, cache in heads]
-        return draw(self.output.logits(self.norm(torch.cat(ends, 1))[0]))
+        return draw(self.output.logits(self.norm(torch.cat(ends, 1))))
 
 
 def _unsupported(model: Any, reason: str) -> ValueError:

@@ -94,14 +94,14 @@ class ChainDrafter(LayerDrafter):
     def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """See `Drafter.draft`."""
         z = self.call.hidden
-        embedded = self.embed(tokens[None])
+        embedded = self.embed(tokens)
         drafts: list[tuple[Tensor, Tensor]] = []
         for h, (layer, cache) in enumerate(list(zip(self.heads.layers, self.caches, strict=True))[:width], start=1):
             if drafts:
-                embedded = torch.cat([embedded, self.embed(drafts[-1][0][None])], 1)
+                embedded = torch.cat([embedded, self.embed(drafts[-1][0])], 1)
             # No token is known after `last`; attention keeps those positions from the others.
             ahead = F.pad(embedded[:, h:], (0, 0, 0, z.shape[1] - last - 1))
             z = self.call.repeat(layer, self.heads.layer_input(h, z, ahead), cache)
-            drafts.append(draw(self.output.logits(self.norm(z[0, last : last + 1]))))
-        drafted, drawn_from = (torch.cat(rounds) for rounds in zip(*drafts, strict=True))
+            drafts.append(draw(self.output.logits(self.norm(z[:, last : last + 1]))))
+        drafted, drawn_from = (torch.cat(rounds, 1) for rounds in zip(*drafts, strict=True))
         return drafted, drawn_from

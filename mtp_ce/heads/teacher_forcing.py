@@ -3,7 +3,7 @@
 The tokens in between are known in training, so that one next-token pass computes the losses of all heads, with other
 weights:
 
-    loss = 1/N sum_j c(j) ce(j)         c(j) = sum_h w / K(j - h) over valid rows (j - h, h)
+    loss = 1/N sum_j c(j) ce(j)         c(j) = sum_h of the coefficients of valid rows (j - h, h)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mtp_ce.checks import check_inputs
 from mtp_ce.heads.protocol import FusedLoss, Heads
 from mtp_ce.heads.trunk import TrunkPass
 from mtp_ce.loss import MTPLoss, MTPStats
-from mtp_ce.ops.rows import row_coefficients, row_targets
+from mtp_ce.ops.rows import count_terms, row_coefficients, row_targets
 from mtp_ce.options import LossInputs, LossOptions
 
 
@@ -48,16 +48,20 @@ class TeacherForcedHeads(Heads):
         check_inputs(states, (states.shape[0], states.shape[1], H, states.shape[2]), inputs, options, "hidden")
         B, S = labels.shape
         target, _, valid = row_targets(
-            labels, None, inputs.document_ids, H=H, shift=options.shift, ignore_index=options.ignore_index
-        )
+            labels, inputs.seq_lens, inputs.document_ids,
+            H=H, shift=options.shift, ignore_index=options.ignore_index,
+        )  # fmt: skip
         _, coefficient = row_coefficients(target, valid, inputs, options, torch.float32)
         # Row (t, h) has the logits of row (t + h, 0), which therefore collects the coefficients of up to H rows.
         weights = coefficient.new_zeros(B, S)
         for h in range(min(H, S)):
             weights = weights + F.pad(coefficient[:, : S - h, h], (h, 0))
-        summed = replace(options, weight_alignment="position", reduction="sum")
+        summed = replace(options, weight_alignment="position", head_reduction="live", reduction="sum")
         loss, stats = fused(hidden, LossInputs(labels, weights), summed)
-        positions = valid.any(-1).sum().clamp(min=1) if inputs.normalizer is None else inputs.normalizer
+        normalizer = count_terms(valid, options) if inputs.normalizer is None else inputs.normalizer
+        if isinstance(normalizer, Tensor):
+            # Without a valid row the sum is exactly 0, and so is the loss, even for a normalizer of 0.
+            normalizer = torch.where(valid.any(), normalizer, 1)
         source = (target - options.shift).clamp(min=0)  # [S, H], the position whose next token is the target
         ce, lse = (torch.where(valid, x[:, source, 0], 0.0) for x in (stats.ce, stats.lse))
-        return MTPLoss(loss / positions, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))
+        return MTPLoss(loss / normalizer, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 # Norms that stand beside the decoder layers without being the final norm: BART's of embeddings, Gemma's of per-layer
@@ -39,6 +40,9 @@ class LayerCall:
         options = {name: replace_cache(value) for name, value in self.options.items() if name != "hidden_states"}
         if cache is None and "use_cache" in options:
             options["use_cache"] = False
+        if torch.is_grad_enabled() and not hidden.requires_grad and _checkpoints_reentrantly(layer):
+            # Such a checkpoint records nothing where none of its inputs requires a gradient, as behind a frozen trunk.
+            hidden = hidden.detach().requires_grad_()
         return _hidden_states(layer(hidden, *map(replace_cache, self.arguments), **options))
 
 
@@ -72,7 +76,7 @@ def decoder_layers(model: Any) -> tuple[nn.ModuleList, nn.Module]:
 
 @contextmanager
 def observed(layer: nn.Module) -> Iterator[LayerCall]:
-    """Record how a layer is called inside the block; the hooks are removed at its end."""
+    """Record how a layer is called inside the block; nothing of it stays on the layer."""
     call = LayerCall()
 
     def before(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -81,12 +85,43 @@ def observed(layer: nn.Module) -> Iterator[LayerCall]:
     def after(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         call.output = _hidden_states(output)
 
+    if torch.compiler.is_compiling():
+        with _forward_replaced(layer, before, after):
+            yield call
+        return
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     try:
         yield call
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _forward_replaced(layer: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    """Call hooks around a layer's forward, in a form that torch.compile can trace, unlike the registration of hooks."""
+    patched, inner = vars(layer).get("forward"), layer.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        before(layer, arguments, options)
+        output = inner(*arguments, **options)
+        after(layer, arguments, output)
+        return output
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        # torch.compile can't trace `del` of an attribute that was set in the same graph.
+        vars(layer).pop("forward", None)
+        if patched is not None:  # by a library that wraps the class's own forward
+            layer.forward = patched
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    options = getattr(checkpoint, "keywords", {})
+    return bool(getattr(layer, "gradient_checkpointing", False)) and options.get("use_reentrant", True) is True
 
 
 def _hidden_states(output: Any) -> Tensor:

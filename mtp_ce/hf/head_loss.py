@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from mtp_ce.checks import saved_tensors_are_hooked
-from mtp_ce.heads.protocol import FusedLoss
+from mtp_ce.checks import check_head_weights, saved_tensors_are_hooked
+from mtp_ce.heads.protocol import FusedLoss, Heads
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import MTPLoss, weighted_mtp_ce
 from mtp_ce.options import LossInputs, LossOptions
@@ -28,7 +30,7 @@ def fused_loss(output: Unembedding, *, linear: bool) -> FusedLoss:
 def _linear(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
     scaled = [output.scaled(x) for x in hidden]
     return weighted_mtp_linear_ce(
-        scaled, output.weight, bias=output.bias, return_stats=True, **inputs._asdict(), **asdict(options)
+        scaled, output.weight, bias=output.bias, return_stats=True, **inputs.arguments(), **asdict(options)
     )
 
 
@@ -37,7 +39,7 @@ def _logits(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, optio
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
-    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs._asdict(), **asdict(options))
+    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs.arguments(), **asdict(options))
 
 
 def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:
@@ -59,3 +61,18 @@ def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) ->
     if not num_items > 0:
         raise ValueError(f"num_items_in_batch is {num_items}; expected a number of targets above 0, or None.")
     return num_items
+
+
+def fixed_head_weights(given: Sequence[float] | Tensor | None, heads: Heads, options: LossOptions) -> Tensor | None:
+    """Return the head weights [H] of a wrapper, fp32.
+
+    Raises:
+        TypeError, ValueError: they are no constants of H heads, or `head_reduction` takes none.
+    """
+    if given is None:
+        return None
+    weights = given if isinstance(given, Tensor) else torch.tensor(list(given), dtype=torch.float32)
+    check_head_weights(weights, options)
+    if weights.shape != (heads.horizon,):
+        raise ValueError(f"head_weights is {list(weights.shape)}; expected [H] = [{heads.horizon}] from horizon.")
+    return weights

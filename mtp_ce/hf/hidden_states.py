@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from mtp_ce.heads.protocol import Heads
 from mtp_ce.heads.trunk import TrunkPass, decoder_layers, observed
+from mtp_ce.heads.virtual_tokens import check_virtual_tokens, run_with_virtual_tokens, virtual_tokens
+from mtp_ce.hf.causal import causal_model
 from mtp_ce.hf.router_loss import routed, wants_router_loss
 
 
 def head_hidden_states(
-    causal: Any, heads: Heads, inputs: dict[str, Any], joint: bool
+    model: Any, heads: Heads, inputs: dict[str, Any], joint: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Run the trunk once and the heads on it.
 
     Args:
-        causal: the model.
+        model: the model, with PEFT's wrapper where there is one.
         heads: its heads.
         inputs: arguments of the model's forward.
         joint: whether the heads' gradient reaches the trunk.
@@ -29,22 +31,23 @@ def head_hidden_states(
         configuration requests it and the trunk is trained, else None.
 
     Raises:
-        ValueError: the heads return another number of tensors than they declare.
+        ValueError: the heads return another number of tensors than they declare, or virtual tokens can't be followed.
     """
+    causal = causal_model(model)
     # The check also refuses heads with routers of their own, whether the trunk is trained or not.
     balances = wants_router_loss(causal, heads, inputs.get("output_router_logits")) and joint
     trains = joint and torch.is_grad_enabled()
     if heads.reads_last_layer:
         layers, norm = decoder_layers(causal)
         with torch.set_grad_enabled(trains), observed(layers[-1]) as call:
-            hidden, router_loss = _run(causal, inputs, balances)
+            hidden, router_loss = _run(model, inputs, balances)
             tokens = inputs.get("inputs_embeds")
             if tokens is None:
                 tokens = causal.get_input_embeddings()(inputs["input_ids"])
         outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens))
     else:
         with torch.set_grad_enabled(trains):
-            hidden, router_loss = _run(causal, inputs, balances)
+            hidden, router_loss = _run(model, inputs, balances)
         outputs = heads(hidden)
     if len(outputs) != heads.output_count:
         raise ValueError(
@@ -54,7 +57,11 @@ def head_hidden_states(
     return outputs, router_loss
 
 
-def _run(causal: Any, inputs: dict[str, Any], balances: bool) -> tuple[Tensor, Tensor | None]:
+def _run(model: Any, inputs: dict[str, Any], balances: bool) -> tuple[Tensor, Tensor | None]:
+    if virtual_tokens(model):
+        check_virtual_tokens(model, reads_last_layer=False, has_router_loss=balances)
+        return run_with_virtual_tokens(model, inputs), None
+    causal = causal_model(model)
     if balances:
         return routed(causal, inputs)
     return causal.base_model(**inputs).last_hidden_state, None

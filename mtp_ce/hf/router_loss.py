@@ -1,7 +1,7 @@
 """The balancing loss of a mixture of experts, which the model computes itself (arXiv:2101.03961, equations 4 to 6).
 
     loss = loss of the heads + fraction * coefficient * aux_loss
-    fraction = positions of this batch with a target / num_items_in_batch, or 1 without
+    fraction = N of this batch, as the loss counts it, / num_items_in_batch, or 1 without
 
 The model's own forward, over the logits of one position, returns its routers' loss and computes the hidden states that
 the heads read. The fraction makes the sum over micro-batches and ranks a mean of their balancing losses.
@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtp_ce.heads.protocol import Heads
+from mtp_ce.ops.rows import count_terms
+from mtp_ce.options import LossOptions
 
 # Names of the coefficient, in the model or in its configuration.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -50,6 +53,20 @@ def coefficient(causal: Any) -> float:
         f"output_router_logits is True, which adds the routers' balancing loss, and {type(causal).__name__} has none: "
         f"neither it nor its configuration has {' or '.join(COEFFICIENTS)}. Set output_router_logits to False."
     )
+
+
+def normalized_fraction(live: Tensor, normalizer: Tensor | float | None, options: LossOptions) -> Tensor | float:
+    """Return the factor of one micro-batch: its own N divided by the whole batch's, 0 without a valid row.
+
+    Args:
+        live: [B, S, H] bool, the valid rows.
+        normalizer: N of the whole batch; None where this is all of it.
+        options: of the loss.
+    """
+    if normalizer is None:
+        return 1
+    own = count_terms(live, options)
+    return own / torch.where(own == 0, 1, normalizer)
 
 
 def routed(causal: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -13,57 +13,166 @@ and Trainer loads them itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
+from mtp_ce.hf.head_metrics import HeadMeans
+from mtp_ce.hf.heads_lr import separate_heads
+from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.saved_heads import SavedHeads
+from mtp_ce.hf.trainer_arguments import (
+    check_arguments,
+    check_bases,
+    check_options,
+    check_parallelism,
+    use_router_coefficient,
+)
 from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.ops.rows import count_terms
 
 
 class MTPTrainer(Trainer):
     """transformers' Trainer for an `MTPWrapper`; as a base class before TRL's SFTTrainer, the same for that one.
 
     `resume_from_checkpoint` and `load_best_model_at_end` load model, adapters and heads. The loss is the wrapper's in
-    training and in evaluation, where TRL would compute that of one head. Predictions are the logits of head 0.
+    training and in evaluation, where TRL would compute that of one head; `eval_loss` is a mean over tokens, whatever
+    the batches. Logs have what `mtp_ce.hf.head_metrics` lists, and with SFTTrainer its own metrics. Predictions are the
+    logits of head 0.
 
     Args:
         *arguments: as the trainer takes them.
+        heads_lr: learning rate of the heads' parameter groups; None means that of all parameters. The scheduler scales
+            both alike.
         **options: as the trainer takes them.
 
     Raises:
         TypeError: the model is no `MTPWrapper`, or it is wrapped in adapters.
-        ValueError: `label_smoothing_factor` or `compute_loss_func`, with which no head would be trained.
+        ValueError: an option with which no head would be trained or the loss would be another, such as
+            `label_smoothing_factor`, `compute_loss_func`, `use_liger_kernel` and `loss_type="dft"`.
     """
 
     model: MTPWrapper
+    # The wrapper refuses the tags of TRL's trainers that would compute a loss of their own.
+    _tag_names: ClassVar[list[str]] = ["mtp_ce", "trl", "sft"]
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_bases(cls, MTPTrainer)
+
+    def __init__(self, *arguments: Any, heads_lr: float | None = None, **options: Any) -> None:
+        check_options(super().__init__, arguments, options, heads_lr)
         super().__init__(*arguments, **options)
         if not isinstance(self.model, MTPWrapper):
             raise TypeError(
                 f"model is {type(self.model).__name__}; expected MTPWrapper, with adapters of PEFT inside: "
                 "MTPWrapper(get_peft_model(model, ...), horizon)."
             )
-        smoothing = self.args.label_smoothing_factor
-        if smoothing:
+        check_arguments(self.args, self.compute_loss_func)  # those that another base's constructor has named itself
+        check_parallelism(self.accelerator.parallelism_config, self.args.n_gpu, self.model.horizon)
+        heads = self.model.heads
+        if heads_lr is not None and next(heads.parameters(), None) is None:
             raise ValueError(
-                f"label_smoothing_factor is {smoothing}; expected 0: Trainer smooths the loss of the model's logits, "
-                "and no head would be trained. "
-                f"MTPWrapper(label_smoothing={smoothing}) smooths the loss of all heads."
+                f"heads_lr is {heads_lr} with heads={heads.kind!r}, which have no parameters; expected None."
             )
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func is given; expected None: it is called with the model's logits, and no head would be "
-                "trained. The wrapper's forward computes the loss; a column token_weights of the data weights it."
-            )
+        self.heads_lr = heads_lr
+        self._trained, self._evaluated = (HeadMeans(heads.horizon, heads.drafts) for _ in range(2))
+        # TRL's trainer counts tokens; its metrics are computed here, where the loss is.
+        self._has_token_metrics = hasattr(self, "_total_train_tokens")
+        self._tokens: Tensor | int = 0  # since the last log, of this rank
+        if self._has_token_metrics:
+            use_router_coefficient(self.args, self.model)
 
-    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        """Return the loss of the wrapper's forward."""
-        return Trainer.compute_loss(self, *arguments, **options)
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with parameter groups of their own for the heads where `heads_lr` is given."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if new and self.heads_lr is not None:
+            wrapper = self.accelerator.unwrap_model(self.model if model is None else model)
+            separate_heads(optimizer, wrapper.heads, self.heads_lr)
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the wrapper's forward; arguments as Trainer's."""
+        shifted = "shift_labels" in inputs
+        labels = inputs.get("shift_labels" if shifted else "labels")
+        if labels is None:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        requests = {"return_dict": True, "return_stats": True, "return_entropy": self._has_token_metrics}
+        loss, outputs = Trainer.compute_loss(self, model, {**inputs, **requests}, True, num_items_in_batch)
+        sums = self._trained if self.model.training else self._evaluated
+        sums.add_heads(outputs["stats"], outputs.get("aux_loss"))
+        if self._has_token_metrics:
+            next_labels = labels if shifted else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            sums.add_tokens(outputs["stats"], next_labels, outputs["entropy"])
+            if self.model.training:
+                mask = inputs.get("attention_mask")
+                self._tokens += labels.numel() if mask is None else mask.sum()
+        if not self.model.training:
+            own = count_terms(outputs["stats"].live, replace(self.model.loss_options, shift=int(not shifted)))
+            self._add_eval_loss(loss, own, num_items_in_batch)
+        # Without what only logs read.
+        kept = {name: value for name, value in outputs.items() if name not in ("stats", "entropy")}
+        return (loss, MTPOutput(**kept)) if return_outputs else loss
+
+    def _add_eval_loss(self, loss: Tensor, own: Tensor, num_items: Tensor | int | None) -> None:
+        """Add a loss that is divided by `num_items`, or without by the loss's own count [] of its terms."""
+        items, ranks = own if num_items is None else torch.as_tensor(num_items, device=loss.device), 1
+        if num_items is not None and self.args.average_tokens_across_devices:
+            # The count is of all ranks, and Trainer has multiplied the loss by as many.
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+        self._evaluated.add_loss(loss, items / ranks, finite_only=self.args.logging_nan_inf_filter)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, with a loss that is a mean over tokens where Trainer's is one over batches; arguments as its."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self._evaluated.take(self.args.device, self._sum_ranks)
+        if self._has_token_metrics:
+            means["num_tokens"] = self._count_tokens()
+        metrics: dict[str, float] = output.metrics or {}
+        metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output._replace(metrics=metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the heads' means since the last log of the training; arguments as Trainer's."""
+        if "loss" in logs or "train_loss" in logs:
+            means = self._trained.take(self.args.device, self._sum_ranks)
+            if self._has_token_metrics and (means or "loss" in logs):
+                means["num_tokens"] = self._count_tokens()
+            logs.update(means)
+        super().log(logs, start_time)
+
+    def _sum_ranks(self, sums: Tensor) -> Tensor:
+        reduced: Tensor = self.accelerator.reduce(sums, reduction="sum")
+        return reduced
+
+    def _count_tokens(self) -> int:
+        """Add the tokens since the last call to TRL's count, and return it."""
+        tokens = self._sum_ranks(torch.as_tensor(self._tokens, device=self.args.device))
+        self._total_train_tokens: int = self._total_train_tokens + int(tokens) // self.get_tp_size()
+        self._tokens = 0
+        return self._total_train_tokens
 
     def prediction_step(
         self,
@@ -73,10 +182,20 @@ class MTPTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Request logits only where they are used; arguments as Trainer's."""
-        inputs = {**inputs, "return_logits": not prediction_loss_only}
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = {**self._without_repeats(inputs), "return_logits": not prediction_loss_only}
+        loss, logits, labels = Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
         # A tuple where the routers' loss follows the logits.
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mask the labels of rows that repeat others, with which the last batch gives every rank the same number."""
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        if labels is None or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return inputs
+        # A row of several, flattened for flash attention, may hold some that repeat: those stay.
+        size = self.args.eval_batch_size if "cu_seq_lens_q" in inputs else len(labels)
+        row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * size
+        return {**inputs, "labels": torch.where((row < state.remainder)[:, None], labels, -100)}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train; arguments as Trainer's.
@@ -93,6 +212,17 @@ class MTPTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, sharded=sharded)
         return super().train(checkpoint, *arguments, **options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint} has an optimizer of other parameter groups ({error}); heads_lr is {self.heads_lr}; "
+                "expected it as in the run that wrote the checkpoint."
+            ) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -11,54 +11,32 @@ logits of H heads are never built, unless they are requested.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from mtp_ce.decoding.speculative import generate_speculatively
 from mtp_ce.heads.kinds import PATHS
-from mtp_ce.heads.protocol import Heads, build_heads, check_materialized
-from mtp_ce.hf.causal import causal_model, check_in_memory
-from mtp_ce.hf.checkpoint import load_model, parameters_beside_adapters
+from mtp_ce.heads.protocol import Heads, build_heads
+from mtp_ce.heads.virtual_tokens import check_virtual_tokens
+from mtp_ce.hf.arguments import LossArguments, ModelArguments
+from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
 from mtp_ce.hf.documents import packed_documents
-from mtp_ce.hf.head_loss import fused_loss, loss_normalizer
+from mtp_ce.hf.files import LossPath, TrunkMode, WrapperFiles
+from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
 from mtp_ce.hf.hidden_states import head_hidden_states
-from mtp_ce.hf.router_loss import coefficient, wants_router_loss
-from mtp_ce.hf.saved_heads import HUB_OPTIONS, SavedHeads
-from mtp_ce.loss import MTPLoss, MTPStats
+from mtp_ce.hf.output import MTPOutput
+from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
+from mtp_ce.loss import MTPLoss
 from mtp_ce.next_token import NextToken
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import check_name
 from mtp_ce.unembedding import Unembedding
 
-TrunkMode = Literal["joint", "detached", "frozen"]
-LossPath = Literal["linear", "logits"]
 
-
-@dataclass
-class MTPOutput(ModelOutput):
-    """Output of `MTPWrapper.forward` with labels.
-
-    Attributes:
-        loss: [] fp32, weighted, over all heads, plus the routers' loss times the model's coefficient.
-        logits: [B, S, V] of head 0, where `return_logits` is True.
-        stats: per-head statistics, where `return_stats` is True.
-        aux_loss: [] balancing loss of the model's routers, where it is requested.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    stats: MTPStats | None = None
-    aux_loss: Tensor | None = None
-
-
-class MTPWrapper(PreTrainedModel):
+class MTPWrapper(WrapperFiles):
     """A Hugging Face causal language model with H prediction heads and the weighted loss over all of them.
 
     Args:
@@ -75,12 +53,16 @@ class MTPWrapper(PreTrainedModel):
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
         label_smoothing: e in [0, 1) of the loss, in evaluation too; see `weighted_mtp_ce`.
         z_loss: factor >= 0 of logsumexp**2 in the loss.
+        head_reduction: "target": every predicted token has weight 1, whatever is masked around it, as trainers count
+            them in `num_items_in_batch`. "live" and "horizon": every position has; see `weighted_mtp_ce`.
+        head_weights: H constants: a mean over heads becomes a weighted one.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
         ValueError: an encoder-decoder model, one whose logits are more than a linear layer, a scale and a softcap, an
-            argument out of its range, nothing to train, or output_router_logits in the configuration of a model without
-            that loss or with heads that have routers of their own.
+            argument out of its range, nothing to train, output_router_logits in the configuration of a model without
+            that loss or with heads that have routers of their own, a quantised output layer, a quantised model without
+            adapters and a joint trunk, or virtual tokens of PEFT that the heads can't follow.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +87,8 @@ class MTPWrapper(PreTrainedModel):
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        head_reduction: str = "target",
+        head_weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         check_name(heads, PATHS, "heads")
         for name, value, known in (("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
@@ -112,7 +96,7 @@ class MTPWrapper(PreTrainedModel):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
-        LossOptions(label_smoothing=label_smoothing, z_loss=z_loss)  # checks them
+        options = LossOptions(head_reduction=head_reduction, label_smoothing=label_smoothing, z_loss=z_loss)
         causal = causal_model(model)
         check_in_memory(causal)
         Unembedding.checked(causal)
@@ -121,16 +105,23 @@ class MTPWrapper(PreTrainedModel):
             raise ValueError(
                 f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."
             )
-        if wants_router_loss(causal, built):
+        balances = wants_router_loss(causal, built)
+        if balances:
             coefficient(causal)
+        check_virtual_tokens(model, built.reads_last_layer, balances)
+        if trunk == "joint":
+            check_trainable(model)
         super().__init__(causal.config)
         # Trainer then counts the targets of a batch as it does for a causal language model.
         self.loss_type = "ForCausalLM"
         self.model = model
         self.generation_config = causal.generation_config
         self.trunk, self.loss = trunk, loss
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.loss_options = options
         self.heads: Heads = built
+        # A constant of this run, not saved.
+        self.register_buffer("head_weights", fixed_head_weights(head_weights, built, options), persistent=False)
+        self._model_arguments = ModelArguments.of(model, causal, MTPWrapper.forward)
         if trunk == "frozen":
             model.requires_grad_(False)
 
@@ -156,6 +147,25 @@ class MTPWrapper(PreTrainedModel):
         """The causal language model itself, without the wrapper of PEFT."""
         return causal_model(self.model)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Return True: pipelines call `generate`."""
+        return True
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags for the hub, as TRL's trainers do when they are constructed.
+
+        Raises:
+            TypeError: the tags are those of a trainer that computes a loss of its own from the model's logits.
+        """
+        if "trl" in tags and "mtp_ce" not in tags:
+            raise TypeError(
+                f"model is MTPWrapper in a trainer of TRL ({', '.join(tags)}) that computes a loss of its own, which "
+                "trains no head; expected class T(MTPTrainer, SFTTrainer) for SFTTrainer, and model=wrapper.model for "
+                "all others: train the heads afterwards, with trunk='detached'."
+            )
+        super().add_model_tags(tags)
+
     def forward(
         self,
         input_ids: Tensor | None = None,  # [B, S]
@@ -169,6 +179,7 @@ class MTPWrapper(PreTrainedModel):
         weight_alignment: Literal["target", "position"] = "target",
         return_logits: bool = False,
         return_stats: bool = False,
+        return_entropy: bool = False,
         **arguments: Any,
     ) -> Any:
         """Return the loss over all heads; without labels, the model's own output.
@@ -181,56 +192,62 @@ class MTPWrapper(PreTrainedModel):
             token_weights: weights of the tokens at these positions; None means ones. With shift_labels they are shifted
                 as those are. Or a function that computes them from this forward's own next-token head, for scorers.
             document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
-            num_items_in_batch: what the sum over positions is divided by; None means the positions with a target.
+            num_items_in_batch: what the sum of the loss is divided by; None means the predicted tokens of this batch,
+                or the positions with a target for another `head_reduction` than "target".
             weight_alignment: "target": a weight belongs to the predicted token; "position": to the position that
                 predicts.
             return_logits: whether to return head 0's logits [B, S, V].
             return_stats: whether to return per-head statistics.
-            **arguments: for the model, with two exceptions. shift_labels [B, S] replace labels: they are shifted by
-                one already, as transformers' sequence parallelism makes them. (They are no parameter, because Trainer
-                evaluates only batches that have every parameter with "label" in its name.) cu_seq_lens_q, for flash
-                attention, also sets the borders of documents.
+            return_entropy: whether to return the entropy of head 0's distribution, which reads its logits once more.
+            **arguments: of the loss, by their names in `weighted_mtp_ce`: head_reduction, head_weights, seq_lens,
+                ignore_index, label_smoothing, loss_scale, z_loss. shift_labels [B, S] replace labels: they are shifted
+                by one already, as transformers' sequence parallelism makes them. (They are no parameters, because
+                Trainer evaluates only batches that have every parameter with "label" in its name.) All others are
+                for the model; cu_seq_lens_q, for flash attention, also sets the borders of documents.
 
         Returns:
             `MTPOutput`, or the model's own output where there are no labels; a tuple where `return_dict=False`.
 
         Raises:
-            TypeError, ValueError: as the loss; both labels and shift_labels; or num_items_in_batch without labels.
+            TypeError: as the loss; or an argument that neither the wrapper nor its model reads.
+            ValueError: as the loss; both labels and shift_labels; or arguments of the loss without labels.
         """
-        shift_labels = arguments.pop("shift_labels", None)
-        if labels is not None and shift_labels is not None:
-            raise ValueError("labels and shift_labels are both given; expected one of them.")
+        call = LossArguments.take(labels, arguments)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             **arguments,
         }
-        targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
-        normalizer = loss_normalizer(num_items_in_batch, targets)
-        if targets is None:
+        normalizer = loss_normalizer(num_items_in_batch, call.targets)
+        if call.targets is None:
+            call.refuse(
+                token_weights=token_weights, document_ids=document_ids, return_stats=return_stats or None,
+                return_entropy=return_entropy or None,
+            )  # fmt: skip
+            self._model_arguments.check_own(arguments)
             return self.model(**inputs)
         hidden, router_loss = self._hidden_states(**inputs)
         output = Unembedding.of(self.causal)
         if document_ids is None:
-            document_ids = packed_documents(targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
-        weights = token_weights
-        if callable(weights):
-            weights = weights(NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap))
-        options = LossOptions(
-            shift=shift, weight_alignment=weight_alignment,
-            softcap=output.softcap, z_loss=self.z_loss, label_smoothing=self.label_smoothing,
+            document_ids = packed_documents(call.targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
+        weights = token_weights(self._next_token(hidden, output)) if callable(token_weights) else token_weights
+        options = replace(
+            self.loss_options, shift=call.shift, weight_alignment=weight_alignment, softcap=output.softcap,
+            **call.options,
         )  # fmt: skip
-        loss_inputs = LossInputs(targets, weights, document_ids=document_ids, normalizer=normalizer)
+        tensors = {"head_weights": self.head_weights, **call.tensors}
+        loss_inputs = LossInputs(call.targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
         loss, stats = self._loss(hidden, output, loss_inputs, options)
         if router_loss is not None:
-            fraction = 1 if normalizer is None else stats.live.any(-1).sum() / normalizer
+            fraction = normalized_fraction(stats.live, normalizer, options)
             loss = loss + fraction * coefficient(self.causal) * router_loss.to(loss)
         result = MTPOutput(
             loss=loss,
             logits=output.logits(hidden[0]) if return_logits else None,
             stats=stats if return_stats else None,
             aux_loss=router_loss,
+            entropy=self._next_token(hidden, output).entropy(stats.live[:, :, 0]) if return_entropy else None,
         )
         return result if self._returns_dict(inputs) else result.to_tuple()
 
@@ -244,10 +261,11 @@ class MTPWrapper(PreTrainedModel):
 
     # Separate from the public method, around which FSDP gathers parameters: in forward they are gathered already.
     def _hidden_states(self, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
+        self._model_arguments.check_base(inputs)
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
             inputs["return_dict"] = True
-        return head_hidden_states(self.causal, self.heads, inputs, joint=self.trunk == "joint")
+        return head_hidden_states(self.model, self.heads, inputs, joint=self.trunk == "joint")
 
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         requested = inputs.get("return_dict")
@@ -257,6 +275,10 @@ class MTPWrapper(PreTrainedModel):
         """Return the logits of every head, H tensors [B, S, V]; one for "teacher_forcing". Arguments as in forward."""
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
+
+    @staticmethod
+    def _next_token(hidden: list[Tensor], output: Unembedding) -> NextToken:
+        return NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap)
 
     def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
         if self.trunk != "joint":
@@ -269,8 +291,9 @@ class MTPWrapper(PreTrainedModel):
 
         Args:
             *arguments: as the model's `generate` takes them.
-            speculative: whether the heads draft and the model verifies; takes the options of
-                `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were accepted.
+            speculative: whether the heads draft and the model verifies, under the same generation_config, with options
+                as of `mtp_ce.decoding.speculative.generate_speculatively`, which also returns how many drafts were
+                accepted.
             **options: as the model's `generate` takes them.
 
         Returns:
@@ -279,122 +302,6 @@ class MTPWrapper(PreTrainedModel):
         if not speculative:
             return self.model.generate(*arguments, **options)
         return generate_speculatively(self, *arguments, **options).sequences
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        """Write the model, which loads without the heads, and the heads beside it.
-
-        Args:
-            save_directory: folder for both.
-            is_main_process: whether this process writes; others take part in gathering the model.
-            state_dict: of the wrapper, where it was gathered from elsewhere; None takes the wrapper's own. An empty one
-                writes no heads.
-            **options: for the model's `save_pretrained`.
-
-        Raises:
-            ValueError: `push_to_hub`, which is a separate method of the wrapper; or parameters on the meta device.
-        """
-        if options.get("push_to_hub"):
-            raise ValueError(
-                "push_to_hub is True; expected False: the model would be on the hub before its heads are written. "
-                "The wrapper's push_to_hub(repo_id) uploads both."
-            )
-        if state_dict is None:
-            check_materialized(self)
-        split: dict[str, dict[str, Tensor] | None] = {"model.": None, "heads.": None}
-        if state_dict is not None:
-            split = {
-                prefix: {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
-                for prefix in split
-            }
-        if left_out := parameters_beside_adapters(self.model):
-            warnings.warn(f"{save_directory} is written without all that is trained: {left_out}", stacklevel=2)
-        model: Any = self.model
-        model.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=split["model."], **options)
-        # DeepSpeed passes an empty one where it keeps the parameters in files of its own.
-        if is_main_process and state_dict != {}:
-            self.heads.save_pretrained(save_directory, state_dict=split["heads."])
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        source: str | Path,
-        *,
-        trunk: TrunkMode = "joint",
-        loss: LossPath = "linear",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> MTPWrapper:
-        """Load what `save_pretrained` wrote. Adapters of PEFT are trained further where `trunk` is "joint".
-
-        Args:
-            source: the folder, or a name on the hub.
-            trunk: see `MTPWrapper`; like all that follow it is not saved.
-            loss: "linear" or "logits".
-            label_smoothing: of the loss.
-            z_loss: of the loss.
-            trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
-                that code first.
-            **options: for `from_pretrained` of the class that the model's configuration names. Those that locate files
-                apply to the heads' too.
-
-        Raises:
-            FileNotFoundError: there are no heads beside the model.
-            ValueError: the heads do not fit the model: another hidden size, kind or number; or their class is the
-                author's own and `source` is no local folder; or a parameter of the model is missing or is not its own;
-                or the model needs code that may not run.
-        """
-        saved = SavedHeads.beside(source, **options)
-        saved.check_trusted()
-        model = load_model(source, trainable=trunk == "joint", trust_remote_code=trust_remote_code, **options)
-        return cls._with(saved, model, trunk=trunk, loss=loss, label_smoothing=label_smoothing, z_loss=z_loss)
-
-    @classmethod
-    def with_saved_heads(cls, model: nn.Module, source: str | Path, **options: Any) -> MTPWrapper:
-        """Put heads that are saved on a model that is loaded.
-
-        Args:
-            model: as `MTPWrapper` takes it; the heads take its dtype and device.
-            source: the folder of `save_pretrained`, or of the heads' two files alone, or a name on the hub.
-            **options: `trunk`, `loss`, `label_smoothing` and `z_loss` of `MTPWrapper`, and those of `from_pretrained`
-                that locate files.
-
-        Raises:
-            FileNotFoundError, ValueError: as `from_pretrained`.
-        """
-        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        saved = SavedHeads.beside(source, **hub)
-        saved.check_trusted()
-        return cls._with(saved, model, **options)
-
-    @classmethod
-    def _with(cls, saved: SavedHeads, model: nn.Module, **options: Any) -> MTPWrapper:
-        wrapper = cls(model, saved.horizon, heads=saved.kind, **options)
-        saved.load_into(wrapper)
-        return wrapper
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load parameters by the wrapper's own names, as its `state_dict` has them; arguments as `torch.nn.Module`'s.
-
-        Raises:
-            ValueError: none of the wrapper's names is there, as in the files of a saved model.
-        """
-        names = {name for name, _ in (*self.named_parameters(remove_duplicate=False), *self.named_buffers())}
-        if state_dict and names.isdisjoint(state_dict):
-            raise ValueError(
-                f"state_dict has none of the wrapper's own names, such as {min(names)!r}; it begins with "
-                f"{min(state_dict)!r}. If it comes from a folder of save_pretrained, MTPWrapper.from_pretrained loads "
-                "model and heads, and mtp_ce.MTPTrainer resumes in place of transformers.Trainer."
-            )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the model's input embeddings."""

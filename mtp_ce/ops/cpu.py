@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce.kernels.results import ForwardResults, RowResults, Rows
-from mtp_ce.ops.rows import row_values
+from mtp_ce.ops.rows import count_terms, row_values
 from mtp_ce.options import LossInputs, LossOptions
 
 # For each of at most 32 threads. A core has 1 to 2 MiB of L2; past half of that, sums slow down threefold.
@@ -227,15 +227,15 @@ def mean(
     out: Tensor,  # [B, S]
     valid: Tensor,  # [B, S, H]
     normalizer: Tensor | None,  # []
-    *,
-    scale: float,
-    count: bool,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return loss and factor, 0-d; both exactly 0 where no row is valid."""
-    positions = valid.any(-1).sum()
-    empty = positions == 0
-    N = positions if count else out.new_ones(()) if normalizer is None else normalizer
-    factor = torch.where(empty, 0.0, scale / torch.where(empty, 1, N).to(out.dtype))
+    count = count_terms(valid, options)
+    empty = count == 0
+    N = normalizer
+    if N is None:
+        N = count if options.reduction == "mean" else out.new_ones(())
+    factor = torch.where(empty, 0.0, options.loss_scale / torch.where(empty, 1, N).to(out.dtype))
     return torch.where(empty, 0.0, out.sum() * factor), factor
 
 

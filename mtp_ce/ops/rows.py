@@ -58,7 +58,10 @@ def row_coefficients(
     if options.head_reduction == "horizon":
         head_coefficient = head_coefficient / H
     else:
-        total = head_coefficient.sum(-1, keepdim=True)
+        if options.head_reduction == "target":
+            total = sum_by_token(head_coefficient, options.shift)[:, target_index]
+        else:
+            total = head_coefficient.sum(-1, keepdim=True)
         head_coefficient = head_coefficient / torch.where(total == 0, 1.0, total)
     if token_weights is None:
         return head_coefficient, head_coefficient
@@ -70,6 +73,22 @@ def row_coefficients(
         w = token_weights[:, :, None]
     # A NaN or Inf weight on a row whose head coefficient is 0 must not come back as NaN * 0.
     return head_coefficient, torch.where(head_coefficient != 0, w.to(dtype) * head_coefficient, 0.0)
+
+
+def sum_by_token(values: Tensor, shift: int) -> Tensor:
+    """Return [B,S]: the sum of values [B,S,H] over the heads that predict a token."""
+    B, S, H = values.shape
+    total = values.new_zeros(B, S)
+    for h in range(min(H, S - shift)):
+        total[:, shift + h :] += values[:, : S - shift - h, h]
+    return total
+
+
+def count_terms(valid: Tensor, options: LossOptions) -> Tensor:
+    """Return N of the mean, []: the positions with a valid head, or with "target" the tokens that a head predicts."""
+    if options.head_reduction == "target":
+        return sum_by_token(valid.int(), options.shift).count_nonzero()
+    return valid.any(-1).sum()
 
 
 def row_values(inputs: LossInputs, options: LossOptions, H: int, dtype: torch.dtype) -> RowValues:

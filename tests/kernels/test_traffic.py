@@ -67,7 +67,10 @@ def meter(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("V", [5, 1000, 1003, 9001, 30011])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_each_valid_logit_is_read_once_a_pass_and_each_gradient_written_once(meter, monkeypatch, V, dtype, inplace):
+@pytest.mark.parametrize("head_reduction", ["live", "target"])
+def test_each_valid_logit_is_read_once_a_pass_and_each_gradient_written_once(
+    meter, monkeypatch, V, dtype, inplace, head_reduction
+):
     """Masked rows are not read at all; the counts agree with `traffic` to the byte."""
     B, S, H = 2, 5, 3
     labels = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(V))
@@ -87,7 +90,8 @@ def test_each_valid_logit_is_read_once_a_pass_and_each_gradient_written_once(met
     given = logits * 1
     loss, stats = weighted_mtp_ce(
         given, labels, token_weights,
-        document_ids=document_ids, inplace_backward=inplace, impl="triton", return_stats=True,
+        document_ids=document_ids, head_reduction=head_reduction, inplace_backward=inplace, impl="triton",
+        return_stats=True,
     )  # fmt: skip
     read = (stats.live & (token_weights != 0)[:, :, None]).numpy()
     assert 0 < read.sum() < read.size
@@ -125,10 +129,10 @@ class Chunks:
         self.launches: list[dict] = []
         launch = forward_backward.launch_forward_backward
 
-        def counted(logits, rows, results, options, *, gradient):
+        def counted(logits, rows, results, options, *, gradient, terms):
             meter.loaded.clear()
             meter.stored.clear()
-            launch(logits, rows, results, options, gradient=gradient)
+            launch(logits, rows, results, options, gradient=gradient, terms=terms)
             loads, stores = meter.loads_of(logits), meter.stores_to(logits)
             read = rows.row_mask.numpy().copy()
             self.launches.append({

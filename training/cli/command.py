@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mtp_ce.training.addresses import shown
-from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.errors import RecipeError, system_error
 from mtp_ce.training.storage.paths import user_path
 
 EXIT_DONE = 0
@@ -64,6 +64,8 @@ class _Version(argparse.Action):
 
 def folder_argument(text: str) -> Path:
     """Return the path of an argument, with ~ expanded: the `type` of an option."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"it is the address {shown(text)}; give a folder on this machine")
     try:
         return user_path("it", text)
     except RecipeError as error:
@@ -94,6 +96,20 @@ def output_folder(name: str, wanted: Path | None) -> Path:
         if parent.exists() and not parent.is_dir():
             raise RecipeError(f"output folder {output} can't be created: {parent} is a file; name another one")
     return output
+
+
+def system_reason(error: BaseException, where: Path) -> str:
+    """Return a few words on an error of the system, such as a full disk; "" for other exceptions.
+
+    Args:
+        error: what ended the command.
+        where: named where the error names no file.
+    """
+    found = system_error(error)
+    if found is None:
+        return ""
+    # pyarrow and shutil give no number.
+    return f"{found.strerror or ' '.join(str(found).split())[:200]}: {found.filename or where}"
 
 
 def missing_packages(*names: str) -> str:

@@ -10,8 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mtp_ce.training.cli.command import (
+    EXIT_CRASH,
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
@@ -20,6 +22,7 @@ from mtp_ce.training.cli.command import (
     missing_packages,
     output_folder,
     sort_out,
+    system_reason,
 )
 from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
@@ -80,6 +83,10 @@ def _main(argv: Sequence[str] | None) -> int:
         evaluate(source, recipe, output)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
+    except Exception as error:
+        if reason := system_reason(error, arguments.output or Path("runs")):
+            return _complain(reason, EXIT_CRASH)
+        raise
     return EXIT_DONE
 
 

@@ -24,7 +24,15 @@ from mtp_ce.heads.saved import SavedConfig, check_tensors, read_config
 from mtp_ce.registry import load_class
 from mtp_ce.serving.layouts import LAYOUTS, PATHS
 from mtp_ce.training.addresses import shown
-from mtp_ce.training.cli.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Parser, missing_packages
+from mtp_ce.training.cli.command import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Parser,
+    missing_packages,
+    system_reason,
+)
 from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import whole_folder
@@ -77,6 +85,11 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("export-mtp: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if reason := system_reason(error, Path(arguments.folder)):
+            print(f"export-mtp: error: {shown(reason)}", file=sys.stderr)
+            return EXIT_CRASH
+        raise
     return EXIT_DONE
 
 

@@ -31,6 +31,7 @@ from mtp_ce.training.cli.command import (
     missing_packages,
     output_folder,
     sort_out,
+    system_reason,
 )
 from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StepRefusedError, StoppedError
@@ -83,7 +84,7 @@ def _main(argv: Sequence[str] | None) -> int:
     from mtp_ce.training.config.recipe import load_recipe, to_yaml
     from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_sources
-    from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished
+    from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished, pending_report
     from mtp_ce.training.tracking.tracker import build_tracker
 
     try:
@@ -112,7 +113,7 @@ def _main(argv: Sequence[str] | None) -> int:
         build_tracker(recipe.tracking)
         if resumed:
             check_same(resumed, recipe)
-            if when := finished(resumed):
+            if (when := finished(resumed)) and not pending_report(resumed):
                 if leads():
                     print(f"run {resumed} finished {when}; its model is in {resumed}/model")
                 return EXIT_DONE
@@ -163,22 +164,21 @@ def _answer(error: BaseException, output: Path, seeds: int | None) -> int:
             return _complain(f"terminated{_remains(output, seeds)}", EXIT_TERMINATED, prints=leads())
         case KeyboardInterrupt():
             return _complain(f"interrupted{_remains(output, seeds)}", EXIT_INTERRUPTED, prints=leads())
-        case OSError():
-            # A disk that is full or fails, a file without permission; pyarrow and shutil give no number.
-            reason = error.strerror or " ".join(str(error).split())[:200]
-            return _complain(f"{reason}: {error.filename or output}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
+    if reason := system_reason(error, output):
+        return _complain(f"{reason}{_remains(output, seeds)}", EXIT_CRASH, prints=True)
     raise error
 
 
 def _remains(output: Path, seeds: int | None) -> str:
     """Format what a stopped run left: its model if that is saved, or its metrics and what --resume does."""
-    from mtp_ce.training.run.folder import finished, is_run
+    from mtp_ce.training.run.folder import finished, is_run, pending_report
 
     again = ""
     if not seeds and is_run(output):
         with suppress(RecipeError):
             if finished(output):
-                return f"; the model is saved in {output}/model, eval-mtp {output} evaluates it"
+                missing = f", train-mtp --resume {output} writes the report" if pending_report(output) else ""
+                return f"; the model is saved in {output}/model{missing}"
         kept = any(output.rglob("state.json"))
         again = f"; train-mtp --resume {output} {'resumes' if kept else 'starts again, as there is no checkpoint yet'}"
     metrics = sorted(output.rglob("metrics.jsonl"))

@@ -25,6 +25,11 @@ class MTPConfig(Group):
         description="joint: the whole model is trained; detached: only the heads, no gradient reaches the trunk; "
         "frozen: as detached, and the trunk's parameters have requires_grad=False",
     )
+    head_reduction: Literal["live", "horizon", "target"] = Field(
+        default="live",
+        description="what a head's loss is divided by. live: the heads with a target at its position; horizon: H; "
+        "target: the heads that predict its token, so that every token counts once: for data with masked prompts",
+    )
     loss: Literal["linear", "logits"] = Field(
         default="linear",
         description="linear: never builds the logits of all heads; logits: builds them. The value is the same",

@@ -35,7 +35,7 @@ from mtp_ce.training.critic.functions import Corruption, Pair, PairRows, encode_
 from mtp_ce.training.critic.loss import OBJECTIVES, PairSums, score_pairs
 from mtp_ce.training.data.corpus import Corpus
 from mtp_ce.training.data.rows import rows_of_step
-from mtp_ce.training.errors import RecipeError, StateRefusedError, StepRefusedError, StoppedError, readable
+from mtp_ce.training.errors import RecipeError, StateRefusedError, StepRefusedError, StoppedError, refuse_unloadable
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.models.build import llama_config
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
@@ -60,7 +60,7 @@ def build_critic(recipe: Recipe, end_of_text: int, pretrained: Path | None = Non
     sizes = recipe.critic.model if recipe.critic and recipe.critic.model else recipe.model
     if not isinstance(sizes, PretrainedModelConfig):
         return _critic_of(sizes, recipe, end_of_text, pretrained)
-    with readable("model.source", sizes.source):
+    with refuse_unloadable("model.source", sizes.source):
         return _critic_of(sizes, recipe, end_of_text, pretrained)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.storage.paths import special_file
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
@@ -24,8 +24,6 @@ LONGEST = 2**30
 # A read of more would allocate all of it before it knows how much there is.
 _PIECE = 2**20
 
-_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-
 
 def shown(path: str | Path) -> str:
     r"""Return a path as text that can be encoded: bytes of a file name that are not UTF-8 become `\udcxx`."""
@@ -33,7 +31,7 @@ def shown(path: str | Path) -> str:
 
 
 @contextmanager
-def readable(path: str | Path, key: str = "") -> Iterator[None]:
+def refuse_unreadable(path: str | Path, key: str = "") -> Iterator[None]:
     """Turn errors of reading in the block into one line.
 
     Args:
@@ -93,12 +91,12 @@ def check_files(key: str, files: Iterable[Path]) -> None:
     """
     for file in files:
         try:
-            mode = file.stat().st_mode
+            special = special_file(file)
         except OSError as error:
             where = f"; it is a link to {shown(os.readlink(file))}" if file.is_symlink() else ""
             raise RecipeError(f"{key} has {shown(file)}, which can't be read: {error.strerror}{where}") from None
-        if kind := _KINDS.get(stat.S_IFMT(mode)):
-            raise RecipeError(f"{key} has {shown(file)}, which is {kind}; write its content to a file first")
+        if special:
+            raise RecipeError(f"{key} has {shown(file)}, which is {special}; write its content to a file first")
         if not os.access(file, os.R_OK):
             raise RecipeError(f"{key} has {shown(file)}, which can't be read; see its permissions")
 
@@ -143,7 +141,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         RecipeError: the file can't be read, or a line is not UTF-8 or too long.
     """
     number, name = 0, shown(path)
-    with readable(path), open_file(path) as file:
+    with refuse_unreadable(path), open_file(path) as file:
         while line := file.readline(LONGEST):
             number += 1
             if len(line) == LONGEST:

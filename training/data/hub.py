@@ -44,7 +44,7 @@ class HubRows(RowReader):
         """Yield the rows of the split."""
         columns = self.fields.columns(self._table.column_names)
         # With a column missing the whole row is read, so that the message can list the fields it has.
-        table = self._table.select_columns(columns) if len(columns) == len(self.fields.keys) else self._table
+        table = self._table.select_columns(columns) if self.fields.keys.keys() <= {*columns} else self._table
         for i, row in enumerate(table, 1):
             where = f"{self.source.key} '{self.source.address}', row {i}"
             yield self.fields.document(f"{self.data.split}:{i}", where, row)

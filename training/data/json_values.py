@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_ce.training.data.files import read_bytes, readable, shown
+from mtp_ce.training.data.files import read_bytes, refuse_unreadable, shown
 from mtp_ce.training.data.row_reader import FileRows, Row
 from mtp_ce.training.errors import RecipeError
 
@@ -28,7 +28,7 @@ class JsonValues(FileRows):
             RecipeError: the file is not JSON, or a value is not an object.
         """
         name, number = shown(file), 0
-        with readable(file):
+        with refuse_unreadable(file):
             text = read_bytes(file).decode("utf-8")
         values = _values(text)
         while True:

@@ -31,7 +31,7 @@ class ParquetRows(FileRows):
             with pq.ParquetFile(file) as table:
                 names = table.schema_arrow.names
                 columns = self.fields.columns(names)
-                if len(columns) < len(self.fields.keys):
+                if not self.fields.keys.keys() <= {*columns}:
                     # Names the first field that is missing.
                     self.fields.check(name, dict.fromkeys(names, ""))
                 for batch in table.iter_batches(batch_size=_BATCH, columns=columns):

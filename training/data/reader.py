@@ -26,7 +26,7 @@ from typing import Protocol
 from mtp_ce.registry import load_class
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Excluded
-from mtp_ce.training.data.files import check_files, files_below, files_matching, plain_suffix, readable
+from mtp_ce.training.data.files import check_files, files_below, files_matching, plain_suffix, refuse_unreadable
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.paths import user_path
 
@@ -162,14 +162,14 @@ def find_reader(key: str, address: str, data: DataConfig) -> Reader:
     Raises:
         RecipeError: the address stands for nothing, or the reader does not accept it or can't be loaded.
     """
-    with readable(address, key):
+    with refuse_unreadable(address, key):
         name, source = (data.reader, Source(key, address)) if data.reader else _choose(key, address, data)
     try:
         reader_class = load_class(name, READERS, "data.reader")
     except ValueError as error:
         raise RecipeError(" ".join(str(error).split())) from None
     try:
-        with readable(address, key):
+        with refuse_unreadable(address, key):
             reader: Reader = reader_class(source, data)
     except RecipeError:
         raise

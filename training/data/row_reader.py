@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.chat import to_text
+from mtp_ce.training.data.chat import TOOLS, to_text
 from mtp_ce.training.data.corpus import Corpus, Document, Excluded
-from mtp_ce.training.data.files import readable, shown
+from mtp_ce.training.data.files import refuse_unreadable, shown
 from mtp_ce.training.data.reader import Source
 from mtp_ce.training.errors import RecipeError
 
@@ -86,7 +86,7 @@ class RowReader(ABC):
 
     def _readable(self) -> Iterator[Document]:
         """Yield the documents; errors of files and encodings are one line."""
-        with readable(self.source.address, self.source.key):
+        with refuse_unreadable(self.source.address, self.source.key):
             yield from self.documents()
 
 
@@ -122,12 +122,13 @@ class Fields:
     @property
     def identity(self) -> list[Any]:
         """Return plain values that decide the documents: part of the cache key."""
-        # The key of texts and prompts is older than input and chat.
-        return [self.prompt, self.text, *([self.input, self.chat] if self.input or self.chat else [])]
+        # The key of texts and prompts is older than input and chat, that of chats older than tools.
+        more = [self.input, self.chat, *([TOOLS] if self.chat else [])]
+        return [self.prompt, self.text, *(more if self.input or self.chat else [])]
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """Return the columns of a table that have to be read."""
-        return [name for name in self.keys if name in names]
+        return [name for name in (*self.keys, *([TOOLS] if self.chat else [])) if name in names]
 
     def document(self, path: str, where: str, row: dict[str, Any]) -> Document:
         """Return the document of a row.
@@ -142,7 +143,7 @@ class Fields:
         """
         self.check(where, row)
         if self.chat:
-            return Document(path, to_text(row[self.text], f"{where}: field '{self.text}'"), chat=True)
+            return Document(path, to_text(row[self.text], f"{where}: field '{self.text}'", row.get(TOOLS)), chat=True)
         if self.prompt is None:
             return Document(path, row[self.text])
         if self.input is None:

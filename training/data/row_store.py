@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from mtp_ce.training.data.corpus import Corpus, Document, Excluded, Lazy, below
-from mtp_ce.training.data.files import readable, shown
+from mtp_ce.training.data.files import refuse_unreadable, shown
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import CHUNK, LazyFile
 from mtp_ce.training.storage.cache import cache_folder, cached, discard
@@ -54,7 +54,7 @@ def stored_rows(
     """
     stated = []
     for file in files:
-        with readable(file):
+        with refuse_unreadable(file):
             status = file.stat()
         stated.append((os.path.realpath(file), status.st_size, status.st_mtime_ns))
     without = [excluded.digest] if excluded.digest else []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.data.corpus import Corpus, Document, Excluded, Lazy, below
-from mtp_ce.training.data.files import read_bytes, readable, shown
+from mtp_ce.training.data.files import read_bytes, refuse_unreadable, shown
 from mtp_ce.training.data.reader import Source, refuse_fields
 from mtp_ce.training.errors import RecipeError
 
@@ -53,7 +53,7 @@ class TextFiles:
         hasher = hashlib.sha256()
         characters = shared = 0
         for path, file in zip(self.source.paths, self.files, strict=True):
-            with readable(file):
+            with refuse_unreadable(file):
                 content = read_bytes(file)
             text = _decode(content)
             if text is None:

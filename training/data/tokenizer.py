@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import RecipeError, refuse_unloadable
 from mtp_ce.training.storage.cache import cache_folder, cached
 
 END_OF_TEXT = "<|endoftext|>"
@@ -57,7 +57,7 @@ def read_tokenizer(folder: Path, key: str, source: str, vocab_size: int) -> PreT
     Raises:
         RecipeError: the folder has no tokenizer, or it does not fit the model.
     """
-    with readable(key, source, "has no tokenizer that can be loaded"):
+    with refuse_unloadable(key, source, "has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise RecipeError(f"{key} '{source}' has no fast tokenizer with an end-of-text token")

@@ -169,7 +169,9 @@ def tokenise(
 def vocabulary_of(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return what decides the tokens of a corpus beside its documents: the tokenizer, and of chats the template."""
     chats = bool(corpus.train) and corpus.train[0].chat
-    return tokenizer.backend_tokenizer.to_str() + (f"\0{chat_template(tokenizer)}" if chats else "")
+    # The order without doubles: a tokenizer may have another template for chats with tools.
+    templates = dict.fromkeys((chat_template(tokenizer), chat_template(tokenizer, []))) if chats else {}
+    return tokenizer.backend_tokenizer.to_str() + "".join(f"\0{template}" for template in templates)
 
 
 class _Encoded(NamedTuple):

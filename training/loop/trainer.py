@@ -1,6 +1,7 @@
 """The training loop: forward, loss, backward, gate, optimizer step. It never branches on the kind of a part.
 
-    loss = 1/N sum_{b,t} avg(b,t)        N: positions of the global batch with a target for at least one head
+    loss = 1/N sum_{b,t} avg(b,t)        N: positions of the global batch with a target for at least one head;
+                                            with model.mtp.head_reduction=target the tokens that a head predicts
 
 Each rank counts N in its own rows before the first forward, and every micro-batch is divided by the global count, so
 the accumulated gradient is that of the global batch for any micro-batch size. Statistics are sums on the device, read
@@ -27,8 +28,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.next_token import NextToken
-from mtp_ce.ops.rows import row_targets
+from mtp_ce.ops.rows import count_terms, row_targets
+from mtp_ce.options import LossOptions
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
+from mtp_ce.training.config.model import MTPConfig
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows, rows_of_step, seed_of
 from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedError
@@ -153,9 +156,9 @@ class Trainer:
         torch.manual_seed(seed_of("step", self.recipe.seed, step, self.ranks.rank))
         rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
         batch = self.rows.batch(rows[self.ranks.slice(train.batch_size)])
-        positions = scored_positions(batch, self.recipe.model.mtp.horizon).to(self.device)
-        self.ranks.add(positions)
-        normalizer = positions.clamp(min=1).to(torch.float32)
+        count = loss_count(batch, self.recipe.model.mtp).to(self.device)
+        self.ranks.add(count)
+        normalizer = count.clamp(min=1).to(torch.float32)
 
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums, weights = self._accumulate(batch.to(self.device), normalizer)
@@ -167,7 +170,7 @@ class Trainer:
 
         window.add(
             loss=loss * normalizer,
-            positions=positions,
+            count=count,
             sums=sums,
             weights=weights,
             grad_norm=norm,
@@ -289,7 +292,7 @@ class Trainer:
             self.stop.check()
 
 
-def scored_positions(batch: Batch, horizon: int) -> Tensor:
-    """Count the positions with a target for at least one head: 0-d int64, on the batch's device."""
-    _, _, valid = row_targets(batch.labels, None, batch.document_ids, H=horizon, shift=1, ignore_index=IGNORE)
-    return valid.any(-1).sum()
+def loss_count(batch: Batch, mtp: MTPConfig) -> Tensor:
+    """Count what the loss is a mean over, positions with a target or predicted tokens: 0-d, on the batch's device."""
+    _, _, valid = row_targets(batch.labels, None, batch.document_ids, H=mtp.horizon, shift=1, ignore_index=IGNORE)
+    return count_terms(valid, LossOptions(head_reduction=mtp.head_reduction))

@@ -16,7 +16,7 @@ from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.config.frozen import FrozenModel, ModelKind
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import IGNORE, Batch, PackedRows
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import RecipeError, refuse_unloadable
 from mtp_ce.training.loop.finite import first_not_finite
 from mtp_ce.training.loop.ranks import ALONE, Ranks
 from mtp_ce.unembedding import Unembedding
@@ -100,7 +100,7 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
 
     def load(role: FrozenModel, folder: Path) -> PreTrainedModel:
         kind = role.kind
-        with readable(role.key, role.source or str(folder)):
+        with refuse_unloadable(role.key, role.source or str(folder)):
             model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False
             )

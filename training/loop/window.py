@@ -32,15 +32,15 @@ class Window:
     seconds: float = 0.0
     lr: float = 0.0
     loss: Tensor | float = 0.0
-    positions: Tensor | int = 0
+    count: Tensor | int = 0
     grad_norm: Tensor | float = 0.0
     weights: WeightStatistics | None = None
 
     def add(
         self,
         *,
-        loss: Tensor,  # [], the sum over positions
-        positions: Tensor,  # []
+        loss: Tensor,  # [], the sum
+        count: Tensor,  # [], what the loss is a mean over
         sums: HeadSums,
         weights: WeightStatistics,
         grad_norm: Tensor,  # []
@@ -52,7 +52,7 @@ class Window:
         self.seconds += seconds
         self.lr = lr
         self.loss = self.loss + loss
-        self.positions = self.positions + positions
+        self.count = self.count + count
         self.grad_norm = grad_norm
         self.weights = weights if self.weights is None else self.weights.merge(weights)
         self.sums.merge(sums)
@@ -61,12 +61,12 @@ class Window:
         """Read everything to the host, under the names that trackers show.
 
         Losses and cross entropies are in nats over all steps of the window, divided once; weights are over supervised
-        tokens; valid_token_ratio is the ratio of positions with a target; lr and grad_norm (before clipping) are those
-        of the last step; tokens_per_s counts steps alone, without validation. NaN where there is nothing to divide by:
-        a loss without a target, a head without rows, weights without a supervised token.
+        tokens; valid_token_ratio is the ratio of positions with a target, or of predicted tokens; lr and grad_norm
+        (before clipping) are those of the last step; tokens_per_s counts steps alone, without validation. NaN where
+        there is nothing to divide by: a loss without a target, a head without rows, weights without a supervised token.
         """
         assert self.weights is not None
-        positions, tokens = int(self.positions), self.steps * self.step_tokens
+        count, tokens = int(self.count), self.steps * self.step_tokens
         weights, supervised = self.weights, int(self.weights.count)
 
         def of_weights(value: Tensor) -> float:
@@ -74,7 +74,7 @@ class Window:
 
         self.ranks.add(self.sums.ce, self.sums.rows)
         return {
-            "train/loss": float(self.loss) / positions if positions else math.nan,
+            "train/loss": float(self.loss) / count if count else math.nan,
             "train/ce_mean": self.sums.ce_mean(),
             **{f"train/ce_head_{h}": ce for h, ce in enumerate(self.sums.ce_of_heads())},
             "train/weight_mean": of_weights(weights.mean),
@@ -83,7 +83,7 @@ class Window:
             "train/weight_ess": of_weights(weights.ess),
             "train/weight_clipped_ratio": of_weights(weights.clipped / weights.count),
             "train/weight_neutral_ratio": of_weights(weights.neutral / weights.count),
-            "train/valid_token_ratio": positions / tokens,
+            "train/valid_token_ratio": count / tokens,
             "optim/lr": self.lr,
             "optim/grad_norm": float(self.grad_norm),
             "perf/tokens_per_s": tokens / self.seconds,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_ce.decoding.settings import OFF
 from mtp_ce.decoding.speculative import Speculation, generate_speculatively
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.data.tokens import DocumentTokens
@@ -90,20 +91,22 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
     total: Speculation | None = None
     identical, plain_seconds, speculative_seconds = 0, 0.0, 0.0
     pad = model.causal.generation_config.pad_token_id
-    plain: dict[str, Any] = {
-        "do_sample": False,
-        "max_new_tokens": new_tokens,
-        "pad_token_id": 0 if pad is None else pad,
-    }
+    # The model's own settings apply, such as a repetition penalty, but those that speculation does not follow, and
+    # strings that end a text, which need a tokenizer.
+    off = {name: values[0] for name, values in OFF.items()}
+    settings: dict[str, Any] = {
+        **off, "do_sample": False, "stop_strings": None, "pad_token_id": 0 if pad is None else pad,
+        "attention_mask": torch.ones_like(prompts[0]),
+    }  # fmt: skip
     # Warm-up: the first call of each path is slower.
     few = min(new_tokens, 2 * model.horizon)
-    model.generate(prompts[0], attention_mask=torch.ones_like(prompts[0]), **{**plain, "max_new_tokens": few})
-    generate_speculatively(model, prompts[0], max_new_tokens=few)
+    model.generate(prompts[0], max_new_tokens=few, **settings)
+    generate_speculatively(model, prompts[0], max_new_tokens=few, **settings)
     for prompt in prompts:
         started = _now(prompt)
-        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **plain)
+        expected = model.generate(prompt, max_new_tokens=new_tokens, **settings)
         between = _now(prompt)
-        sequences, speculation = generate_speculatively(model, prompt, max_new_tokens=new_tokens)
+        sequences, speculation = generate_speculatively(model, prompt, max_new_tokens=new_tokens, **settings)
         plain_seconds += between - started
         speculative_seconds += _now(prompt) - between
         identical += torch.equal(sequences, expected)

@@ -16,7 +16,7 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import RecipeError, refuse_unloadable
 
 
 def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path | None = None) -> MTPWrapper:
@@ -35,7 +35,7 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
     _check_kind(heads)
     if not isinstance(recipe.model, PretrainedModelConfig):
         return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
-    with readable("model.source", recipe.model.source):
+    with refuse_unloadable("model.source", recipe.model.source):
         return _pretrained(recipe, end_of_text, pretrained)
 
 
@@ -57,7 +57,9 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
         RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
     """
     _check_kind(heads)
-    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss)
+    return MTPWrapper(
+        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction
+    )
 
 
 def _check_kind(heads: MTPConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import RecipeError, refuse_unloadable
 from mtp_ce.training.storage.cache import cache_folder, cached
 
 
@@ -47,7 +47,7 @@ def _convert(key: str, file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     where, options = file.parent, {"gguf_file": file.name}
-    with readable(key, str(file)):
+    with refuse_unloadable(key, str(file)):
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         quantised = AutoModelForCausalLM.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, **options, **dense

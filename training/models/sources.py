@@ -12,6 +12,7 @@ other entries under the same ids would give meaningless scores without an error.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from mtp_ce.heads.saved import check_tensors as check_saved
 from mtp_ce.training.config.frozen import ModelKind
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.errors import NEVER_RUN, RecipeError, readable
+from mtp_ce.training.errors import NEVER_RUN, RecipeError, refuse_unloadable
 from mtp_ce.training.models.gguf_header import check_header
 from mtp_ce.training.storage.atomic import MANIFEST, damage
-from mtp_ce.training.storage.paths import user_path
+from mtp_ce.training.storage.paths import special_file, user_path
 from mtp_ce.training.storage.s3 import is_s3
 
 PACKAGE = "package:"
@@ -102,7 +103,7 @@ def local_source(key: str, source: str) -> Path | None:
     Hub names are `model`, `owner/model` or `owner/model/file.gguf`; a local path of that name takes precedence.
 
     Raises:
-        RecipeError: it is a path or in a package, and missing.
+        RecipeError: it is a path or in a package, and missing; or a file in it is a named pipe, a socket or a device.
     """
     if is_s3(source):
         return None
@@ -125,7 +126,18 @@ def local_source(key: str, source: str) -> Path | None:
             f"{key} is '{source}', which is neither a folder nor a {GGUF} file; give one, an s3:// address or a hub "
             "name"
         )
-    return _model_in(path)
+    folder = _model_in(path)
+    _check_regular(key, source, folder)
+    return folder
+
+
+def _check_regular(key: str, source: str, folder: Path) -> None:
+    """Check that reading the files of a model or tokenizer ends, whatever library opens them."""
+    # transformers reads one folder below that of a model.
+    for file in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        with suppress(OSError):
+            if special := special_file(file):
+                raise RecipeError(f"{key} '{source}' has {file.name}, which is {special}; write its content to a file")
 
 
 def find_checkpoint(source: str) -> tuple[str, Path | None]:
@@ -318,7 +330,7 @@ def check_tokenizer(key: str, source: str, folder: Path, vocabulary: dict[str, i
     """
     from transformers import AutoTokenizer
 
-    with readable(key, source, "has no tokenizer to compare"):
+    with refuse_unloadable(key, source, "has no tokenizer to compare"):
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     if theirs != vocabulary:
         shared = sum(vocabulary.get(entry) == number for entry, number in theirs.items())

@@ -17,7 +17,7 @@ from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.reader import find_corpus
-from mtp_ce.training.errors import readable
+from mtp_ce.training.errors import refuse_unloadable
 from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.loop.weighing import MODEL_CLASSES
 from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
@@ -111,7 +111,7 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         say(out, "model       size unknown: the model is not on this machine, and a dry run downloads nothing")
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
-    with readable("model", recipe.model.kind, "can't be built"), torch.device("meta"):
+    with refuse_unloadable("model", recipe.model.kind, "can't be built"), torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = with_heads(trunk, heads)
     scoring, unknown = _scoring_models(recipe, config)
@@ -182,7 +182,7 @@ def _config_of(key: str, source: str) -> PreTrainedConfig | None:
         path, options = (converted, {}) if converted.exists() else (path.parent, {"gguf_file": path.name})
     if path is None:
         return None
-    with readable(key, source):
+    with refuse_unloadable(key, source):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     return config
 
@@ -203,7 +203,7 @@ def _scoring_models(recipe: Recipe, trunk: PreTrainedConfig) -> tuple[dict[str, 
         if config is None:
             unknown.append(frozen.key)
             continue
-        with readable(frozen.key, frozen.source or frozen.role), torch.device("meta"):
+        with refuse_unloadable(frozen.key, frozen.source or frozen.role), torch.device("meta"):
             models[frozen.role] = MODEL_CLASSES[frozen.kind].from_config(config, dtype=dtype, trust_remote_code=False)
     return models, unknown
 

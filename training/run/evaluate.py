@@ -16,7 +16,7 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
-from mtp_ce.training.errors import RecipeError, readable
+from mtp_ce.training.errors import RecipeError, refuse_unloadable
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.finite import first_not_finite
 from mtp_ce.training.metrics.decoding import DecodingResult, choose_prompts, measure_decoding
@@ -68,7 +68,7 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
     Raises:
         RecipeError: the saved files do not fit together, or a parameter is not finite.
     """
-    with readable("CHECKPOINT", source, "can't be loaded"):
+    with refuse_unloadable("CHECKPOINT", source, "can't be loaded"):
         if (folder / CONFIG_FILE).exists():
             model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
         else:

@@ -1,13 +1,14 @@
 """The run directory: its recipe, whether the run can be resumed, and whether it has finished. Needs no torch.
 
 recipe.yaml    the recipe of the run
-run.json       id of the run, the launch that began it, and when the run finished
+run.json       id of the run, the launch that began it, when the run finished, and what a missing report needs
 run.lock       locked by the process that trains here
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -136,10 +137,45 @@ def finished(folder: Path) -> str | None:
     return when
 
 
-def finish(folder: Path) -> None:
-    """Record that a run has finished."""
-    record = {**_read(folder), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+def finish(folder: Path, report: dict[str, Any]) -> None:
+    """Record that a run has finished: its model is saved.
+
+    Args:
+        folder: the run directory.
+        report: what the report needs, plain values; kept until `end_report`.
+    """
+    done = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "report": report,
+        "report_sha256": _hash(report),
+    }
+    record = {**_read(folder), **done}
     write_file(folder / RUN_FILE, json.dumps(record, indent=2))
+
+
+def pending_report(folder: Path) -> dict[str, Any] | None:
+    """Return what the report of a finished run needs, if it is missing; None if it is complete.
+
+    Raises:
+        RecipeError: run.json is damaged.
+    """
+    record = _read(folder)
+    report: dict[str, Any] | None = record.get("report")
+    if report and record.get("report_sha256") != _hash(report):
+        raise RecipeError(
+            f"run {folder} has a {RUN_FILE} that differs from what was written; its model is in {folder}/model, and "
+            f"eval-mtp {folder} evaluates it"
+        )
+    return report
+
+
+def end_report(folder: Path) -> None:
+    """Record that the report of a run is complete."""
+    write_file(folder / RUN_FILE, json.dumps({**_read(folder), "report": None}, indent=2))
+
+
+def _hash(report: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
 def restarted_run(runs: Path) -> Path | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
-from mtp_ce.training.console import say
+from mtp_ce.training.console import patience, say
 from mtp_ce.training.data.chat import chat_template
 from mtp_ce.training.data.corpus import Corpus, texts
 from mtp_ce.training.data.reader import read_corpus
@@ -32,7 +32,7 @@ from mtp_ce.training.models.sources import check_config, check_heads, check_toke
 # with an integer stride, so a smaller corpus is read completely.
 TOKENIZER_CHARACTERS = 50_000_000
 
-# Seconds without a line while documents are tokenized.
+# Seconds without a line while a corpus is read, a tokenizer trained, and documents tokenized.
 SILENT_S = 10.0
 
 
@@ -101,10 +101,12 @@ def read_inputs(recipe: Recipe, console: Console, ranks: Ranks = ALONE) -> Input
     assert V is not None
     tokenizer = _named_tokenizer(recipe, model_folders, V)
     _check_chats(recipe.data, tokenizer)
-    corpus = read_corpus(recipe.data)
+    corpus = _read_corpus(recipe.data, console)
     _print_corpus(console, corpus)
     stride = max(1, -(-corpus.characters // TOKENIZER_CHARACTERS))
-    tokenizer = tokenizer or load_tokenizer(texts(corpus.train[::stride]), V)
+    if tokenizer is None:
+        with patience(console, "tokenizer   training", SILENT_S):
+            tokenizer = load_tokenizer(texts(corpus.train[::stride]), V)
     for key, folder in model_folders.items():
         if key != "model.source":
             check_tokenizer(key, sources[key][0], folder, tokenizer.get_vocab())
@@ -128,9 +130,14 @@ def read_held_out(recipe: EvaluationRecipe, source: str, console: Console) -> In
     V = check_config("CHECKPOINT", source, folder, "language model", None)
     tokenizer = read_tokenizer(folder, "CHECKPOINT", source, V)
     _check_chats(recipe.data, tokenizer)
-    corpus = read_corpus(recipe.data)
+    corpus = _read_corpus(recipe.data, console)
     _print_corpus(console, corpus)
     return _inputs(console, device, recipe.data, corpus, tokenizer, V, {"CHECKPOINT": folder}, ALONE)
+
+
+def _read_corpus(data: DataConfig, console: Console) -> Corpus:
+    with patience(console, "corpus      reading", SILENT_S):
+        return read_corpus(data)
 
 
 def _print_corpus(console: Console, corpus: Corpus) -> None:

@@ -21,7 +21,8 @@ from mtp_ce.training.metrics.head_scores import validation_metrics
 from mtp_ce.training.report.evaluation import print_evaluation
 from mtp_ce.training.run.folder import RECIPE_FILE, check_same, locked_run, start_run
 from mtp_ce.training.run.inputs import find_device, read_inputs
-from mtp_ce.training.run.stages import check_stages, main_stage, scoring_stages
+from mtp_ce.training.run.main_stage import main_stage
+from mtp_ce.training.run.stages import check_stages, scoring_stages
 from mtp_ce.training.storage.folders import check_writable
 from mtp_ce.training.tracking.composite import Tracking
 from mtp_ce.training.tracking.jsonl import METRICS_FILE
@@ -80,6 +81,8 @@ def _train(recipe: Recipe, output: Path, out: Console, ranks: Ranks, lock: ExitS
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
         evaluation = main_stage(recipe, inputs, models, output, tracking)
+        # A signal to a rank that only waits for the report.
+        ranks.check(ranks.stop)
         tracking.summary(recipe.train.steps, validation_metrics(evaluation.heads) | evaluation.metrics())
     print_evaluation(out, evaluation)
     weights = ", weights.html, weights.png" if recipe.scorer.weighted else ""

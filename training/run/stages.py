@@ -1,29 +1,24 @@
-"""The stages of a run. Each writes its own folder and is a child run in MLflow.
+"""The stages before the main one. Each writes its own folder and is a child run in MLflow.
 
     reference, critic   a frozen scoring model: trained here, reused from the cache, or named by the recipe
     weights             all token weights computed once before training, if the recipe asks for it
-    main                the model itself, weighted by the scorer
 
 A finished stage is stored in the stage cache under a hash of its settings and inputs, and reused from there.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.frozen import ReferenceConfig
 from mtp_ce.training.config.model import LlamaModelConfig, MTPConfig, PretrainedModelConfig, TrunkConfig
 from mtp_ce.training.config.schema import Recipe
@@ -39,25 +34,16 @@ from mtp_ce.training.loop.finite import refuse_not_finite
 from mtp_ce.training.loop.weighing import (
     NEUTRAL_BOUND,
     FrozenModels,
-    Weigh,
     build_weighing,
-    hold_in_precision,
-    load_weights,
     save_weights,
-    stored,
     weigh_rows,
 )
-from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import validation_metrics
 from mtp_ce.training.models.saved import save_model
-from mtp_ce.training.report.evaluation import write_evaluation
-from mtp_ce.training.run.evaluate import decode
 from mtp_ce.training.run.fitting import fit, log_and_show
-from mtp_ce.training.run.folder import finish
 from mtp_ce.training.run.inputs import Inputs
 from mtp_ce.training.run.stage_cache import StageKind, cached_stage, folder_digest, stage_key, store_stage
 from mtp_ce.training.storage.atomic import damage, remove_folder, whole_folder, write_file
-from mtp_ce.training.storage.uploads import copies
 from mtp_ce.training.tracking.composite import Tracking
 
 # Results of a finished stage, stored beside its model.
@@ -87,84 +73,6 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
         else TRAINING_STAGES[model.role](sized, inputs, output, tracking) / "model"
         for model in recipe.frozen_models()
     }
-
-
-def main_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Evaluation:
-    """Train the model itself, evaluate its heads, and draw token weights of held-out passages if weighted."""
-    rows = inputs.rows(inputs.tokens.train)
-    weigh: Weigh
-    if recipe.precompute_weights:
-        stage = _weights(recipe, inputs, models, output, tracking)
-        rows, weigh = inputs.rows(inputs.tokens.train, load_weights(stage / WEIGHTS_FOLDER)), stored(recipe)
-    else:
-        weigh = build_weighing(recipe, models, inputs.device, inputs.ranks).weigh
-    ranks = inputs.ranks
-    address = f"{recipe.checkpoint.upload.rstrip('/')}/{output.name}" if recipe.checkpoint.upload else None
-    with (
-        Tracking(recipe, output, partial(warn, inputs.console), tracking, "main", records=ranks.leads) as run,
-        copies(address if ranks.leads else None, partial(warn, inputs.console), recipe.checkpoint.keep) as copy,
-    ):
-        with stop_on_signal() as stop:
-            trainer, results = fit(recipe, inputs, rows, weigh, output, run, copy)
-            # The model is saved: a failure of the report leaves nothing to resume.
-            ranks.lead(lambda: finish(output))
-            ranks.check(stop)
-        trained = Evaluation(results, inputs.unigram, trainer.validations.get(0))
-        trained_model = None if ranks.sharded else trainer.model
-        # Frees shards, optimizer and scorer before the report loads models.
-        del trainer, weigh
-        _free_memory(inputs.device)
-
-        def report() -> Evaluation:
-            evaluation = trained
-            # The other ranks wait, so this one may leave in the middle.
-            with ranks.stop.at_once(), _failure_is_a_warning(inputs, output):
-                model = trained_model
-                # A rank holds only its shards of a sharded model; the files hold all of it.
-                if model is None:
-                    model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
-                    nn.Module.to(model, inputs.device)
-                evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
-                if recipe.scorer.weighted:
-                    # matplotlib writes a font cache on first import; a dry run writes nothing.
-                    from mtp_ce.training.run.passages import show_weights
-
-                    # Rank 0 works alone here: it can't run models sharded over all ranks, nor use the others' scores.
-                    alone = recipe.model_copy(update={"scorer": recipe.scorer.on_one_rank()})
-                    weighing = build_weighing(alone, models, inputs.device)
-                    hold_in_precision(model, recipe.train.precision)
-                    for path in show_weights(inputs, weighing, model, recipe.scorer.name, output):
-                        run.artifact(path)
-            with ranks.stop.at_once(), _failure_is_a_warning(inputs, output):
-                run.log(recipe.train.steps, evaluation.metrics())
-                for path in write_evaluation(evaluation, output, f"{output.name}: the heads on held-out text"):
-                    run.artifact(path)
-            return evaluation
-
-        evaluation = ranks.share(ranks.lead(report))
-        assert evaluation is not None
-        return evaluation
-
-
-def _free_memory(device: torch.device) -> None:
-    """Free objects held by reference cycles only, such as a sharded module and its hooks."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _failure_is_a_warning(inputs: Inputs, output: Path) -> Iterator[None]:
-    """Turn a failure of the report, such as running out of memory, into a warning."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        warn(
-            inputs.console,
-            f"the report on the trained model failed with {type(error).__name__}: {reason}. The model is saved; "
-            f"eval-mtp {output} evaluates it",
-        )
 
 
 def reference_recipe(recipe: Recipe) -> Recipe:
@@ -270,7 +178,8 @@ TRAINING_STAGES: dict[str, Callable[[Recipe, Inputs, Path, Tracking], Path]] = {
 }
 
 
-def _weights(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
+def weights_stage(recipe: Recipe, inputs: Inputs, models: FrozenModels, output: Path, tracking: Tracking) -> Path:
+    """Return the folder of all token weights, computed before training or reused from the cache."""
     settings = {
         "scorer": recipe.scorer.model_dump(),
         "row_length": inputs.row_length,

@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mtp_ce.training.errors import system_error
+
 T = TypeVar("T")
 
 MANIFEST = ".mtp_files.json"
@@ -262,8 +264,8 @@ def _system_errors(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
+        if found := system_error(error):
+            raise OSError(found.errno, found.strerror, str(folder)) from None
         raise
 
 

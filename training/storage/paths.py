@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import errno
+import stat
 from pathlib import Path
 
 from mtp_ce.training.errors import RecipeError
+
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 # Nothing is there; any other error means that the path can't even be looked up.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
@@ -31,3 +39,12 @@ def user_path(key: str, text: str) -> Path:
             reason = error.strerror if isinstance(error, OSError) else error
             raise RecipeError(f"{key} is '{text[:200]}', which can't be looked up: {reason}") from None
     return path
+
+
+def special_file(path: Path) -> str | None:
+    """Return what a path is where reading it may never end: a named pipe, a socket or a device; None elsewhere.
+
+    Raises:
+        OSError: it can't be looked up.
+    """
+    return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))

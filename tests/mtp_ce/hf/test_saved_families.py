@@ -1,4 +1,4 @@
-"""Models of every family are saved, loaded and resumed without a parameter left out.
+"""Models of every family are saved, loaded and resumed without a parameter left out, and do what docs/heads.md says.
 
 The files of mixtures hold one tensor per expert and those of vision-language models other names than their modules;
 hybrids hold convolutions and states; adapters are files of their own. Each case is the smallest model of its class.
@@ -27,6 +27,7 @@ for package in ("accelerate", "peft"):
 from peft import IA3Config, LoHaConfig, LoraConfig, VBLoRAConfig, get_peft_model  # noqa: E402
 
 from mtp_ce import MTPTrainer  # noqa: E402
+from mtp_ce.decoding.speculative import generate_speculatively  # noqa: E402
 
 V = 64
 TEXT: dict[str, Any] = {
@@ -244,3 +245,110 @@ def test_a_saved_model_resumes_and_loads_bit_for_bit(case, tmp_path):
             return {name for name, x in wrapper.named_parameters() if x.requires_grad}
 
         assert trained(again) == trained(whole)
+
+
+# The rows of the table of families in docs/heads.md.
+NAMES = {
+    "Llama": "llama", "Llama, tied embeddings": "tied", "Mixtral": "mixtral", "Qwen3-MoE": "qwen3_moe",
+    "GLM-4-MoE": "glm4_moe", "DeepSeek-V3": "deepseek_v3", "gpt-oss": "gpt_oss", "Qwen3-Next, hybrid": "qwen3_next",
+    "Jamba, hybrid": "jamba", "LLaVA": "llava", "Mistral 3": "mistral3", "Qwen2.5-VL": "qwen2_5_vl",
+    "Gemma 3": "gemma3", "Qwen3-VL": "qwen3_vl",
+}  # fmt: skip
+
+
+def with_images(family: str) -> dict[str, Tensor]:
+    """Two rows, each with an image near its beginning, as the family's processor makes them."""
+    torch.manual_seed(0)
+    tokens = DRAWN[:2].clone()
+    if family.startswith("qwen"):
+        tokens[:, 2], tokens[:, 3], tokens[:, 4] = 5, 3, 6
+        pixels = {"pixel_values": torch.randn(8, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 2, 2]] * 2)}
+        return {"input_ids": tokens, **pixels, "mm_token_type_ids": (tokens == 3).int()}
+    tokens[:, 2 : 3 if family == "mistral3" else 6] = 3
+    further = {
+        "mistral3": {"image_sizes": torch.tensor([[16, 16]] * 2)}, "gemma3": {"token_type_ids": (tokens == 3).long()}
+    }  # fmt: skip
+    return {"input_ids": tokens, "pixel_values": torch.randn(2, 3, 16, 16), **further.get(family, {})}
+
+
+def check_gradients(wrapper: MTPWrapper, names: str) -> None:
+    """The loss is finite, and every trained parameter whose name has `names` in it takes part in it."""
+    result = wrapper(DRAWN, labels=DRAWN).loss
+    result.backward()
+    assert result.isfinite()
+    trained = [p for name, p in wrapper.named_parameters() if names in name and p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
+
+
+def heads_of_layers(family: str) -> None:
+    for kind in ("layer", "sequential"):
+        check_gradients(MTPWrapper(build(family), 2, heads=kind), "heads.")
+
+
+def lora(family: str) -> None:
+    adapted = get_peft_model(build(family), LoraConfig(r=2, target_modules="all-linear", exclude_modules=".*vision.*"))
+    check_gradients(MTPWrapper(adapted, 2), "self_attn.o_proj.lora_A")
+
+
+def images(family: str) -> None:
+    """One head has the model's own loss, several reach the tower, and the text is that of `generate`."""
+    model, inputs = build(family).eval(), with_images(family)
+    labels = inputs["input_ids"].clone()
+    labels[:, :6] = -100
+    with torch.no_grad():
+        own, blind = model(**inputs, labels=labels).loss, model(inputs["input_ids"], labels=labels).loss
+        one = MTPWrapper(model, 1, heads="none").eval()(**inputs, labels=labels).loss
+    torch.testing.assert_close(one, own, rtol=1e-5, atol=0)
+    assert abs(own - blind) > 1e-4
+    MTPWrapper(model, 3)(**inputs, labels=labels).loss.backward()
+    tower = [p for name, p in model.named_parameters() if "visual" in name or "vision" in name]
+    assert any(p.grad is not None and p.grad.any() for p in tower)
+    speculative(family, **inputs)
+
+
+def speculative(family: str, **inputs: Tensor) -> None:
+    inputs = inputs or {"input_ids": DRAWN[:2, :6]}
+    model, length = build(family).eval(), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    text = generate_speculatively(MTPWrapper(model, 3).eval(), inputs.pop("input_ids"), **inputs, **length).sequences
+    assert torch.equal(text, model.generate(text[:, :-8], **inputs, **length))
+
+
+COLUMNS = {
+    "trains, resumes, loads": lambda family: None,  # the test above
+    "heads of layers": heads_of_layers,
+    "LoRA": lora,
+    "images": images,
+    "`speculative=True`": speculative,
+}
+
+
+def cells() -> list[tuple[str, str, str]]:
+    """Row, column and text of every cell of the table."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "heads.md").read_text(encoding="utf-8")
+    lines = page.partition("<!-- families:begin -->")[2].partition("<!-- families:end -->")[0].strip().splitlines()
+    first, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [(row[0], column, cell) for row in rows for column, cell in zip(first[1:], row[1:], strict=True)]
+
+
+def test_the_page_has_every_family_and_column():
+    assert {row for row, _, _ in cells()} == set(NAMES)
+    assert set(NAMES.values()) == set(FAMILIES)
+    assert {column for _, column, _ in cells()} == set(COLUMNS)
+
+
+@pytest.mark.parametrize(("row", "column", "cell"), [pytest.param(*cell, id=" ".join(cell[:2])) for cell in cells()])
+def test_the_page_says_what_works_with_what(row, column, cell):
+    """ "yes" runs; "no" is refused with the words that follow it; an empty cell has nothing to run."""
+    family, run = NAMES[row], COLUMNS[column]
+    if cell == "yes":
+        run(family)
+        return
+    if not cell:
+        assert column == "images"
+        assert not hasattr(build(family).config, "vision_config")
+        return
+    verdict, _, words = cell.partition(": ")
+    assert verdict == "no"
+    with pytest.raises((TypeError, ValueError), match=words):
+        run(family)

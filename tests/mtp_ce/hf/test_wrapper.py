@@ -135,6 +135,7 @@ def test_the_loss_is_the_contracts_on_the_models_own_logits(architecture, kind):
         labels,
         weights.double(),
         weight_alignment="target",
+        head_reduction="target",
         impl="reference",
         return_stats=True,
     )
@@ -176,9 +177,8 @@ def test_gradients_are_those_of_the_loss_on_full_logits(architecture, kind):
         name: parameter.grad.clone() for name, parameter in wrapper.named_parameters() if parameter.grad is not None
     }
     wrapper.zero_grad(set_to_none=True)
-    weighted_mtp_ce(
-        full_logits(wrapper, tokens), labels, weights, weight_alignment="target", impl="reference"
-    ).backward()
+    options = {"weight_alignment": "target", "head_reduction": "target", "impl": "reference"}
+    weighted_mtp_ce(full_logits(wrapper, tokens), labels, weights, **options).backward()
     for name, parameter in wrapper.named_parameters():
         assert (parameter.grad is None) == (name not in ours), name
         if parameter.grad is not None:

@@ -126,9 +126,10 @@ def test_a_wrapper_in_an_inner_folder_is_read(tmp_path):
 def test_options_of_the_loss_are_given_anew(tmp_path):
     """They belong to a training, not to the model."""
     wrap(label_smoothing=0.1).save_pretrained(tmp_path)
-    assert MTPWrapper.from_pretrained(tmp_path).label_smoothing == 0
+    assert MTPWrapper.from_pretrained(tmp_path).loss_options.label_smoothing == 0
     again = MTPWrapper.from_pretrained(tmp_path, loss="logits", label_smoothing=0.2, z_loss=1e-3)
-    assert (again.loss, again.label_smoothing, again.z_loss) == ("logits", 0.2, 1e-3)
+    options = again.loss_options
+    assert (again.loss, options.label_smoothing, options.z_loss) == ("logits", 0.2, 1e-3)
 
 
 @pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=["adapters", "and a whole layer"])

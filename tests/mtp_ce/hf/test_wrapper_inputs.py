@@ -74,7 +74,8 @@ def test_weights_of_rows_are_those_of_the_heads_where_tokens_between_are_given()
     """[B, S, H] weights of "teacher_forcing" belong to the rows that the contract numbers."""
     wrapper, weights = wrap("teacher_forcing"), torch.rand(2, 12, H)
     logits = wrapper(TOKENS).logits
-    expected = weighted_mtp_ce([torch.roll(logits, -h, 1) for h in range(H)], TOKENS, weights, impl="reference")
+    rolled = [torch.roll(logits, -h, 1) for h in range(H)]
+    expected = weighted_mtp_ce(rolled, TOKENS, weights, head_reduction="target", impl="reference")
     given = wrapper(TOKENS, labels=TOKENS, token_weights=weights, weight_alignment="position")
     torch.testing.assert_close(given.loss, expected)
 
@@ -95,7 +96,7 @@ def test_smoothing_and_z_loss_are_the_contracts(kind, loss):
         logits = [torch.roll(wrapper(TOKENS).logits, -h, 1) for h in range(H)]
     else:
         logits = wrapper.head_logits(input_ids=TOKENS)
-    options = {"weight_alignment": "target", "impl": "reference", "return_stats": True}
+    options = {"weight_alignment": "target", "head_reduction": "target", "impl": "reference", "return_stats": True}
     expected = weighted_mtp_ce(logits, TOKENS, label_smoothing=0.1, z_loss=1e-2, **options)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(output.stats.ce, expected.stats.ce, rtol=1e-4, atol=1e-5)

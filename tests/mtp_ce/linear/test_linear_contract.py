@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shift_2": {"shift": 2},
     "target": {"weight_alignment": "target"},
     "horizon": {"head_reduction": "horizon"},
+    "per_token": {"head_reduction": "target", "head_weights": torch.tensor([1.0, 0.0, 0.5])},
     "head_weights": {"head_weights": torch.tensor([1.0, 0.0, 0.5])},
     "seq_lens": {"seq_lens": torch.tensor([4, 6])},
     "document_ids": {"document_ids": torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 0, 0]])},

@@ -184,6 +184,7 @@ def test_the_chunk_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_i
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {"softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "weight_alignment": "target"},
+    "per_token": {"head_reduction": "target"},
     "none": {"reduction": "none", "head_reduction": "horizon"},
     "sum_over_nothing": {"reduction": "sum", "shift": 9},
     "mean_over_nothing": {"shift": 9},

@@ -176,6 +176,7 @@ OPTIONS = {
     "none": {"reduction": "none", "shift": 2},
     "target": {"weight_alignment": "target"},
     "horizon": {"head_reduction": "horizon", "loss_scale": -2.0},
+    "per_token": {"head_reduction": "target"},
     "softcap": {"softcap": 1.5},
     "z_loss": {"z_loss": 0.3},
     "smoothing": {"label_smoothing": 0.2},

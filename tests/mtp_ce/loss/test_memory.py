@@ -81,6 +81,7 @@ def test_the_blocks_of_all_threads_stay_below_64_mib() -> None:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {"softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1, "weight_alignment": "target"},
+    "per_token": {"head_reduction": "target"},
     "none": {"reduction": "none", "head_reduction": "horizon"},
     "sum_over_nothing": {"reduction": "sum", "shift": 9},
     "mean_over_nothing": {"shift": 9},

@@ -22,13 +22,21 @@ def by_the_formula(logits: Tensor, labels: Tensor, weights: Tensor | None, optio
     result = SimpleNamespace(ce={}, live={}, lse={}, top1={}, per_position=[[0.0] * S for _ in range(B)], positions=0)
     for b in range(B):
         for t in range(S):
-            terms, total, alive = 0.0, 0.0, 0
             for h in range(H):
                 target = t + option["shift"] + h
                 live = target < (S if lens is None else min(S, int(lens[b])))
                 live = live and int(labels[b, target]) != option["ignore_index"]
-                live = live and (docs is None or int(docs[b, target]) == int(docs[b, t]))
-                result.live[b, t, h] = live
+                result.live[b, t, h] = live and (docs is None or int(docs[b, target]) == int(docs[b, t]))
+        # The heads that predict token j, each from its position.
+        predicting = {
+            j: [h for h in range(H) if result.live.get((b, j - option["shift"] - h, h), False)] for j in range(S)
+        }
+        by_token = option.get("head_reduction") == "target"
+        result.positions += sum(map(bool, predicting.values())) if by_token else 0
+        for t in range(S):
+            terms, total, alive = 0.0, 0.0, 0
+            for h in range(H):
+                target, live = t + option["shift"] + h, result.live[b, t, h]
                 result.ce[b, t, h], result.lse[b, t, h], result.top1[b, t, h] = 0.0, 0.0, -1
                 if not live:
                     continue
@@ -49,10 +57,10 @@ def by_the_formula(logits: Tensor, labels: Tensor, weights: Tensor | None, optio
                 lse = max(z) + math.log(math.fsum(math.exp(x - max(z)) for x in z))
                 e = option["label_smoothing"]
                 loss = lse - (1 - e) * label - e * math.fsum(z) / V + option["z_loss"] * lse**2
-                terms += a[h] * w * loss
+                terms += a[h] * w * loss / (sum(a[i] for i in predicting[target]) if by_token else 1.0)
                 result.ce[b, t, h], result.lse[b, t, h], result.top1[b, t, h] = lse - label, lse, z.index(max(z))
-            result.positions += alive > 0
-            divisor = H if option.get("head_reduction") == "horizon" else total
+            result.positions += alive > 0 and not by_token
+            divisor = {"horizon": H, "target": 1.0}.get(option.get("head_reduction"), total)
             result.per_position[b][t] = terms / divisor if divisor else 0.0
     reduction, scale = option.get("reduction", "mean"), option.get("loss_scale", 1.0)
     everything = math.fsum(x for row in result.per_position for x in row)
@@ -88,9 +96,11 @@ def draw_case(seed: int) -> tuple[Tensor, Tensor, Tensor | None, dict]:
     if rng.random() < 0.3:
         options["label_smoothing"] = 0.2
     heads = rng.random()
-    if heads < 0.3:
+    if heads < 0.2:
         options["head_reduction"] = "horizon"
-    elif heads < 0.6:
+    elif heads < 0.5:
+        options["head_reduction"] = "target"
+    if 0.35 < heads < 0.7:
         options["head_weights"] = torch.tensor([1.0, 0.0, 0.5, 3.0][:H], dtype=torch.float64)
     if options["reduction"] == "mean" and rng.random() < 0.3:
         options["normalizer"] = 7.0

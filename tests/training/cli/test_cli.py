@@ -102,6 +102,7 @@ MISTAKES = {
     "missing corpus": (["data.corpus=nowhere"], ["data.corpus", "'nowhere'"]),
     "corpus without files": (["data.corpus=empty"], ["no file that ends in '.py'"]),
     "existing output folder": (["--output", "taken"], ["output folder taken exists", "--output"]),
+    "output at an address": (["--output", "s3://bucket/runs"], ["s3://bucket/runs; give a folder on this machine"]),
     "output of nobody": (["--output", "~nobody-of-this-name/run"], ["there is no user nobody-of-this-name"]),
     "output of an endless name": (["--output", "x" * 5000], ["can't be looked up: File name too long"]),
     "a run of nobody": (["--resume", "~nobody-of-this-name/run"], ["--resume", "there is no user nobody-of-this-name"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -10,10 +11,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
+from mtp_ce.training.cli import evaluate as eval_cli
+from mtp_ce.training.cli import export
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.cli.output import unfailing_output
 from mtp_ce.training.config.recipe import to_yaml
+from mtp_ce.training.models import sources
+from mtp_ce.training.run import evaluate, pipeline
 
 PRINTS = "import sys; from mtp_ce.training.cli.train import main; sys.exit(main(sys.argv[1:]))"
 
@@ -121,3 +127,38 @@ def test_no_file_takes_the_place_of_a_closed_stdout():
     opens += "with unfailing_output():\n    sys.exit(os.open(os.devnull, os.O_RDONLY))"
     run = subprocess.run([sys.executable, "-c", opens], preexec_fn=lambda: os.closerange(0, 3))
     assert run.returncode > 2
+
+
+def _from_file(path: Path) -> None:
+    torch.from_file(str(path), size=1)
+
+
+def _from_rust(path: Path) -> None:
+    raise ValueError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+
+
+def _from_python(path: Path) -> None:
+    path.open("rb")
+
+
+@pytest.mark.parametrize("fails", [_from_file, _from_rust, _from_python])
+def test_an_error_of_the_disk_is_one_line_of_every_command(fails, tmp_path, monkeypatch, capsys):
+    """Also where a library reports it in its text alone."""
+    gone, output = tmp_path / "gone", tmp_path / "output"
+
+    def fail(*_: object, **__: object) -> None:
+        fails(gone)
+
+    monkeypatch.setattr(pipeline, "train", fail)
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr(export, "_export", fail)
+    monkeypatch.setattr(sources, "find_checkpoint", lambda source: (source, None))
+    commands = {
+        "train-mtp": (cli.main, ["tiny", "tracking.kind=none", "--output", str(output)]),
+        "eval-mtp": (eval_cli.main, ["some/model", "tracking.kind=none", "--output", str(output)]),
+        "export-mtp": (export.main, ["some/model", "base", str(output)]),
+    }
+    reason = f"{os.strerror(errno.ENOSPC)}: {output}" if fails is _from_rust else f"No such file or directory: {gone}"
+    for name, (main, arguments) in commands.items():
+        assert main(arguments) == 1
+        assert capsys.readouterr().err == f"{name}: error: {reason}\n"

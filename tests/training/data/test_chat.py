@@ -106,6 +106,68 @@ def test_what_the_assistant_says_is_learnt_and_nothing_else(tokenizer, case):
         assert ids == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED, REASONING])
+@pytest.mark.parametrize("muted", [0, 1])
+def test_a_turn_of_weight_0_is_read_and_not_learnt(tokenizer, template, muted):
+    """The tokens are those of the chat without weights."""
+    tokenizer.chat_template = template
+    weights = [{} if message["role"] != "assistant" else {"weight": 1} for message in CHAT]
+    weights[2 + 2 * muted] = {"weight": 0}
+    chat = [{**message, **weight} for message, weight in zip(CHAT, weights, strict=True)]
+    ids, learnt = encode_chat("a:1", to_text(chat, "a"), tokenizer)
+    plain, every = encode_chat("a:1", to_text(CHAT, "a"), tokenizer)
+    assert ids == plain
+    assert learnt_parts(tokenizer, ids, learnt) == [learnt_parts(tokenizer, plain, every)[1 - muted]]
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
+# As in ChatML templates of models that call functions.
+TOOLED = "{% if tools %}{{ tools | map(attribute='function.name') | join(' ') }}\n{{ tools | tojson }}\n{% endif %}"
+
+
+def test_the_tools_of_a_row_reach_the_template(tmp_path, tokenizer):
+    """From each form, without the fields that a table adds; a row without them is a chat as any other."""
+    tokenizer.chat_template = TOOLED + CHATML
+    # A table has every field in every row.
+    other = {
+        "type": "function",
+        "function": {"name": "time", "parameters": {"properties": {"zone": {"type": "string"}}}},
+    }
+    rows = [{"messages": CHAT[1:3], "tools": tools} for tools in ([TOOL], [TOOL, other], [])] + [
+        {"messages": CHAT[1:3]}
+    ]
+    pq.write_table(pa.Table.from_pylist([{"tools": [], **row} for row in rows]), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{**row, "tools": json.dumps(row.get("tools", []))} for row in rows]
+    (tmp_path / "a.json").write_text(json.dumps(texts))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": CHAT[1:]}))
+    for name in ("a.parquet", "a.jsonl", "a.json"):
+        corpus = read(tmp_path / name, validation_corpus=str(tmp_path / "b.jsonl"))
+        said = [encode_chat(document.path, document.text, tokenizer)[0] for document in corpus.train]
+        heads = [tokenizer.decode(ids).partition("<|im_start|>")[0] for ids in said]
+        assert heads == [f"weather\n{json.dumps([TOOL])}\n", f"weather time\n{json.dumps([TOOL, other])}\n", "", ""]
+    tokenizer.chat_template = CHATML
+    with pytest.raises(
+        RecipeError, match=r"a:1: the row has tools, and the tokenizer's chat template does not show the"
+    ):
+        encode_chat("a:1", to_text(CHAT, "a", [TOOL]), tokenizer)
+    for wrong, reason in (
+        ("{", "is not JSON"),
+        ({"a": 1}, "is no list of functions"),
+        (["f"], "is no list of functions"),
+    ):
+        with pytest.raises(RecipeError, match=f"a: the row's field 'tools' {reason}"):
+            to_text(CHAT, "a", wrong)
+
+
+def test_a_template_of_its_own_for_tools_is_used(tokenizer):
+    tokenizer.chat_template = {"default": CHATML, "tool_use": TOOLED + CHATML}
+    for tools, begins in ((None, "<|im_start|>"), ([TOOL], "weather\n")):
+        ids, learnt = encode_chat("a:1", to_text(CHAT, "a", tools), tokenizer)
+        assert tokenizer.decode(ids).startswith(begins)
+        assert learnt_parts(tokenizer, ids, learnt) == ANSWERS
+
+
 def test_a_template_that_does_not_show_the_assistants_tokens_is_refused(tokenizer):
     tokenizer.chat_template = MOVING
     with pytest.raises(
@@ -147,11 +209,12 @@ def test_openai_and_sharegpt_give_the_same_chats(tmp_path):
 
 
 def test_chats_without_an_answer_are_skipped_and_counted(tmp_path):
-    chats = [CHAT, CHAT[:2], [], [*CHAT[:2], {"role": "assistant", "content": " "}], CHAT[:3]]
+    empty = [{"role": "assistant", "content": " "}, {"role": "assistant", "content": "No.", "weight": 0}]
+    chats = [CHAT, CHAT[:2], [], *([*CHAT[:2], message] for message in empty), CHAT[:3]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": [*CHAT[:4], {"role": "assistant", "content": "?"}]}))
     corpus = read(tmp_path / "a.jsonl", validation_corpus=str(tmp_path / "b.jsonl"))
-    assert (len(corpus.train), len(corpus.held_out), corpus.skipped) == (2, 1, 3)
+    assert (len(corpus.train), len(corpus.held_out), corpus.skipped) == (2, 1, 4)
 
 
 BROKEN: dict[str, tuple[object, str]] = {
@@ -169,7 +232,7 @@ BROKEN: dict[str, tuple[object, str]] = {
         [{"from": "narrator", "value": "x"}],
         "message 1: it is from 'narrator'; expected one of human, ",
     ),
-    "another weight": ([{**CHAT[2], "weight": 0}], "message 1: weight is 0, and every turn of an assistant is learnt"),
+    "another weight": ([{**CHAT[2], "weight": 0.5}], "message 1: weight is 0.5; expected 1, or 0 for a turn that is n"),
 }
 
 
@@ -248,18 +311,19 @@ def test_a_template_that_marks_nothing_is_refused(small, tmp_path, tokenizer):
 
 def test_a_run_learns_from_chats_and_says_how_far_it_is(small, tmp_path, tokenizer, monkeypatch):
     """From the file to the saved model, whose tokenizer has the template."""
-    monkeypatch.setattr(run_inputs, "SILENT_S", -1.0)
+    monkeypatch.setattr(run_inputs, "SILENT_S", 1e-4)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "chat")
     chats = [f"data.corpus={write_chats(tmp_path)[2]}", "data.messages_field=messages"]
-    recipe = small(
-        [*chats, f"data.tokenizer={tmp_path}/chat", "train.steps=6", "train.log_every=1", "validation.every=null"]
-    )
+    few = ["train.steps=6", "train.log_every=1", "validation.every=null", "model.mtp.head_reduction=target"]
+    recipe = small([*chats, f"data.tokenizer={tmp_path}/chat", *few])
     with (tmp_path / "printed.txt").open("w") as printed:
         pipeline.train(recipe, tmp_path / "out", Console(file=printed, width=200))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+    # To an untrained model all rows are alike; divided by a count of positions the loss would be another number.
+    assert steps[0]["train/loss"] == pytest.approx(steps[0]["train/ce_mean"], rel=1e-3)
     assert all(0.1 < line["train/valid_token_ratio"] < 0.8 for line in steps)
     assert (tmp_path / "out" / "model" / "chat_template.jinja").read_text() == CHATML
     assert "tokenized   40 of 40 documents" in (tmp_path / "printed.txt").read_text()

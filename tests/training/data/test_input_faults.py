@@ -54,6 +54,9 @@ def workplace(tmp_path: Path) -> Path:
     os.mkfifo(here / "pipe.jsonl")
     os.mkfifo(here / "pipes" / "deep.py")
     os.mkfifo(here / "pipes" / "b.jsonl")
+    for name in ("tokenizer.json", "additional_chat_templates/tools.jinja", "config.json"):
+        (here / Path(name).stem / name).parent.mkdir(parents=True)
+        os.mkfifo(here / Path(name).stem / name)
     (here / "links" / "gone.py").symlink_to("nowhere.py")
     (here / "links" / "round.jsonl").symlink_to("round.jsonl")
     return here
@@ -70,6 +73,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a pipe that validates": (
         ["data.corpus=lines/a.jsonl", "data.validation_corpus=./pipes/*.jsonl"],
         ["data.validation_corpus has pipes/b.jsonl, which is a named pipe"],
+    ),
+    "a pipe in a tokenizer": (
+        ["data.corpus=lines", "data.tokenizer=./tokenizer"],
+        ["data.tokenizer './tokenizer' has tokenizer.json, which is a named pipe; write its content to a file"],
+    ),
+    "a pipe in a chat template": (
+        ["data.corpus=lines", "data.tokenizer=./tools"],
+        ["data.tokenizer './tools' has tools.jinja, which is a named pipe"],
+    ),
+    "a pipe in a model": (
+        ["data.corpus=lines", "model.kind=pretrained", "model.source=./config"],
+        ["model.source './config' has config.json, which is a named pipe"],
     ),
     "a link to nothing": (
         ["data.corpus=links"],

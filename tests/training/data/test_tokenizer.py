@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
+from rich.console import Console
 
 from mtp_ce.training.data import tokenizer as module
 from mtp_ce.training.data.tokenizer import END_OF_TEXT, load_tokenizer, read_tokenizer, train_tokenizer
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.run import inputs as run_inputs
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "import os\nprint(os.sep)\n" * 20]
 
@@ -74,3 +79,23 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, content):
             read_tokenizer(tmp_path, "data.tokenizer", "mine", 300)
         assert "\n" not in str(raised.value)
         (tmp_path / name).write_bytes(whole)
+
+
+def test_reading_a_corpus_and_training_a_tokenizer_say_how_long_they_take(small, tmp_path, monkeypatch):
+    """Also while the trainer of the tokenizer computes, which is no Python code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    usual = run_inputs.read_corpus
+
+    def slow(data):
+        time.sleep(0.1)
+        return usual(data)
+
+    monkeypatch.setattr(run_inputs, "read_corpus", slow)
+    monkeypatch.setattr(run_inputs, "SILENT_S", 0.02)
+    with (tmp_path / "printed.txt").open("w") as printed:
+        run_inputs.read_inputs(small(), Console(file=printed, width=120))
+    lines = (tmp_path / "printed.txt").read_text().splitlines()
+    for expected in ("corpus      reading, 0 s so far", "tokenizer   training, 0 s so far"):
+        assert expected in lines
+    threads = [thread.name for thread in threading.enumerate()]
+    assert "patience" not in threads

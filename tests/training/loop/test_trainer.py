@@ -15,13 +15,14 @@ from mtp_ce import Rho1ExcessScorer, ShuffledWeights, weighted_mtp_ce
 from mtp_ce.linear import CPU_CHUNK_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
+from mtp_ce.training.config.model import MTPConfig
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
-from mtp_ce.training.data.rows import PackedRows, rows_of_step
+from mtp_ce.training.data.rows import IGNORE, PackedRows, rows_of_step
 from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedError
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.loop import trainer as loop
-from mtp_ce.training.loop.trainer import Trainer, scored_positions
+from mtp_ce.training.loop.trainer import Trainer, loss_count
 from mtp_ce.training.loop.weighing import Weighing
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model
@@ -63,12 +64,13 @@ class Log(list):
 FEW = ["train.steps=4", "train.log_every=1", "validation.every=null", "data.vocab_size=300"]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_micro_batches_add_up_to_the_batch(small, micro_batch_size):
+@pytest.mark.parametrize(("micro_batch_size", "head_reduction"), [(1, "live"), (2, "target"), (4, "live")])
+def test_micro_batches_add_up_to_the_batch(small, micro_batch_size, head_reduction):
     """Rows with few targets count by their targets: a mean of micro-batch means would drift at once."""
     whole, parts = Log(), Log()
-    make_trainer(small(FEW), whole).fit()
-    make_trainer(small([*FEW, f"train.micro_batch_size={micro_batch_size}"]), parts).fit()
+    options = [*FEW, f"model.mtp.head_reduction={head_reduction}"]
+    make_trainer(small(options), whole).fit()
+    make_trainer(small([*options, f"train.micro_batch_size={micro_batch_size}"]), parts).fit()
     assert whole.series("train/weight_mean") == parts.series("train/weight_mean")
     for name in ("train/loss", "train/ce_mean", "train/ce_head_2", "optim/grad_norm", "val/ce_head_0"):
         for (step, expected), (same_step, value) in zip(whole.series(name), parts.series(name), strict=True):
@@ -126,20 +128,23 @@ def test_a_line_of_metrics_is_the_sum_of_its_steps_divided_once(small):
     make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9", "train.log_every=9"]), window).fit()
     assert [step for step, _ in window.series("train/loss")] == [1, 9]
     trainer = make_trainer(small([*FEW, "train.batch_size=1", "train.steps=9"]), Log())
-    counts = [
-        int(scored_positions(trainer.rows.batch(rows_of_step(step, 1, len(trainer.rows), 0)), 3)) for step in range(9)
-    ]
+    batches = (trainer.rows.batch(rows_of_step(step, 1, len(trainer.rows), 0)) for step in range(9))
+    counts = [int(loss_count(batch, MTPConfig(horizon=3))) for batch in batches]
     assert len(set(counts)) > 1
     losses = [loss for _, loss in every.series("train/loss")]
     expected = sum(n * loss for n, loss in zip(counts[1:], losses[1:], strict=True)) / sum(counts[1:])
     assert window.series("train/loss")[1][1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_scored_positions_are_those_with_a_target_for_some_head():
+def test_the_loss_is_a_mean_over_positions_with_a_target_or_over_predicted_tokens():
     documents = [torch.arange(n) for n in (5, 1, 3)]
     batch = PackedRows(documents, row_length=10, pad_id=0).batch(torch.tensor([0]))
     # 4 of the first document, none of the single token, 2 of the last, none of the padding.
-    assert int(scored_positions(batch, horizon=3)) == 6
+    assert int(loss_count(batch, MTPConfig(horizon=3))) == 6
+    # The last token of the first document is an answer: three positions see it.
+    batch.labels[:, 1:4] = batch.labels[:, 6:] = IGNORE
+    assert int(loss_count(batch, MTPConfig(horizon=3))) == 3
+    assert int(loss_count(batch, MTPConfig(horizon=3, head_reduction="target"))) == 1
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

@@ -112,7 +112,8 @@ def test_a_trained_checkpoint_goes_on_learning_with_its_heads(detached, smollm2,
     assert joint.heads[1].ce < joint.before[1].ce
 
 
-def test_drafts_of_heads_leave_greedy_text_as_it_is(smollm2, folder):
+@pytest.mark.parametrize("settings", [{}, pytest.param({"repetition_penalty": 1.3}, marks=pytest.mark.slow)])
+def test_drafts_of_heads_leave_greedy_text_as_it_is(smollm2, folder, settings):
     """Heads that begin as the model's own: some of their drafts are kept and some are not."""
     inputs = read_inputs(smollm2(), Console(quiet=True))
     models = [
@@ -121,9 +122,9 @@ def test_drafts_of_heads_leave_greedy_text_as_it_is(smollm2, folder):
     kept = offered = 0
     for text in TEXTS:
         prompt = inputs.tokenizer(text, return_tensors="pt").input_ids
-        expected = models[0].generate(prompt, max_new_tokens=10, do_sample=False)
+        expected = models[0].generate(prompt, max_new_tokens=10, do_sample=False, **settings)
         for model in models:
-            sequences, found = generate_speculatively(model, prompt, max_new_tokens=10)
+            sequences, found = generate_speculatively(model, prompt, max_new_tokens=10, do_sample=False, **settings)
             assert torch.equal(sequences, expected), (model.kind, text)
             kept, offered = kept + sum(found.kept), offered + sum(found.offered)
     assert 0 < kept < offered

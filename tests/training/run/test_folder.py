@@ -125,6 +125,28 @@ def test_a_restart_adopts_what_its_own_launch_began(begin, tmp_path, monkeypatch
     assert run_to_resume(None, tmp_path / "runs" / "new") is None
 
 
+BEGIN = """
+import sys
+from pathlib import Path
+from mtp_ce.training.config.recipe import load_recipe
+from mtp_ce.training.run.folder import start_run
+start_run(Path(sys.argv[1]), load_recipe("tiny"))
+"""
+
+
+def test_a_restarted_job_does_not_report_the_success_of_another(tmp_path, monkeypatch, capsys):
+    """One of another agent, whose id is "none", too; both write below one folder."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    other = tmp_path / "runs" / "other"
+    subprocess.run([sys.executable, "-c", BEGIN, str(other)], check=True)
+    record = json.loads((other / RUN_FILE).read_text())
+    (other / RUN_FILE).write_text(json.dumps({**record, "finished": "2026-11-29T00:00:00+00:00"}))
+    restart(monkeypatch, "none")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tiny", "data.corpus=lost"]) == 2
+    assert "data.corpus is 'lost'" in capsys.readouterr().err
+
+
 def test_a_restart_after_which_another_node_leads_adopts_under_its_id(begin, tmp_path, monkeypatch):
     begin("of this job", "job-7", agent="1 on another-node")
     restart(monkeypatch, "job-7")

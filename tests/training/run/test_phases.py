@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.errors import StoppedError
 from mtp_ce.training.interrupt import Stop, stop_on_signal, terminate_in_order
-from mtp_ce.training.run import fitting, pipeline, stages
+from mtp_ce.training.run import fitting, main_stage, pipeline, stages
 from mtp_ce.training.run.folder import finished
 
 STEPS = ["train.steps=4", "train.log_every=1", "validation.every=null", "validation.rows=8", "validation.batch_size=4"]
@@ -68,11 +70,24 @@ def parameters(output: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small, tmp_path_factory) -> dict[str, bytes]:
-    """Parameters of a run that nobody stops."""
+def undisturbed_run(small, tmp_path_factory) -> Path:
+    """The folder of a run that nobody stops."""
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
     pipeline.train(small(STEPS), folder, Console(quiet=True))
-    return parameters(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run) -> dict[str, bytes]:
+    """Its parameters."""
+    return parameters(undisturbed_run)
+
+
+def report(output: Path) -> list:
+    """What a run has reported: the heads on held-out text, drafts of decoding, and the names of all its metrics."""
+    said = json.loads((output / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [said["heads"], said["before"], said["decoding"]["kept"], [(line["step"], sorted(line)) for line in lines]]
 
 
 def test_while_inputs_are_read_nothing_has_begun(command, during):
@@ -126,23 +141,68 @@ def test_in_the_loop_every_step_is_in_a_checkpoint(phase, command, during, undis
     [
         (fitting, "save_model", signal.SIGTERM, "200"),
         (fitting, "save_model", signal.SIGINT, "null"),
-        (stages, "decode", signal.SIGHUP, "200"),
-        (stages, "write_evaluation", signal.SIGINT, "200"),
+        (main_stage, "decode", signal.SIGHUP, "200"),
+        (main_stage, "write_evaluation", signal.SIGINT, "200"),
     ],
 )
-def test_from_the_last_validation_on_the_model_is_saved_and_the_run_finished(
-    owner, name, number, every, command, during, undisturbed
+def test_from_the_last_validation_on_the_model_is_saved_and_the_report_is_all_that_is_resumed(
+    owner, name, number, every, command, during, undisturbed, undisturbed_run
 ):
     """While the model is saved the signal waits, also without checkpoints; while the report is made it does not."""
     code, word = WORDS[number]
     during(owner, name, number)
     answered, complained, _ = command(overrides=(f"checkpoint.every={every}",))
     assert answered == code
-    assert complained == [f"train-mtp: {word}; the model is saved in out/model, eval-mtp out evaluates it"]
+    assert complained == [
+        f"train-mtp: {word}; the model is saved in out/model, train-mtp --resume out writes the report"
+    ]
     assert finished(Path("out"))
     assert parameters(Path("out")) == undisturbed
     assert not Path("out/evaluation.json").exists()
-    assert command("--resume", "out")[0] == 0
+    saved = Path("out/model/model.safetensors").stat()
+    answered, _, printed = command("--resume", "out")
+    assert answered == 0
+    assert "resumed     the model is in out/model; its report is missing\n" in printed
+    assert Path("out/model/model.safetensors").stat() == saved, "nothing is trained again"
+    assert report(Path("out")) == report(undisturbed_run)
+    answered, _, printed = command("--resume", "out")
+    assert (answered, printed.count("\n"), printed[:17]) == (0, 1, "run out finished "), "the report is complete"
+
+
+def test_of_a_report_only_what_was_written_is_resumed(command, during):
+    """A model or a record that has changed is one line."""
+    during(main_stage, "decode", signal.SIGTERM)
+    assert command()[0] == 143
+    record = Path("out/run.json").read_text()
+    Path("out/run.json").write_text(record.replace('"ce": ', '"ce": 1'))
+    answered, (complained,), _ = command("--resume", "out")
+    assert answered == 2
+    assert (
+        "run out has a run.json that differs from what was written; its model is in out/model, and eval" in complained
+    )
+    Path("out/run.json").write_text(record)
+    weights = Path("out/model/model.safetensors")
+    weights.write_bytes(bytes(weights.stat().st_size))
+    answered, (complained,), _ = command("--resume", "out")
+    assert answered == 2
+    assert complained.startswith("train-mtp: error: --resume 'out' is damaged: model.safetensors differs from what was")
+
+
+def test_a_run_in_training_is_resumed_by_no_other_process(command, monkeypatch, undisturbed):
+    """It would write the same checkpoints and metrics. A lock does not ask which process asks."""
+    usual, answers = fitting.Trainer._step, []
+
+    def step(trainer, number, window):
+        if number == 3 and not answers:
+            answers.append(None)
+            answers[0] = cli.main(["--resume", "out"])
+        return usual(trainer, number, window)
+
+    monkeypatch.setattr(fitting.Trainer, "_step", step)
+    answered, (complained,), _ = command()
+    assert (answered, answers) == (0, [2])
+    assert complained.startswith(f"train-mtp: error: run out is being trained by process {os.getpid()} on ")
+    assert parameters(Path("out")) == undisturbed
 
 
 def test_a_signal_while_a_stage_is_stored_loses_nothing_of_it(rho1, usual_signals, during, tmp_path, monkeypatch):

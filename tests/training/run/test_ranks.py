@@ -40,7 +40,7 @@ from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights
 from mtp_ce.training.run import fitting
 from mtp_ce.training.run import pipeline
-from mtp_ce.training.run import stages
+from mtp_ce.training.run import main_stage
 from mtp_ce.training.cli.train import main
 
 RANK = int(os.environ["RANK"])
@@ -86,18 +86,32 @@ def spoil_moment_of_rank_1():
     fitting.Trainer = Spoilt
 
 
-def terminate_both_in_report():
-    # torchrun signals both: rank 0 in the report, rank 1 in the collective in which it waits for it.
+def terminate(ranks, owner, name):
+    # In a call of rank 0, for which rank 1 waits in a collective.
     fitting.Trainer = USUAL
-    usual, pids = stages.decode, [None, None]
+    usual, pids = getattr(owner, name), [None, None]
     torch.distributed.all_gather_object(pids, os.getpid())
-    def decode(*args):
-        stages.decode = usual
-        for pid in reversed(pids):
-            os.kill(pid, signal.SIGTERM)
+    def call(*args, **options):
+        setattr(owner, name, usual)
+        for rank in ranks:
+            os.kill(pids[rank], signal.SIGTERM)
             time.sleep(0.2)
-        return usual(*args)
-    stages.decode = decode
+        return usual(*args, **options)
+    if RANK == 0:
+        setattr(owner, name, call)
+
+def terminate_both_in_report():
+    # As torchrun does.
+    terminate((1, 0), main_stage, "decode")
+
+def terminate_rank_1_in_report():
+    terminate((1,), main_stage, "decode")
+
+def terminate_rank_1_while_the_model_is_saved():
+    terminate((1,), fitting, "save_model")
+
+def terminate_rank_1_while_inputs_are_read():
+    terminate((1,), pipeline, "read_inputs")
 
 def lose_corpus_of_rank_1():
     usual = pipeline.read_inputs
@@ -141,6 +155,9 @@ ENDS = {
     "terminate": ("terminate_rank_1", 143, []),
     "last validation": ("stop_rank_1_in_last_validation", 129, []),
     "report": ("terminate_both_in_report", 143, []),
+    "report, rank 1": ("terminate_rank_1_in_report", 143, []),
+    "saving": ("terminate_rank_1_while_the_model_is_saved", 143, []),
+    "reading": ("terminate_rank_1_while_inputs_are_read", 143, []),
     "moment": ("spoil_moment_of_rank_1", 3, ["checkpoint.every=2"]),
     "nan": ("poison_rank_1", 3, ["checkpoint.every=1"]),
     "lost": ("lose_corpus_of_rank_1", 2, []),
@@ -210,6 +227,8 @@ def launched(small, tmp_path_factory):
     # Last, because what they change in the program stays.
     for name, (change, _, own) in ENDS.items():
         calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, own)]
+        if name == "report":
+            calls["report resumed"] = ["--resume", str(folder / name)]
     (folder / "calls").write_text(json.dumps(list(calls.values())))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
@@ -334,10 +353,25 @@ def test_a_signal_to_both_ranks_in_the_report_ends_both_with_the_model_saved(lau
     """A rank that left the collective in which it waits would leave the other in it for hours."""
     folder, codes, said = launched
     assert codes["report"] == (143, 143)
-    assert said.count(f"train-mtp: terminated; the model is saved in {folder / 'report'}/model, eval-mtp") == 1
-    assert finished(folder / "report")
-    assert not (folder / "report" / "evaluation.json").exists()
-    assert MTPWrapper.from_pretrained(folder / "report" / "model").horizon == 3
+    run = folder / "report"
+    assert said.count(f"train-mtp: terminated; the model is saved in {run}/model, train-mtp --resume {run} writes") == 1
+    assert finished(run)
+    assert MTPWrapper.from_pretrained(run / "model").horizon == 3
+    assert codes["report resumed"] == (0, 0)
+    assert said.count(f"resumed     the model is in {run}/model; its report is missing") == 1
+    heads = [json.loads((run / "evaluation.json").read_text())["heads"] for run in (run, folder / "report, rank 1")]
+    assert heads[0] == heads[1]
+
+
+def test_a_signal_to_one_rank_while_it_waits_for_the_other_ends_both(launched):
+    """What rank 0 was at is complete by then: the report, the model, or what it has read."""
+    folder, codes, said = launched
+    assert {codes[name] for name in ("report, rank 1", "saving", "reading")} == {(143, 143)}
+    assert said.count(f"terminated; the model is saved in {folder / 'report, rank 1'}/model\n") == 1
+    assert (folder / "report, rank 1" / "evaluation.png").exists()
+    assert f"terminated; the model is saved in {folder / 'saving'}/model, train-mtp --resume" in said
+    assert not (folder / "saving" / "evaluation.json").exists()
+    assert not (folder / "reading").exists()
 
 
 def test_a_shard_that_is_not_finite_on_one_rank_is_saved_by_none(launched):

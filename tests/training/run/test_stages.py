@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError, StateRefusedError
-from mtp_ce.training.run import pipeline, stages
+from mtp_ce.training.run import main_stage, pipeline, stages
 from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
 from mtp_ce.training.run.stage_cache import cached_stage, stage_key, store_stage
@@ -318,7 +318,7 @@ def test_the_table_of_weights_has_a_weight_for_every_token(weighted_run, rho1, t
 def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho1, tmp_path, monkeypatch):
     """In bf16 the model is sharded, also on one process, and its files are loaded for the report."""
     alive, found = [], {}
-    usual = stages.fit
+    usual = main_stage.fit
 
     def fit(recipe, *arguments, **options):
         trainer, results = usual(recipe, *arguments, **options)
@@ -330,15 +330,25 @@ def test_a_report_that_fails_costs_a_line_and_has_the_memory_of_the_training(rho
         found.update(finished=finished(tmp_path / "run"), alive=[one() for one in alive])
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
 
-    monkeypatch.setattr(stages, "fit", fit)
-    monkeypatch.setattr(stages, "decode", decode)
-    printed = run(rho1(["train.precision=bf16", "train.steps=2", "optimizer.warmup_steps=1"]), tmp_path / "run")
+    recipe = rho1(["train.precision=bf16", "train.steps=2", "optimizer.warmup_steps=1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(main_stage, "fit", fit)
+        patch.setattr(main_stage, "decode", decode)
+        printed = run(recipe, tmp_path / "run")
     assert found["finished"], "before the report"
     assert found["alive"] == [None] * 4
     warnings = [line for line in printed.splitlines() if "OutOfMemoryError" in line]
     assert len(warnings) == 1
-    assert "failed with OutOfMemoryError: CUDA out of memory. The model is saved; eval-mtp" in warnings[0]
+    assert "failed with OutOfMemoryError: CUDA out of memory. The model is saved; train-mtp --resume" in warnings[0]
     said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert said["decoding"] is None
     assert said["heads"][0]["ce"] > 0
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "weights.html").exists()
+    printed = run(recipe, tmp_path / "run", resume=True)
+    assert "its report is missing\n" in printed
+    assert "warning" not in printed
+    again = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert again["heads"] == said["heads"]
+    assert again["decoding"]["prompts"] > 0
+    assert (tmp_path / "run" / "weights.html").exists()
