@@ -101,26 +101,34 @@ def launch_logits(
     *,
     apart: bool = False,
     extra: bool = False,
+    changing: bool = False,
 ) -> None:
-    """Forward, mean and backward, of the H heads `apart` where wanted; `extra` asks for the statistics too."""
+    """Forward, mean and backward, of the H heads `apart` where wanted; `extra` asks for the statistics too.
+
+    `changing` reads the numbers of the loss from a tensor.
+    """
     B, S = logits.shape[:2]
     d_logits = torch.empty_like(logits)
     heads, d_heads = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
     tokens, options = torch.zeros(B, S, dtype=torch.int64), LossOptions(weight_alignment="target", **loss)
-    inputs = LossInputs(tokens, torch.ones(B, S), document_ids=tokens)
+    terms = torch.ones(4, dtype=torch.float64) if changing else None
+    inputs = LossInputs(tokens, torch.ones(B, S), document_ids=tokens, terms=terms)
     results = forward.launch_forward(heads, inputs, options, with_top1=extra, with_d_weights=extra)
-    _, factor = mean.launch_mean(results.out, results.valid, None, options)
+    _, factor = mean.launch_mean(results.out, results.valid, None, options, terms)
     backward.launch_backward(results.out, heads, d_heads, inputs, options, results.row_max, results.log_sum, factor)
 
 
-def launch_chunk(R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False) -> None:
+def launch_chunk(
+    R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False, changing: bool = False
+) -> None:
     """Loss and gradient of a chunk of R rows, padded to whole vectors as the linear path pads them."""
     unit = 16 // dtype.itemsize
     logits_chunk = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
     row = torch.zeros(R)
     results = RowResults(row, row, row, row.int() if extra else None)
+    terms = torch.ones(4, dtype=torch.float64) if changing else None
     forward_backward.launch_forward_backward(
-        logits_chunk, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True
+        logits_chunk, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True, terms=terms
     )
 
 

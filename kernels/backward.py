@@ -35,6 +35,7 @@ from mtp_ce.kernels.online_softmax import (
     row_of,
     soft_cap,
     split_bounds,
+    term,
     tile_offsets,
     vector_bounds,
     vector_ptr,
@@ -108,14 +109,16 @@ def write_row_gradient(
     row_ptr, stride_v = row
     grad_ptr, stride_gv = grad_row
     log2_sum = log_sum * LOG2_E
+    softcap = term(terms.softcap, terms.changing, 1)
     # dz = scale * p - uniform - on_label [v = label]
     scale = g
     uniform = 0.0
     on_label = g
     if not SETTINGS.PLAIN:
-        scale = g * (1.0 + 2.0 * terms.z_loss * (row_max + log_sum))
-        uniform = g * terms.label_smoothing / V
-        on_label = g * (1.0 - terms.label_smoothing)
+        smoothing = term(terms.label_smoothing, terms.changing, 3)
+        scale = g * (1.0 + 2.0 * term(terms.z_loss, terms.changing, 2) * (row_max + log_sum))
+        uniform = g * smoothing / V
+        on_label = g * (1.0 - smoothing)
     lead, body = vector_bounds(row_ptr, V, VEC, ALIGNED)
     first, last, edges_end = split_bounds(body, V, split, num_splits, SETTINGS.SPLIT, TILE, VEC)
     body_ptr = row_ptr + lead
@@ -144,7 +147,7 @@ def write_row_gradient(
                 scale,
                 uniform,
                 on_label,
-                terms.softcap,
+                softcap,
                 SETTINGS.HAS_SOFTCAP,
                 SETTINGS.PLAIN,
             )
@@ -162,7 +165,7 @@ def write_row_gradient(
                 scale,
                 uniform,
                 on_label,
-                terms.softcap,
+                softcap,
                 SETTINGS.HAS_SOFTCAP,
                 SETTINGS.PLAIN,
             )
@@ -271,7 +274,7 @@ def launch_backward(
         S,
         V,
         options.ignore_index,
-        loss_terms(options),
+        loss_terms(options, inputs.terms),
         SETTINGS=BackwardSettings(row_rule(options, row_max.shape[-1]), gradient),
         num_warps=tile.num_warps,
     )

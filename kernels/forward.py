@@ -36,6 +36,8 @@ from mtp_ce.kernels.online_softmax import (
     row_layout,
     row_of,
     scaled_exp,
+    smoothing_loss,
+    term,
 )
 from mtp_ce.kernels.results import ForwardResults
 from mtp_ce.kernels.rows import Rule, pack_inputs, pick, power_of_2, row_coefficients, row_rule
@@ -93,7 +95,8 @@ def write_row_results(
     row_loss = ce
     if not PLAIN:
         lse = row_max + log_sum
-        row_loss += terms.z_loss * lse * lse + terms.label_smoothing * above_mean
+        z_term = term(terms.z_loss, terms.changing, 2) * lse * lse
+        row_loss += z_term + smoothing_loss(above_mean, terms)
     tl.store(results.ce + r, ce)
     tl.store(results.row_max + r, row_max)
     tl.store(results.log_sum + r, log_sum)
@@ -146,11 +149,13 @@ def forward_kernel(
         argmax = -1
         if is_read(results, head_coefficient_h, coefficient_h):
             row_max, row_sum, label_logit, entries, base, total, argmax = online_softmax(
-                row_of(heads, b, t, h), V, label_h, split, num_splits, terms.softcap, SOFTMAX
+                row_of(heads, b, t, h), V, label_h, split, num_splits, term(terms.softcap, terms.changing, 1), SOFTMAX
             )
             if not SPLIT:
                 log_sum = tl.log(row_sum)
-                above_mean = (label_logit - base) - total / V
+                # Without smoothing a label of probability 0 must not come back as 0 * -inf.
+                if SOFTMAX.SMOOTH:
+                    above_mean = (label_logit - base) - total / V
             else:
                 partial_ptr = partials_ptr + r * num_splits + split
                 field = tl.num_programs(0).to(tl.int64) * H * num_splits
@@ -279,7 +284,7 @@ def launch_forward(
     tile = forward_tile(V, logits[0].element_size(), WARP_SIZE, options.softcap is not None)
     num_splits = row_splits(B * S, V, tile.strips * tile.threads * vec, processors(inputs.labels.device))
     partials = new((NUM_PARTIALS, B * S * H, num_splits), dtype=torch.float32) if num_splits > 1 else None
-    rows, rule, terms = pack_inputs(inputs), row_rule(options, H), loss_terms(options)
+    rows, rule, terms = pack_inputs(inputs), row_rule(options, H), loss_terms(options, inputs.terms)
     smooth = options.label_smoothing != 0
     softmax = SoftmaxSettings(
         HAS_SOFTCAP=options.softcap is not None,

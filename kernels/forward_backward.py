@@ -30,6 +30,8 @@ from mtp_ce.kernels.online_softmax import (
     online_softmax,
     pack_heads,
     row_layout,
+    smoothing_loss,
+    term,
 )
 from mtp_ce.kernels.results import RowResults, Rows
 from mtp_ce.kernels.tiles import WARP_SIZE, backward_tile, chunk_tile
@@ -60,16 +62,16 @@ def forward_backward_kernel(logits_ptr, stride_r, rows, results, V, terms, SETTI
     g = 0.0
     if tl.load(rows.row_mask + r):
         row_max, row_sum, label_logit, _entries, base, total, argmax = online_softmax(
-            row, V, label, 0, 1, terms.softcap, SOFTMAX
+            row, V, label, 0, 1, term(terms.softcap, terms.changing, 1), SOFTMAX
         )
         log_sum = tl.log(row_sum)
         ce = (row_max - label_logit) + log_sum
         row_loss = ce
         if not SETTINGS.PLAIN:
             lse = row_max + log_sum
-            row_loss += terms.z_loss * lse * lse
+            row_loss += term(terms.z_loss, terms.changing, 2) * lse * lse
             if SETTINGS.softmax.SMOOTH:
-                row_loss += terms.label_smoothing * ((label_logit - base) - total / V)
+                row_loss += smoothing_loss((label_logit - base) - total / V, terms)
         g = tl.load(rows.coefficient + r)
     tl.store(results.ce + r, ce)
     tl.store(results.row_loss + r, row_loss)
@@ -87,6 +89,7 @@ def launch_forward_backward(
     options: LossOptions,
     *,
     gradient: bool,
+    terms: torch.Tensor | None = None,  # [4], as in `LossInputs`
 ) -> None:
     """Write the results of the rows, and with `gradient` the gradient over the logits."""
     R, V = logits.shape
@@ -122,7 +125,7 @@ def launch_forward_backward(
         rows,
         results,
         V,
-        loss_terms(options),
+        loss_terms(options, terms),
         SETTINGS=ForwardBackwardSettings(softmax, second_pass if gradient else None, is_plain(options)),
         num_warps=tile.num_warps,
     )

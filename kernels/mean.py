@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mtp_ce.kernels.online_softmax import term
 from mtp_ce.kernels.rows import row_rule
 from mtp_ce.options import LossOptions
 
@@ -31,6 +32,7 @@ def mean_kernel(
     P,
     S,
     scale,
+    changing_ptr,
     COUNT: tl.constexpr,
     RULE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -59,7 +61,7 @@ def mean_kernel(
     elif normalizer_ptr is not None:
         normalizer = tl.load(normalizer_ptr).to(tl.float32)
     empty = count == 0.0
-    factor = tl.where(empty, 0.0, scale / tl.where(empty, 1.0, normalizer))
+    factor = tl.where(empty, 0.0, term(scale, changing_ptr, 0) / tl.where(empty, 1.0, normalizer))
     tl.store(factor_ptr, factor)
     tl.store(loss_ptr, tl.where(empty, 0.0, tl.sum(lane_sum, axis=0) * factor))
 
@@ -69,6 +71,7 @@ def launch_mean(
     valid: torch.Tensor,  # [B, S, H]
     normalizer: torch.Tensor | None,  # []
     options: LossOptions,
+    terms: torch.Tensor | None = None,  # [4], as in `LossInputs`
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and factor, 0-d fp32."""
     loss, factor = out.new_empty(()), out.new_empty(())
@@ -82,6 +85,7 @@ def launch_mean(
         out.numel(),
         S,
         options.loss_scale,
+        terms,
         COUNT=options.reduction == "mean" and normalizer is None,
         RULE=row_rule(options, H),
         BLOCK_P=1024,

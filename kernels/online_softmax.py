@@ -51,6 +51,7 @@ class Terms(NamedTuple):
     softcap: Any  # 1.0 without one
     z_loss: Any
     label_smoothing: Any
+    changing: Any  # [4], as `LossInputs.terms`: read instead of the numbers; None without
 
 
 class SoftmaxSettings(NamedTuple):
@@ -65,6 +66,25 @@ class SoftmaxSettings(NamedTuple):
     THREADS: int
     SPLIT: bool  # several programs share a row
     EVICTION: str  # cache policy of the loads
+
+
+@triton.jit
+def term(number, changing, INDEX: tl.constexpr):
+    """A number of the loss: the argument, or where it changes between calls element INDEX of `TERMS`."""
+    if changing is not None:
+        number = tl.load(changing + INDEX).to(tl.float32)
+    return number
+
+
+@triton.jit
+def smoothing_loss(above_mean, terms):
+    """What label smoothing adds to a row's loss: its factor times the label's logit above the mean."""
+    smoothing = term(terms.label_smoothing, terms.changing, 3)
+    loss = smoothing * above_mean
+    if terms.changing is not None:
+        # A label of probability 0 must not come back as 0 * -inf; a number that is 0 is known when this compiles.
+        loss = tl.where(smoothing == 0.0, 0.0, loss)
+    return loss
 
 
 @triton.jit
@@ -242,9 +262,10 @@ def online_softmax(row, V, label, split, num_splits, softcap, SETTINGS: tl.const
     return maximum, row_sum, label_logit, entries, base, total, argmax
 
 
-def loss_terms(options: LossOptions) -> Terms:
-    """Return the numbers that the kernels take."""
-    return Terms(1.0 if options.softcap is None else options.softcap, options.z_loss, options.label_smoothing)
+def loss_terms(options: LossOptions, changing: torch.Tensor | None) -> Terms:
+    """Return the numbers that the kernels take, and where those that change are read."""
+    softcap = 1.0 if options.softcap is None else options.softcap
+    return Terms(softcap, options.z_loss, options.label_smoothing, changing)
 
 
 def is_plain(options: LossOptions) -> bool:

@@ -193,7 +193,7 @@ def rows_kernel(
 
 def pack_inputs(inputs: LossInputs) -> RowInputs:
     """Return the tensors of the rule with their strides."""
-    labels, token_weights, head_weights, seq_lens, document_ids, _ = inputs
+    labels, token_weights, head_weights, seq_lens, document_ids, *_ = inputs
     packed = (
         labels, *labels.stride(),
         token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import LossInputs, LossOptions, check_choice
+from mtp_ce.options import CHANGES, INTEGERS, NUMBERS, TERMS, LossInputs, LossOptions, check_choice, read_terms
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASKS = (torch.bool, *INTEGER_DTYPES)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +37,75 @@ def require_tensor(name: str, value: object) -> None:
         )
 
 
+def number_of(term: Any) -> Any:
+    """Return a term of the loss as `LossOptions` takes it: a number, or `CHANGES` for a tensor."""
+    return CHANGES if isinstance(term, Tensor) else term
+
+
+def pack_terms(given: Any, loss_scale: Any, softcap: Any, z_loss: Any, label_smoothing: Any) -> Tensor | None:
+    """Return all `TERMS` as one tensor [4] where one of them is a 0-d tensor; None where all are numbers.
+
+    Args:
+        given: logits or hidden states, maybe unchecked, where the tensors belong.
+        loss_scale: a number, like all that follow, or a 0-d tensor.
+        softcap: None stands for any number.
+        z_loss: checked where it is a number, as the others are.
+        label_smoothing: as before.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape or device, or one that requires a gradient.
+    """
+    if not (
+        isinstance(loss_scale, Tensor)
+        or isinstance(softcap, Tensor)
+        or isinstance(z_loss, Tensor)
+        or isinstance(label_smoothing, Tensor)
+    ):
+        return None
+    first = given if isinstance(given, Tensor) or not isinstance(given, Sequence) else [*given, None][0]
+    terms = (loss_scale, softcap, z_loss, label_smoothing)
+    tensors = [(name, term) for name, term in zip(TERMS, terms, strict=True) if isinstance(term, Tensor)]
+    for name, term in tensors:
+        require_scalar(name, term, first.device if isinstance(first, Tensor) else term.device)
+    # Wide enough for every number; on a GPU no copy from the host, which would wait.
+    filled = (1.0 if term is None else term for term in terms)
+    return torch.stack(
+        [
+            term.double() if isinstance(term, Tensor) else tensors[0][1].new_full((), term, dtype=torch.float64)
+            for term in filled
+        ]
+    )
+
+
+def require_scalar(name: str, scalar: Tensor, device: torch.device) -> None:
+    """TypeError or ValueError unless the tensor is a real 0-d constant on the device."""
+    require_tensor(name, scalar)
+    if scalar.dtype == torch.bool or scalar.dtype.is_complex:
+        raise TypeError(f"{name} is {scalar.dtype}; expected a number or a 0-d tensor of a real dtype.")
+    if scalar.dim() != 0:
+        raise ValueError(f"{name} is {_shape(scalar)}; expected a 0-d tensor or a number.")
+    if scalar.requires_grad:
+        raise ValueError(f"{name} requires a gradient; it is a constant here: pass {name}.detach().")
+    if scalar.device != device:
+        raise ValueError(f"{name} is on {scalar.device}; expected {device}, where the loss is computed, or a number.")
+
+
+def _require_values(name: str, tensor: Tensor) -> None:
+    """ValueError for a tensor on the meta device, and for the shard of a parameter that ZeRO-3 has partitioned."""
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} is on meta, where tensors have no values; expected a CPU or GPU tensor. Load the model's weights "
+            "first; where they are offloaded, call the loss inside the forward of the module that owns them."
+        )
+    # Recognised by its attribute: DeepSpeed is not imported for it.
+    if tensor.numel() == 0 and hasattr(tensor, "ds_shape"):
+        raise ValueError(
+            f"{name} is an empty shard of ZeRO-3, of {list(tensor.ds_shape)} elements; expected the whole parameter. "
+            "Call the loss in the forward of the module that owns it, or of one that it is registered with: "
+            f"deepspeed.zero.register_external_parameter(module, {name})."
+        )
+
+
 def check_logits(logits: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:
     """Return logits as the operator takes them, and (B, S, H, V)."""
     heads, shape = _check_heads("logits", "V", logits)
@@ -48,6 +119,7 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tu
     heads, (B, S, H, D) = _check_heads("hidden", "D", hidden)
     first = heads[0]
     require_tensor("unembed", unembed)
+    _require_values("unembed", unembed)
     if unembed.dim() != 2 or unembed.shape[1] != D:
         raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with D = {D} from hidden.")
     V = unembed.shape[0]
@@ -56,6 +128,7 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tu
     others = [("unembed", unembed)]
     if bias is not None:
         require_tensor("bias", bias)
+        _require_values("bias", bias)
         if _shape(bias) != [V]:
             raise ValueError(f"bias is {_shape(bias)}; expected [V] = [{V}] from unembed.")
         others.append(("bias", bias))
@@ -77,11 +150,11 @@ def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_b
     if grad_dtype not in (*TRITON_DTYPES, torch.float64):
         raise ValueError(f"grad_dtype is {grad_dtype}; expected float32, bfloat16, float16 or float64.")
     if chunk_bytes is not None:
-        if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, INTEGERS):
             raise TypeError(f"chunk_bytes is {type(chunk_bytes).__name__}; expected an int, or None.")
         if chunk_bytes < row_bytes:
             raise ValueError(f"chunk_bytes is {chunk_bytes}; expected at least {row_bytes}, one row of logits.")
-    if drop_dead_rows != "auto" and not isinstance(drop_dead_rows, int):
+    if drop_dead_rows != "auto" and not isinstance(drop_dead_rows, INTEGERS):
         raise TypeError(
             f"drop_dead_rows is {drop_dead_rows!r}; expected 'auto', True, False, or the number of live rows."
         )
@@ -117,6 +190,7 @@ def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], tupl
     if H == 0:
         raise ValueError(f"{name} has H = 0 heads; expected at least one.")
     first = heads[0]
+    _require_values(name, first)
     if first.dtype not in (*TRITON_DTYPES, torch.float64):
         raise TypeError(f"{name} is {first.dtype}; expected float32, bfloat16, float16 or float64.")
     return heads, (first.shape[0], first.shape[1], H, first.shape[-1])
@@ -171,7 +245,7 @@ def check_inputs(
         if tensor is None and name != "labels":
             continue
         require_tensor(name, tensor)
-        if tensor.dtype not in INTEGERS:
+        if tensor.dtype not in INTEGER_DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; expected an integer dtype, such as torch.int64.")
         if _shape(tensor) != expected:
             # Formatted here only: a size in an f-string would pin it under torch.compile.
@@ -180,8 +254,8 @@ def check_inputs(
     token_weights, head_weights = inputs.token_weights, inputs.head_weights
     if token_weights is not None:
         require_tensor("token_weights", token_weights)
-        if not token_weights.is_floating_point():
-            raise TypeError(f"token_weights is {token_weights.dtype}; expected a floating dtype.")
+        if not (token_weights.is_floating_point() or token_weights.dtype in MASKS):
+            raise TypeError(f"token_weights is {token_weights.dtype}; expected a floating dtype, or a mask of bools.")
         if _shape(token_weights) not in ([B, S], [B, S, H]):
             raise ValueError(
                 f"token_weights is {_shape(token_weights)}; expected [B, S] = [{B}, {S}] or "
@@ -198,31 +272,22 @@ def check_inputs(
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {first.device}, where {source} is.")
-    _check_normalizer(inputs.normalizer, options.reduction, first.device, source)
+    _check_normalizer(inputs.normalizer, options.reduction, first.device)
 
 
-def _check_normalizer(normalizer: Any, reduction: str, device: torch.device, source: str) -> None:
+def _check_normalizer(normalizer: Any, reduction: str, device: torch.device) -> None:
     if normalizer is None:
         return
     if reduction != "mean":
         raise ValueError(f"normalizer is given with reduction={reduction!r}; expected reduction='mean'.")
     if isinstance(normalizer, Tensor):
-        require_tensor("normalizer", normalizer)
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer is {_shape(normalizer)}; expected a 0-d tensor or a number.")
-        if normalizer.requires_grad:
-            raise ValueError("normalizer requires a gradient; it is a constant here: pass normalizer.detach().")
-        if normalizer.device != device:
-            raise ValueError(
-                f"normalizer is on {normalizer.device}; expected {device}, where {source} is, or a number."
-            )
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        require_scalar("normalizer", normalizer, device)
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, NUMBERS):
         raise TypeError(f"normalizer is {type(normalizer).__name__}; expected a number or a 0-d tensor.")
     elif not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer is {normalizer}; expected a finite number above 0.")
 
 
-@torch.compiler.assume_constant_result
 def _triton_missing(device_type: str, source: str) -> str | None:
     """Return why Triton cannot run on tensors of this device; None where it can."""
     try:
@@ -237,6 +302,11 @@ def _triton_missing(device_type: str, source: str) -> str | None:
         f"{source} is on {device_type}; expected a GPU, or TRITON_INTERPRET=1 in the environment before triton is "
         "imported. Use impl='auto' or 'cpu' here."
     )
+
+
+# As torch.compiler.assume_constant_result marks it; the decorator itself imports torch._dynamo, which doubles the time
+# that importing this package takes.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_impl(impl: str, first: Tensor, source: str = "logits") -> str:
@@ -262,18 +332,9 @@ def check_inplace(heads: list[Tensor], impl: str) -> None:
     """ValueError where the gradient cannot overwrite the logits."""
     if impl == "reference":
         raise ValueError("inplace_backward is True; expected False with impl='reference', which has no such path.")
-    for x in heads:
-        leaf = x._base if x._base is not None else x
-        if leaf.is_leaf and leaf.requires_grad:
-            raise ValueError(
-                "inplace_backward is True and logits is a leaf that requires a gradient, or a view of one; expected "
-                "the output of a layer: the leaf's own values would be overwritten."
-            )
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError("inplace_backward is True and logits is expanded; expected memory of its own.")
-    # Under torch.compile tensors have no addresses, and each graph input is known to be separate.
-    if not torch.compiler.is_compiling() and _overlap(heads):
-        raise ValueError("inplace_backward is True and two heads of logits share memory; expected separate memory.")
+    # Under torch.compile tensors have neither a base nor an address: the operator checks them when it is traced.
+    if not torch.compiler.is_compiling():
+        check_memory(heads)
     if any(x.requires_grad for x in heads) and saved_tensors_are_hooked():
         raise ValueError(
             "inplace_backward is True under hooks for saved tensors, such as non-reentrant activation checkpointing; "
@@ -292,23 +353,6 @@ def saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _overlap(heads: list[Tensor]) -> bool:
-    """Return whether two heads of one shape share memory; where their strides differ this errs towards True."""
-    return any(not _apart(head, other) for i, head in enumerate(heads) for other in heads[:i])
-
-
-def _apart(head: Tensor, other: Tensor) -> bool:
-    distance = abs(head.data_ptr() - other.data_ptr()) // head.element_size()
-    steps = sorted((step, n) for step, n in zip(head.stride(), head.shape, strict=True) if n > 1)
-    extent = 1  # elements that the dimensions of smaller steps span
-    for step, n in steps:
-        # One head lies in the gaps that the other's steps leave, as heads of one tensor do.
-        if head.stride() == other.stride() and extent <= distance % step <= step - extent:
-            return True
-        extent += (n - 1) * step
-    return distance >= extent
-
-
 def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int, int, int]) -> None:
     """Check the values of the inputs, which synchronises with a GPU."""
     _, S, H, V = shape
@@ -322,5 +366,6 @@ def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int
             raise ValueError(f"{name}{index} is {float(values[tuple(index)])}; expected finite values.")
     if isinstance(normalizer, Tensor) and not bool(normalizer > 0):
         raise ValueError(f"normalizer is {normalizer.item()}; expected a number above 0.")
+    read_terms(inputs, options)
     if inputs.labels.numel():
         check_labels(inputs, options, H, V)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtp_ce.checks import check_chunking, check_flags, check_inputs, check_linear, check_values, choose_impl
+from mtp_ce.checks import (
+    check_chunking,
+    check_flags,
+    check_inputs,
+    check_linear,
+    check_values,
+    choose_impl,
+    number_of,
+    pack_terms,
+)
 from mtp_ce.loss import MTPLoss, MTPStats, reference_loss
 from mtp_ce.ops.chunks import COUNT, GPU_ROWS, KEEP_ALL, LinearCall
 from mtp_ce.ops.linear import linear_loss
@@ -79,10 +88,10 @@ def weighted_mtp_linear_ce(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Float[Tensor, ""] | None = None,
-    loss_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    loss_scale: float | Float[Tensor, ""] = 1.0,
+    softcap: float | Float[Tensor, ""] | None = None,
+    z_loss: float | Float[Tensor, ""] = 0.0,
+    label_smoothing: float | Float[Tensor, ""] = 0.0,
     validate: bool = False,
     return_stats: bool = False,
     impl: str = "auto",
@@ -100,7 +109,8 @@ def weighted_mtp_linear_ce(
             impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
         unembed: [V, D], the weight of the output layer, of hidden's dtype (under torch.autocast both are cast).
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
-        token_weights: [B, S] or [B, S, H], any float dtype; None means ones. Differentiable.
+        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
+            Differentiable.
         bias: [V], of hidden's dtype.
         chunk_bytes: bytes of one chunk of logits. None: 1 GiB on a GPU, and at least 1024 rows; 36 MiB on a CPU.
         grad_dtype: dtype in which the gradients of unembed and bias are accumulated over chunks, before the cast to
@@ -118,7 +128,7 @@ def weighted_mtp_linear_ce(
         ignore_index: the label of tokens that are not targets.
         reduction: "mean", "sum" or "none".
         normalizer: a number or a 0-d tensor that replaces N.
-        loss_scale: factor on the loss.
+        loss_scale: factor on the loss; a number or a 0-d tensor, like the three below.
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2.
         label_smoothing: e in [0, 1).
@@ -148,9 +158,11 @@ def weighted_mtp_linear_ce(
     """
     options = LossOptions(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
-        reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
+        reduction=reduction, loss_scale=number_of(loss_scale), softcap=number_of(softcap), z_loss=number_of(z_loss),
+        label_smoothing=number_of(label_smoothing),
     )  # fmt: skip
-    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, normalizer)
+    terms = pack_terms(hidden, loss_scale, softcap, z_loss, label_smoothing)
+    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, terms, normalizer)
     check_flags(validate=validate, return_stats=return_stats)
     chunking = _Chunking(chunk_bytes, grad_dtype, drop_dead_rows)
     loss, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, return_stats, impl)
@@ -165,7 +177,7 @@ def token_ce(
     *,
     shift: int = 1,
     bias: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
+    softcap: float | Float[Tensor, ""] | None = None,
     seq_lens: Int[Tensor, " B"] | None = None,
     document_ids: Int[Tensor, "B S"] | None = None,
     ignore_index: int = -100,
@@ -206,8 +218,9 @@ def token_ce(
         >>> [round(x, 4) for x in ce[0].tolist()]  # ln 100, and no target after the last token
         [4.6052, 4.6052, 0.0]
     """
-    options = LossOptions(shift=shift, ignore_index=ignore_index, reduction="sum", softcap=softcap)
-    inputs = LossInputs(labels, seq_lens=seq_lens, document_ids=document_ids)
+    options = LossOptions(shift=shift, ignore_index=ignore_index, reduction="sum", softcap=number_of(softcap))
+    terms = pack_terms(hidden, 1.0, softcap, 0.0, 0.0)
+    inputs = LossInputs(labels, seq_lens=seq_lens, document_ids=document_ids, terms=terms)
     check_flags(validate=validate)
     chunking = _Chunking(chunk_bytes, torch.float32, drop_dead_rows)
     _, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, False, impl)
@@ -300,7 +313,7 @@ def _autocast(
 
 def _chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:
     if chunk_bytes is not None:
-        return chunk_bytes // row_bytes
+        return int(chunk_bytes) // row_bytes
     if device.type == "cpu":
         return max(1, CPU_CHUNK_BYTES // row_bytes)
     return max(GPU_LEAST_ROWS, GPU_CHUNK_BYTES // row_bytes // GPU_ROWS * GPU_ROWS)
@@ -311,4 +324,4 @@ def _drop(drop_dead_rows: bool | int | Literal["auto"], device: torch.device) ->
         drop_dead_rows = device.type == "cpu"
     if isinstance(drop_dead_rows, bool):
         return COUNT if drop_dead_rows else KEEP_ALL
-    return drop_dead_rows
+    return int(drop_dead_rows)

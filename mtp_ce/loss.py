@@ -16,6 +16,8 @@ from mtp_ce.checks import (
     check_logits,
     check_values,
     choose_impl,
+    number_of,
+    pack_terms,
 )
 from mtp_ce.ops.logits import LogitsCall, logits_loss, split_heads
 from mtp_ce.ops.rows import check_labels
@@ -27,6 +29,7 @@ from mtp_ce.options import (
     LossOptions,
     check_choice,
     fold_normalizer,
+    read_terms,
 )
 from mtp_ce.reference import reference_weighted_mtp_ce
 
@@ -97,10 +100,10 @@ def weighted_mtp_ce(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Float[Tensor, ""] | None = None,
-    loss_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    loss_scale: float | Float[Tensor, ""] = 1.0,
+    softcap: float | Float[Tensor, ""] | None = None,
+    z_loss: float | Float[Tensor, ""] = 0.0,
+    label_smoothing: float | Float[Tensor, ""] = 0.0,
     inplace_backward: bool = False,
     validate: bool = False,
     return_stats: bool = False,
@@ -121,7 +124,8 @@ def weighted_mtp_ce(
         logits: [B, S, H, V], or H tensors [B, S, V], or [B, S, V] for H = 1; any strides; float32, bfloat16, float16
             (float64 with impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
-        token_weights: [B, S] or [B, S, H], any float dtype; None means ones. Differentiable.
+        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
+            Differentiable.
         shift: 1: head 0 is the next-token head; 0: labels are already shifted; 2: extra heads only.
         weight_alignment: "position": all heads at t use w[b,t]. "target": head h uses the weight of the token that
             it predicts, w[b,target]. For [B, S] weights.
@@ -134,9 +138,9 @@ def weighted_mtp_ce(
         ignore_index: the label of tokens that are not targets.
         reduction: "mean"; "sum" (N = 1); "none": [B, S], loss_scale * w * mean over heads.
         normalizer: replaces N in "mean": a number, or a 0-d tensor on the logits' device. A global count here makes
-            micro-batches and ranks add up to the loss of the whole batch. Under torch.compile a tensor is better: the
-            first numbers are constants of the graph, and compile again.
-        loss_scale: factor on the loss.
+            micro-batches and ranks add up to the loss of the whole batch. Under torch.compile a number that changes
+            compiles again, a tensor does not, here and below.
+        loss_scale: factor on the loss; a number or a constant 0-d tensor on the logits' device, like the three below.
         softcap: c > 0: logits become c * tanh(logits / c).
         z_loss: factor >= 0 of logsumexp**2, added to every row.
         label_smoothing: e in [0, 1): (1 - e) of the target's logit and e of the mean logit.
@@ -169,9 +173,11 @@ def weighted_mtp_ce(
     heads, shape = check_logits(logits)
     options = LossOptions(
         shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
-        reduction=reduction, loss_scale=loss_scale, softcap=softcap, z_loss=z_loss, label_smoothing=label_smoothing,
+        reduction=reduction, loss_scale=number_of(loss_scale), softcap=number_of(softcap), z_loss=number_of(z_loss),
+        label_smoothing=number_of(label_smoothing),
     )  # fmt: skip
-    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, normalizer)
+    terms = pack_terms(heads[0], loss_scale, softcap, z_loss, label_smoothing)
+    inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, terms, normalizer)
     check_flags(inplace_backward=inplace_backward, validate=validate, return_stats=return_stats)
     check_inputs(heads[0], shape, inputs, options)
     impl = choose_impl(impl, heads[0])
@@ -198,7 +204,8 @@ def reference_loss(heads: list[Tensor], inputs: LossInputs, options: LossOptions
     """Return the oracle's loss of H heads [B,S,V]; a broken label raises as in the other implementations."""
     if inputs.labels.device.type == "cpu" and inputs.labels.numel():
         check_labels(inputs, options, len(heads), heads[0].shape[-1])
-    loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, **inputs._asdict(), **vars(options))
+    inputs, options = read_terms(inputs, options)
+    loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, **inputs.arguments(), **vars(options))
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 
@@ -231,7 +238,7 @@ class WeightedMTPLoss(nn.Module):
                 f"{min(unknown)} is no option of WeightedMTPLoss; expected {sorted(_Options.__optional_keys__)}"
             )
         named: dict[str, Any] = {**options}
-        loss_options = LossOptions(**{name: named[name] for name in OPTION_NAMES if name in named})
+        loss_options = LossOptions(**{name: number_of(named[name]) for name in OPTION_NAMES if name in named})
         check_head_weights(options.get("head_weights"), loss_options)
         flags = {name: named[name] for name in ("inplace_backward", "validate") if name in named}
         check_flags(return_stats=return_stats, **flags)

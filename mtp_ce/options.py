@@ -27,9 +27,14 @@ def check_choice(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}.")
 
 
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {type(value).__name__}; expected an int.")
+# The numbers of the loss that may be 0-d tensors, in the order of `LossInputs.terms`, and what stands for such a tensor
+# in `LossOptions`: that the term is there, not how large it is.
+TERMS = ("loss_scale", "softcap", "z_loss", "label_smoothing")
+CHANGES = 0.5
+
+# What is taken as a number, numpy's scalars included; the abstract classes last, since they take longer to ask.
+INTEGERS: tuple[Any, ...] = (int, numbers.Integral)
+NUMBERS: tuple[Any, ...] = (float, int, numbers.Real)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class LossOptions:
         check_choice("weight_alignment", self.weight_alignment)
         check_choice("head_reduction", self.head_reduction)
         check_choice("reduction", self.reduction)
-        _check_integer("shift", self.shift)
-        _check_integer("ignore_index", self.ignore_index)
+        self._check_integer("shift", self.shift)
+        self._check_integer("ignore_index", self.ignore_index)
         self._check_number("loss_scale", self.loss_scale)
         self._check_number("z_loss", self.z_loss)
         self._check_number("label_smoothing", self.label_smoothing)
@@ -72,13 +77,19 @@ class LossOptions:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; expected a share in [0, 1).")
 
-    def _check_number(self, name: str, number: object) -> None:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+    def _check_integer(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, INTEGERS):
+            raise TypeError(f"{name} is {type(value).__name__}; expected an int.")
+        if not isinstance(value, int):
+            object.__setattr__(self, name, int(value))
+
+    def _check_number(self, name: str, number: Any) -> None:
+        if isinstance(number, bool) or not isinstance(number, NUMBERS):
             raise TypeError(f"{name} is {type(number).__name__}; expected a float.")
         # Not math.isfinite: torch.compile traces comparisons of a float that changes between calls.
         if not -math.inf < number < math.inf:
             raise ValueError(f"{name} is {number}; expected a finite number.")
-        if isinstance(number, int):
+        if not isinstance(number, float):
             object.__setattr__(self, name, float(number))
 
     def values(self) -> tuple[Any, ...]:
@@ -109,7 +120,28 @@ class LossInputs(NamedTuple):
     head_weights: Tensor | None = None  # [H]
     seq_lens: Tensor | None = None  # [B]
     document_ids: Tensor | None = None  # [B, S]
+    terms: Tensor | None = None  # [4] float64: all of `TERMS`, where one of them is a tensor
     normalizer: float | Tensor | None = None  # a number, or []
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the inputs as keyword arguments of the losses."""
+        arguments = self._asdict()
+        del arguments["terms"]
+        return arguments
+
+
+def read_terms(inputs: LossInputs, options: LossOptions) -> tuple[LossInputs, LossOptions]:
+    """Move the terms that are tensors into the options, as numbers, which waits for a GPU.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    if inputs.terms is None:
+        return inputs, options
+    terms = dict(zip(TERMS, inputs.terms.tolist(), strict=True))
+    if options.softcap is None:
+        terms["softcap"] = None
+    return inputs._replace(terms=None), replace(options, **terms)
 
 
 def fold_normalizer(inputs: LossInputs, options: LossOptions) -> tuple[LossInputs, LossOptions]:
@@ -117,6 +149,10 @@ def fold_normalizer(inputs: LossInputs, options: LossOptions) -> tuple[LossInput
     number = inputs.normalizer
     if not isinstance(number, numbers.Real):
         return inputs, options
+    if inputs.terms is not None:
+        terms = inputs.terms.clone()
+        terms[0] /= float(number)
+        return inputs._replace(terms=terms, normalizer=None), replace(options, reduction="sum")
     scale = options.loss_scale / float(number)
     return inputs._replace(normalizer=None), replace(options, loss_scale=scale, reduction="sum")
 
@@ -130,10 +166,10 @@ class CommonOptions(TypedDict, total=False):
     head_weights: Tensor | None
     ignore_index: int
     reduction: str
-    loss_scale: float
-    softcap: float | None
-    z_loss: float
-    label_smoothing: float
+    loss_scale: float | Tensor
+    softcap: float | Tensor | None
+    z_loss: float | Tensor
+    label_smoothing: float | Tensor
     validate: bool
     impl: str
 

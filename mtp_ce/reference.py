@@ -15,9 +15,12 @@ class _ZeroWeighted(torch.autograd.Function):
     """w * row_loss at w = 0: the value is 0 whatever the row's loss is, and d / d w is still row_loss."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, row_loss: Tensor) -> Tensor:
-        ctx.save_for_backward(row_loss)
+    def forward(w: Tensor, row_loss: Tensor) -> Tensor:
         return torch.zeros_like(w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

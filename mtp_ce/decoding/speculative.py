@@ -36,6 +36,9 @@ from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.heads.virtual_tokens import prepare_behind_virtual_tokens, virtual_tokens
 from mtp_ce.unembedding import Unembedding
 
+# Inputs that belong to a text's tokens, whichever forward reads those.
+TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
+
 
 @dataclass
 class Speculation:
@@ -128,6 +131,8 @@ def generate_speculatively(
         )
     config, arguments = wrapper.causal._prepare_generation_config(generation_config, **options)
     check_followed(config, arguments)
+    if not config.use_cache:
+        options["use_cache"] = True  # as training often leaves it off; the text is the same
     prompt = options.get("input_ids") if inputs is None else inputs
     if prompt is None or prompt.dim() != 2 or 0 in prompt.shape:
         shape = None if prompt is None else list(prompt.shape)
@@ -192,7 +197,7 @@ class _Decoding:
                         )
                     draft, drawn_from = draft[:, : draw.length], drawn_from[:, : draw.length]
                 end_of_cache = begin + hidden.shape[1]
-                begin = max(cached - drafter.repeats, 0)
+                begin = max(cached - drafter.repeats, trunk.first)
                 _crop([*trunk.cache.layers, *drafter.layers], end_of_cache - begin)
                 hidden = trunk.run(torch.cat([text.tokens, draft], 1), begin, draft.shape[1])
         self.counts.tokens = text.count
@@ -240,12 +245,18 @@ class _Text:
 
 
 class _Trunk:
-    """Forwards of the base model, with the inputs that the model prepares for its own `generate`."""
+    """Forwards of the base model, with the inputs that the model prepares for its own `generate`.
+
+    Attributes:
+        cache: the cache of all positions so far.
+        first: the first position that a later forward may repeat. Images and the like are read with the prompt alone.
+    """
 
     def __init__(self, model: Any, causal: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.causal, self.kwargs = model, causal, kwargs
         self.output: Any = None
         self.cache = _cache_of(kwargs, causal)
+        self.first = 0
 
     def run(
         self, tokens: Tensor, begin: int, drafted: int
@@ -257,6 +268,9 @@ class _Trunk:
             inputs = self.causal.prepare_inputs_for_generation(tokens, is_first_iteration=True, **kwargs)
             self.cache = _cache_of(inputs, self.causal)
             _record_past(self.cache)
+            others = (value for name, value in kwargs.items() if name not in TEXT_INPUTS)
+            if not all(value is None or isinstance(value, int | Cache) for value in others):
+                self.first = tokens.shape[1]
         else:
             kwargs["next_sequence_length"] = tokens.shape[1] - begin
             inputs = prepare_behind_virtual_tokens(self.model, tokens, is_first_iteration=False, **kwargs)
@@ -308,7 +322,7 @@ def _crop(layers: list[Any], positions: int) -> None:
     for layer in layers:
         # A layer that records its past has to be told also that nothing was rejected. One that holds nothing yet is
         # skipped: transformers before 5.22 fails to crop it.
-        if layer.is_initialized and (positions or getattr(layer, "record_past", False)):
+        if getattr(layer, "is_initialized", True) and (positions or getattr(layer, "record_past", False)):
             layer.crop(-positions)
 
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE
@@ -69,6 +69,8 @@ def load_model(source: str | Path, *, trainable: bool, trust_remote_code: bool =
             model = get_peft_model(base, config, name)
         else:
             model.add_adapter(name, config)
+        if trainable and (left_out := parameters_beside_adapters(model)):
+            raise ValueError(f"{source} has adapters that can't be trained further: {left_out}")
         _read_adapter(model, folder, name, where)
     return model
 
@@ -124,6 +126,13 @@ def parameters_beside_adapters(model: Any) -> str | None:
         model: any model, with or without adapters.
     """
     adapters = getattr(model, "peft_config", ())
+    for name, x in model.named_parameters():
+        # P-tuning, and prefix tuning with a projection.
+        if name.startswith("prompt_encoder.") and not name.endswith(".embedding.weight") and x.requires_grad:
+            return (
+                f"{name} is trained, and PEFT writes only the virtual tokens that it computes; they can be used with "
+                "trunk='frozen' or 'detached'."
+            )
     trained = {
         name: x
         for name, x in model.named_parameters()
@@ -146,8 +155,7 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         config = options.get("config")
         if config is None:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-        kind = AutoModelForCausalLM if trust_remote_code and _has_code(config) else _class_of(config)
-        model = _whole(kind, source, trust_remote_code, **options)
+        model = _whole(_class_of(config, trust_remote_code), source, trust_remote_code, **options)
         if hub and (file := _located(source, "config.json", hub)):
             model.source_folder = str(Path(file).parent)  # for `CarriedModule`, which does not know the options
         return model
@@ -165,12 +173,12 @@ def _load_base(source: str | Path, trust_remote_code: bool, options: dict[str, A
         ) from None
 
 
-def _has_code(config: Any) -> bool:
-    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-
-
-def _class_of(config: Any) -> Any:
+def _class_of(config: Any, trust_remote_code: bool) -> Any:
     """Return the class that wrote the files: AutoModelForCausalLM has none for most vision-language models."""
+    own = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if trust_remote_code and auto.__name__ in own:
+            return auto
     for name in config.architectures or ():
         named: Any = getattr(transformers, name, None)
         # A configuration may name a class without output embeddings, on which transformers puts new ones.
@@ -247,7 +255,7 @@ def _read_adapter(model: Any, folder: str | Path, name: str, hub: dict[str, Any]
         if key in saved and saved[key].shape != x.shape
     ]
     _refuse(folder, f"the model's adapter {name!r}", wrong)
-    set_peft_model_state_dict(model, saved, adapter_name=name)
+    set_peft_model_state_dict(model, dict(saved), adapter_name=name)  # PEFT 0.20 removes what it renames
     current = get_peft_model_state_dict(model, adapter_name=name)
     wrong = [f"{key} was not read" for key, x in current.items() if not torch.equal(x, saved[key].to(x))]
     _refuse(folder, f"the model's adapter {name!r}", wrong)

@@ -30,7 +30,7 @@ def fused_loss(output: Unembedding, *, linear: bool) -> FusedLoss:
 def _linear(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
     scaled = [output.scaled(x) for x in hidden]
     return weighted_mtp_linear_ce(
-        scaled, output.weight, bias=output.bias, return_stats=True, **inputs._asdict(), **asdict(options)
+        scaled, output.weight, bias=output.bias, return_stats=True, **inputs.arguments(), **asdict(options)
     )
 
 
@@ -39,7 +39,7 @@ def _logits(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, optio
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
-    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs._asdict(), **asdict(options))
+    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs.arguments(), **asdict(options))
 
 
 def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:

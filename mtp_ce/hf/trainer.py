@@ -13,6 +13,7 @@ and Trainer loads them itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
-from mtp_ce.hf.head_metrics import HeadSums
+from mtp_ce.hf.head_metrics import HeadMeans
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.saved_heads import SavedHeads
@@ -35,7 +36,7 @@ from mtp_ce.hf.trainer_arguments import (
     use_router_coefficient,
 )
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.loss import MTPStats
+from mtp_ce.ops.rows import count_terms
 
 
 class MTPTrainer(Trainer):
@@ -82,7 +83,7 @@ class MTPTrainer(Trainer):
                 f"heads_lr is {heads_lr} with heads={heads.kind!r}, which have no parameters; expected None."
             )
         self.heads_lr = heads_lr
-        self._trained, self._evaluated = (HeadSums(heads.horizon, heads.drafts) for _ in range(2))
+        self._trained, self._evaluated = (HeadMeans(heads.horizon, heads.drafts) for _ in range(2))
         # TRL's trainer counts tokens; its metrics are computed here, where the loss is.
         self._has_token_metrics = hasattr(self, "_total_train_tokens")
         self._tokens: Tensor | int = 0  # since the last log, of this rank
@@ -92,7 +93,7 @@ class MTPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with parameter groups of their own for the heads where `heads_lr` is given."""
         new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if new and self.heads_lr is not None:
             wrapper = self.accelerator.unwrap_model(self.model if model is None else model)
             separate_heads(optimizer, wrapper.heads, self.heads_lr)
@@ -121,20 +122,18 @@ class MTPTrainer(Trainer):
                 mask = inputs.get("attention_mask")
                 self._tokens += labels.numel() if mask is None else mask.sum()
         if not self.model.training:
-            self._add_eval_loss(loss, outputs["stats"], num_items_in_batch)
+            own = count_terms(outputs["stats"].live, replace(self.model.loss_options, shift=int(not shifted)))
+            self._add_eval_loss(loss, own, num_items_in_batch)
         # Without what only logs read.
         kept = {name: value for name, value in outputs.items() if name not in ("stats", "entropy")}
         return (loss, MTPOutput(**kept)) if return_outputs else loss
 
-    def _add_eval_loss(self, loss: Tensor, stats: MTPStats, num_items: Tensor | int | None) -> None:
-        ranks = 1
-        if num_items is None:
-            items = stats.live[:, :, 0].sum()
-        else:
-            items = torch.as_tensor(num_items, device=loss.device)
-            if self.args.average_tokens_across_devices:
-                # The count is of all ranks, and Trainer has multiplied the loss by as many.
-                ranks = self.accelerator.num_processes // self.get_tp_size()
+    def _add_eval_loss(self, loss: Tensor, own: Tensor, num_items: Tensor | int | None) -> None:
+        """Add a loss that is divided by `num_items`, or without by the loss's own count [] of its terms."""
+        items, ranks = own if num_items is None else torch.as_tensor(num_items, device=loss.device), 1
+        if num_items is not None and self.args.average_tokens_across_devices:
+            # The count is of all ranks, and Trainer has multiplied the loss by as many.
+            ranks = self.accelerator.num_processes // self.get_tp_size()
         self._evaluated.add_loss(loss, items / ranks, finite_only=self.args.logging_nan_inf_filter)
 
     def evaluation_loop(

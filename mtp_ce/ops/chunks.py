@@ -14,7 +14,8 @@ Numerics   Logits are rounded to the dtype of hidden, as those of torch.nn.Linea
            accumulated over chunks in `grad_dtype`, fp32 by default.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -175,6 +176,7 @@ def run_chunks(
     unembed: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     rows: Rows,
+    terms: Tensor | None,  # [4], as in `LossInputs`
     options: LossOptions,
     call: LinearCall,
 ) -> tuple[RowResults, Gradients]:
@@ -193,10 +195,11 @@ def run_chunks(
     if d_unembed is not None and M == 0:
         d_unembed.zero_()
 
-    if call.impl == "cpu":
-        forward_backward = cpu.forward_backward
-    else:
-        from mtp_ce.kernels.forward_backward import launch_forward_backward as forward_backward
+    forward_backward: Callable[..., None] = cpu.forward_backward
+    if call.impl != "cpu":
+        from mtp_ce.kernels.forward_backward import launch_forward_backward
+
+        forward_backward = partial(launch_forward_backward, terms=terms)
     buffer = new_logits(unembed, rows_at_once(M, call.chunk_rows, unembed.device))
     start = 0
     for x in chunks([x.reshape(-1, D) for x in hidden], index, max(1, len(buffer))):

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mtp_ce.ops.chunks import (
+    KEEP_ALL,
     LinearCall,
     Rows,
     compute_rows,
@@ -21,9 +23,9 @@ from mtp_ce.ops.chunks import (
     scaled_down,
 )
 from mtp_ce.ops.logits import device_guard, functions, input_gradients, reduce, weights_backward
-from mtp_ce.ops.register import differentiable, once_differentiable, operator
+from mtp_ce.ops.register import Loss, differentiable, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, read_terms
 
 
 def _allocate_forward(
@@ -59,7 +61,33 @@ def _allocate_forward(
     )
 
 
-@operator(fake=_allocate_forward)
+def _computed_rows(
+    hidden: list[Tensor], unembed: Tensor, inputs: LossInputs, options: LossOptions, call: LinearCall
+) -> int:
+    """Return the rows that the products take; all of them where only the values of tensors that have none tell."""
+    H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+    N = inputs.labels.numel() * H
+    if call.drop >= 0:
+        return min(call.drop, N)
+    if call.drop == KEEP_ALL or isinstance(inputs.labels, FakeTensor):
+        return N
+    return int(compute_rows(hidden, unembed.shape[0], inputs, options, call).rows.row_mask.sum())
+
+
+def _count_forward(
+    hidden: list[Tensor],
+    unembed: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
+    call: LinearCall,
+) -> int:
+    """Return 2 M V D for each product of M rows."""
+    gradients = 0 if options.reduction == "none" else call.with_d_hidden + call.with_d_unembed
+    return 2 * _computed_rows(hidden, unembed, inputs, options, call) * unembed.numel() * (1 + gradients)
+
+
+@operator(fake=_allocate_forward, flops=_count_forward)
 def linear_forward(
     hidden: list[Tensor],  # one [B, S, H, D], or H x [B, S, D]
     unembed: Tensor,  # [V, D]
@@ -75,6 +103,8 @@ def linear_forward(
     """
     labels, V = inputs.labels, unembed.shape[0]
     B, S = labels.shape
+    if call.impl == "cpu":
+        inputs, options = read_terms(inputs, options)
     if labels.device.type == "cpu":
         H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
         check_labels(inputs, options, H, V)
@@ -86,7 +116,7 @@ def linear_forward(
         if unembed.dtype == torch.float16 and call.with_gradient:
             small, power = scaled_down(rows.coefficient)
             rows = rows._replace(coefficient=small)
-        results, gradients = run_chunks(hidden, unembed, bias, rows, options, call)
+        results, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
         valid = valid.contiguous()
         ce, row_loss, lse = (from_row_order(x, hidden, B, S) for x in results[:3])
         out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
@@ -122,7 +152,23 @@ def _allocate_backward(
     return tuple(unembed.new_empty(shape if w else (0,)) for shape, w in zip(shapes, wanted, strict=True))
 
 
-@operator(fake=_allocate_backward)
+def _count_backward(
+    d_loss: Tensor,
+    hidden: list[Tensor],
+    unembed: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
+    factor: Tensor,
+    call: LinearCall,
+) -> int:
+    """Return 2 M V D for each product of M rows: the logits again, and the gradients."""
+    call = call._replace(with_d_weights=False)
+    products = 1 + call.with_d_hidden + call.with_d_unembed
+    return 2 * _computed_rows(hidden, unembed, inputs, options, call) * unembed.numel() * products
+
+
+@operator(fake=_allocate_backward, flops=_count_backward)
 def linear_backward(
     d_loss: Tensor,  # [] or [B, S]
     hidden: list[Tensor],
@@ -135,6 +181,8 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return d loss / d hidden [N,D], d unembed [V,D], d bias [V] in the dtypes of the inputs; empty: not wanted."""
     labels = inputs.labels
+    if call.impl == "cpu":
+        inputs, options = read_terms(inputs, options)
     call = call._replace(with_top1=False, with_d_weights=False)
     with device_guard(labels.device):
         rows = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows
@@ -147,7 +195,7 @@ def linear_backward(
         most = largest(by_row)
         coefficient, power = scaled_down(torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most)))
         rows = Rows(rows.label, coefficient, by_row != 0)
-        _, gradients = run_chunks(hidden, unembed, bias, rows, options, call)
+        _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
         d_hidden, d_unembed, d_bias = (
             unembed.new_empty(0) if x is None else scaled_(x, most * power, unembed.dtype) for x in gradients
         )
@@ -161,7 +209,7 @@ def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor.reshape((1,) * x.dim()), out=out)
 
 
-class _LinearLoss(torch.autograd.Function):
+class _LinearLoss(Loss):
     """The first five results of `linear_forward`, with the gradients of the loss."""
 
     @staticmethod

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mtp_ce.ops import cpu
-from mtp_ce.ops.register import differentiable, mutating_operator, once_differentiable, operator
+from mtp_ce.ops.memory import check_memory
+from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels, sum_by_token
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, read_terms
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -84,7 +85,13 @@ def _allocate(logits: list[Tensor], inputs: LossInputs, options: LossOptions, ca
     )
 
 
-@operator(fake=_allocate)
+def _trace_forward(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> Forward:
+    if call.inplace_backward:
+        check_memory(logits)
+    return _allocate(logits, inputs, options, call)
+
+
+@operator(fake=_trace_forward)
 def logits_forward(
     logits: list[Tensor],  # one [B, S, H, V], or H x [B, S, V]
     inputs: LossInputs,
@@ -95,7 +102,10 @@ def logits_forward(
 
     The factor is what the gradient of every position's term takes: scale / N.
     """
-    heads = split_heads(logits) if call.impl == "cpu" else logits
+    heads = logits
+    if call.impl == "cpu":
+        heads = split_heads(logits)
+        inputs, options = read_terms(inputs, options)
     device = inputs.labels.device
     if inputs.labels.numel() == 0:
         results = _allocate(logits, inputs, options, call)
@@ -119,10 +129,13 @@ def reduce(
     mean: Callable[..., tuple[Tensor, Tensor]], out: Tensor, valid: Tensor, inputs: LossInputs, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of the positions' terms `out`, and the factor of their gradients."""
-    scale = options.loss_scale
     if options.reduction == "none":
-        return out.mul_(scale), out.new_full((), scale)
-    return mean(out, valid, inputs.normalizer, options)
+        if inputs.terms is None:
+            return out.mul_(options.loss_scale), out.new_full((), options.loss_scale)
+        return out.mul_(inputs.terms[0]), inputs.terms[0].to(out.dtype)
+    if inputs.terms is None:
+        return mean(out, valid, inputs.normalizer, options)
+    return mean(out, valid, inputs.normalizer, options, inputs.terms)
 
 
 @operator(fake=lambda d_loss, logits, *_: [torch.empty_like(x) for x in logits])
@@ -171,6 +184,7 @@ def _write_gradient(
         return
     if impl == "cpu":
         logits, d_logits = split_heads(logits), split_heads(d_logits)
+        inputs, options = read_terms(inputs, options)
     _, _, backward = functions(impl)
     with device_guard(labels.device):
         backward(d_loss.expand(labels.shape), logits, d_logits, inputs, options, *statistics)
@@ -204,7 +218,7 @@ def input_gradients(d_weights: Tensor | None) -> Iterator[Tensor | None]:
     return (d_weights if name == "token_weights" else None for name in LossInputs._fields)
 
 
-class _LogitsLoss(torch.autograd.Function):
+class _LogitsLoss(Loss):
     """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, valid and top1."""
 
     @staticmethod

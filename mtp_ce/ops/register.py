@@ -13,10 +13,15 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mtp_ce.options import LossInputs, LossOptions
 
 COMPILES = torch.Tag.pt2_compliant_tag
+NO_TRANSFORMS = (
+    "The loss is called inside a transform of torch.func (grad, vjp, vmap, jvp, ...); expected a call outside of them: "
+    "differentiate with loss.backward() or torch.autograd.grad, or pass impl='reference', which grad and vjp take."
+)
 
 
 def _field_types(kind: Any) -> dict[str, Any] | None:
@@ -58,11 +63,26 @@ def flattened(function: Callable[..., Any], like: Callable[..., Any] | None = No
     return call
 
 
-def operator(*, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as an operator of its name, on any device, without a derivative.
+def _without_autocast(name: str) -> None:
+    """Switch torch.autocast off inside an operator, whose arguments have the dtypes that it computes in."""
+    operator = getattr(torch.ops.mtp_ce, name.partition("::")[2]).default
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return operator(*arguments, **keywords)
+
+    # Kernels of these keys are called where autocast is on, so that it costs nothing where it is off.
+    torch.library.impl(name, ("AutocastCPU", "AutocastCUDA"), run)
+
+
+def operator(
+    *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as an operator of its name, on any device, without a derivative and without autocast.
 
     Args:
         fake: takes the same objects; returns empty tensors of the shapes and dtypes that the function returns.
+        flops: takes the same objects; returns the floating-point operations that torch's FlopCounterMode counts.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -70,7 +90,12 @@ def operator(*, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]
         torch.library.define(name, torch.library.infer_schema(flat, mutates_args=()), tags=COMPILES)
         torch.library.impl(name, "default", flat)
         torch.library.register_fake(name, flattened(fake, like=function))
-        return getattr(torch.ops.mtp_ce, function.__name__).default
+        _without_autocast(name)
+        packet = getattr(torch.ops.mtp_ce, function.__name__)
+        if flops is not None:
+            count = flattened(flops, like=function)
+            register_flop_formula(packet, get_raw=True)(lambda *arguments, out_val: count(*arguments))
+        return packet.default
 
     return register
 
@@ -81,7 +106,10 @@ def mutating_operator(mutated: str) -> Callable[[Callable[..., None]], Any]:
     def register(function: Callable[..., None]) -> Any:
         flat = flattened(function)
         schema = torch.library.infer_schema(flat, mutates_args=(mutated,))
-        return torch.library.custom_op(f"mtp_ce::{function.__name__}", flat, mutates_args=(mutated,), schema=schema)
+        name = f"mtp_ce::{function.__name__}"
+        whole = torch.library.custom_op(name, flat, mutates_args=(mutated,), schema=schema)
+        _without_autocast(name)
+        return whole
 
     return register
 
@@ -92,14 +120,20 @@ def differentiable(function: Callable[..., list[Tensor]]) -> Callable[..., list[
     Under torch.compile it is an operator of its name, which goes into the graph whole and is taken apart there; eagerly
     it is what it was.
     """
-    name, flat = f"mtp_ce::{function.__name__}", flattened(function)
+
+    def eager(*arguments: Any) -> list[Tensor]:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(NO_TRANSFORMS)
+        return function(*arguments)
+
+    name, flat = f"mtp_ce::{function.__name__}", flattened(eager, like=function)
     torch.library.define(name, torch.library.infer_schema(flat, mutates_args=()), tags=COMPILES)
     torch.library.impl(name, "CompositeImplicitAutograd", flat)
     whole = getattr(torch.ops.mtp_ce, function.__name__).default
 
     def call(*arguments: Any) -> list[Tensor]:
         if not torch.compiler.is_compiling():
-            return function(*arguments)
+            return eager(*arguments)
         values: list[Any] = []
         for argument in arguments:
             if isinstance(argument, LossOptions):
@@ -111,6 +145,15 @@ def differentiable(function: Callable[..., list[Tensor]]) -> Callable[..., list[
         return whole(*values)
 
     return call
+
+
+class Loss(torch.autograd.Function):
+    """A loss without a forward-mode derivative, which says so."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        """Raise a RuntimeError."""
+        raise RuntimeError("The loss has no forward-mode derivative; expected loss.backward() or torch.autograd.grad.")
 
 
 class _Once(torch.autograd.Function):

@@ -25,6 +25,8 @@ from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 
 # exp(-690) = 1e-300: below it u would be 0, which no c could scale up. Lower exponents are clamped to it.
 LOWEST_EXPONENT = -690.0
+# The most that a token at w_max for certain may exceed, as an exponent, the first one that is not; see `_Order.soft`.
+HIGHEST_DISTANCE = 300.0
 
 
 def normalize_weights(
@@ -134,8 +136,14 @@ class _Order:
     def soft(self, temperature: float, eps: float, w_max: float) -> Tensor:
         """Return clip(c u, eps, w_max) with mean 1."""
         exponent = self.standardised() / temperature
-        highest = exponent.new_full((self.size + 1,), -math.inf).scatter_reduce_(0, self.group, exponent, "amax")
-        u = (exponent - highest[self.group]).clamp(min=LOWEST_EXPONENT).exp()
+        reference = exponent.new_full((self.size + 1,), -math.inf).scatter_reduce_(0, self.group, exponent, "amax")
+        if self.size and w_max > 1:
+            # No more than k tokens fit at w_max, so that the token of rank k shares what they leave. Small temperatures
+            # put it so far below the highest that its u would be clamped, and equal to that of all tokens after it.
+            k = torch.minimum((self.n * (1 - eps) / (w_max - eps)).floor(), (self.n - 1).clamp(min=0))
+            first_below = exponent[(self.start + k).clamp(max=self.size - 1).long()]
+            reference = torch.minimum(reference, first_below + HIGHEST_DISTANCE)
+        u = (exponent - reference[self.group]).clamp(min=LOWEST_EXPONENT, max=0.0).exp()
         c = self.solve(u, eps, w_max)
         return self.unsort((c[self.group] * u).clamp(eps, w_max))
 
@@ -183,8 +191,13 @@ class _Order:
         lo = torch.where(none, self.n, at_least[last])
         middle = self._middle(torch.arange(N + 1, device=u.device), suffix, hi, lo)
         solved = (self.n - w_max * hi - eps * lo) / torch.where(middle == 0, 1.0, middle)
-        # Where no token is between the bounds, the sum is n at the breakpoint itself.
-        return torch.where(middle == 0, torch.where(none, 0.0, breakpoint_c[last]), solved)
+        # Where no token is between the bounds, the sum is n at the breakpoint itself. Where those between them are
+        # negligible, their share is lost in the last bit of n: the solution stays in the interval.
+        opens = torch.where(none, 0.0, breakpoint_c[last])
+        follows = (last + 1).clamp(max=2 * N - 1)
+        closes = torch.where(none, breakpoint_c[first.long().clamp(max=2 * N - 1)], breakpoint_c[follows])
+        closes = torch.where(none | (passed < 2 * self.n), closes, math.inf)
+        return torch.where(middle == 0, opens, torch.maximum(opens, torch.minimum(solved, closes)))
 
     def _middle(self, group: Tensor, suffix: Tensor, hi: Tensor, lo: Tensor) -> Tensor:
         """Return the sum of u over the tokens of a scope that are at neither bound."""

@@ -129,10 +129,10 @@ class Chunks:
         self.launches: list[dict] = []
         launch = forward_backward.launch_forward_backward
 
-        def counted(logits, rows, results, options, *, gradient):
+        def counted(logits, rows, results, options, *, gradient, terms):
             meter.loaded.clear()
             meter.stored.clear()
-            launch(logits, rows, results, options, gradient=gradient)
+            launch(logits, rows, results, options, gradient=gradient, terms=terms)
             loads, stores = meter.loads_of(logits), meter.stores_to(logits)
             read = rows.row_mask.numpy().copy()
             self.launches.append({

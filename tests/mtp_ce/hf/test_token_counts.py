@@ -223,6 +223,18 @@ def test_eval_loss_is_the_mean_over_tokens_whatever_the_batches(kind, tmp_path):
         )
 
 
+@pytest.mark.parametrize("reduction", ["target", "live"])
+def test_eval_loss_of_a_trainer_that_passes_no_count_is_weighed_by_the_losss_own(reduction, tmp_path, monkeypatch):
+    rows = answers(LENGTHS)
+    wrapper = wrap(4, uniform=False, head_reduction=reduction)
+    whole = [torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")]
+    with torch.no_grad():
+        expected = wrapper(whole[0], labels=whole[1]).loss.item()
+    trainer = train(wrapper, tmp_path, rows, max_steps=1, per_device_eval_batch_size=5)
+    monkeypatch.setattr(trainer, "_get_num_items_in_batch", lambda *_: None)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_batch_whose_loss_is_not_finite_is_left_out_of_eval_loss_as_in_trainer(tmp_path):
     """`logging_nan_inf_filter`, of which the default is True."""
     rows = answers([4, 4, 4])

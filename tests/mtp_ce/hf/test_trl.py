@@ -30,6 +30,10 @@ from trl import (  # noqa: E402
 
 from mtp_ce import MTPTrainer  # noqa: E402
 
+# TRL turns it on by default; transformers renames it in 5.23.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
 V = 61
 SIZES = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -91,7 +95,7 @@ def sft(kind: type, model: Any, folder: Any, data: Dataset, **options: Any) -> A
     settings = {
         "learning_rate": 0.0, "num_train_epochs": 1, "per_device_train_batch_size": 2, "logging_steps": 1,
         "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no",
-        "activation_checkpointing": False, **options,
+        CHECKPOINTING: False, **options,
     }  # fmt: skip
     return kind(
         model=model, args=SFTConfig(str(folder), **settings), train_dataset=data, eval_dataset=data,
@@ -116,7 +120,7 @@ DATA: dict[str, tuple[Dataset, dict[str, Any]]] = {
     "padding-free": (COMPLETIONS, {"padding_free": True, "max_length": None}),
     "truncated": (COMPLETIONS, {"max_length": 10}),
     "noisy embeddings": (COMPLETIONS, {"neftune_noise_alpha": 5.0}),
-    "checkpointed": (CHATS, {"assistant_only_loss": True, "activation_checkpointing": True}),
+    "checkpointed": (CHATS, {"assistant_only_loss": True, CHECKPOINTING: True}),
 }
 if torch.cuda.is_available():  # TRL offloads through a stream of the GPU
     DATA["offloaded"] = (COMPLETIONS, {"activation_offloading": True})
@@ -263,7 +267,7 @@ def test_what_they_are_told_to_use_instead_trains_and_the_heads_follow(tmp_path)
     wrapper = wrap()
     DPOTrainer(
         model=wrapper.model, ref_model=wrap().model, train_dataset=PREFERENCES, processing_class=tokenizer(),
-        args=DPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=2, activation_checkpointing=False),
+        args=DPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=2, **{CHECKPOINTING: False}),
     ).train()  # fmt: skip
     sft(MultiTokenSFT, MTPWrapper(wrapper.model, 4, trunk="detached"), tmp_path, TEXTS, max_steps=1).train()
 

@@ -1,5 +1,6 @@
 """The linear path inside the machinery of others: torch.compile, opcheck, autocast, activation checkpointing."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_ce import token_ce, weighted_mtp_linear_ce
+from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 from mtp_ce.ops import linear as linear_ops
 from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
 from mtp_ce.options import LossInputs, LossOptions
@@ -184,6 +188,7 @@ def test_compiled_forwards_without_gradients(impl, draw) -> None:
 
 
 CHECKED: dict[str, dict[str, Any]] = {
+    "changing": {"changing": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1},
     "plain": {},
     "everything": {"tensors": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1, "reduction": "none"},
     "list_of_half": {"listed": True, "dtype": torch.bfloat16, "drop": KEEP_ALL},
@@ -207,6 +212,8 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
     inputs = LossInputs(labels, weights)
     if case.get("tensors"):
         inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions))
+    if case.get("changing"):
+        inputs = inputs._replace(terms=draw.uniform(4, dtype=torch.float64) / 2)
     options = LossOptions(
         weight_alignment="target" if case.get("target") else "position", reduction=case.get("reduction", "mean"),
         loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),
@@ -272,6 +279,127 @@ def test_autocast_takes_what_a_layer_before_it_has_cast(impl, device, draw) -> N
     assert bool(u.grad.any())
     with pytest.raises(TypeError, match=r"unembed is torch.float32; expected torch.bfloat16"):
         weighted_mtp_linear_ce(hidden, u, labels, impl=impl)
+
+
+# Of forward and backward: autocast to a dtype, or off.
+HALF, OFF = torch.bfloat16, None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_does_not_reach_into_the_operators(impl, device, draw, reduction: str) -> None:
+    """Whatever its state in forward and in backward, and wherever rows are gathered; both backwards of retain_graph."""
+    x, u, bias, labels, weights = batch(draw)
+    states, drops = ((OFF, HALF), (HALF, OFF), (HALF, HALF), (OFF, torch.float16)), (True, B * S * H, False)
+    if impl == "triton":  # its interpreter is slow
+        states, drops = ((OFF, HALF), (HALF, HALF)), (True,)
+    for forward, backward in states:
+        for drop in drops:
+            results = []
+            for by_hand in (True, False):
+                leaves = [tensor.clone().requires_grad_() for tensor in (x, u, bias, weights)]
+                given = [leaf.to(forward) for leaf in leaves[:3]] if by_hand and forward else leaves
+                with torch.autocast(device.type, dtype=forward, enabled=forward is not None and not by_hand):
+                    loss = weighted_mtp_linear_ce(
+                        given[0], given[1], labels, leaves[3], bias=given[2], impl=impl, drop_dead_rows=drop,
+                        reduction=reduction, chunk_bytes=FEW if impl == "cpu" else None,
+                    ).sum()  # fmt: skip
+                with torch.autocast(device.type, dtype=backward, enabled=backward is not None and not by_hand):
+                    loss.backward(retain_graph=True)
+                    loss.backward()
+                results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+            assert_same(*results)
+
+
+def test_compiled_under_autocast_is_eager_under_autocast(impl, device, draw) -> None:
+    """A layer and the loss in one graph, its backward inside autocast or after it; the logits path beside it."""
+    x, u, _, labels, weights = batch(draw)
+    layer = torch.nn.Linear(D, D, device=device)
+
+    def step(x: Tensor, u: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=HALF):
+            hidden = layer(x)
+            logits = torch.nn.functional.linear(hidden, u)
+            over_logits = weighted_mtp_ce(logits, labels, weights, impl=impl, inplace_backward=True)
+            return over_logits + weighted_mtp_linear_ce(hidden, u, labels, weights, impl=impl, chunk_bytes=FEW)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for backward in (True, False):
+        results = []
+        for function in (compiled, step):
+            layer.zero_grad()
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, u)]
+            loss = function(*leaves)
+            with torch.autocast(device.type, dtype=HALF, enabled=backward):
+                loss.backward()
+            results.append([loss.detach(), layer.weight.grad.clone(), *(leaf.grad for leaf in leaves)])
+        assert_same(*results)
+
+
+def products_of(function: Callable[[], Any]) -> float:
+    """The products [1, D] x [D, V] that FlopCounterMode counts, by the multiplications and additions of one."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / (2 * D * V)
+
+
+def test_the_flop_counter_counts_three_products_a_computed_row(impl, draw) -> None:
+    """2 M V D for each product of M rows: the logits, the gradients that are wanted; nothing twice but with "none"."""
+    x, u, bias, labels, weights = batch(draw)
+    weights[1] = 0.0
+    N = B * S * H
+    computed = int((weighted_mtp_linear_ce(x, u, labels, weights, return_stats=True, impl=impl).stats.top1 >= 0).sum())
+    assert 0 < computed < N
+
+    def call(*, wants: str = "xu", **options: Any) -> None:
+        leaves = x.clone().requires_grad_("x" in wants), u.clone().requires_grad_("u" in wants)
+        loss = weighted_mtp_linear_ce(*leaves, labels, weights, bias=bias, impl=impl, chunk_bytes=FEW, **options).sum()
+        if wants:
+            loss.backward()
+
+    expected = [
+        ({"drop_dead_rows": True}, 3 * computed),
+        ({"drop_dead_rows": False}, 3 * N),
+        ({"drop_dead_rows": computed + 2}, 3 * (computed + 2)),
+        ({"drop_dead_rows": True, "reduction": "none"}, 4 * computed),
+        ({"drop_dead_rows": True, "wants": "u"}, 2 * computed),
+        ({"drop_dead_rows": True, "wants": ""}, computed),
+    ]
+    for options, count in expected:
+        assert products_of(lambda options=options: call(**options)) == count, options
+    assert products_of(lambda: token_ce(x, u, labels, impl=impl, drop_dead_rows=False)) == N
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = [mode.from_tensor(tensor.requires_grad_(tensor.is_floating_point())) for tensor in (x, u, labels)]
+        loss = functools.partial(weighted_mtp_linear_ce, *fake, impl=impl, drop_dead_rows=True)
+        assert products_of(lambda: loss().backward()) == 3 * N
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(()).to(x))[0],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+}
+
+
+def test_a_transform_of_torch_func_is_refused_with_the_way_out(impl, device, draw) -> None:
+    """By name on both paths; impl="reference" takes those that differentiate backwards, as the message says."""
+    x, u, _, labels, weights = batch(draw)
+    losses: list[tuple[Callable[..., Tensor], Tensor]] = [
+        (lambda x, **how: weighted_mtp_linear_ce(x, u, labels, weights, **how), x),
+        (lambda z, **how: weighted_mtp_ce(z, labels, weights, **how), torch.nn.functional.linear(x, u)),
+    ]
+    for loss, given in losses:
+        leaf = given.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf, impl=impl), leaf)
+        for name, transform in TRANSFORMS.items():
+            with pytest.raises(RuntimeError, match=r"inside a transform of torch.func.*impl='reference'"):
+                transform(functools.partial(loss, impl=impl), given)
+            if name in ("grad", "vjp", "jacrev"):
+                got = transform(functools.partial(loss, impl="reference"), given)
+                assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            loss(forward_ad.make_dual(given, given), impl=impl)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ def leaf(*shape: int) -> Tensor:
     return torch.zeros(shape, requires_grad=True)
 
 
+def zero3_shard(*shape: int) -> Tensor:
+    """A parameter between two uses under DeepSpeed's ZeRO-3: no elements, and its shape beside it."""
+    shard = torch.nn.Parameter(torch.empty(0))
+    shard.ds_id, shard.ds_shape = 3, torch.Size(shape)
+    return shard
+
+
 def layer(*shape: int) -> Tensor:
     """What a layer returns: no leaf, but with a gradient."""
     return leaf(*shape) * 1
@@ -78,8 +86,6 @@ WRONG_TYPES: dict[str, Row] = {
     "labels_bool": ("labels is torch.bool; expected an integer dtype", lambda: {"labels": i64(B, S).bool()}),
     "labels_list": ("labels is list; expected a torch.Tensor", lambda: {"labels": [[0] * S] * B}),
     "labels_None": ("labels is NoneType; expected", lambda: {"labels": None}),
-    "weights_int": ("token_weights is torch.int64; expected a floating", lambda: {"token_weights": i64(B, S)}),
-    "weights_bool": ("token_weights is torch.bool; expected", lambda: {"token_weights": i64(B, S).bool()}),
     "weights_complex": ("token_weights is torch.complex64; expected", lambda: {"token_weights": f32(B, S) * 1j}),
     "weights_number": ("token_weights is float; expected", lambda: {"token_weights": 1.0}),
     "head_weights_list": ("head_weights is list; expected", lambda: {"head_weights": [1.0] * H}),
@@ -97,7 +103,11 @@ WRONG_TYPES: dict[str, Row] = {
     "softcap_text": ("softcap is str; expected", lambda: {"softcap": "30"}),
     "softcap_bool": ("softcap is bool; expected", lambda: {"softcap": True}),
     "z_loss_None": ("z_loss is NoneType; expected", lambda: {"z_loss": None}),
-    "loss_scale_tensor": ("loss_scale is Tensor; expected", lambda: {"loss_scale": f32()}),
+    "loss_scale_list": ("loss_scale is list; expected", lambda: {"loss_scale": [1.0]}),
+    "loss_scale_bool": ("loss_scale is torch.bool; expected a number or a 0-d", lambda: {"loss_scale": f32().bool()}),
+    "z_loss_numpy_bool": ("z_loss is bool; expected a float", lambda: {"z_loss": numpy.bool_(True)}),
+    "softcap_complex": ("softcap is torch.complex64; expected a number or a 0-d", lambda: {"softcap": f32() * 1j}),
+    "text_beside_a_tensor": ("softcap is str; expected", lambda: {"softcap": "30", "z_loss": f32()}),
     "inplace_number": ("inplace_backward is int; expected a bool", lambda: {"inplace_backward": 1}),
     "validate_text": ("validate is str; expected a bool", lambda: {"validate": "no"}),
     "return_stats_text": ("return_stats is str; expected a bool", lambda: {"return_stats": "no"}),
@@ -127,6 +137,8 @@ WRONG_SHAPES: dict[str, Row] = {
     "seq_lens_2d": ("seq_lens is [2, 1]; expected [B] = [2]", lambda: {"seq_lens": i64(B, 1)}),
     "seq_lens_of_another_batch": ("seq_lens is [3]; expected", lambda: {"seq_lens": i64(B + 1)}),
     "document_ids_1d": ("document_ids is [5]; expected [B, S] = [2, 5]", lambda: {"document_ids": i64(S)}),
+    "loss_scale_1d": ("loss_scale is [1]; expected a 0-d tensor or a number", lambda: {"loss_scale": f32(1)}),
+    "softcap_by_token": ("softcap is [2, 5]; expected a 0-d tensor", lambda: {"softcap": f32(B, S)}),
     "normalizer_1d": ("normalizer is [1]; expected a 0-d tensor", lambda: {"normalizer": f32(1)}),
 }
 
@@ -144,6 +156,11 @@ WRONG_VALUES: dict[str, Row] = {
     "normalizer_0": ("normalizer is 0; expected", lambda: {"normalizer": 0}),
     "normalizer_negative": ("normalizer is -3.0; expected", lambda: {"normalizer": -3.0}),
     "normalizer_nan": ("normalizer is nan; expected", lambda: {"normalizer": NAN}),
+    "loss_scale_learned": ("loss_scale requires a gradient", lambda: {"loss_scale": leaf()}),
+    "softcap_learned": ("softcap requires a gradient...softcap.detach()", lambda: {"softcap": leaf()}),
+    "z_loss_learned": ("z_loss requires a gradient", lambda: {"z_loss": leaf()}),
+    "label_smoothing_learned": ("label_smoothing requires a gradient", lambda: {"label_smoothing": leaf()}),
+    "number_beside_a_tensor": ("z_loss is -1.0; expected", lambda: {"softcap": f32(), "z_loss": -1.0}),
     "normalizer_learned": ("normalizer requires a gradient", lambda: {"normalizer": leaf()}),
     "head_weights_learned": ("head_weights requires a gradient", lambda: {"head_weights": leaf(H)}),
     "reduction_unknown": ("reduction is 'avg'; expected one of 'mean'", lambda: {"reduction": "avg"}),
@@ -180,8 +197,16 @@ EXCLUSIVE: dict[str, Row] = {
 NOT_IN_PLACE: dict[str, Row] = {
     "leaf": ("inplace_backward ... leaf ... expected", lambda: {"logits": leaf(B, S, H, V)} | INPLACE),
     "leaf_in_a_list": ("inplace_backward ... leaf", lambda: {"logits": [layer(B, S, V), leaf(B, S, V)]} | INPLACE),
+    "leaf_that_is_a_view": (
+        "inplace_backward ... leaf",
+        lambda: {"logits": f32(B * S * H * V).view(B, S, H, V).requires_grad_()} | INPLACE,
+    ),
     "view_of_a_leaf": ("inplace_backward ... leaf", lambda: {"logits": leaf(B, S, H * V).view(B, S, H, V)} | INPLACE),
-    "expanded": ("inplace_backward ... expanded", lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V)} | INPLACE),
+    "expanded": ("inplace_backward ... expand or", lambda: {"logits": layer(B, S, 1, V).expand(B, S, H, V)} | INPLACE),
+    "overlapping_rows": (
+        "inplace_backward ... rows of logits share memory",
+        lambda: {"logits": layer(B * S * 2 + V).unfold(0, V, 2)[: B * S].view(B, S, V)} | INPLACE,
+    ),
     "one_tensor_twice": ("inplace_backward ... two heads", lambda: {"logits": [layer(B, S, V)] * 2} | INPLACE),
     "overlapping_heads": (
         "inplace_backward ... expected",
@@ -191,6 +216,9 @@ NOT_IN_PLACE: dict[str, Row] = {
 
 # What only a look at the values tells.
 VALIDATED: dict[str, Row] = {
+    "softcap_negative": ("softcap is -1.0; expected a number above 0", lambda: {"softcap": f32() - 1}),
+    "z_loss_nan": ("z_loss is nan; expected a finite", lambda: {"z_loss": f32() + NAN}),
+    "label_smoothing_1": ("label_smoothing is 1.0; expected", lambda: {"label_smoothing": f32() + 1}),
     "normalizer_0": ("normalizer is 0.0; expected", lambda: {"normalizer": f32()}),
     "normalizer_nan": ("normalizer is nan; expected", lambda: {"normalizer": f32() + NAN}),
     "lengths_too_long": ("seq_lens[1] is 6; expected ... [0, 5]", lambda: {"seq_lens": torch.tensor([S, S + 1])}),
@@ -207,10 +235,11 @@ ELSEWHERE: dict[str, Row] = {
     "seq_lens": ("seq_lens is on meta; expected cpu", lambda: {"seq_lens": i64(B).to("meta")}),
     "document_ids": ("document_ids is on meta; expected cpu", lambda: {"document_ids": i64(B, S).to("meta")}),
     "normalizer": ("normalizer is on meta; expected cpu", lambda: {"normalizer": f32().to("meta")}),
+    "loss_scale": ("loss_scale is on meta; expected cpu", lambda: {"loss_scale": f32().to("meta")}),
     "heads": ("logits[1] ... meta; expected ... cpu", lambda: {"logits": [f32(B, S, V), f32(B, S, V).to("meta")]}),
-    "impl_cpu": (
-        "impl is 'cpu' and logits is on meta; expected CPU tensors",
-        lambda: {"logits": f32(B, S, V).to("meta"), "labels": i64(B, S).to("meta"), "impl": "cpu"},
+    "everything": (
+        "logits is on meta, where tensors have no values; expected a CPU or GPU tensor. Load the model's weights",
+        lambda: {"logits": f32(B, S, V).to("meta"), "labels": i64(B, S).to("meta")},
     ),
 }
 
@@ -305,14 +334,22 @@ HIDDEN_VALUES: dict[str, Row] = {
 }
 
 HIDDEN_ELSEWHERE: dict[str, Row] = {
-    "unembed": ("unembed is on meta; expected cpu, where hidden is", lambda: {"unembed": f32(V, D).to("meta")}),
-    "hidden": ("unembed is on cpu; expected meta, where hidden is", lambda: {"hidden": f32(B, S, D).to("meta")}),
-    "bias": ("bias is on meta; expected cpu, where hidden is", lambda: {"bias": f32(V).to("meta")}),
+    "unembed": (
+        "unembed is on meta, where tensors have no values; expected ... inside the forward of the module that owns",
+        lambda: {"unembed": f32(V, D).to("meta")},
+    ),
+    "hidden": ("hidden is on meta, where tensors have no values", lambda: {"hidden": f32(B, S, D).to("meta")}),
+    "bias": ("bias is on meta, where tensors have no values", lambda: {"bias": f32(V).to("meta")}),
+    "shard": (
+        "unembed is an empty shard of ZeRO-3, of [11, 7]...parameter(module, unembed)",
+        lambda: {"unembed": zero3_shard(V, D)},
+    ),
+    "shard_of_the_bias": ("bias is an empty shard of ZeRO-3, of [11]", lambda: {"bias": zero3_shard(V)}),
     "heads": ("hidden[1] ... meta; expected ... cpu", lambda: {"hidden": [f32(B, S, D), f32(B, S, D).to("meta")]}),
     "labels": ("labels is on meta; expected cpu, where hidden is", lambda: {"labels": i64(B, S).to("meta")}),
-    "impl_cpu": (
-        "impl is 'cpu' and hidden is on meta; expected CPU tensors",
-        lambda: {name: value.to("meta") for name, value in good_linear().items()} | {"impl": "cpu"},
+    "everything": (
+        "hidden is on meta, where tensors have no values",
+        lambda: {name: value.to("meta") for name, value in good_linear().items()},
     ),
 }
 

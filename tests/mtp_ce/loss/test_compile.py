@@ -145,6 +145,7 @@ def test_a_compiled_forward_without_gradients(impl, draw) -> None:
 
 CHECKED: dict[str, dict[str, Any]] = {
     "plain": {},
+    "changing": {"changing": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1},
     "everything": {"tensors": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1, "reduction": "none"},
     "list_of_half": {"listed": True, "dtype": torch.bfloat16},
     "target": {"target": True, "reduction": "sum"},
@@ -163,6 +164,8 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
     inputs = LossInputs(labels, weights)
     if case.get("tensors"):
         inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions))
+    if case.get("changing"):
+        inputs = inputs._replace(terms=draw.uniform(4, dtype=torch.float64) / 2)
     options = LossOptions(
         weight_alignment="target" if case.get("target") else "position", reduction=case.get("reduction", "mean"),
         loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),

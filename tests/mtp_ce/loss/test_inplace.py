@@ -1,5 +1,8 @@
 """inplace_backward: the gradient lies where the logits were, and no later use of them goes unnoticed."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -156,3 +159,82 @@ def test_an_upstream_of_zero_writes_zeros(impl, draw) -> None:
     logits = hidden.requires_grad_() @ unembed
     weighted_mtp_ce(logits, labels, weights, inplace_backward=True, impl=impl).backward(torch.tensor(0.0).to(logits))
     assert bool((logits.detach() == 0).all())
+
+
+# Logits [1,3,V] or heads of them, made of z [1,3,V+1], some of whose rows share memory; and what names them.
+SHARED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "one_tensor_twice": ("two heads", lambda z: [z, z]),
+    "a_view": ("two heads", lambda z: [z, z.view(-1).view(z.shape)]),
+    "shifted_heads": ("two heads", lambda z: [z[..., :-1], z[..., 1:]]),
+    "overlapping_rows": ("rows", lambda z: z.flatten().unfold(0, V, 1)[:3].view(1, 3, V)),
+    "overlapping_heads": ("rows", lambda z: z.as_strided((1, 3, 2, V), (3 * V + 3, V + 1, 1, 1))),
+    "expanded": ("rows", lambda z: z[:, :, None].expand(1, 3, 2, V + 1)),
+}
+COMPILED = {"one_tensor_twice", "a_view", "shifted_heads", "overlapping_rows", "heads_side_by_side"}
+APART: dict[str, Callable[[Tensor], Any]] = {
+    "a_slice": lambda z: z[..., 1:],
+    "heads_side_by_side": lambda z: [z[..., : V // 2], z[..., V // 2 : 2 * (V // 2)]],
+    "heads_of_one_tensor": lambda z: z.view(1, 3, 4, -1).unbind(2),
+    "transposed": lambda z: z.view(1, 3, 4, -1).transpose(1, 3)[:, :, :, :3].transpose(2, 3),
+    "two_tensors": lambda z: [z, z + 1],
+}
+
+
+def backward_of(views: Callable[[Tensor], Any], *, inplace: bool, compiled: bool = False, **options: Any) -> Tensor:
+    """The gradient of what comes before z, of which `views` makes the logits."""
+
+    def step(x: Tensor) -> Tensor:
+        logits = views(x * 2)
+        first = logits if isinstance(logits, Tensor) else logits[0]
+        labels = torch.arange(first.shape[0] * first.shape[1]).view(first.shape[:2]) % 3
+        return weighted_mtp_ce(logits, labels, inplace_backward=inplace, **options)
+
+    torch._dynamo.reset()
+    x = torch.linspace(-1, 1, 3 * (V + 1)).view(1, 3, V + 1).requires_grad_()
+    step_ = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    return torch.autograd.grad(step_(x), x)[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_rows_that_share_memory_are_refused_and_no_others(compiled: bool) -> None:
+    """By storage and strides, also where a compiler sees neither addresses nor bases."""
+    for form, (named, views) in SHARED.items():
+        if compiled and form not in COMPILED:
+            continue
+        # torch.compile raises an error of its own that quotes ours.
+        with pytest.raises(Exception, match=f"inplace_backward is True and {named}.*share memory"):
+            backward_of(views, inplace=True, compiled=compiled)
+        assert bool(backward_of(views, inplace=False).any()), form
+    for form, views in APART.items():
+        if compiled and form not in COMPILED:
+            continue
+        expected = backward_of(views, inplace=False)
+        assert torch.equal(backward_of(views, inplace=True, compiled=compiled), expected), form
+
+
+def test_a_leaf_is_refused_while_compiling_too() -> None:
+    """A parameter, or a view of one, that the compiled graph would overwrite."""
+    parameter, labels = torch.linspace(-1, 1, 33).view(1, 3, 11).clone().requires_grad_(), torch.tensor([[3, 1, 2]])
+    for view in (lambda x: x, lambda x: x.view(1, 3, 1, 11)):
+        step = torch.compile(
+            lambda x, view=view: weighted_mtp_ce(view(x), labels, inplace_backward=True),
+            fullgraph=True, backend="aot_eager",
+        )  # fmt: skip
+        with pytest.raises(Exception, match="logits is a leaf that requires a gradient"):
+            step(parameter)
+
+
+def test_graph_inputs_that_share_memory_later_give_the_gradient_of_separate_ones() -> None:
+    """A graph compiled for separate heads, then called with overlapping ones of the same strides."""
+    torch._dynamo.reset()
+    labels, x = torch.tensor([[3, 1, 2]]), torch.linspace(-1, 1, 36).view(1, 3, 12)
+    step = torch.compile(
+        lambda a, b: weighted_mtp_ce([a, b], labels, inplace_backward=True), fullgraph=True, backend="aot_eager"
+    )
+    for second in (lambda z: (z * 1)[..., 1:], lambda z: z[..., 1:]):
+        leaf = x.clone().requires_grad_()
+        z = leaf * 2
+        (got,) = torch.autograd.grad(step(z[..., :-1], second(z)), leaf)
+        z = leaf * 2
+        (expected,) = torch.autograd.grad(weighted_mtp_ce([z[..., :-1], z[..., 1:]], labels), leaf)
+        assert torch.equal(got, expected)

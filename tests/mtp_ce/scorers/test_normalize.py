@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import socket
 import subprocess
 import sys
@@ -88,6 +89,52 @@ def test_clipping_and_rescaling_fails_the_same_test() -> None:
             weights = clip_and_rescale(scores, supervised, 0.7, 0.05, 3.0)
             failed += broken_scopes(weights, supervised, "batch", 0.05, 3.0)
     assert failed > 50
+
+
+def weights_by_bisection(scores: list[float], temperature: float, eps: float, w_max: float) -> list[float]:
+    """The definition: clip(c u, eps, w_max) with the c of mean 1, found by halving an interval of log c."""
+    n = len(scores)
+    mean = math.fsum(scores) / n
+    std = math.sqrt(math.fsum((s - mean) ** 2 for s in scores) / n)
+    exponents = [(s - mean) / (std or 1.0) / temperature for s in scores]
+
+    def clipped(log_c: float) -> list[float]:
+        return [min(w_max, max(eps, math.exp(max(-745.0, min(700.0, log_c + e))))) for e in exponents]
+
+    lowest, highest = -max(exponents) - 800, -min(exponents) + 800
+    for _ in range(100):
+        middle = (lowest + highest) / 2
+        lowest, highest = (middle, highest) if math.fsum(clipped(middle)) < n else (lowest, middle)
+    return clipped(highest)
+
+
+def test_few_tokens_at_every_corner_are_the_definition() -> None:
+    """eps 0 or lost beside 1, k tokens at w_max that take everything, temperatures that leave one token nothing."""
+    draw = random.Random(0)
+    for case in range(700):
+        n = draw.randint(1, 9)
+        scale = 10.0 ** draw.randint(-3, 6)
+        scores = [draw.choice([draw.randint(0, 3), draw.gauss(0, 1), draw.gauss(0, scale)]) for _ in range(n)]
+        temperature = draw.choice([0.7, 0.1, 0.01, 0.001, 1e-4, 2.0, 50.0])
+        eps = draw.choice([0.0, 0.0, 1e-300, 1e-17, 1e-16, 1e-8, 0.05, 0.5, 1.0])
+        w_max = draw.choice([n / draw.randint(1, n), n / draw.randint(1, n), 1.0, 1.5, 3.0, 50.0])
+        expected = torch.tensor([weights_by_bisection(scores, temperature, eps, w_max)])
+        given = torch.tensor([scores], dtype=torch.float64)
+        supervised = torch.ones(1, n, dtype=torch.bool)
+        weights, _ = normalize_weights(given, supervised, temperature=temperature, eps=eps, w_max=w_max)
+        assert torch.allclose(weights, expected, rtol=0, atol=1e-5), (case, scores, temperature, eps, w_max)
+        assert not broken_scopes(weights, supervised, "batch", eps, w_max), case
+
+
+def test_tokens_at_the_upper_bound_that_take_everything_keep_it() -> None:
+    """2 of 3 tokens at 1.5: the third one's share is lost in the last bit of the sum, and they are not."""
+    three, four = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    options = {"eps": 0.0, "w_max": 1.5}
+    weights, _ = normalize_weights(three, three >= 0, temperature=0.01, **options)
+    assert weights.tolist() == [[0.0, 1.5, 1.5]]
+    # What is left goes to the next token, not to all others alike.
+    weights, _ = normalize_weights(four, four >= 0, temperature=0.001, **options)
+    assert weights.tolist() == [[0.0, 1.0, 1.5, 1.5]]
 
 
 def test_higher_scores_never_weigh_less() -> None:

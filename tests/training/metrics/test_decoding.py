@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper
 from mtp_ce.training.metrics.decoding import choose_prompts, measure_decoding
@@ -46,3 +46,16 @@ def test_what_every_prompt_came_to_is_added_up():
     assert result.kept[0] == result.speculation.acceptance[0]
     assert result.kept[1] <= result.kept[0]
     assert result.speedup == result.plain_seconds / result.speculative_seconds > 0
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"num_beams": 3, "do_sample": True, "top_k": 4}])
+def test_the_models_own_settings_apply_to_both_but_those_that_speculation_does_not_follow(settings):
+    """A generation_config with beams or sampling does not end a report; a penalty changes both texts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=30, initializer_range=0.3, **sizes)), 3).eval()
+    model.causal.generation_config = GenerationConfig(eos_token_id=None, stop_strings=["x"], **settings)
+    result = measure_decoding(model, [torch.randint(30, (1, 8)) for _ in range(3)], new_tokens=10)
+    assert result.identical == 3
+    assert result.speculation.tokens == 30
+    assert sum(result.speculation.kept)
