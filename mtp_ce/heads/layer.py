@@ -57,7 +57,7 @@ class LayerHeads(Heads):
             reason = f"a second {type(last).__name__} can't be made"
             if getattr(model, "is_quantized", False):
                 reason += " as a copy of the last one, whose weights are quantised"
-            raise unsupported(model, reason) from error
+            raise self._unsupported(model, reason) from error
 
     @classmethod
     def of_model(cls, model: Any, horizon: int, **options: Any) -> Self:
@@ -86,11 +86,15 @@ class LayerHeads(Heads):
             z = norm(call.output)
             outputs = self(hidden, TrunkPass(call, norm, model.get_input_embeddings()(tokens)))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise unsupported(model, "the last one can't be called again on other hidden states") from error
+            raise self._unsupported(model, "the last one can't be called again on other hidden states") from error
         if z.shape != hidden.shape or not torch.allclose(z, hidden, 1e-3, 1e-3, equal_nan=True):
-            raise unsupported(model, "after the last one comes more than a norm")
+            raise self._unsupported(model, "after the last one comes more than a norm")
         if any(x.shape != hidden.shape for x in outputs):
-            raise unsupported(model, "the last one returns more than hidden states [B, S, D]")
+            raise self._unsupported(model, "the last one returns more than hidden states [B, S, D]")
+
+    def _unsupported(self, model: Any, reason: str) -> ValueError:
+        name, use = type(model).__name__, "shared=False or heads='residual'" if self.shared else "heads='residual'"
+        return ValueError(f"{name} has decoder layers that can't be heads: {reason}; use {use}.")
 
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
@@ -139,8 +143,3 @@ class LayerDrafter:
         heads = list(zip(self.heads.layers, self.caches, strict=True))[:width]
         ends = [self.call.repeat(layer, z, cache)[:, last : last + 1] for layer, cache in heads]
         return draw(self.output.logits(self.norm(torch.cat(ends, 1))))
-
-
-def unsupported(model: Any, reason: str) -> ValueError:
-    """Return the error of a model whose decoder layers can't be heads."""
-    return ValueError(f"{type(model).__name__} has decoder layers that can't be heads: {reason}; use heads='residual'.")

@@ -58,11 +58,6 @@ def repeat_at_depth(call: LayerCall, layer: nn.Module, inputs: Sequence[Tensor])
     return repeated.repeat(layer, torch.cat(list(inputs), 1))[:, -S:]
 
 
-def steps_as_one_sequence(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, D]
-    """Return the inputs of two accepted positions and of the draft after them, as a sequence of three positions."""
-    return torch.cat([first[:, :2], second[:, 1:2]], 1)
-
-
 class Drafts:
     """A layer's calls in decoding: over the accepted positions, which stay in the cache, then over drafts.
 

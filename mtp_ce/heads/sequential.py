@@ -31,13 +31,12 @@ from torch.nn import functional as F
 
 from mtp_ce.heads.drafting import Draw
 from mtp_ce.heads.kinds import KINDS
-from mtp_ce.heads.layer import LayerDrafter, LayerHeads, unsupported
+from mtp_ce.heads.layer import LayerDrafter, LayerHeads
 from mtp_ce.heads.repeated import (
     Drafts,
     check_takes_masks,
     draft_positions,
     repeat_at_depth,
-    steps_as_one_sequence,
     takes_masks,
 )
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
@@ -72,32 +71,42 @@ class SequentialHeads(LayerHeads):
                 projection.weight.copy_(torch.eye(D, 2 * D))
 
     def _check(self, model: Any) -> None:
-        """Check a shared module at a second depth, too: that its call over all depths is what decoding computes."""
+        """Check a shared module at its second depth, too: that training computes what drafting does."""
+        if self.shared and self.horizon > 2:
+            check_takes_masks(self.config)
         super()._check(model)
-        if not (self.shared and len(self.layers)):
-            return
-        if not takes_masks(self.config):
-            return
+        if self.shared and len(self.layers):
+            training = self.training
+            try:
+                self.eval()  # dropout would differ between the two
+                self._check_depths(model)
+            finally:
+                self.train(training)
+
+    def _check_depths(self, model: Any) -> None:
         layers, norm = decoder_layers(model)
-        unembed = model.get_output_embeddings().weight
+        layer, unembed = self.layers[0], model.get_output_embeddings().weight
         tokens = torch.arange(3, device=unembed.device)[None] % unembed.shape[0]
         try:
             with observed(layers[-1]) as call, observed_rotary(model) as rotary:
                 hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        except (ImportError, RuntimeError, ValueError):
+            return  # as in `LayerHeads._check`
+        try:
             embedded = model.get_input_embeddings()(tokens)
             first = self.layer_input(1, hidden, ahead_of(embedded, 1, call))
-            second = self.layer_input(2, norm(call.repeat(self.layers[0], first)), ahead_of(embedded, 2, call))
-            found = repeat_at_depth(call, self.layers[0], [first, second])[:, 1]
+            second = self.layer_input(2, norm(call.repeat(layer, first)), ahead_of(embedded, 2, call))
+            # The draft after two positions is the third one of a sequence, whatever the layer is made of.
+            expected = call.repeat(layer, torch.cat([first[:, :2], second[:, 1:2]], 1))[:, 2]
             draft_positions(call, rotary, 1, 1)
-        except ImportError:
-            return  # the model's kernels are for another device than the one it is on now
+            if not takes_masks(self.config):
+                return
+            found = repeat_at_depth(call, layer, [first, second])[:, 1]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise unsupported(model, "the last one can't be called for several depths at once") from error
-        # A draft after two tokens is position 2 of a sequence, whatever the layer is made of.
-        expected = call.repeat(self.layers[0], steps_as_one_sequence(first, second))[:, -1]
+            raise self._unsupported(model, "the last one can't be called for several depths at once") from error
         tolerance = 1e-2 if found.dtype in (torch.float32, torch.float64) else 0.1
-        if not (found - expected).norm() <= tolerance * expected.norm():
-            raise unsupported(model, "the last one keeps a state other than keys and values of attention")
+        if (found - expected).norm() > tolerance * expected.norm():
+            raise self._unsupported(model, "the last one keeps a state other than attention's keys and values")
 
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
