@@ -166,6 +166,8 @@ def test_every_option_that_a_text_names_is_one():
         for action in command._parser()._actions
         for option in action.option_strings
     }
+    for example in (ROOT / "examples").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("--([\w-]+)"', example.read_text(encoding="utf-8")))
     options = {(where, option) for where, text in TEXTS for option in OPTION.findall(text)}
     assert {(where, option) for where, option in options if option not in known | FOREIGN_OPTIONS} == set()
     assert {"resume", "output", "dry-run", "version"} <= known

@@ -36,6 +36,9 @@ from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.heads.virtual_tokens import prepare_behind_virtual_tokens, virtual_tokens
 from mtp_ce.unembedding import Unembedding
 
+# Inputs that belong to a text's tokens, whichever forward reads those.
+TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
+
 
 @dataclass
 class Speculation:
@@ -202,7 +205,7 @@ class _Decoding:
                         )
                     draft, drawn_from = draft[:, : draw.length], drawn_from[:, : draw.length]
                 end_of_cache = begin + hidden.shape[1]
-                begin = max(cached - drafter.repeats, 0)
+                begin = max(cached - drafter.repeats, trunk.first)
                 _crop([*trunk.cache.layers, *drafter.layers], end_of_cache - begin)
                 hidden = trunk.run(torch.cat([text.tokens, draft], 1), begin, draft.shape[1])
         self.counts.tokens = text.count
@@ -250,12 +253,18 @@ class _Text:
 
 
 class _Trunk:
-    """Forwards of the base model, with the inputs that the model prepares for its own `generate`."""
+    """Forwards of the base model, with the inputs that the model prepares for its own `generate`.
+
+    Attributes:
+        cache: the cache of all positions so far.
+        first: the first position that a later forward may repeat. Images and the like are read with the prompt alone.
+    """
 
     def __init__(self, model: Any, causal: Any, kwargs: dict[str, Any]) -> None:
         self.model, self.causal, self.kwargs = model, causal, kwargs
         self.output: Any = None
         self.cache = _cache_of(kwargs, causal)
+        self.first = 0
 
     def run(
         self, tokens: Tensor, begin: int, drafted: int
@@ -267,6 +276,9 @@ class _Trunk:
             inputs = self.causal.prepare_inputs_for_generation(tokens, is_first_iteration=True, **kwargs)
             self.cache = _cache_of(inputs, self.causal)
             _record_past(self.cache)
+            others = (value for name, value in kwargs.items() if name not in TEXT_INPUTS)
+            if not all(value is None or isinstance(value, int | Cache) for value in others):
+                self.first = tokens.shape[1]
         else:
             kwargs["next_sequence_length"] = tokens.shape[1] - begin
             inputs = prepare_behind_virtual_tokens(self.model, tokens, is_first_iteration=False, **kwargs)

@@ -68,6 +68,8 @@ def load_model(source: str | Path, *, trainable: bool, trust_remote_code: bool =
             model = get_peft_model(base, config, name)
         else:
             model.add_adapter(name, config)
+        if trainable and (left_out := parameters_beside_adapters(model)):
+            raise ValueError(f"{source} has adapters that can't be trained further: {left_out}")
         _read_adapter(model, folder, name, where)
     return model
 
@@ -123,6 +125,13 @@ def parameters_beside_adapters(model: Any) -> str | None:
         model: any model, with or without adapters.
     """
     adapters = getattr(model, "peft_config", ())
+    for name, x in model.named_parameters():
+        # P-tuning, and prefix tuning with a projection.
+        if name.startswith("prompt_encoder.") and not name.endswith(".embedding.weight") and x.requires_grad:
+            return (
+                f"{name} is trained, and PEFT writes only the virtual tokens that it computes; they can be used with "
+                "trunk='frozen' or 'detached'."
+            )
     trained = {
         name: x
         for name, x in model.named_parameters()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mtp_ce.loss import MTPStats
 
 
-class HeadSums:
+class HeadMeans:
     """Numerator and denominator of every mean, over several batches.
 
     Args:

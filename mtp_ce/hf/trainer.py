@@ -24,7 +24,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
-from mtp_ce.hf.head_metrics import HeadSums
+from mtp_ce.hf.head_metrics import HeadMeans
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.saved_heads import SavedHeads
@@ -83,7 +83,7 @@ class MTPTrainer(Trainer):
                 f"heads_lr is {heads_lr} with heads={heads.kind!r}, which have no parameters; expected None."
             )
         self.heads_lr = heads_lr
-        self._trained, self._evaluated = (HeadSums(heads.horizon, heads.drafts) for _ in range(2))
+        self._trained, self._evaluated = (HeadMeans(heads.horizon, heads.drafts) for _ in range(2))
         # TRL's trainer counts tokens; its metrics are computed here, where the loss is.
         self._has_token_metrics = hasattr(self, "_total_train_tokens")
         self._tokens: Tensor | int = 0  # since the last log, of this rank

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from mtp_ce import MTPWrapper
 from mtp_ce.decoding.speculative import Speculation, generate_speculatively
@@ -237,6 +244,30 @@ def test_the_same_generator_yields_the_same_text():
         for _ in range(2)
     )  # fmt: skip
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_are_read_with_the_prompt_alone(kind):
+    """The prompt ends in an image, whose positions a chain of heads would repeat."""
+    torch.manual_seed(0)
+    sizes = {**SMALL, "vocab_size": V, "num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": None}
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes), image_token_index=V - 1)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+        model.get_output_embeddings().weight.mul_(4)
+    wrapper = MTPWrapper(model, 4, heads=kind).eval()
+    tokens = torch.tensor([[1, 2, 3, *[V - 1] * 4]])
+    call = {"pixel_values": torch.randn(1, 3, 8, 8), "max_new_tokens": 16, "suppress_tokens": [V - 1]}
+    found = generate_speculatively(wrapper, tokens, **call)
+    assert torch.equal(found.sequences, wrapper.generate(input_ids=tokens, **call))
+    call["pixel_values"] = -call["pixel_values"]
+    assert not torch.equal(found.sequences, wrapper.generate(input_ids=tokens, **call)), "the image changes the text"
 
 
 def test_no_hook_stays_on_the_model_also_after_an_error():

@@ -30,7 +30,14 @@ for package in ("accelerate", "peft"):
     pytest.importorskip(package)
 
 import peft  # noqa: E402
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
 from mtp_ce import MTPTrainer  # noqa: E402
 
@@ -388,6 +395,44 @@ def test_biases_that_peft_writes_are_not_left_out(tmp_path):
     run._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     assert same(wanted, state(run.model))
     assert same(wanted, state(MTPWrapper.from_pretrained(tmp_path / "checkpoint-1")))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_resumed_and_loaded(kind, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+
+    def model(seed: int) -> Any:
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        return get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+    whole, resumed = trainer(model(0), tmp_path / "whole", 2), trainer(model(7), tmp_path / "resumed", 2)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert same(state(whole.model), state(resumed.model))
+    assert same(state(whole.model), state(MTPWrapper.from_pretrained(tmp_path / "whole" / "checkpoint-2")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(PromptEncoderConfig, {}), (PrefixTuningConfig, {"prefix_projection": True})]
+)
+def test_virtual_tokens_whose_encoder_peft_does_not_write_are_used_and_not_trained_further(kind, options, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16, **options)
+    run, words = (
+        trainer(get_peft_model(base, config), tmp_path, 1),
+        r"PEFT writes only the virtual tokens that it comput",
+    )
+    with pytest.warns(UserWarning, match=rf"without all that is trained: prompt_encoder\.default\..* {words}"):
+        run.train()
+    with pytest.raises(ValueError, match=words):
+        run.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=rf"checkpoint-1 has adapters that can't be trained further: .*{words}"):
+        MTPWrapper.from_pretrained(tmp_path / "checkpoint-1")
+    again = MTPWrapper.from_pretrained(tmp_path / "checkpoint-1", trunk="frozen").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS, labels=TOKENS).loss, run.model.eval()(TOKENS, labels=TOKENS).loss)
 
 
 def test_a_quantised_model_is_resumed_by_its_heads(tmp_path):
