@@ -111,8 +111,8 @@ def generate_speculatively(
         inputs: the prompts, padded on the left where they differ in length; also taken as `input_ids`.
         generation_config: as `generate` takes it; None means the model's own.
         generator: source of random numbers; None means torch's own.
-        horizon: 1 + the most tokens of a draft; None means that of the heads. A shared module drafts to any depth, other
-            heads to their own at most.
+        horizon: 1 + the most tokens of a draft; None means that of the heads. A shared module drafts to any depth,
+            other heads to their own at most.
         **options: settings of the generation_config by name, `attention_mask`, `logits_processor`,
             `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `tokenizer`, with their meaning in `generate`.
             Processors also see prefixes that end in a draft: one that keeps state between calls is not followed.
@@ -123,8 +123,8 @@ def generate_speculatively(
         may differ from that of `generate`.
 
     Raises:
-        ValueError: heads that can't draft, or not so far, a model whose cache can't be cropped, a setting that can't be followed (see
-            `mtp_ce.decoding.settings`), or what `generate` itself refuses.
+        ValueError: heads that can't draft, or not so far, a model whose cache can't be cropped, a setting that can't be
+            followed (see `mtp_ce.decoding.settings`), or what `generate` itself refuses.
     """
     heads = wrapper.heads
     if not heads.drafts or heads.horizon == 1:
@@ -156,9 +156,7 @@ def generate_speculatively(
 class _Decoding:
     """The loop of one decoding, which transformers' `generate` calls in place of its own."""
 
-    def __init__(
-        self, wrapper: ModelWithHeads, horizon: int, generator: torch.Generator | None, streamer: Any
-    ) -> None:
+    def __init__(self, wrapper: ModelWithHeads, horizon: int, generator: torch.Generator | None, streamer: Any) -> None:
         self.wrapper, self.heads, self.generator, self.streamer = wrapper, wrapper.heads, generator, streamer
         self.horizon = horizon
         self.counts = Speculation(offered=[0] * (horizon - 1), kept=[0] * (horizon - 1))

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.heads.drafting import Draw
+from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.protocol import Heads
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed
 from mtp_ce.unembedding import Unembedding, has_values, undisturbed
@@ -108,7 +108,7 @@ class LayerHeads(Heads):
         return list(self.layers)
 
     @contextmanager
-    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[LayerDrafter]:
+    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
         with observed(layers[-1]) as call:

@@ -9,9 +9,9 @@ attends to the accepted positions and to the drafts before it:
     query of depth h     position t + h - 1
 
 Training computes this for every t. Depth h is one call of the layer over h rows of S positions, the inputs of depths 1
-to h, with a mask: position (t, h) attends to (j, 1) for j as in the model's own mask, and to (t, 2) .. (t, h). The depths
-before are computed again for their keys and values, which needs no cache with gradients and works with activation
-checkpoints.
+to h, with a mask: position (t, h) attends to (j, 1) for j as in the model's own mask, and to (t, 2) .. (t, h). The
+depths before are computed again for their keys and values, which needs no cache with gradients and works with
+activation checkpoints.
 
 Source: arXiv:2503.01840, section 3.2 (training-time test); arXiv:2509.18362 (one module for all depths).
 """
@@ -42,9 +42,11 @@ def repeat_at_depth(call: LayerCall, layer: nn.Module, inputs: Sequence[Tensor])
     Raises:
         ValueError: attention does not take a mask, or the layer has an argument that can't be repeated.
     """
-    depths, (B, S, _) = len(inputs), inputs[0].shape
+    depths, S = len(inputs), inputs[0].shape[1]
     options = _named(call, layer)
-    other = [name for name, x in options.items() if isinstance(x, Tensor) and name not in (*_POSITIONS, "attention_mask")]
+    other = [
+        name for name, x in options.items() if isinstance(x, Tensor) and name not in (*_POSITIONS, "attention_mask")
+    ]
     if other:
         raise ValueError(f"{type(layer).__name__} takes {other[0]}, which can't be repeated for several depths.")
     mask = _mask(options.get("attention_mask"), S, inputs[0])

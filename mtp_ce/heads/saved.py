@@ -82,9 +82,10 @@ def check_format(file: str | Path, kind: str, saved: int, known: int) -> None:
         ValueError: they don't.
     """
     if saved != known:
+        version = "an earlier" if saved < known else "a later"
         raise ValueError(
-            f"{file} has heads of the kind {kind!r} in format {saved}, of {'an earlier' if saved < known else 'a later'} "
-            f"version of mtp_ce, which computes other hidden states from them; expected format {known}: train them again"
+            f"{file} has heads of the kind {kind!r} in format {saved}, of {version} version of mtp_ce, which computes "
+            f"other hidden states from them; expected format {known}: train them again"
         )
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtp_ce.heads.drafting import Draw
+from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.kinds import KINDS
 from mtp_ce.heads.layer import LayerDrafter, LayerHeads
 from mtp_ce.heads.repeated import (
@@ -137,7 +137,7 @@ class SequentialHeads(LayerHeads):
         return list(range(1, self.horizon)) if self.shared else [1] * len(self.layers)
 
     @contextmanager
-    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[ChainDrafter | RepeatedDrafter]:
+    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
         output, embed = Unembedding.of(causal), causal.get_input_embeddings()

@@ -45,9 +45,9 @@ class MTPWrapper(WrapperFiles):
         horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h.
         heads: "residual": one small block per extra head (arXiv:2401.10774). "layer": a decoder layer of the model's
             own class per extra head (arXiv:2404.19737). "sequential": such layers in a chain, each given the token that
-            the one before predicts, as serving engines run them (arXiv:2412.19437). "teacher_forcing": no new parameters, the model's own
-            next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a subclass of
-            `mtp_ce.heads.protocol.Heads`.
+            the one before predicts, as serving engines run them (arXiv:2412.19437). "teacher_forcing": no new
+            parameters, the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a
+            subclass of `mtp_ce.heads.protocol.Heads`.
         trunk: "joint": model and heads are trained. "detached": the heads are trained, and no gradient reaches the
             model. "frozen": likewise, and the model's parameters no longer require gradients.
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
