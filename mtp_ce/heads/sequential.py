@@ -6,8 +6,10 @@
 
 This is what serving engines feed to MTP modules: head 1 the hidden state that the output layer reads, and every later
 head the normed output of the one before. Position 0 has an embedding of zeros in place of that of its next token. norm
-is the model's own final norm, norm_a and norm_b have its epsilon, and the layers are those of `mtp_ce.heads.layer`. P_h
-is initialised as the identity on the hidden state and 0 on the embedding.
+is the model's own final norm, norm_a and norm_b have its epsilon, and the layers are those of `mtp_ce.heads.layer`.
+
+P_h is initialised as the identity on the hidden state and 0 on the embedding, and norm_a to undo the gain of norm, so
+that a layer begins with what the model's last layer returned, up to scale.
 
 With `shared=True` one module serves all heads (`mtp_ce.heads.repeated`); otherwise every head has its own, which
 attends to its own past.
@@ -40,7 +42,7 @@ from mtp_ce.heads.repeated import (
     takes_masks,
 )
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
-from mtp_ce.unembedding import Unembedding
+from mtp_ce.unembedding import Unembedding, has_values
 
 
 class SequentialHeads(LayerHeads):
@@ -65,10 +67,14 @@ class SequentialHeads(LayerHeads):
         self.projections = nn.ModuleList(nn.Linear(2 * D, D, bias=False) for _ in self.layers)
         self.hidden_norms = nn.ModuleList(nn.RMSNorm(D, eps=epsilon) for _ in self.layers)
         self.token_norms = nn.ModuleList(nn.RMSNorm(D, eps=epsilon) for _ in self.layers)
+        gain = _inverse_gain(decoder_layers(model)[1], D)
         with torch.no_grad():
-            for projection in self.projections:
+            for projection, hidden_norm in zip(self.projections, self.hidden_norms, strict=True):
                 assert isinstance(projection, nn.Linear)
                 projection.weight.copy_(torch.eye(D, 2 * D))
+                if gain is not None:
+                    assert isinstance(hidden_norm, nn.RMSNorm)
+                    hidden_norm.weight.copy_(gain)
 
     def _check(self, model: Any) -> None:
         """Check a shared module at its second depth, too: that training computes what drafting does."""
@@ -147,6 +153,19 @@ class SequentialHeads(LayerHeads):
                 yield RepeatedDrafter(self, drafts, norm, output, embed)
             else:
                 yield ChainDrafter(self, call, norm, output, new_cache, embed)
+
+
+def _inverse_gain(norm: nn.Module, D: int) -> Tensor | None:  # [D]
+    """Return the gain with root mean square about 1 that undoes that of an RMSNorm; None of another norm."""
+    weights = list(norm.parameters())
+    if "RMSNorm" not in type(norm).__name__ or len(weights) != 1 or not has_values(weights[0]):
+        return None
+    with torch.no_grad():  # of ones it returns its gain, whether its weight is that or 1 less
+        gain = norm(torch.ones(1, 1, D, dtype=weights[0].dtype, device=weights[0].device)).flatten().float()
+    size = gain.square().mean().sqrt()
+    # Coordinates that the norm all but removes stay small.
+    inverse: Tensor = torch.where(gain.abs() > 0.05 * size, size / gain, gain / size)
+    return inverse
 
 
 def ahead_of(tokens: Tensor, h: int, call: LayerCall, begin: int = 0) -> Tensor:  # [B, S, D]
