@@ -166,6 +166,16 @@ def test_a_shared_module_drafts_to_any_depth_and_keeps_what_the_walk_over_the_te
     assert kept
 
 
+def test_a_shared_module_drafts_for_a_padded_batch():
+    wrapper = wrap(3, shared=True, sharp=6)
+    prompts, given = TOKENS.clone(), torch.ones_like(TOKENS)
+    prompts[0, :4] = given[0, :4] = 0
+    options = {"attention_mask": given, "max_new_tokens": 12, "pad_token_id": 0}
+    text, found = generate_speculatively(wrapper, prompts, horizon=5, **options)
+    assert torch.equal(text, wrapper.generate(prompts, do_sample=False, **options))
+    assert len(found.offered) == 4
+
+
 def test_other_heads_draft_to_their_own_depth_at_most():
     for horizon, kind in ((4, "sequential"), (1, "sequential"), (4, "residual")):
         wrapper = MTPWrapper(LlamaForCausalLM(LlamaConfig(**SIZES)), 3, heads=kind)
@@ -266,6 +276,21 @@ def test_layers_that_several_depths_cannot_share_are_refused(kind, reason):
     MTPWrapper(model, 3, heads="sequential")
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM has .*: .* {reason} .*; use shared=False or heads="):
         MTPWrapper(model, 2, heads="sequential", shared=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_begins_with_what_the_last_one_returned(shared):
+    """The gain of the final norm, far from 1 in trained models, is undone."""
+    model = wrap(2).causal
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.linspace(-2, 3, 16))
+        last: list[Tensor] = []
+        model.model.layers[-1].register_forward_hook(lambda _, __, output: last.append(output))
+        heads = MTPWrapper(model, 3, heads="sequential", shared=shared).heads
+        hidden = model.model(TOKENS).last_hidden_state
+        x = heads.layer_input(1, hidden, torch.randn_like(hidden))
+    cosine = torch.nn.functional.cosine_similarity(x, last[-1], dim=-1)
+    assert cosine.min() > 0.99
 
 
 def test_the_check_of_depths_leaves_no_trace():
