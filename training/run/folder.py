@@ -45,7 +45,7 @@ _PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that decide the trained parameters, by dotted key, with what a kind of heads means by them."""
+    """Return the settings that decide the trained parameters, by dotted key, and the form of the heads."""
     settings = results_only(recipe.model_dump(exclude=_NOT_DECIDED))
     decided = {key: value for key, value in leaves(settings) if key not in _PLACES}
     known = KINDS.get(recipe.model.mtp.kind)

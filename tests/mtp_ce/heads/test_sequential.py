@@ -283,7 +283,7 @@ def test_a_layer_begins_with_what_the_last_one_returned(shared):
     """The gain of the final norm, far from 1 in trained models, is undone."""
     model = wrap(2).causal
     with torch.no_grad():
-        model.model.norm.weight.copy_(torch.linspace(-2, 3, 16))
+        model.model.norm.weight.copy_(torch.linspace(0.2, 3, 16))
         last: list[Tensor] = []
         model.model.layers[-1].register_forward_hook(lambda _, __, output: last.append(output))
         heads = MTPWrapper(model, 3, heads="sequential", shared=shared).heads
