@@ -101,7 +101,7 @@ class Training:
         torch.manual_seed(0)
         with DEVICE:
             trunk = AutoModelForCausalLM.from_config(size.config(), dtype=shape.torch_dtype)
-            self.model = MTPWrapper(trunk, shape.H, heads="residual").train()
+            self.model = MTPWrapper(trunk, shape.H, heads="residual", head_reduction="live").train()
             # Residual heads start at zero, where all heads are equal: exchanged heads would pass the check.
             for parameter in self.model.heads.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -168,7 +168,9 @@ def test_top_level_folders_shadow_no_other_distribution(folder):
 def test_transformers_imports_its_own_kernels_package_beside_ours():
     """From the repository root, where a bare folder `kernels` lies first on sys.path."""
     program = (
-        "import sys, kernels, transformers, mtp_ce; from transformers import LlamaForCausalLM\n"
+        # The operators register their FLOPs with torch's counter, a file of its own.
+        "import sys, kernels, transformers, mtp_ce, torch.utils.flop_counter\n"
+        "from transformers import LlamaForCausalLM\n"
         "print(kernels.__file__); before = set(sys.modules); mtp_ce.MTPWrapper\n"
         "print({name.partition('.')[0] for name in set(sys.modules) - before})"
     )

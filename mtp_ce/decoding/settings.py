@@ -3,6 +3,7 @@
 All others are applied by transformers itself: its `generate` prepares the inputs, the logits processors and the
 stopping criteria, and calls the loop of `mtp_ce.decoding.speculative` in place of its own. Settings of beams, of
 assistants and of static caches that change nothing while their method is off are ignored, as `generate` ignores them.
+The cache is always on, whatever `use_cache` is, which changes no text.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "token_healing": (None, False),
     # A rejected draft is cropped from a cache that grows with the text.
-    "use_cache": (True, None),
     "cache_implementation": (None, "dynamic"),
     "prefill_chunk_size": (None,),
     # Speculative decoding returns tokens and counts.

@@ -138,6 +138,8 @@ def generate_speculatively(
         raise ValueError(f"horizon is {width}; expected one {most}.")
     config, arguments = wrapper.causal._prepare_generation_config(generation_config, **options)
     check_followed(config, arguments)
+    if not config.use_cache:
+        options["use_cache"] = True  # as training often leaves it off; the text is the same
     prompt = options.get("input_ids") if inputs is None else inputs
     if prompt is None or prompt.dim() != 2 or 0 in prompt.shape:
         shape = None if prompt is None else list(prompt.shape)
@@ -328,7 +330,7 @@ def _crop(layers: list[Any], positions: int) -> None:
     for layer in layers:
         # A layer that records its past has to be told also that nothing was rejected. One that holds nothing yet is
         # skipped: transformers before 5.22 fails to crop it.
-        if layer.is_initialized and (positions or getattr(layer, "record_past", False)):
+        if getattr(layer, "is_initialized", True) and (positions or getattr(layer, "record_past", False)):
             layer.crop(-positions)
 
 

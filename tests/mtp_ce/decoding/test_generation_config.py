@@ -31,11 +31,12 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 96, "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-# Positions as an embedding, and a window in every other layer: both depend on a row's padding.
+# Positions as an embedding, a window in every other layer, and convolutions: all depend on a row's padding.
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 96},
     "gemma2": {"sliding_window": 6, "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 KINDS = ["residual", "layer", "sequential"]
 PROMPTS = [torch.tensor([[7]]), torch.tensor([[3, 9, 9, 14, 2]]), torch.tensor([[1, 4, 1, 5, 9, 2, 6, 5, 3]])]
@@ -58,6 +59,7 @@ GREEDY: dict[str, dict[str, Any]] = {
     "forced_eos_token_id": {"forced_eos_token_id": 13},
     "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (4, 1.6), "eos_token_id": 5},
     "suppress_tokens": {"suppress_tokens": [9, 18, 5, 3]},
+    "use_cache": {"use_cache": False, "suppress_tokens": [9, 18]},
     "begin_suppress_tokens": {"begin_suppress_tokens": [9, 18, 5, 3, 22, 14]},
 }
 # Settings of sampling, each with a value that excludes most tokens.
@@ -87,7 +89,7 @@ REFUSED: dict[str, Any] = {
     "num_beams": 3, "num_beam_groups": 2, "num_return_sequences": 2, "constraints": ["x"], "force_words_ids": [[1]],
     "penalty_alpha": 0.6, "dola_layers": "low", "use_mtp": True, "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1, "speculation_type": "dflash", "is_assistant": True, "guidance_scale": 1.5,
-    "watermarking_config": WatermarkingConfig(), "token_healing": True, "use_cache": False,
+    "watermarking_config": WatermarkingConfig(), "token_healing": True,
     "cache_implementation": "static", "prefill_chunk_size": 4, "return_dict_in_generate": True,
     "output_attentions": True, "output_hidden_states": True, "output_scores": True, "output_logits": True,
 }  # fmt: skip

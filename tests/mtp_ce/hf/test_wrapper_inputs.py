@@ -36,7 +36,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "weights of one row": ({"token_weights": torch.rand(1, 12)}, ValueError, r"token_weights is \[1, 12\]"),
     "short weights": ({"token_weights": torch.rand(2, 11)}, ValueError, r"token_weights is \[2, 11\]"),
-    "integer weights": ({"token_weights": torch.ones_like(TOKENS)}, TypeError, "token_weights is torch.int64"),
+    "complex weights": ({"token_weights": torch.ones(2, 12).cfloat()}, TypeError, "token_weights is torch.complex64"),
     "weights of rows, aligned": (
         {"token_weights": torch.rand(2, 12, H)},
         ValueError,

@@ -22,6 +22,7 @@ def answers(draw, lengths: list[int], S: int = 10) -> Tensor:
 
 @pytest.mark.parametrize("H", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("masked_by", ["prompt", "holes", "documents", "interleaved_documents", "lengths", "nothing"])
+@pytest.mark.pairwise
 def test_every_predicted_token_has_weight_1(impl, device, draw, masked_by: str, H: int) -> None:
     """Uniform logits cost ln V a row, so that d loss / d w of a token is its share of the mean times ln V."""
     labels, options = answers(draw, [1, 3, 8]), {}
