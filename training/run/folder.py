@@ -49,7 +49,7 @@ def decided_by(recipe: Recipe) -> dict[str, Any]:
     settings = results_only(recipe.model_dump(exclude=_NOT_DECIDED))
     decided = {key: value for key, value in leaves(settings) if key not in _PLACES}
     known = KINDS.get(recipe.model.mtp.kind)
-    return decided | ({"model.mtp.format": known.format} if known is not None and known.format > 1 else {})
+    return decided | ({"heads.format": known.format} if known is not None and known.format > 1 else {})
 
 
 def make_folder(output: Path, recipe: Recipe | EvaluationRecipe, **files: str) -> None:

@@ -102,8 +102,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(options, small, stop_at, tmp_pat
 
 def test_a_checkpoint_says_which_form_its_heads_have(small):
     """Those of another form have tensors of the same names and shapes; a checkpoint with other settings is refused."""
-    assert decided_by(small(["model.mtp.kind=sequential"]))["model.mtp.format"] == 2
-    assert "model.mtp.format" not in decided_by(small(SHORT))
+    assert decided_by(small(["model.mtp.kind=sequential"]))["heads.format"] == 2
+    assert "heads.format" not in decided_by(small(SHORT))
 
 
 def test_the_reference_of_a_stopped_run_goes_on_too(rho1, stop_at, tmp_path, monkeypatch):
