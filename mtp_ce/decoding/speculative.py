@@ -101,6 +101,7 @@ def generate_speculatively(
     generation_config: GenerationConfig | None = None,
     *,
     generator: torch.Generator | None = None,
+    horizon: int | None = None,
     **options: Any,
 ) -> SpeculativeOutput:
     """Decode as the model's own `generate` does, with drafts of the wrapper's heads.
@@ -110,6 +111,8 @@ def generate_speculatively(
         inputs: the prompts, padded on the left where they differ in length; also taken as `input_ids`.
         generation_config: as `generate` takes it; None means the model's own.
         generator: source of random numbers; None means torch's own.
+        horizon: 1 + the most tokens of a draft; None means that of the heads. A shared module drafts to any depth,
+            other heads to their own at most.
         **options: settings of the generation_config by name, `attention_mask`, `logits_processor`,
             `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `tokenizer`, with their meaning in `generate`.
             Processors also see prefixes that end in a draft: one that keeps state between calls is not followed.
@@ -120,8 +123,8 @@ def generate_speculatively(
         may differ from that of `generate`.
 
     Raises:
-        ValueError: heads that can't draft, a model whose cache can't be cropped, a setting that can't be followed (see
-            `mtp_ce.decoding.settings`), or what `generate` itself refuses.
+        ValueError: heads that can't draft, or not so far, a model whose cache can't be cropped, a setting that can't be
+            followed (see `mtp_ce.decoding.settings`), or what `generate` itself refuses.
     """
     heads = wrapper.heads
     if not heads.drafts or heads.horizon == 1:
@@ -129,6 +132,10 @@ def generate_speculatively(
             f"heads are {heads.kind!r} with horizon {heads.horizon}; speculative decoding needs heads that draft, such "
             "as heads='residual', and a horizon above 1."
         )
+    width = heads.horizon if horizon is None else horizon
+    if width < 2 or (width > heads.horizon and not heads.shared):
+        most = "above 1" if heads.shared else f"from 2 to {heads.horizon}, that of the heads"
+        raise ValueError(f"horizon is {width}; expected one {most}.")
     config, arguments = wrapper.causal._prepare_generation_config(generation_config, **options)
     check_followed(config, arguments)
     if not config.use_cache:
@@ -141,7 +148,7 @@ def generate_speculatively(
         # transformers passes no tokenizer on to its own criterion where it calls another loop.
         options["stop_strings"], stop = None, StopStringCriteria(tokenizer, config.stop_strings)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stop])
-    decoding = _Decoding(wrapper, generator, options.get("streamer"))
+    decoding = _Decoding(wrapper, width, generator, options.get("streamer"))
     output: SpeculativeOutput = wrapper.model.generate(
         inputs, generation_config=generation_config, custom_generate=decoding, **options
     )
@@ -151,9 +158,10 @@ def generate_speculatively(
 class _Decoding:
     """The loop of one decoding, which transformers' `generate` calls in place of its own."""
 
-    def __init__(self, wrapper: ModelWithHeads, generator: torch.Generator | None, streamer: Any) -> None:
+    def __init__(self, wrapper: ModelWithHeads, horizon: int, generator: torch.Generator | None, streamer: Any) -> None:
         self.wrapper, self.heads, self.generator, self.streamer = wrapper, wrapper.heads, generator, streamer
-        self.counts = Speculation(offered=[0] * (self.heads.horizon - 1), kept=[0] * (self.heads.horizon - 1))
+        self.horizon = horizon
+        self.counts = Speculation(offered=[0] * (horizon - 1), kept=[0] * (horizon - 1))
 
     def __call__(
         self,
@@ -187,7 +195,7 @@ class _Decoding:
                 # The cache holds every position but the newest token's. What is cropped: the positions of rejected
                 # tokens, and those that the next forward repeats.
                 cached = text.tokens.shape[1] - 1
-                width = max(min(self.heads.horizon - 1, int(generation_config.max_length) - cached - 2), 0)
+                width = max(min(self.horizon - 1, int(generation_config.max_length) - cached - 2), 0)
                 draft, drawn_from = draft[:, :0], drawn_from[:, :0]
                 if width:  # the last token needs no draft
                     draw = Draft(choice, text.tokens, text.active)

@@ -18,6 +18,9 @@ class HeadKind(NamedTuple):
         parameters: whether the extra heads have parameters of their own.
         stack: the list of modules with one entry for each extra head, as parameters are named; None without parameters.
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
+        shares: whether one module can serve all extra heads (`shared=True`).
+        format: what saved parameters mean, counted up where the same tensors are used in another way: heads of another
+            format are not loaded.
     """
 
     path: str
@@ -25,13 +28,18 @@ class HeadKind(NamedTuple):
     parameters: bool = True
     stack: str | None = None
     layouts: tuple[str, ...] = ()
+    shares: bool = False
+    format: int = 1
 
 
 KINDS: dict[str, HeadKind] = {
     "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False),
     "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", stack="blocks", layouts=("heads", "medusa")),
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
-    "sequential": HeadKind("mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",)),
+    # Format 1 read the trunk's hidden state before its final norm.
+    "sequential": HeadKind(
+        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",), shares=True, format=2
+    ),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
 }
 
@@ -41,6 +49,11 @@ EXTRA_PATHS = {name: kind.path for name, kind in KINDS.items() if kind.extra}
 # Files of the heads, beside those of the model.
 CONFIG_FILE = "mtp_heads.json"
 TENSORS_FILE = "mtp_heads.safetensors"
+
+
+def may_be_shared(name: str) -> bool:
+    """Return whether one module can serve all extra heads of this kind, as `may_have_parameters` does."""
+    return name not in KINDS or KINDS[name].shares
 
 
 def may_have_parameters(name: str) -> bool:

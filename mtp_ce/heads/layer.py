@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.heads.drafting import Draw
+from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.protocol import Heads
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed
 from mtp_ce.unembedding import Unembedding, has_values, undisturbed
@@ -31,6 +31,7 @@ class LayerHeads(Heads):
     Args:
         model: the causal language model whose last layer they copy.
         horizon: H, the number of heads; head 0 is the model's own.
+        modules: how many layers are made; None means one for every extra head.
 
     Raises:
         ValueError: the model's decoder layers are not found, or a further one cannot be made.
@@ -41,30 +42,31 @@ class LayerHeads(Heads):
     may_have_routers: ClassVar[bool] = True
     file_metadata: ClassVar[dict[str, str] | None] = None
 
-    def __init__(self, model: Any, horizon: int) -> None:
+    def __init__(self, model: Any, horizon: int, modules: int | None = None) -> None:
         layers, _ = decoder_layers(model)
         last, config = layers[-1], model.config.get_text_config(decoder=True)
         super().__init__(model.get_output_embeddings().weight.shape[1], horizon)
         # PEFT keeps a layer's own parameters one level deeper; its adapters stay with the model.
         weights = {name.replace(".base_layer.", "."): x for name, x in last.state_dict().items() if "lora_" not in name}
         try:
-            self.layers = nn.ModuleList(type(last)(config, len(layers) - 1) for _ in range(horizon - 1))
+            count = horizon - 1 if modules is None else modules
+            self.layers = nn.ModuleList(type(last)(config, len(layers) - 1) for _ in range(count))
             for layer in self.layers:
                 layer.load_state_dict(weights)
         except (AttributeError, RuntimeError, TypeError) as error:
             reason = f"a second {type(last).__name__} can't be made"
             if getattr(model, "is_quantized", False):
                 reason += " as a copy of the last one, whose weights are quantised"
-            raise _unsupported(model, reason) from error
+            raise self._unsupported(model, reason) from error
 
     @classmethod
-    def of_model(cls, model: Any, horizon: int) -> Self:
-        """See `Heads.of_model`.
+    def of_model(cls, model: Any, horizon: int, **options: Any) -> Self:
+        """See `Heads.of_model`; options are those of the class.
 
         Raises:
             ValueError: as the class, or the model's last layer can't be called again on other hidden states.
         """
-        heads, unembed = cls(model, horizon), model.get_output_embeddings().weight
+        heads, unembed = cls(model, horizon, **options), model.get_output_embeddings().weight
         heads.to(device=unembed.device, dtype=unembed.dtype)
         if has_values(unembed):
             with undisturbed(model):
@@ -84,11 +86,15 @@ class LayerHeads(Heads):
             z = norm(call.output)
             outputs = self(hidden, TrunkPass(call, norm, model.get_input_embeddings()(tokens)))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise _unsupported(model, "the last one can't be called again on other hidden states") from error
+            raise self._unsupported(model, "the last one can't be called again on other hidden states") from error
         if z.shape != hidden.shape or not torch.allclose(z, hidden, 1e-3, 1e-3, equal_nan=True):
-            raise _unsupported(model, "after the last one comes more than a norm")
+            raise self._unsupported(model, "after the last one comes more than a norm")
         if any(x.shape != hidden.shape for x in outputs):
-            raise _unsupported(model, "the last one returns more than hidden states [B, S, D]")
+            raise self._unsupported(model, "the last one returns more than hidden states [B, S, D]")
+
+    def _unsupported(self, model: Any, reason: str) -> ValueError:
+        name, use = type(model).__name__, "shared=False or heads='residual'" if self.shared else "heads='residual'"
+        return ValueError(f"{name} has decoder layers that can't be heads: {reason}; use {use}.")
 
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
@@ -102,7 +108,7 @@ class LayerHeads(Heads):
         return list(self.layers)
 
     @contextmanager
-    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[LayerDrafter]:
+    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
         with observed(layers[-1]) as call:
@@ -137,7 +143,3 @@ class LayerDrafter:
         heads = list(zip(self.heads.layers, self.caches, strict=True))[:width]
         ends = [self.call.repeat(layer, z, cache)[:, last : last + 1] for layer, cache in heads]
         return draw(self.output.logits(self.norm(torch.cat(ends, 1))))
-
-
-def _unsupported(model: Any, reason: str) -> ValueError:
-    return ValueError(f"{type(model).__name__} has decoder layers that can't be heads: {reason}; use heads='residual'.")

@@ -51,11 +51,17 @@ class Heads(nn.Module):
             those, so that such heads are not trained with it.
         residual_blocks: one `nn.Linear` per extra head with hidden_h = hidden + SiLU(block(hidden)), as Medusa layouts
             store them; None for heads of another form.
+        can_share: whether `of_model` takes `shared=True`: one module for all extra heads.
+        shared: whether these heads are one module, which drafts to any depth.
+        format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
     """
 
     kind: str = ""
+    shared: bool = False
     drafts: ClassVar[bool] = True
+    can_share: ClassVar[bool] = False
+    format: ClassVar[int] = 1
     reads_last_layer: ClassVar[bool] = False
     may_have_routers: ClassVar[bool] = False
     file_metadata: ClassVar[dict[str, str] | None] = {"format": "pt"}
@@ -96,6 +102,11 @@ class Heads(nn.Module):
     def decoder_layers(self) -> Sequence[nn.Module]:
         """Layers of the model's own class: FSDP groups of their own, with attention of their own."""
         return ()
+
+    @property
+    def layer_runs(self) -> Sequence[int]:
+        """Length of every call of a decoder layer in `forward`, in rows of S positions."""
+        return [1] * len(self.decoder_layers)
 
     @property
     def residual_blocks(self) -> nn.ModuleList | None:
@@ -144,7 +155,11 @@ class Heads(nn.Module):
             check_materialized(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
+        config: dict[str, Any] = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
+        if self.format > 1:
+            config["format"] = self.format
+        if self.shared:
+            config["shared"] = True
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         tensors = self.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -200,17 +215,22 @@ def heads_class(kind: str, argument: str = "heads") -> type[Heads]:
     return loaded
 
 
-def build_heads(kind: str, model: Any, horizon: int) -> Heads:
+def build_heads(kind: str, model: Any, horizon: int, shared: bool = False) -> Heads:
     """Build the heads of a model.
 
     Args:
         kind: as in `heads_class`.
         model: the causal language model, without PEFT's wrapper.
         horizon: H.
+        shared: whether one module serves all extra heads.
 
     Raises:
-        TypeError, ValueError: as `heads_class`, or the model can't have such heads.
+        TypeError, ValueError: as `heads_class`, the model can't have such heads, or they can't be shared.
     """
-    heads = heads_class(kind).of_model(model, horizon)
+    loaded = heads_class(kind)
+    if shared and not loaded.can_share:
+        raise ValueError(f"shared is True with heads={kind!r}; expected heads='sequential', or shared=False.")
+    options: dict[str, Any] = {"shared": True} if shared else {}
+    heads = loaded.of_model(model, horizon, **options)
     heads.kind = kind
     return heads

@@ -1,6 +1,7 @@
 """The files of saved heads, checked against each other before anything is built. Needs neither torch nor transformers.
 
     mtp_heads.json           {"kind": "residual", "hidden_size": 576, "horizon": 4}
+                             {"kind": "sequential", "hidden_size": 576, "horizon": 4, "format": 2, "shared": true}
     mtp_heads.safetensors    the parameters; its header lists their names and shapes
 
 Both may be damaged or come from anywhere: a horizon of a million would build as many layers before three tensors are
@@ -30,11 +31,15 @@ class SavedConfig(NamedTuple):
         kind: a name of `mtp_ce.heads.kinds.KINDS`, or a class path.
         hidden_size: D.
         horizon: H.
+        format: that of `mtp_ce.heads.kinds.HeadKind`.
+        shared: whether one module serves all extra heads.
     """
 
     kind: str
     hidden_size: int
     horizon: int
+    format: int = 1
+    shared: bool = False
 
 
 def read_config(file: Path) -> SavedConfig:
@@ -48,7 +53,8 @@ def read_config(file: Path) -> SavedConfig:
     try:
         with file.open("rb") as opened:
             config: Any = json.loads(opened.read(_MAX_BYTES))
-        kind, hidden_size, horizon = (config.pop(name) for name in SavedConfig._fields)
+        kind, hidden_size, horizon = (config.pop(name) for name in SavedConfig._fields[:3])
+        version, shared = config.pop("format", 1), config.pop("shared", False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -58,9 +64,29 @@ def read_config(file: Path) -> SavedConfig:
     wrong = {name: x for name, x in (("hidden_size", hidden_size), ("horizon", horizon)) if not _counts(x)}
     if not (isinstance(kind, str) and len(kind) <= _LONGEST_PATH and (kind in KINDS or is_class_path(kind))):
         wrong["kind"] = kind
+    elif not isinstance(shared, bool) or (shared and kind in KINDS and not KINDS[kind].shares):
+        wrong["shared"] = shared
+    if not _counts(version):
+        wrong["format"] = version
     for name, value in wrong.items():
         raise ValueError(f"{file} has {name} {str(value)[:60]!r}; {expected}")
-    return SavedConfig(kind, hidden_size, horizon)
+    if kind in KINDS:
+        check_format(file, kind, version, KINDS[kind].format)
+    return SavedConfig(kind, hidden_size, horizon, version, shared)
+
+
+def check_format(file: str | Path, kind: str, saved: int, known: int) -> None:
+    """Check that saved parameters mean what this version of the heads makes of them.
+
+    Raises:
+        ValueError: they don't.
+    """
+    if saved != known:
+        version = "an earlier" if saved < known else "a later"
+        raise ValueError(
+            f"{file} has heads of the kind {kind!r} in format {saved}, of {version} version of mtp_ce, which computes "
+            f"other hidden states from them; expected format {known}: train them again"
+        )
 
 
 def check_tensors(file: Path, saved: SavedConfig) -> None:
@@ -91,10 +117,12 @@ def check_tensors(file: Path, saved: SavedConfig) -> None:
         return
     numbers = {int(match[1]) for name in shapes if (match := re.match(rf"{known.stack}\.([0-9]{{1,9}})\.", name))}
     # Not a set of `range(horizon - 1)`, which may be longer than memory.
-    if len(numbers) != saved.horizon - 1 or max(numbers, default=-1) != saved.horizon - 2:
+    modules = min(saved.horizon - 1, 1) if saved.shared else saved.horizon - 1
+    if len(numbers) != modules or max(numbers, default=-1) != modules - 1:
+        shared, expected = ("", "one fewer than that") if not saved.shared else (" and shared true", "one for all")
         raise ValueError(
-            f"{file} has {len(numbers)} extra heads, and {CONFIG_FILE} beside it has horizon {saved.horizon}; expected "
-            f"one fewer than that: save the heads again"
+            f"{file} has {len(numbers)} extra heads, and {CONFIG_FILE} beside it has horizon {saved.horizon}{shared}; "
+            f"expected {expected}: save the heads again"
         )
     widths = {size for shape in shapes.values() for size in shape}
     if shapes and saved.hidden_size not in widths:

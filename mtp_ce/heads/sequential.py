@@ -1,72 +1,193 @@
 """Decoder layers in a chain: each reads the head before it, and the embedding of the token which that one predicts.
 
-    z_0      = output of the model's last decoder layer, before its final norm          [B, S, D]
-    z_h      = layer_h(P_h [norm_a(z_{h-1}); norm_b(embed(token t + h))])               h = 1..H-1
+    hidden_0 = the trunk's hidden state after its final norm                            [B, S, D]
+    z_h      = layer_h(P_h [norm_a(hidden_{h-1}); norm_b(embed(token t + h))])          h = 1..H-1
     hidden_h = norm(z_h)
 
-The layers are those of `mtp_ce.heads.layer`. P_h is initialised as the identity on z and 0 on the embedding.
+This is what serving engines feed to MTP modules: head 1 the hidden state that the output layer reads, and every later
+head the normed output of the one before. Position 0 has an embedding of zeros in place of that of its next token. norm
+is the model's own final norm, norm_a and norm_b have its epsilon, and the layers are those of `mtp_ce.heads.layer`.
+
+P_h is initialised as the identity on the hidden state and 0 on the embedding, and norm_a to undo the gain of norm, so
+that a layer begins with what the model's last layer returned, up to scale.
+
+With `shared=True` one module serves all heads (`mtp_ce.heads.repeated`); otherwise every head has its own, which
+attends to its own past.
 
 At the end of a row there is no token t + h. Such rows have no target either, and causal attention keeps them from
 others.
 
-Source: arXiv:2412.19437, section 2.2.
+Source: arXiv:2412.19437, section 2.2; vLLM's mimo_mtp.py and qwen3_next_mtp.py, SGLang's deepseek_nextn.py, Megatron's
+multi_token_prediction.py and transformers' `MtpModel`, which all pass on the normed output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtp_ce.heads.drafting import Draw
+from mtp_ce.heads.drafting import Drafter, Draw
+from mtp_ce.heads.kinds import KINDS
 from mtp_ce.heads.layer import LayerDrafter, LayerHeads
-from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed
-from mtp_ce.unembedding import Unembedding
+from mtp_ce.heads.repeated import (
+    Drafts,
+    check_takes_masks,
+    draft_positions,
+    repeat_at_depth,
+    takes_masks,
+)
+from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
+from mtp_ce.unembedding import Unembedding, has_values
 
 
 class SequentialHeads(LayerHeads):
-    """A chain of decoder layers; arguments and errors as of `LayerHeads`."""
+    """A chain of decoder layers; other arguments and errors as of `LayerHeads`.
+
+    Args:
+        model: the causal language model.
+        horizon: H.
+        shared: whether one module serves all extra heads.
+    """
 
     kind = "sequential"
+    can_share: ClassVar[bool] = True
+    format: ClassVar[int] = KINDS["sequential"].format
 
-    def __init__(self, model: Any, horizon: int) -> None:
-        super().__init__(model, horizon)
-        D = self.hidden_size
+    def __init__(self, model: Any, horizon: int, shared: bool = False) -> None:
+        super().__init__(model, horizon, min(horizon - 1, 1) if shared else None)
+        self.shared = shared
+        # The layers read their kind of attention from it, which may be changed later.
+        self.config = model.config.get_text_config(decoder=True)
+        D, epsilon = self.hidden_size, getattr(self.config, "rms_norm_eps", None)
         self.projections = nn.ModuleList(nn.Linear(2 * D, D, bias=False) for _ in self.layers)
-        self.hidden_norms = nn.ModuleList(nn.RMSNorm(D) for _ in self.layers)
-        self.token_norms = nn.ModuleList(nn.RMSNorm(D) for _ in self.layers)
+        self.hidden_norms = nn.ModuleList(nn.RMSNorm(D, eps=epsilon) for _ in self.layers)
+        self.token_norms = nn.ModuleList(nn.RMSNorm(D, eps=epsilon) for _ in self.layers)
+        gain = _inverse_gain(decoder_layers(model)[1], D)
         with torch.no_grad():
-            for projection in self.projections:
+            for projection, hidden_norm in zip(self.projections, self.hidden_norms, strict=True):
                 assert isinstance(projection, nn.Linear)
                 projection.weight.copy_(torch.eye(D, 2 * D))
+                if gain is not None:
+                    assert isinstance(hidden_norm, nn.RMSNorm)
+                    hidden_norm.weight.copy_(gain)
+
+    def _check(self, model: Any) -> None:
+        """Check a shared module at its second depth, too: that training computes what drafting does."""
+        if self.shared and self.horizon > 2:
+            check_takes_masks(self.config)
+        super()._check(model)
+        if self.shared and len(self.layers):
+            training = self.training
+            try:
+                self.eval()  # dropout would differ between the two
+                self._check_depths(model)
+            finally:
+                self.train(training)
+
+    def _check_depths(self, model: Any) -> None:
+        layers, norm = decoder_layers(model)
+        layer, unembed = self.layers[0], model.get_output_embeddings().weight
+        tokens = torch.arange(3, device=unembed.device)[None] % unembed.shape[0]
+        try:
+            with observed(layers[-1]) as call, observed_rotary(model) as rotary:
+                hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        except (ImportError, RuntimeError, ValueError):
+            return  # as in `LayerHeads._check`
+        try:
+            embedded = model.get_input_embeddings()(tokens)
+            first = self.layer_input(1, hidden, ahead_of(embedded, 1, call))
+            second = self.layer_input(2, norm(call.repeat(layer, first)), ahead_of(embedded, 2, call))
+            # The draft after two positions is the third one of a sequence, whatever the layer is made of.
+            expected = call.repeat(layer, torch.cat([first[:, :2], second[:, 1:2]], 1))[:, 2]
+            draft_positions(call, rotary, 1, 1)
+            if not takes_masks(self.config):
+                return
+            found = repeat_at_depth(call, layer, [first, second])[:, 1]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._unsupported(model, "the last one can't be called for several depths at once") from error
+        tolerance = 1e-2 if found.dtype in (torch.float32, torch.float64) else 0.1
+        if (found - expected).norm() > tolerance * expected.norm():
+            raise self._unsupported(model, "the last one keeps a state other than attention's keys and values")
 
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
         assert trunk is not None
         call, norm, tokens = trunk
-        z, outputs = call.hidden, [hidden]
-        for h, layer in enumerate(self.layers, start=1):
-            ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, tokens.shape[1])))
-            z = call.repeat(layer, self.layer_input(h, z, ahead))
+        outputs: list[Tensor] = [hidden]
+        inputs: list[Tensor] = []
+        for h in range(1, self.horizon):
+            inputs.append(self.layer_input(h, outputs[-1], ahead_of(tokens, h, call)))
+            if self.shared and h > 1:
+                check_takes_masks(self.config)
+                z = repeat_at_depth(call, self.layers[0], inputs)
+            else:
+                z = call.repeat(self.layers[h - 1], inputs[-1])
             outputs.append(norm(z))
         return outputs
 
-    def layer_input(self, h: int, z: Tensor, ahead: Tensor) -> Tensor:  # [B, S, D], both
-        """Return the input of layer h: z of the head before, joined with the embeddings of the tokens at t + h."""
-        joined = torch.cat([self.hidden_norms[h - 1](z), self.token_norms[h - 1](ahead)], -1)
-        projected: Tensor = self.projections[h - 1](joined)
+    def layer_input(self, h: int, hidden: Tensor, ahead: Tensor) -> Tensor:  # [B, S, D], both
+        """Return the input of layer h: the head before, joined with the embeddings of the tokens at t + h."""
+        module = 0 if self.shared else h - 1
+        joined = torch.cat([self.hidden_norms[module](hidden), self.token_norms[module](ahead)], -1)
+        projected: Tensor = self.projections[module](joined)
         return projected
 
+    @property
+    def layer_runs(self) -> list[int]:
+        """See `Heads.layer_runs`: a shared module computes the depths before again, for their keys and values."""
+        return list(range(1, self.horizon)) if self.shared else [1] * len(self.layers)
+
     @contextmanager
-    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[ChainDrafter]:
+    def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
-        with observed(layers[-1]) as call:
-            yield ChainDrafter(self, call, norm, Unembedding.of(causal), new_cache, causal.get_input_embeddings())
+        output, embed = Unembedding.of(causal), causal.get_input_embeddings()
+        with observed(layers[-1]) as call, observed_rotary(causal) as rotary:
+            if self.shared:
+                drafts = Drafts(call, rotary, new_cache())
+                yield RepeatedDrafter(self, drafts, norm, output, embed)
+            else:
+                yield ChainDrafter(self, call, norm, output, new_cache, embed)
+
+
+def _inverse_gain(norm: nn.Module, D: int) -> Tensor | None:  # [D]
+    """Return the gain with root mean square about 1 that undoes that of an RMSNorm; None of another norm."""
+    weights = list(norm.parameters())
+    if "RMSNorm" not in type(norm).__name__ or len(weights) != 1 or not has_values(weights[0]):
+        return None
+    with torch.no_grad():  # of ones it returns its gain, whether its weight is that or 1 less
+        gain = norm(torch.ones(1, 1, D, dtype=weights[0].dtype, device=weights[0].device)).flatten().float()
+    size = gain.square().mean().sqrt()
+    # Coordinates that the norm all but removes stay small.
+    inverse: Tensor = torch.where(gain.abs() > 0.05 * size, size / gain, gain / size)
+    return inverse
+
+
+def ahead_of(tokens: Tensor, h: int, call: LayerCall, begin: int = 0) -> Tensor:  # [B, S, D]
+    """Return the embeddings of the tokens at t + h, those beyond the row as zeros.
+
+    Args:
+        tokens: embeddings [B, S, D] of the tokens at t.
+        h: the head. At position 0 head 1 reads zeros, as engines mask it: they place head h at position t + h - 1.
+        call: the last layer's call, for its position_ids.
+        begin: index of the first position, for layers that are called without position_ids.
+    """
+    S = tokens.shape[1]
+    ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, S)))
+    return mask_position_zero(ahead, call, begin) if h == 1 else ahead
+
+
+def mask_position_zero(ahead: Tensor, call: LayerCall, begin: int) -> Tensor:  # [B, S, D]
+    """Return embeddings with zeros where the call's position is 0: at the first token, and where documents begin."""
+    positions = call.options.get("position_ids")
+    if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == ahead.shape[1]):
+        positions = torch.arange(begin, begin + ahead.shape[1], device=ahead.device)[None]
+    return ahead.masked_fill((positions == 0)[..., None].to(ahead.device), 0)
 
 
 class ChainDrafter(LayerDrafter):
@@ -93,15 +214,53 @@ class ChainDrafter(LayerDrafter):
 
     def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """See `Drafter.draft`."""
-        z = self.call.hidden
+        begin = self.layers[0].get_seq_length()
         embedded = self.embed(tokens)
         drafts: list[tuple[Tensor, Tensor]] = []
         for h, (layer, cache) in enumerate(list(zip(self.heads.layers, self.caches, strict=True))[:width], start=1):
             if drafts:
                 embedded = torch.cat([embedded, self.embed(drafts[-1][0])], 1)
             # No token is known after `last`; attention keeps those positions from the others.
-            ahead = F.pad(embedded[:, h:], (0, 0, 0, z.shape[1] - last - 1))
-            z = self.call.repeat(layer, self.heads.layer_input(h, z, ahead), cache)
-            drafts.append(draw(self.output.logits(self.norm(z[:, last : last + 1]))))
+            ahead = F.pad(embedded[:, h:], (0, 0, 0, hidden.shape[1] - last - 1))
+            if h == 1:
+                ahead = mask_position_zero(ahead, self.call, begin)
+            hidden = self.norm(self.call.repeat(layer, self.heads.layer_input(h, hidden, ahead), cache))
+            drafts.append(draw(self.output.logits(hidden[:, last : last + 1])))
+        drafted, drawn_from = (torch.cat(rounds, 1) for rounds in zip(*drafts, strict=True))
+        return drafted, drawn_from
+
+
+class RepeatedDrafter:
+    """One module that drafts as engines run it: over the accepted positions once, then token by token to any depth.
+
+    The cache keeps accepted positions alone, where the module has read the trunk's hidden state and the true next
+    token, so that no later round replaces them: `repeats` = 0.
+    """
+
+    repeats = 0
+
+    def __init__(
+        self,
+        heads: SequentialHeads,
+        drafts: Drafts,
+        norm: Callable[[Tensor], Tensor],
+        output: Unembedding,
+        embed: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.heads, self.drafts, self.norm, self.output, self.embed = heads, drafts, norm, output, embed
+        self.layers = [drafts.cache.layers[-1]]
+
+    def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """See `Drafter.draft`."""
+        layer, begin = self.heads.layers[0], self.layers[0].get_seq_length()
+        ahead = F.pad(self.embed(tokens)[:, 1:], (0, 0, 0, hidden.shape[1] - last - 1))
+        ahead = mask_position_zero(ahead, self.drafts.call, begin)
+        z = self.drafts.first(layer, self.heads.layer_input(1, hidden, ahead), last)
+        hidden = self.norm(z)
+        drafts = [draw(self.output.logits(hidden))]
+        for h in range(2, width + 1):
+            z = self.drafts.further(layer, self.heads.layer_input(h, hidden, self.embed(drafts[-1][0])), h)
+            hidden = self.norm(z)
+            drafts.append(draw(self.output.logits(hidden)))
         drafted, drawn_from = (torch.cat(rounds, 1) for rounds in zip(*drafts, strict=True))
         return drafted, drawn_from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,6 +93,52 @@ def observed(layer: nn.Module) -> Iterator[LayerCall]:
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     try:
         yield call
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class RotaryCalls:
+    """The latest calls of a model's rotary embeddings, so that they can be made again for other positions."""
+
+    def __init__(self) -> None:
+        # Models with several kinds of layers call one for each.
+        self.latest: deque[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = deque(maxlen=8)
+
+    def at(self, embeddings: Any, index: int, further: int) -> Any:
+        """Return rotary embeddings of one position.
+
+        Args:
+            embeddings: what one of the calls returned.
+            index: a position of that call, by its index.
+            further: how many positions beyond it.
+
+        Raises:
+            ValueError: none of the calls has returned these.
+        """
+        for module, arguments, options, output in reversed(self.latest):
+            if output is embeddings:
+
+                def moved(x: Any) -> Any:
+                    positions = isinstance(x, Tensor) and not x.is_floating_point()
+                    return x[..., index : index + 1] + further if positions else x
+
+                return module(*map(moved, arguments), **{name: moved(x) for name, x in options.items()})
+        raise ValueError("the model's rotary embeddings are not found among its modules")
+
+
+@contextmanager
+def observed_rotary(model: Any) -> Iterator[RotaryCalls]:
+    """Record the calls of a model's rotary embeddings inside the block."""
+    calls = RotaryCalls()
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        calls.latest.append((module, arguments, options, output))
+
+    modules = [module for module in model.get_decoder().modules() if "Rotary" in type(module).__name__]
+    hooks = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
+    try:
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()

@@ -162,7 +162,7 @@ class WrapperFiles(PreTrainedModel):
     @classmethod
     def _with(cls, saved: SavedHeads, model: nn.Module, **options: Any) -> Self:
         construct: Any = cls  # MTPWrapper
-        wrapper = construct(model, saved.horizon, heads=saved.kind, **options)
+        wrapper = construct(model, saved.horizon, heads=saved.kind, shared=saved.shared, **options)
         saved.load_into(wrapper)
         return wrapper
 

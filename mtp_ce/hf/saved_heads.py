@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
 from mtp_ce.heads.protocol import ModelWithHeads, check_materialized
-from mtp_ce.heads.saved import check_tensors, read_config
+from mtp_ce.heads.saved import check_format, check_tensors, read_config
 
 # Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -26,6 +26,8 @@ class SavedHeads:
     kind: str
     horizon: int
     hidden_size: int
+    format: int = 1
+    shared: bool = False
 
     @classmethod
     def beside(cls, source: str | Path, **options: Any) -> SavedHeads:
@@ -78,11 +80,13 @@ class SavedHeads:
                 f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "
                 "are not of one wrapper."
             )
-        if (self.kind, self.horizon) != (heads.kind, heads.horizon):
+        if (self.kind, self.horizon, self.shared) != (heads.kind, heads.horizon, heads.shared):
             raise ValueError(
-                f"{self.source} has {self.horizon} heads of the kind {self.kind!r}; expected {heads.horizon} of the "
-                f"kind {heads.kind!r}, as the wrapper has."
+                f"{self.source} has {self.horizon} heads of the kind {self.kind!r}{_shared(self)}; expected "
+                f"{heads.horizon} of the kind {heads.kind!r}{_shared(heads)}, as the wrapper has."
             )
+        # Of a class of your own; those of the package are checked when the file is read.
+        check_format(self.source, self.kind, self.format, heads.format)
         saved, wanted = load_file(self.tensors), heads.state_dict()
         wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]
         if wrong := wrong or sorted(saved.keys() - wanted.keys()):
@@ -92,3 +96,7 @@ class SavedHeads:
                 f"expected {next(shapes)} for {self.horizon} heads of the kind {self.kind!r}."
             )
         heads.load_state_dict(saved)
+
+
+def _shared(heads: Any) -> str:
+    return " in one shared module" if heads.shared else ""

@@ -46,9 +46,9 @@ class MTPWrapper(WrapperFiles):
         horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h.
         heads: "residual": one small block per extra head (arXiv:2401.10774). "layer": a decoder layer of the model's
             own class per extra head (arXiv:2404.19737). "sequential": such layers in a chain, each given the token that
-            the one before predicts (arXiv:2412.19437). "teacher_forcing": no new parameters, the model's own
-            next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a subclass of
-            `mtp_ce.heads.protocol.Heads`.
+            the one before predicts, as serving engines run them (arXiv:2412.19437). "teacher_forcing": no new
+            parameters, the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a
+            subclass of `mtp_ce.heads.protocol.Heads`.
         trunk: "joint": model and heads are trained. "detached": the heads are trained, and no gradient reaches the
             model. "frozen": likewise, and the model's parameters no longer require gradients.
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
@@ -57,6 +57,8 @@ class MTPWrapper(WrapperFiles):
         head_reduction: "target": every predicted token has weight 1, whatever is masked around it, as trainers count
             them in `num_items_in_batch`. "live" and "horizon": every position has; see `weighted_mtp_ce`.
         head_weights: H constants: a mean over heads becomes a weighted one.
+        shared: for "sequential": one module for all extra heads, fed its own output, which drafts to any depth. It is
+            saved with the heads.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
@@ -90,6 +92,7 @@ class MTPWrapper(WrapperFiles):
         z_loss: float = 0.0,
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
+        shared: bool = False,
     ) -> None:
         check_name(heads, PATHS, "heads")
         for name, value, known in (("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
@@ -101,7 +104,7 @@ class MTPWrapper(WrapperFiles):
         causal = causal_model(model)
         check_in_memory(causal)
         Unembedding.checked(causal)
-        built = build_heads(heads, causal, horizon)
+        built = build_heads(heads, causal, horizon, shared)
         if trunk != "joint" and next(built.parameters(), None) is None:
             raise ValueError(
                 f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."

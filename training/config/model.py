@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mtp_ce.heads.kinds import EXTRA_PATHS, may_have_parameters
+from mtp_ce.heads.kinds import EXTRA_PATHS, may_be_shared, may_have_parameters
 from mtp_ce.registry import check_name
 from mtp_ce.training.config.group import Group
 
@@ -20,6 +20,10 @@ class MTPConfig(Group):
         "decoder layers; teacher_forcing: no parameters; package.module:Class: your own class",
     )
     horizon: int = Field(default=4, ge=1, description="H: number of heads; head h predicts token t + 1 + h")
+    shared: bool = Field(
+        default=False,
+        description="sequential: one module for all extra heads, fed its own output, which drafts to any depth",
+    )
     trunk: Literal["joint", "detached", "frozen"] = Field(
         default="joint",
         description="joint: the whole model is trained; detached: only the heads, no gradient reaches the trunk; "
@@ -48,6 +52,12 @@ class MTPConfig(Group):
                 f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves no parameter to train; "
                 "give trunk joint, or heads that have parameters"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.shared and not may_be_shared(self.kind):
+            raise ValueError(f"shared is true with kind {self.kind}; give kind sequential, or shared false")
         return self
 
 

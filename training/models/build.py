@@ -44,7 +44,8 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
-        assert (wrapper.horizon, wrapper.kind) == (heads.horizon, heads.kind), "sources.check_heads has compared them"
+        found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared)
+        assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
         wrapper.loss = heads.loss
         return wrapper
     return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
@@ -58,15 +59,18 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
     """
     _check_kind(heads)
     return MTPWrapper(
-        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction
-    )
+        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction,
+        shared=heads.shared,
+    )  # fmt: skip
 
 
 def _check_kind(heads: MTPConfig) -> None:
     try:
-        heads_class(heads.kind, "model.mtp.kind")
+        loaded = heads_class(heads.kind, "model.mtp.kind")
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
+    if heads.shared and not loaded.can_share:
+        raise RecipeError(f"model.mtp.shared is true with kind {heads.kind}, which can't be shared; give false")
 
 
 def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:

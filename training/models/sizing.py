@@ -4,6 +4,7 @@ FLOPs of one token, forward and backward; a multiply-add counts as two:
 
     matrices       6 P          P: entries of the parameters that multiply, embedding tables aside
     attention      12 L A S     L layers, A = attention heads * their width, over rows of S tokens, masked positions too
+                                (h**2 times that at depth h of a shared module, and h times its matrices)
     unembedding    6 H V D      every head's product with the unembedding; once for "teacher_forcing"
 
 A forward alone is a third of each. A frozen trunk has no backward: neither the gradient of the unembedding (4 H V D)
@@ -116,17 +117,28 @@ def step_products(model: MTPWrapper, row_length: int) -> Products:
     """
     causal, reaches = model.causal, model.trunk == "joint"
     V, D = Unembedding.of(causal).weight.shape
-    layers = len(model.heads.decoder_layers)
+    runs = model.heads.layer_runs
     attention = attention_products(causal, row_length)
     per_layer = attention // max(1, len(decoder_layers(causal)[0]))
     # The input of a residual head is the trunk's output; layers begin with norms that learn.
-    heads = 6 if reaches or layers else 4
+    heads = 6 if reaches or runs else 4
     return Products(
         trunk=(6 if reaches else 2) * multiplying(causal.base_model),
-        attention=(3 if reaches else 1) * attention + 3 * layers * per_layer,
-        heads=heads * multiplying(model.heads),
+        attention=(3 if reaches else 1) * attention + 3 * sum(rows**2 for rows in runs) * per_layer,
+        heads=heads * _head_matrices(model),
         unembedding=_unembedding_products(model) * V * D,
     )
+
+
+def _head_matrices(model: MTPWrapper) -> int:
+    """Return the matrix entries of the extra heads, each as often as a token multiplies it in a forward."""
+    layers, runs = model.heads.decoder_layers, model.heads.layer_runs
+    once = multiplying(model.heads)
+    if not layers:
+        return once
+    # Beside a shared layer, which repeats the depths before, projections are computed once at every depth.
+    of_layers = sum(multiplying(layer) for layer in layers)
+    return (of_layers * sum(runs) + (once - of_layers) * len(runs)) // len(layers)
 
 
 def _unembedding_products(model: MTPWrapper) -> int:

@@ -282,12 +282,12 @@ def check_heads(source: str, folder: Path, wanted: MTPConfig) -> None:
     """Check that heads saved beside a model, if any, are those that a recipe asks for.
 
     Raises:
-        RecipeError: they are damaged, or have another horizon or kind.
+        RecipeError: they are damaged, or have another horizon or kind, or are not shared alike.
     """
     saved = saved_heads("model.source", source, folder)
     if saved is None:
         return
-    for name, ours in (("horizon", wanted.horizon), ("kind", wanted.kind)):
+    for name, ours in (("horizon", wanted.horizon), ("kind", wanted.kind), ("shared", wanted.shared)):
         if getattr(saved, name) != ours:
             raise RecipeError(
                 f"model.mtp.{name} is {ours}, but model.source '{source}' has heads of {name} {getattr(saved, name)}; "

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from mtp_ce.heads.kinds import KINDS
 from mtp_ce.training.config.choice import refuse_class_paths
 from mtp_ce.training.config.recipe import leaves, load_recipe, results_only, to_yaml
 from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
@@ -44,9 +45,11 @@ _PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that decide the trained parameters, by dotted key."""
+    """Return the settings that decide the trained parameters, by dotted key, and the form of the heads."""
     settings = results_only(recipe.model_dump(exclude=_NOT_DECIDED))
-    return {key: value for key, value in leaves(settings) if key not in _PLACES}
+    decided = {key: value for key, value in leaves(settings) if key not in _PLACES}
+    known = KINDS.get(recipe.model.mtp.kind)
+    return decided | ({"heads.format": known.format} if known is not None and known.format > 1 else {})
 
 
 def make_folder(output: Path, recipe: Recipe | EvaluationRecipe, **files: str) -> None:

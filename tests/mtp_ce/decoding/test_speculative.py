@@ -71,7 +71,8 @@ def drafting(
         model.get_output_embeddings().weight.mul_(sharp)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = None  # or tokens 0 of a prompt without a mask are padding
-    wrapper = MTPWrapper(model, horizon, heads=kind)
+    shared = kind == "shared"
+    wrapper = MTPWrapper(model, horizon, heads="sequential" if shared else kind, shared=shared)
     with torch.no_grad():
         for parameter in wrapper.heads.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)
@@ -107,8 +108,14 @@ def test_greedy_decoding_is_the_models_own_token_for_token(architecture, horizon
     assert 0 < sum(total.kept) < sum(total.offered), "some drafts were kept and some were not, or this shows nothing"
 
 
-@pytest.mark.parametrize("kind", ["layer", "sequential"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        *((name, kind) for name in ARCHITECTURES for kind in ("layer", "sequential")),
+        # A layer of Gemma 4 takes more than one module can repeat for several depths.
+        *((name, "shared") for name in ARCHITECTURES if name != "gemma4_text"),
+    ],
+)
 def test_heads_draft_with_caches_as_without_them(monkeypatch, architecture, kind):
     """In float64, of which some layers make float32 inside: what was let through otherwise is a wrong position."""
     wrapper = drafting(architecture, kind).double()

@@ -16,7 +16,10 @@ TOKENS = torch.arange(2, 24).view(2, 11)
 
 def wrapped(heads: str, trunk: str) -> MTPWrapper:
     torch.manual_seed(0)
-    return MTPWrapper(LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.2)), 2, heads=heads, trunk=trunk)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.2))
+    if heads == "shared":
+        return MTPWrapper(model, 3, heads="sequential", trunk=trunk, shared=True)
+    return MTPWrapper(model, 2, heads=heads, trunk=trunk)
 
 
 def gradients(wrapper: MTPWrapper) -> dict[str, torch.Tensor]:
@@ -27,7 +30,7 @@ def gradients(wrapper: MTPWrapper) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the frozen trunk itself
 @pytest.mark.parametrize("trunk", ["joint", "detached", "frozen"])
-@pytest.mark.parametrize("heads", ["residual", "layer", "sequential"])
+@pytest.mark.parametrize("heads", ["residual", "layer", "sequential", "shared"])
 def test_checkpointing_changes_no_gradient(heads, trunk):
     """Reentrant checkpoints need an input that requires a gradient, which a frozen trunk's output does not."""
     wrapper = wrapped(heads, trunk).train()
@@ -38,10 +41,12 @@ def test_checkpointing_changes_no_gradient(heads, trunk):
         found = gradients(wrapper)
         assert set(found) == set(expected)
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+            # A reentrant checkpoint adds up the gradients of a module's calls in another order.
+            tolerance = 1e-5 if heads == "shared" else 0
+            torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("heads", "trunk"), [("layer", "joint"), ("sequential", "detached")])
+@pytest.mark.parametrize(("heads", "trunk"), [("layer", "joint"), ("shared", "detached")])
 def test_heads_of_layers_compile_without_a_graph_break(heads, trunk):
     torch.compiler.reset()
     wrapper = wrapped(heads, trunk)

@@ -486,11 +486,9 @@ def test_an_unknown_key_in_the_heads_configuration_is_named(tmp_path):
     """It may change what the heads compute."""
     MTPHeads(16, 3).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "mtp_heads.json").read_text())
-    (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "shared": True}))
+    (tmp_path / "mtp_heads.json").write_text(json.dumps({**config, "tied": True}))
     for load in (MTPHeads.from_pretrained, lambda folder: MTPWrapper.with_saved_heads(llama(), folder)):
-        with pytest.raises(
-            ValueError, match=r"mtp_heads\.json has the unknown key 'shared', perhaps of a later version"
-        ):
+        with pytest.raises(ValueError, match=r"mtp_heads\.json has the unknown key 'tied', perhaps of a later version"):
             load(tmp_path)
 
 

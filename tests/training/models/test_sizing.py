@@ -62,6 +62,8 @@ MODELS = {
     "layer": {"heads": "layer", "horizon": 3},
     "layer, frozen": {"heads": "layer", "horizon": 3, "trunk": "frozen"},
     "sequential": {"heads": "sequential", "horizon": 3},
+    "sequential, shared": {"heads": "sequential", "horizon": 4, "shared": True},
+    "sequential, shared, frozen": {"heads": "sequential", "horizon": 3, "shared": True, "trunk": "frozen"},
     "teacher_forcing": {"heads": "teacher_forcing", "horizon": 3},
     "one head": {"heads": "residual", "horizon": 1},
 }

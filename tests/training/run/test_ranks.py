@@ -144,6 +144,7 @@ SHARDED = {
     "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
     "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
+    "one module for all depths": ["model.mtp={kind: sequential, shared: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }

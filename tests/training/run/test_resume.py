@@ -24,6 +24,7 @@ from mtp_ce.training.config.recipe import to_yaml
 from mtp_ce.training.errors import RecipeError, StepRefusedError, StoppedError
 from mtp_ce.training.loop import checkpoint
 from mtp_ce.training.run import fitting, pipeline
+from mtp_ce.training.run.folder import decided_by
 from mtp_ce.training.storage import folders as storage
 
 FULL_DISK = """
@@ -78,10 +79,10 @@ def stop_at(monkeypatch):
     "options",
     [
         [],
-        ["model.mtp.kind=sequential", "model.tie_embeddings=true", "train.micro_batch_size=4"],
+        ["model.mtp={kind: sequential, shared: true}", "model.tie_embeddings=true", "train.micro_batch_size=4"],
         ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
     ],
-    ids=["residual", "chain, tied", "detached"],
+    ids=["residual", "one module, tied", "detached"],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(options, small, stop_at, tmp_path):
     recipe = small([*SHORT, *options])
@@ -97,6 +98,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(options, small, stop_at, tmp_pat
     ours, theirs = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("stopped", "undisturbed"))
     assert ours == theirs
     assert ours["before"], "what was found before the first step has come through"
+
+
+def test_a_checkpoint_says_which_form_its_heads_have(small):
+    """Those of another form have tensors of the same names and shapes; a checkpoint with other settings is refused."""
+    assert decided_by(small(["model.mtp.kind=sequential"]))["heads.format"] == 2
+    assert "heads.format" not in decided_by(small(SHORT))
 
 
 def test_the_reference_of_a_stopped_run_goes_on_too(rho1, stop_at, tmp_path, monkeypatch):
