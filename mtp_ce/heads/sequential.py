@@ -34,13 +34,7 @@ from torch.nn import functional as F
 from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.kinds import KINDS
 from mtp_ce.heads.layer import LayerDrafter, LayerHeads
-from mtp_ce.heads.repeated import (
-    Drafts,
-    check_takes_masks,
-    draft_positions,
-    repeat_at_depth,
-    takes_masks,
-)
+from mtp_ce.heads.repeated import Drafts, check_takes_masks, draft_positions, repeat_at_depth, takes_masks
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
 from mtp_ce.unembedding import Unembedding, has_values
 
