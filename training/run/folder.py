@@ -42,12 +42,15 @@ LOCK_FILE = "run.lock"
 _NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
 # Paths may differ; their contents are hashed with the inputs of a checkpoint.
 _PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
+# Keys that runs of earlier versions lack, at the values with which those versions trained.
+_ADDED = {"model.mtp.head_reduction": "live", "model.mtp.shared": False}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide the trained parameters, by dotted key, and the form of the heads."""
     settings = results_only(recipe.model_dump(exclude=_NOT_DECIDED))
-    decided = {key: value for key, value in leaves(settings) if key not in _PLACES}
+    added = _ADDED.items()
+    decided = {key: value for key, value in leaves(settings) if key not in _PLACES and (key, value) not in added}
     known = KINDS.get(recipe.model.mtp.kind)
     return decided | ({"heads.format": known.format} if known is not None and known.format > 1 else {})
 

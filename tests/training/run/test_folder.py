@@ -192,3 +192,12 @@ def test_what_could_not_be_deleted_at_its_time_is_gone_when_the_run_ends(tmp_pat
     with locked_run(tmp_path):
         (tmp_path / "checkpoints" / ".step-00000002.mtp_abcdefgh").mkdir(parents=True)
     assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def test_a_run_of_an_earlier_version_has_the_settings_that_it_trained_with(small):
+    """Keys that came later decide nothing at the value that stands for what there was before."""
+    before = folder.decided_by(small([]))
+    assert not before.keys() & folder._ADDED.keys()
+    assert folder.decided_by(small(["model.mtp.head_reduction=target"])) == {
+        **before, "model.mtp.head_reduction": "target"
+    }  # fmt: skip
