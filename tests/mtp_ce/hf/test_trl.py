@@ -269,7 +269,12 @@ def test_what_they_are_told_to_use_instead_trains_and_the_heads_follow(tmp_path)
         model=wrapper.model, ref_model=wrap().model, train_dataset=PREFERENCES, processing_class=tokenizer(),
         args=DPOConfig(str(tmp_path), **COMMON, per_device_train_batch_size=2, **{CHECKPOINTING: False}),
     ).train()  # fmt: skip
-    sft(MultiTokenSFT, MTPWrapper(wrapper.model, 4, trunk="detached"), tmp_path, TEXTS, max_steps=1).train()
+    further = MTPWrapper(wrapper.model, 4, trunk="detached")
+    before = {name: x.clone() for name, x in further.named_parameters()}
+    sft(MultiTokenSFT, further, tmp_path, TEXTS, max_steps=1, learning_rate=1e-2).train()
+    moved = {name for name, x in further.named_parameters() if not torch.equal(x, before[name])}
+    assert moved
+    assert all(name.startswith("heads.") for name in moved)
 
 
 @pytest.mark.parametrize("other", [DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer])
