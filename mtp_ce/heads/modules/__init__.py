@@ -1,0 +1,1 @@
+"""Layouts in which checkpoints store MTP modules: one file per layout, and a table of them."""
