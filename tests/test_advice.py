@@ -63,6 +63,7 @@ FOREIGN_OPTIONS = {
 # checked by the test that is named.
 GIVE = {
     "give trunk joint": ("tiny", ["model.mtp.trunk=joint"]),
+    "give kind pretrained, or another mtp.kind": ("smollm2", ["model.mtp.kind=native"]),
     "give kind sequential": ("tiny", ["model.mtp.kind=sequential", "model.mtp.shared=true"]),
     "give packed": ("tiny", ["data.packing=packed"]),
     "give scope 'sequence'": ("rho1", ["scorer.scope=sequence"]),
