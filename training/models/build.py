@@ -44,7 +44,7 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
-        found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared)
+        found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared and wrapper.heads.can_share)
         assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
         wrapper.loss = heads.loss
         return wrapper
