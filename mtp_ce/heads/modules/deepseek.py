@@ -4,8 +4,8 @@
     model.layers.{N+k}.self_attn.*, .mlp.*, ...                          the decoder layer
     model.layers.{N+k}.embed_tokens, .shared_head.head                   copies of the model's own
 
-Source: arXiv:2412.19437, section 2.2; vLLM's deepseek_mtp.py and glm4_moe_mtp.py, which give a further depth the hidden
-state before shared_head.norm.
+Source: arXiv:2412.19437, section 2.2; vLLM's deepseek_mtp.py and glm4_moe_mtp.py, in which a further depth reads the
+hidden state before shared_head.norm.
 """
 
 from mtp_ce.heads.modules.layout import ModuleLayout

@@ -75,7 +75,7 @@ MELLUM = Family(
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "num_nextn_predict_layers": 1},
     copied=0,
 )
-STEP = Family("Step3p7ForConditionalGeneration", "deepseek")
+STEP = Family("Step3p7ForConditionalGeneration", "deepseek", {"num_nextn_predict_layers": 1})
 FAMILIES = (
     GLM,
     Family("DeepseekV3ForCausalLM", "deepseek", {"head_dim": 4}),
@@ -106,7 +106,9 @@ def configuration(family: Family) -> Any:
     if "text_config" not in cls.sub_configs:
         return cls(**tiny(cls) | family.config)
     parts = {name: type(getattr(cls(), name)) for name in cls.sub_configs}
-    return cls(**{name: {"model_type": part.model_type, **tiny(part)} for name, part in parts.items()})
+    settings = {name: {"model_type": part.model_type, **tiny(part)} for name, part in parts.items()}
+    settings["text_config"] |= family.config
+    return cls(**settings)
 
 
 def checkpoint(
@@ -226,7 +228,7 @@ def test_hidden_states_and_drafts_are_those_of_transformers(family, modules, tmp
     rounds = list(zip(drafts_of_ours(wrapper, tokens), drafts_of_theirs(causal, tokens), strict=False))
     # Near the end ours are no longer than the text may become.
     assert all(ours == theirs[: len(ours)] for ours, theirs in rounds)
-    assert sum(ours == theirs for ours, theirs in rounds) >= 12 - 2 * modules
+    assert sum(ours == theirs for ours, theirs in rounds) >= len(rounds) - modules - 1 >= 3
 
 
 def drafts_of_theirs(causal: Any, tokens: Tensor, new: int = 12) -> list[list[int]]:
