@@ -89,7 +89,7 @@ FAMILIES = (
     STEP,
 )
 # Those that transformers drafts with.
-MTP_MODEL = (GLM, FAMILIES[1], MELLUM, STEP)
+MTP_MODEL = (GLM, FAMILIES[1], MELLUM)
 
 
 def named(family: Family) -> str:
