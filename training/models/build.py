@@ -43,10 +43,11 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     heads = recipe.model.mtp
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
-        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        wrapper = MTPWrapper.from_pretrained(
+            pretrained, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction, dtype=torch.float32
+        )
         found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared)
         assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
-        wrapper.loss = heads.loss
         return wrapper
     return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
 
