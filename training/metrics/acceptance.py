@@ -9,8 +9,8 @@
         drafts += 1; accepted[h] += 1 for h = 1..a; i += a + 1
 
 A draft is accepted only where all before it are, and those are tokens of the text. So heads that read drafts read the
-same tokens in decoding as here, and no draft has to be decoded. vLLM counts in the same way: every round drafts K tokens
-and counts all that match, also where the text ends among them.
+same tokens in decoding as here, and no draft has to be decoded. vLLM counts in the same way: every round drafts K
+tokens and counts all that match, also where the text ends among them.
 
 Source: vLLM's v1/core/sched/scheduler.py, `update_from_output`; its counters `vllm:spec_decode_num_drafts` and
 `vllm:spec_decode_num_accepted_tokens_per_pos`.

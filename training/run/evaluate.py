@@ -68,9 +68,8 @@ def evaluate(
         rows = inputs.rows(inputs.tokens.held_out)
         batches = rows.in_order(recipe.validation.batch_size, recipe.validation.rows)
         heads = score_heads(model, (batch.to(inputs.device) for batch in batches))
-        evaluation = Evaluation(
-            heads, inputs.unigram, None, *decode(model, inputs, recipe.validation.decoding, encoded)
-        )
+        decoding, acceptance = decode(model, inputs, recipe.validation.decoding, encoded)
+        evaluation = Evaluation(heads, inputs.unigram, None, decoding, acceptance)
         tracking.log(0, validation_metrics(heads) | evaluation.metrics())
         for path in write_evaluation(evaluation, output, f"{source}: the heads on held-out text"):
             tracking.artifact(path)
@@ -105,9 +104,7 @@ def check_drafts(model: MTPWrapper, config: DecodingConfig, prompts: Sequence[Pr
     """
     asked = "--prompts" if prompts else "validation.decoding.draft_tokens" if config.draft_tokens else ""
     if asked and (model.horizon == 1 or not model.heads.drafts):
-        raise RecipeError(
-            f"{asked} needs heads that draft, and CHECKPOINT has {model.kind!r} with {model.horizon} heads"
-        )
+        raise RecipeError(f"{asked} needs heads that draft; CHECKPOINT has {model.horizon} heads, {model.kind!r}")
     if not asked:
         return
     try:
