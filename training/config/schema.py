@@ -136,6 +136,16 @@ class Recipe(Group):
         return self
 
     @model_validator(mode="after")
+    def _heads_draft_so_far(self) -> Self:
+        drafted, heads = self.validation.decoding.draft_tokens, self.model.mtp
+        if drafted is not None and drafted >= heads.horizon and not heads.shared:
+            raise ValueError(
+                f"validation.decoding.draft_tokens {drafted} is more than the {heads.horizon - 1} extra heads of "
+                f"model.mtp.horizon {heads.horizon}; give validation.decoding.draft_tokens=null, or share the heads"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scorer_has_its_models(self) -> Self:
         for stage in self.scorer.scored_by.stages:
             if self.stage(stage) is None:
