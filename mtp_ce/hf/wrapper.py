@@ -191,7 +191,7 @@ class MTPWrapper(WrapperFiles):
             position_ids: a document begins wherever they restart, and no head predicts across its border.
             labels: `input_ids`, unshifted, with -100 at tokens that are not trained on.
             token_weights: weights of the tokens at these positions; None means ones. With shift_labels they are shifted
-                as those are. Or a function that computes them from this forward's own next-token head, for scorers.
+                as those are. Or a function that computes them from this forward's own heads, for scorers.
             document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
             num_items_in_batch: what the sum of the loss is divided by; None means the predicted tokens of this batch,
                 or the positions with a target for another `head_reduction` than "target".
@@ -277,9 +277,14 @@ class MTPWrapper(WrapperFiles):
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
-    @staticmethod
-    def _next_token(hidden: list[Tensor], output: Unembedding) -> NextToken:
-        return NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap)
+    def next_token(self, **inputs: Any) -> NextToken:
+        """Return the next-token head and the heads that draft, as scorers read them; arguments as in forward."""
+        return self._next_token(self.head_hidden_states(**inputs), Unembedding.of(self.causal))
+
+    def _next_token(self, hidden: list[Tensor], output: Unembedding) -> NextToken:
+        first, *further = map(output.scaled, hidden)
+        drafting = tuple(further) if self.heads.drafts else ()
+        return NextToken(first, output.weight, output.bias, output.softcap, drafting)
 
     def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
         if self.trunk != "joint":

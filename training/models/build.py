@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads.kinds import CONFIG_FILE
-from mtp_ce.heads.protocol import heads_class
+from mtp_ce.heads.protocol import Heads, heads_class
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
@@ -29,10 +29,16 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
             with it.
 
     Raises:
-        RecipeError: as `with_heads`, or the files of a pretrained model can't be read.
+        RecipeError: as `with_heads`, the scorer needs heads that draft, or the files of a pretrained model can't be
+            read.
     """
     heads = recipe.model.mtp
-    _check_kind(heads)
+    loaded = _check_kind(heads)
+    if recipe.scorer.reads_drafts and not loaded.drafts:
+        raise RecipeError(
+            f"scorer {recipe.scorer.name} needs heads that draft, and those of model.mtp.kind {heads.kind} don't; give "
+            "model.mtp.kind=sequential"
+        )
     if not isinstance(recipe.model, PretrainedModelConfig):
         return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
     with refuse_unloadable("model.source", recipe.model.source):
@@ -64,13 +70,14 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
     )  # fmt: skip
 
 
-def _check_kind(heads: MTPConfig) -> None:
+def _check_kind(heads: MTPConfig) -> type[Heads]:
     try:
         loaded = heads_class(heads.kind, "model.mtp.kind")
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
     if heads.shared and not loaded.can_share:
         raise RecipeError(f"model.mtp.shared is true with kind {heads.kind}, which can't be shared; give false")
+    return loaded
 
 
 def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:
