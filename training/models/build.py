@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -49,10 +50,9 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     heads = recipe.model.mtp
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
-        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        wrapper = MTPWrapper.from_pretrained(pretrained, **_of_the_loss(heads), dtype=torch.float32)
         found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared)
         assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
-        wrapper.loss = heads.loss
         return wrapper
     return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
 
@@ -64,10 +64,12 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
         RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
     """
     _check_kind(heads)
-    return MTPWrapper(
-        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction,
-        shared=heads.shared,
-    )  # fmt: skip
+    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, shared=heads.shared, **_of_the_loss(heads))
+
+
+def _of_the_loss(heads: MTPConfig) -> dict[str, Any]:
+    """Return the arguments of `MTPWrapper` that are not saved with the heads."""
+    return heads.model_dump(include={"trunk", "loss", "head_reduction", "targets"})
 
 
 def _check_kind(heads: MTPConfig) -> type[Heads]:
