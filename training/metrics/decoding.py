@@ -90,14 +90,7 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
     """
     total: Speculation | None = None
     identical, plain_seconds, speculative_seconds = 0, 0.0, 0.0
-    pad = model.causal.generation_config.pad_token_id
-    # The model's own settings apply, such as a repetition penalty, but those that speculation does not follow, and
-    # strings that end a text, which need a tokenizer.
-    off = {name: values[0] for name, values in OFF.items()}
-    settings: dict[str, Any] = {
-        **off, "do_sample": False, "stop_strings": None, "pad_token_id": 0 if pad is None else pad,
-        "attention_mask": torch.ones_like(prompts[0]),
-    }  # fmt: skip
+    settings = generation_settings(model) | {"attention_mask": torch.ones_like(prompts[0])}
     # Warm-up: the first call of each path is slower.
     few = min(new_tokens, 2 * model.horizon)
     model.generate(prompts[0], max_new_tokens=few, **settings)
@@ -113,6 +106,16 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
         total = speculation if total is None else total + speculation
     assert total is not None
     return DecodingResult(len(prompts), prompts[0].shape[1], identical, total, plain_seconds, speculative_seconds)
+
+
+def generation_settings(model: MTPWrapper) -> dict[str, Any]:
+    """Return settings of greedy decoding: the model's own, such as a repetition penalty, without some.
+
+    Off are those that speculation does not follow, and strings that end a text, which need a tokenizer.
+    """
+    pad = model.causal.generation_config.pad_token_id
+    off = {name: values[0] for name, values in OFF.items()}
+    return {**off, "do_sample": False, "stop_strings": None, "pad_token_id": 0 if pad is None else pad}
 
 
 def _now(tensor: Tensor) -> float:
