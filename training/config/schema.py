@@ -208,7 +208,6 @@ class Recipe(Group):
         scored = self.scorer.scored_by
         scorers: list[ScorerConfig] = [UniformScorerConfig(), scored]
         scorers += [load_class(name, SCORERS, "name")(name=name, of=scored) for name in CONTROLS]
-        decoding = self.validation.decoding.model_copy(update={"prompts": 0})
-        validation = self.validation.model_copy(update={"every": None, "decoding": decoding})
+        validation = self.validation.model_copy(update={"every": None, "at_start": False})
         same = {"precompute_weights": False, "validation": validation}
         return {scorer.label: self.model_copy(update={**same, "scorer": scorer}) for scorer in scorers}
