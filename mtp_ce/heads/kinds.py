@@ -20,6 +20,7 @@ class HeadKind(NamedTuple):
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
         drafts: as `Heads.drafts`.
         shares: whether one module can serve all extra heads (`shared=True`).
+        in_model: whether the parameters are saved among those of the model, wherever it is saved as a whole.
         format: what saved parameters mean, counted up where the same tensors are used in another way: heads of another
             format are not loaded.
     """
@@ -31,6 +32,7 @@ class HeadKind(NamedTuple):
     layouts: tuple[str, ...] = ()
     drafts: bool = True
     shares: bool = False
+    in_model: bool = False
     format: int = 1
 
 
@@ -42,6 +44,8 @@ KINDS: dict[str, HeadKind] = {
     "sequential": HeadKind(
         "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",), shares=True, format=2
     ),
+    # Its tensors are in the model's files, under the names they had there.
+    "native": HeadKind("mtp_ce.heads.native:NativeHeads", in_model=True),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False, drafts=False),
 }
 

@@ -43,12 +43,14 @@ class MTPWrapper(WrapperFiles):
     Args:
         model: any causal language model of transformers whose base model returns `last_hidden_state`, adapters of PEFT
             included.
-        horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h.
+        horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h. May be left
+            out with heads="native": one more than the model has MTP modules.
         heads: "residual": one small block per extra head (arXiv:2401.10774). "layer": a decoder layer of the model's
             own class per extra head (arXiv:2404.19737). "sequential": such layers in a chain, each given the token that
-            the one before predicts, as serving engines run them (arXiv:2412.19437). "teacher_forcing": no new
-            parameters, the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a
-            subclass of `mtp_ce.heads.protocol.Heads`.
+            the one before predicts, as serving engines run them (arXiv:2412.19437). "native": the MTP modules in the
+            files that the model was loaded from, which are written back there. "teacher_forcing": no new parameters,
+            the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a subclass of
+            `mtp_ce.heads.protocol.Heads`.
         trunk: "joint": model and heads are trained. "detached": the heads are trained, and no gradient reaches the
             model. "frozen": likewise, and the model's parameters no longer require gradients.
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
@@ -87,7 +89,7 @@ class MTPWrapper(WrapperFiles):
     def __init__(
         self,
         model: nn.Module,
-        horizon: int,
+        horizon: int | None = None,
         heads: str = "residual",
         trunk: TrunkMode = "joint",
         loss: LossPath = "linear",
@@ -103,16 +105,17 @@ class MTPWrapper(WrapperFiles):
         for name, value, known in choices:
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        if horizon is not None and (isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1):
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
         options = LossOptions(head_reduction=head_reduction, label_smoothing=label_smoothing, z_loss=z_loss)
         causal = causal_model(model)
         check_in_memory(causal)
         Unembedding.checked(causal)
-        built = build_heads(heads, causal, horizon, shared)
+        carried = CarriedModule.of(causal)
+        built = build_heads(heads, causal, horizon, shared, carried)
         if trunk != "joint" and next(built.parameters(), None) is None:
             raise ValueError(
-                f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."
+                f"trunk is {trunk!r} with heads={heads!r} and horizon {built.horizon}; nothing would be trained."
             )
         if targets == "trunk" and trunk == "joint":
             raise ValueError(
@@ -136,7 +139,7 @@ class MTPWrapper(WrapperFiles):
         # A constant of this run, not saved.
         self.register_buffer("head_weights", fixed_head_weights(head_weights, built, options), persistent=False)
         self._model_arguments = ModelArguments.of(model, causal, MTPWrapper.forward)
-        self.carried = CarriedModule.of(causal)
+        self.carried = carried.without(built.stored_names)
         self.carried.report(causal, trained=trunk == "joint")
         if trunk == "frozen":
             model.requires_grad_(False)
