@@ -143,6 +143,7 @@ def _accepted_length(trainer: Trainer, inputs: Inputs, folder: Path) -> dict[str
         model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
         torch.nn.Module.to(model, inputs.device)
     model.eval()
-    counts = measure_acceptance(model, [prompt[0].tolist() for prompt in prompts], decoding.new_tokens)
+    passages = [prompt for _, prompt in prompts]
+    counts = measure_acceptance(model, passages, decoding.new_tokens, decoding.draft_tokens)
     model.train()
     return {LENGTH: sum(counts, Acceptance()).mean_length}
