@@ -77,6 +77,7 @@ GIVE = {
     "give {}=auto or cpu": ("tiny", ["train.device=auto"]),
     "give one, or null": ("tiny", ["checkpoint.every=null"]),
     "give each its own": ("tiny", ["checkpoint.upload=s3://bucket/a"]),
+    "give a 'prompt' instead": None,  # tests/training/data/test_prompts.py
     "give {}=... again": None,  # tests/training/test_addresses.py
     "give that": None,  # tests/training/data/test_input_faults.py: a file instead of a named pipe
     "give a folder on this machine": None,  # tests/training/cli/test_cli.py

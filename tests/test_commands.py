@@ -58,6 +58,7 @@ FILES = {
     "my/chats.jsonl": json.dumps({"messages": CHAT}).encode(),
     "my/sharegpt.json": json.dumps([{"conversations": SHAREGPT}]).encode(),
     "my/chat_tokenizer/tokenizer.json": b"{}",
+    "my/prompts.jsonl": b'{"prompt": "def parse(line):", "domain": "code"}\n{"prompt_token_ids": [1, 4, 29]}\n',
     **{f"my/{name}.parquet": parquet(ROWS) for name in ("a", "held_out")},
     **{f"my/texts/{i}.txt": row["text"].encode() for i, row in enumerate(ROWS)},
 }

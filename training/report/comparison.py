@@ -73,9 +73,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         ]
         for metric, where in ((LENGTH, "greedy text of the model"), (ESTIMATE, "held-out text, 1 + agree")):
             changes = (_spread(differences(comparison, arm, metric), "+") for arm in arms)
-            lines.append(
-                f"| {where} | {_spread(_levels(comparison, baseline, metric))} | " + " | ".join(changes) + " |"
-            )
+            lines.append(f"| {where} | {_spread(_levels(comparison, baseline, metric))} | " + " | ".join(changes) + " |")
     lines += [
         "",
         f"Mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']:,} steps each.",

@@ -146,8 +146,9 @@ def test_flatten_names_every_leaf_by_its_dotted_key():
 
 def test_drafts_are_as_long_as_the_heads_unless_one_module_serves_all():
     drafts = "validation.decoding.draft_tokens=3"
-    with pytest.raises(RecipeError, match="draft_tokens 3 is more than the 2 extra heads of model.mtp.horizon 3"):
+    with pytest.raises(RecipeError, match=r"draft_tokens 3 is more than the 2 extra heads of model\.mtp\.horizon 3"):
         load_recipe("tiny", ["model.mtp.horizon=3", drafts])
     assert load_recipe("tiny", ["model.mtp.horizon=4", drafts])
-    shared = ["model.mtp.horizon=3", "model.mtp.kind=sequential", "model.mtp.shared=true", drafts]
-    assert load_recipe("tiny", shared).validation.decoding.draft_tokens == 3
+    sequential = ["model.mtp.kind=sequential", drafts]
+    assert load_recipe("tiny", ["model.mtp.horizon=3", "model.mtp.shared=true", *sequential])
+    assert load_recipe("tiny", ["model.mtp.horizon=2", *sequential]).validation.decoding.draft_tokens == 3
