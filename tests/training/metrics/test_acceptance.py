@@ -91,7 +91,7 @@ def prompts(count: int = 4) -> list[list[int]]:
 def drafted_alone(model: MTPWrapper, prompt: list[int], K: int):
     """A draft from the produced tokens alone: each head reads the drafts before it, as in an engine."""
     wide = model
-    if K + 1 > model.horizon:
+    if model.horizon < K + 1:
         wide = MTPWrapper(model.causal, K + 1, heads="sequential", shared=True).eval()
         wide.heads.load_state_dict(model.heads.state_dict())
 
