@@ -71,6 +71,6 @@ def test_heads_of_ones_own_that_do_not_draft_are_refused_before_training(small, 
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = small(["scorer={name: draft_rejection}", "model.mtp.kind=silent_heads:Silent"])
     with pytest.raises(
-        RecipeError, match="draft_rejection needs heads that draft, and those of .* silent_heads:Silent don't"
+        RecipeError, match=r"draft_rejection needs heads that draft, and those of .* silent_heads:Silent don"
     ):
         build_model(recipe)
