@@ -142,8 +142,8 @@ def wrong_settings(text: str) -> list[str]:
     if wrong := [key for key, _ in found if not is_key(key) and key.partition("=")[0] not in NO_KEYS]:
         return wrong
     concrete = [(key, value) for key, value in found if HOLE not in key and value not in CHOSEN]
-    # Together, as a command takes them, or each by itself.
-    if loads([f"{key}={value.replace(HOLE, '1')}" for key, value in concrete]):
+    # Together, as a command takes them, or each by itself. Most texts set nothing, and a recipe takes time to load.
+    if not concrete or loads([f"{key}={value.replace(HOLE, '1')}" for key, value in concrete]):
         return []
     return [f"{key}={value}" for key, value in concrete if HOLE not in value and not loads([f"{key}={value}"])]
 
