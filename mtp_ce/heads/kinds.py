@@ -38,7 +38,7 @@ KINDS: dict[str, HeadKind] = {
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
     # Format 1 read the trunk's hidden state before its final norm.
     "sequential": HeadKind(
-        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",), shares=True, format=2
+        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads", "mimo"), shares=True, format=2
     ),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
 }
