@@ -53,7 +53,8 @@ NO_KEYS = {
 
 # Options of other programs.
 FOREIGN_OPTIONS = {
-    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "standalone", "nproc-per-node", "no-python",
+    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone",
+    "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
     "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",
     "dynamo_backend", "no_python",
