@@ -9,11 +9,11 @@
         drafts += 1; accepted[h] += 1 for h = 1..a; i += a + 1
 
 A draft is accepted only where all before it are, and those are tokens of the text. So heads that read drafts read the
-same tokens in decoding as here, and no draft has to be decoded. vLLM counts in the same way (`vllm:spec_decode_num_drafts`,
-`vllm:spec_decode_num_accepted_tokens_per_pos`): every round drafts K tokens and counts all that match, also where
-the text ends among them.
+same tokens in decoding as here, and no draft has to be decoded. vLLM counts in the same way: every round drafts K
+tokens and counts all that match, also where the text ends among them.
 
-Source: vLLM's v1/core/sched/scheduler.py, `update_from_output`, and v1/spec_decode/metrics.py.
+Source: vLLM's v1/core/sched/scheduler.py, `update_from_output`; its counters `vllm:spec_decode_num_drafts` and
+`vllm:spec_decode_num_accepted_tokens_per_pos`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,24 @@ def last_token(tokens: Sequence[int], new_tokens: int, ends: Collection[int]) ->
     return next((i for i, token in enumerate(tokens[:new_tokens]) if token in ends), new_tokens - 1)
 
 
+@dataclass(frozen=True)
+class AcceptanceResult:
+    """Counts of all prompts.
+
+    Attributes:
+        draft_tokens: K.
+        domains: counts by domain; one entry, "", where prompts have none.
+    """
+
+    draft_tokens: int
+    domains: dict[str, Acceptance]
+
+    @property
+    def total(self) -> Acceptance:
+        """Return the counts of all domains together."""
+        return sum(self.domains.values(), Acceptance())
+
+
 @torch.no_grad()
 def measure_acceptance(
     model: MTPWrapper,
@@ -102,6 +120,7 @@ def measure_acceptance(
     new_tokens: int,
     draft_tokens: int | None = None,
     *,
+    texts: Sequence[Tensor] | None = None,
     ignore_eos: bool = False,
 ) -> list[Acceptance]:
     """Count what a serving engine counts for greedy texts, for each prompt.
@@ -111,20 +130,24 @@ def measure_acceptance(
         prompts: token ids.
         new_tokens: maximum number of tokens of a text, as `max_tokens` of a request.
         draft_tokens: K, as `num_speculative_tokens`; None means H - 1. Only a shared module drafts more than that.
+        texts: the greedy texts with their prompts, [1, L] each, where they were decoded before.
         ignore_eos: whether texts go on after an end-of-text token, as with `ignore_eos` of a request.
 
     Raises:
         ValueError: the heads can't draft, or not so far.
     """
     K = check_draft_tokens(model, draft_tokens)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.causal.parameters()).device
     ends = [] if ignore_eos else end_tokens(model)
     counts = []
-    for prompt in prompts:
-        text = torch.tensor([list(prompt)], device=device)
-        text = _generated(model, text, new_tokens, ends)
+    for index, prompt in enumerate(prompts):
+        if texts is None:
+            text = _generated(model, torch.tensor([list(prompt)], device=device), new_tokens, ends)
+        else:
+            text = texts[index]
         tokens = text[0, len(prompt) :].tolist()
-        if missing := last_token(tokens, new_tokens, ends) + K - len(tokens):
+        missing = last_token(tokens, new_tokens, ends) + K - len(tokens)
+        if missing > 0:
             text = _generated(model, text, missing, [])
             tokens = text[0, len(prompt) :].tolist()
         drafted = draft_along(model, text, len(prompt), K)

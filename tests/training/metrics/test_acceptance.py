@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 
@@ -70,13 +71,15 @@ def trained(kind: str, horizon: int, shared: bool = False) -> MTPWrapper:
     config = LlamaConfig(vocab_size=V, max_position_embeddings=128, initializer_range=0.3, eos_token_id=None, **sizes)
     model = MTPWrapper(LlamaForCausalLM(config), horizon, heads=kind, shared=shared)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(50):
         tokens = torch.randint(V, (8, 1)) + torch.where(torch.rand(8, 32) < 0.2, 5, 1).cumsum(1)
         tokens = tokens % V
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.generation_config.eos_token_id = None
+    with torch.no_grad():  # some drafts have to be wrong
+        for parameter in model.heads.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -88,7 +91,7 @@ def prompts(count: int = 4) -> list[list[int]]:
 def drafted_alone(model: MTPWrapper, prompt: list[int], K: int):
     """A draft from the produced tokens alone: each head reads the drafts before it, as in an engine."""
     wide = model
-    if model.heads.shared and K + 1 != model.horizon:
+    if model.heads.shared and model.horizon != K + 1:
         wide = MTPWrapper(model.causal, K + 1, heads="sequential", shared=True).eval()
         wide.heads.load_state_dict(model.heads.state_dict())
 
@@ -125,3 +128,70 @@ def test_one_forward_over_the_greedy_text_counts_what_drafting_does(kind, horizo
             total += counts
     model.generation_config.eos_token_id = None
     assert total.drafts > total.accepted[0] >= total.accepted[-1] > 0, "some drafts are accepted whole, some not"
+
+
+def test_the_counts_agree_with_speculative_decoding_here():
+    """Its last draft is shortened to the tokens that are left, so that it accepts fewer there; all else is equal."""
+    model, same, shortened = trained("sequential", 4), 0, 0
+    for new_tokens in range(2, 24):
+        (found,) = measure_acceptance(model, prompts(1), new_tokens)
+        own = generate_speculatively(model, torch.tensor(prompts(1)), max_new_tokens=new_tokens).speculation
+        beyond = 1 + found.drafts + sum(found.accepted) - new_tokens
+        assert own.rounds == found.drafts
+        assert sum(own.kept) == sum(found.accepted) - beyond
+        if beyond == 0:
+            same += 1
+            assert own.kept == found.accepted
+        shortened += beyond > 0
+    assert same > 3
+    assert shortened > 3
+
+
+def test_texts_that_were_decoded_before_are_used_and_not_decoded_again(monkeypatch):
+    model, decoded, generate = trained("residual", 4), [], MTPWrapper.generate
+
+    def counted(self, *arguments, **options):
+        decoded.append(options["max_new_tokens"])
+        return generate(self, *arguments, **options)
+
+    for eos in (None, 5):
+        model.generation_config.eos_token_id = eos
+        expected = measure_acceptance(model, prompts(), 12)
+        texts = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False) for p in prompts()]
+        with monkeypatch.context() as patch:
+            patch.setattr(MTPWrapper, "generate", counted)
+            assert measure_acceptance(model, prompts(), 12, texts=texts) == expected
+    model.generation_config.eos_token_id = None
+    assert decoded == [2] * 8, "the K - 1 tokens by which the last draft may exceed the text"
+
+
+def test_ignore_eos_counts_beyond_the_end_of_a_text():
+    model = trained("residual", 4)
+    whole = measure_acceptance(model, prompts(), 20)
+    model.generation_config.eos_token_id = 5
+    assert measure_acceptance(model, prompts(), 20, ignore_eos=True) == whole
+    assert sum(counts.tokens for counts in measure_acceptance(model, prompts(), 20)) < 80
+    model.generation_config.eos_token_id = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "horizon", "draft_tokens", "words"),
+    [("residual", 4, 4, "draft_tokens is 4; expected from 1 to 3"), ("residual", 4, 0, "draft_tokens is 0"),
+     ("teacher_forcing", 3, None, "'teacher_forcing' with horizon 3")],
+)  # fmt: skip
+def test_drafts_longer_than_the_heads_are_refused(kind, horizon, draft_tokens, words):
+    config = LlamaConfig(vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = MTPWrapper(LlamaForCausalLM(config), horizon, heads=kind).eval()
+    with pytest.raises(ValueError, match=words):
+        measure_acceptance(model, prompts(1), 4, draft_tokens)
+
+
+def test_counts_add_up_and_texts_without_a_draft_have_no_rates():
+    one, other = Acceptance(4, [3, 1], 9, 1), Acceptance(2, [1, 1], 5, 1)
+    total = one + other + Acceptance()
+    assert total == Acceptance(6, [4, 2], 14, 2)
+    assert total.mean_length == 2
+    assert total.rates == [4 / 6, 2 / 6]
+    nothing = Acceptance(0, [0], 1, 1)
+    assert math.isnan(nothing.mean_length)
+    assert math.isnan(nothing.rates[0])
