@@ -57,7 +57,7 @@ FOREIGN_OPTIONS = {
     "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
     "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",
-    "dynamo_backend", "no_python",
+    "dynamo_backend", "no_python", "no-enable-prefix-caching", "attention-backend",
 }  # fmt: skip
 
 # Advice without a key: the words after "give", and what they say as settings, over a recipe. None: the words are
