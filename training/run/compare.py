@@ -101,7 +101,9 @@ def _run(
         trainer, results = fit(recipe, inputs, inputs.rows(inputs.tokens.train), weighing.weigh, folder, run)
         metrics = validation_metrics(results)
         ranks = inputs.ranks
-        metrics |= ranks.share(ranks.lead(lambda: _drafting(trainer, results, inputs, folder / "model"))) or {}
+        drafting: dict[str, float] | None = ranks.lead(lambda: _drafting(trainer, results, inputs, folder / "model"))
+        drafting = ranks.share(drafting)
+        metrics |= drafting or {}
         if documented:
             curated = validation_metrics(trainer.validate(inputs.rows(documented)))
             metrics |= {f"documented/{metric.removeprefix('val/')}": value for metric, value in curated.items()}
