@@ -53,10 +53,11 @@ NO_KEYS = {
 
 # Options of other programs.
 FOREIGN_OPTIONS = {
-    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "standalone", "nproc-per-node", "no-python",
+    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone",
+    "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
     "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",
-    "dynamo_backend", "no_python",
+    "dynamo_backend", "no_python", "no-enable-prefix-caching", "attention-backend",
 }  # fmt: skip
 
 # Advice without a key: the words after "give", and what they say as settings, over a recipe. None: the words are
@@ -77,6 +78,7 @@ GIVE = {
     "give {}=auto or cpu": ("tiny", ["train.device=auto"]),
     "give one, or null": ("tiny", ["checkpoint.every=null"]),
     "give each its own": ("tiny", ["checkpoint.upload=s3://bucket/a"]),
+    "give a 'prompt' instead": None,  # tests/training/data/test_prompts.py
     "give {}=... again": None,  # tests/training/test_addresses.py
     "give that": None,  # tests/training/data/test_input_faults.py: a file instead of a named pipe
     "give a folder on this machine": None,  # tests/training/cli/test_cli.py

@@ -181,6 +181,15 @@ class SequentialHeads(LayerHeads):
         return ahead.masked_fill((positions == 0)[..., None].to(ahead.device), 0)
 
     @property
+    def mtp_modules(self) -> list[dict[str, nn.Module]]:
+        """See `Heads`."""
+        parts = zip(self.hidden_norms, self.token_norms, self.projections, self.layers, strict=True)
+        return [
+            {"hidden_norm": hidden_norm, "token_norm": token_norm, "projection": projection, "decoder": layer}
+            for hidden_norm, token_norm, projection, layer in parts
+        ]
+
+    @property
     def layer_runs(self) -> list[int]:
         """See `Heads.layer_runs`: a shared module computes the depths before again, for their keys and values."""
         return list(range(1, self.horizon)) if self.shared else [1] * len(self.layers)

@@ -1,11 +1,15 @@
 """The layouts that `export-mtp` writes, by name. Needs neither torch nor transformers.
 
-A layout is one file with a function (wrapper, folder), and one line here.
+A layout is one file with a function (wrapper, folder), and one line here. A function whose folder an engine serves
+returns how.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from mtp_ce.heads.kinds import CONFIG_FILE, TENSORS_FILE
 
@@ -20,7 +24,6 @@ class Layout(NamedTuple):
         of_heads: whether it holds heads, so that their kind must support it (`HeadKind.layouts`).
         copied: files of a checkpoint that are the layout as they are, so that no model is loaded.
         tokenizer: whether the model's tokenizer is written beside it.
-        vllm_method: method of vLLM's speculative configuration that reads it.
     """
 
     path: str
@@ -29,7 +32,33 @@ class Layout(NamedTuple):
     of_heads: bool = True
     copied: tuple[str, ...] = ()
     tokenizer: bool = False
-    vllm_method: str | None = None
+
+
+class Serving(NamedTuple):
+    """How vLLM serves an exported folder.
+
+    Attributes:
+        method: of its speculative configuration.
+        tokens: num_speculative_tokens, the most that the heads were trained for.
+        overrides: keys that it reads in the configuration of the model served, and that model does not have.
+    """
+
+    method: str
+    tokens: int
+    overrides: Mapping[str, Any] = {}
+
+    def command(self, base: str, folder: str) -> str:
+        """Return the command.
+
+        Args:
+            base: the folder of the model.
+            folder: the exported one.
+        """
+        speculation = {"method": self.method, "model": folder, "num_speculative_tokens": self.tokens}
+        words = ["vllm", "serve", base]
+        if self.overrides:
+            words += ["--hf-overrides", json.dumps(self.overrides)]
+        return shlex.join([*words, "--speculative-config", json.dumps(speculation)])
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -48,7 +77,10 @@ LAYOUTS: dict[str, Layout] = {
     "medusa": Layout(
         "mtp_ce.serving.medusa:export_medusa",
         '"residual" heads as a draft model, which vLLM serves beside the base',
-        vllm_method="medusa",
+    ),
+    "mimo": Layout(
+        "mtp_ce.serving.mimo:export_mimo",
+        'a "sequential" module of a Llama, Qwen2 or Qwen3 as a draft model, which vLLM serves beside the base',
     ),
 }
 

@@ -63,8 +63,8 @@ class MTPConfig(Group):
     def _targets_stay(self) -> Self:
         if self.targets == "trunk" and self.trunk == "joint":
             raise ValueError(
-                "targets trunk with trunk joint would train the trunk on its own output; give trunk detached or frozen, "
-                "or targets text"
+                "targets trunk with trunk joint would train the trunk on its own output; give trunk detached, or "
+                "targets text"
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mtp_ce.heads.kinds import may_draft
+from mtp_ce.heads.kinds import KINDS, may_be_shared, may_draft
 from mtp_ce.registry import load_class
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.frozen import CriticConfig, FrozenModel, FrozenModelConfig, ReferenceConfig, StageName
@@ -139,10 +139,13 @@ class Recipe(Group):
     @model_validator(mode="after")
     def _heads_draft_so_far(self) -> Self:
         drafted, heads = self.validation.decoding.draft_tokens, self.model.mtp
-        if drafted is not None and drafted >= heads.horizon and not heads.shared:
+        # How far a module of the checkpoint or a class of the user's own drafts is known when it is loaded.
+        known = heads.kind in KINDS and not KINDS[heads.kind].in_model
+        one_module = heads.shared or (may_be_shared(heads.kind) and heads.horizon == 2)
+        if drafted is not None and drafted >= heads.horizon and known and not one_module:
             raise ValueError(
                 f"validation.decoding.draft_tokens {drafted} is more than the {heads.horizon - 1} extra heads of "
-                f"model.mtp.horizon {heads.horizon}; give validation.decoding.draft_tokens=null, or share the heads"
+                f"model.mtp.horizon {heads.horizon}; give validation.decoding.draft_tokens=null"
             )
         return self
 

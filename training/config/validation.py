@@ -17,7 +17,7 @@ class DecodingConfig(Group):
         default=None,
         ge=1,
         description="tokens of a draft (num_speculative_tokens of serving engines) for which accepted tokens are "
-        "counted as they count them; null: one per extra head, which is the most unless the heads are shared",
+        "counted as they count them; null: one per extra head, which is the most unless they are one module",
     )
 
 

@@ -183,7 +183,9 @@ def prompt_messages(messages: Sequence[Any], where: str) -> list[dict[str, Any]]
     return chat
 
 
-def encode_prompt(where: str, messages: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+def encode_prompt(
+    where: str, messages: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
     """Return the tokens of a chat with the beginning of the assistant's answer, as an engine is prompted.
 
     Args:
@@ -196,7 +198,9 @@ def encode_prompt(where: str, messages: list[dict[str, Any]], tools: Any, tokeni
         RecipeError: the tokenizer has no chat template, or it refuses the chat or its tools.
     """
     _, apply = _applied(where, _tools(tools, where) or None, tokenizer)
-    return tokenizer.encode(apply(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False)
+    rendered = apply(messages, tokenize=False, add_generation_prompt=True)
+    encoded: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
+    return encoded
 
 
 def _applied(path: str, tools: Any, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Callable[..., Any]]:

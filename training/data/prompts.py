@@ -109,7 +109,7 @@ def encode_prompts(lines: Sequence[PromptLine], tokenizer: PreTrainedTokenizerFa
     domains = any(line.domain is not None for line in lines)
     for line in lines:
         if line.field == MESSAGES and chat_template(tokenizer) is None:
-            raise RecipeError(f"{line.where}: a chat, and the tokenizer has no chat template; give a {TEXT!r} instead")
+            raise RecipeError(f"{line.where}: a chat, and the tokenizer has no chat template; give a 'prompt' instead")
         if line.field == MESSAGES:
             tokens = encode_prompt(line.where, line.value, line.tools, tokenizer)
         else:

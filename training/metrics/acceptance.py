@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_ce.heads.protocol import Heads
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.metrics.decoding import generation_settings
 from mtp_ce.training.metrics.head_scores import CHUNK_ROWS
@@ -129,7 +130,7 @@ def measure_acceptance(
         model: in eval mode, with heads that can draft.
         prompts: token ids.
         new_tokens: maximum number of tokens of a text, as `max_tokens` of a request.
-        draft_tokens: K, as `num_speculative_tokens`; None means H - 1. Only a shared module drafts more than that.
+        draft_tokens: K, as `num_speculative_tokens`; None means H - 1. Only heads of one module draft more than that.
         texts: the greedy texts with their prompts, [1, L] each, where they were decoded before.
         ignore_eos: whether texts go on after an end-of-text token, as with `ignore_eos` of a request.
 
@@ -166,8 +167,9 @@ def check_draft_tokens(model: MTPWrapper, draft_tokens: int | None = None) -> in
         raise ValueError(f"heads are {heads.kind!r} with horizon {heads.horizon}; expected heads that can draft.")
     if draft_tokens is None:
         return heads.horizon - 1
-    if draft_tokens < 1 or (draft_tokens >= heads.horizon and not heads.shared):
-        most = "at least 1" if heads.shared else f"from 1 to {heads.horizon - 1}, the number of extra heads"
+    deep = _is_one_module(heads)
+    if draft_tokens < 1 or (draft_tokens >= heads.horizon and not deep):
+        most = "at least 1" if deep else f"from 1 to {heads.horizon - 1}, the number of extra heads"
         raise ValueError(f"draft_tokens is {draft_tokens}; expected {most}.")
     return draft_tokens
 
@@ -199,14 +201,20 @@ def draft_along(model: MTPWrapper, text: Tensor, prompt_tokens: int, draft_token
 
 @contextmanager
 def _drafting(model: MTPWrapper, draft_tokens: int) -> Iterator[None]:
-    """Run a shared module at as many depths as a draft has tokens; other heads as they are."""
-    heads, horizon = model.heads, model.heads.horizon
-    if heads.shared:
-        heads.horizon = draft_tokens + 1
+    """Run a single module at as many depths as a draft has tokens, as engines run it; other heads as they are."""
+    heads = model.heads
+    horizon, shared = heads.horizon, heads.shared
+    if _is_one_module(heads):
+        heads.horizon, heads.shared = draft_tokens + 1, True
     try:
         yield
     finally:
-        heads.horizon = horizon
+        heads.horizon, heads.shared = horizon, shared
+
+
+def _is_one_module(heads: Heads) -> bool:
+    """Return whether the extra heads are one module that can be fed its own output."""
+    return heads.shared or (heads.can_share and heads.horizon == 2)
 
 
 def _generated(model: MTPWrapper, text: Tensor, new_tokens: int, ends: list[int]) -> Tensor:

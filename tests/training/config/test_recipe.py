@@ -142,3 +142,13 @@ def test_flatten_names_every_leaf_by_its_dotted_key():
     whole = yaml.safe_load(to_yaml(recipe))
     assert whole["tracking"].pop("options") == {}, "an empty group has no leaves"
     assert rebuilt == whole
+
+
+def test_drafts_are_as_long_as_the_heads_unless_one_module_serves_all():
+    drafts = "validation.decoding.draft_tokens=3"
+    with pytest.raises(RecipeError, match=r"draft_tokens 3 is more than the 2 extra heads of model\.mtp\.horizon 3"):
+        load_recipe("tiny", ["model.mtp.horizon=3", drafts])
+    assert load_recipe("tiny", ["model.mtp.horizon=4", drafts])
+    sequential = ["model.mtp.kind=sequential", drafts]
+    assert load_recipe("tiny", ["model.mtp.horizon=3", "model.mtp.shared=true", *sequential])
+    assert load_recipe("tiny", ["model.mtp.horizon=2", *sequential]).validation.decoding.draft_tokens == 3

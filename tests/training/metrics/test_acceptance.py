@@ -91,7 +91,7 @@ def prompts(count: int = 4) -> list[list[int]]:
 def drafted_alone(model: MTPWrapper, prompt: list[int], K: int):
     """A draft from the produced tokens alone: each head reads the drafts before it, as in an engine."""
     wide = model
-    if model.heads.shared and model.horizon != K + 1:
+    if model.horizon < K + 1:
         wide = MTPWrapper(model.causal, K + 1, heads="sequential", shared=True).eval()
         wide.heads.load_state_dict(model.heads.state_dict())
 
@@ -112,7 +112,7 @@ def drafted_alone(model: MTPWrapper, prompt: list[int], K: int):
 
 KINDS = [
     ("residual", 4, False, None), ("layer", 3, False, None), ("sequential", 4, False, None),
-    ("sequential", 4, False, 2), ("sequential", 2, True, None), ("sequential", 3, True, 5),
+    ("sequential", 4, False, 2), ("sequential", 2, False, 3), ("sequential", 3, True, 5),
 ]  # fmt: skip
 
 
