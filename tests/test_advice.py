@@ -65,6 +65,7 @@ FOREIGN_OPTIONS = {
 GIVE = {
     "give trunk joint": ("tiny", ["model.mtp.trunk=joint"]),
     "give trunk detached, or targets text": ("smollm2", ["model.mtp.trunk=detached", "model.mtp.targets=text"]),
+    "give kind pretrained, or another mtp.kind": ("smollm2", ["model.mtp.kind=native"]),
     "give kind sequential": ("tiny", ["model.mtp.kind=sequential", "model.mtp.shared=true"]),
     "give packed": ("tiny", ["data.packing=packed"]),
     "give scope 'sequence'": ("rho1", ["scorer.scope=sequence"]),

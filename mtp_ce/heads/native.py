@@ -101,6 +101,9 @@ class NativeHeads(SequentialHeads):
         )
         self.to(dtype=unembed.dtype, device="meta")
         self.load_state_dict(self._read(model, stored), assign=True)
+        left = [name for name, x in self.named_buffers() if x.is_meta]
+        if left and not unembed.is_meta:
+            raise _misfit(stored, f"{left[0]} of its layer is computed when a model is built, and is in no file")
 
     def _new_layer(self, model: Any) -> nn.Module:
         """Return a decoder layer of the model's class on the meta device, in the dtype of its output layer."""
@@ -131,7 +134,7 @@ class NativeHeads(SequentialHeads):
     def _read(self, model: Any, stored: StoredTensors) -> dict[str, Tensor]:
         """Return the parameters as files of the model have them."""
         unembed = model.get_output_embeddings().weight
-        self.stored_names = ()
+        self.stored_names, self.stored_in = (), stored.source
         self.conversions: list[list[Any]] = []
         self.copies: dict[str, str] = {}
         state: dict[str, Tensor] = {}
@@ -200,8 +203,10 @@ class NativeHeads(SequentialHeads):
                 tensors[f"{prefix}{decoder}{name.removeprefix(files.file_prefix)}"] = x
         for name, whose in self.copies.items():
             module = model.get_input_embeddings() if whose == "embed" else model.get_output_embeddings()
-            own_name = next(n for n, x in model.named_parameters(remove_duplicate=False) if x is module.weight)
-            tensors[name] = (module.weight if model_state is None else model_state[own_name]).detach().clone()
+            names = [n for n, x in model.named_parameters(remove_duplicate=False) if x is module.weight]
+            own_state = {} if model_state is None else model_state
+            # Of tied weights one name may be there.
+            tensors[name] = next((own_state[n] for n in names if n in own_state), module.weight).detach().clone()
         return {name: x.detach().contiguous() for name, x in tensors.items()}
 
     def normed(self, h: int, z: Tensor, norm: Any) -> tuple[Tensor, Tensor]:  # [B, S, D], all

@@ -17,7 +17,8 @@ def export_base(wrapper: ModelWithHeads, folder: str | Path) -> None:
     """Write the model without the heads, as a folder of transformers.
 
     Adapters of PEFT are merged into the weights that are written. They are merged in a copy, so that the wrapper keeps
-    them apart; such a model needs twice its memory. An MTP module that the model's files have is carried over.
+    them apart; such a model needs twice its memory. An MTP module that the model's files have is carried over; heads of
+    the kind "native" are written in its place.
 
     Args:
         wrapper: its model is written, in its dtype.
@@ -32,7 +33,8 @@ def export_base(wrapper: ModelWithHeads, folder: str | Path) -> None:
     adapted = wrapper.model is not wrapper.causal or hasattr(wrapper.causal, "peft_config")
     model: Any = _merged(wrapper.model) if adapted else wrapper.model
     stale = adapted or wrapper.trunk == "joint"
-    with wrapper.carried.carried_into(wrapper.causal, folder, stale=stale):
+    trained = wrapper.heads.module_tensors(model)
+    with wrapper.carried.carried_into(wrapper.causal, folder, stale=stale, trained=trained):
         model.save_pretrained(folder)
 
 

@@ -196,7 +196,8 @@ def _check_heads(source: Path, part: str) -> None:
             "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
         )
     models = () if LAYOUTS[part].copied else (("config.json", "adapter_config.json"),)
-    for names in ((TENSORS_FILE,), *models):
+    tensors = () if heads.in_model else ((TENSORS_FILE,),)
+    for names in (*tensors, *models):
         if not any((source / name).is_file() for name in names):
             raise ExportError(f"{source} has {CONFIG_FILE} but no {names[0]}; the checkpoint is incomplete")
     if find_spec("safetensors") is None:
