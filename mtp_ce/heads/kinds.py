@@ -18,7 +18,9 @@ class HeadKind(NamedTuple):
         parameters: whether the extra heads have parameters of their own.
         stack: the list of modules with one entry for each extra head, as parameters are named; None without parameters.
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
+        drafts: as `Heads.drafts`.
         shares: whether one module can serve all extra heads (`shared=True`).
+        in_model: whether the parameters are saved among those of the model, wherever it is saved as a whole.
         format: what saved parameters mean, counted up where the same tensors are used in another way: heads of another
             format are not loaded.
     """
@@ -28,19 +30,23 @@ class HeadKind(NamedTuple):
     parameters: bool = True
     stack: str | None = None
     layouts: tuple[str, ...] = ()
+    drafts: bool = True
     shares: bool = False
+    in_model: bool = False
     format: int = 1
 
 
 KINDS: dict[str, HeadKind] = {
-    "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False),
+    "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False, drafts=False),
     "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", stack="blocks", layouts=("heads", "medusa")),
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
     # Format 1 read the trunk's hidden state before its final norm.
     "sequential": HeadKind(
         "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads", "mimo"), shares=True, format=2
     ),
-    "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
+    # Its tensors are in the model's files, under the names they had there.
+    "native": HeadKind("mtp_ce.heads.native:NativeHeads", in_model=True),
+    "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False, drafts=False),
 }
 
 PATHS = {name: kind.path for name, kind in KINDS.items()}
@@ -54,6 +60,11 @@ TENSORS_FILE = "mtp_heads.safetensors"
 def may_be_shared(name: str) -> bool:
     """Return whether one module can serve all extra heads of this kind, as `may_have_parameters` does."""
     return name not in KINDS or KINDS[name].shares
+
+
+def may_draft(name: str) -> bool:
+    """Return whether heads of this kind draft, as `may_have_parameters` does."""
+    return name not in KINDS or KINDS[name].drafts
 
 
 def may_have_parameters(name: str) -> bool:

@@ -68,22 +68,30 @@ class LayerHeads(Heads):
         """
         heads, unembed = cls(model, horizon, **options), model.get_output_embeddings().weight
         heads.to(device=unembed.device, dtype=unembed.dtype)
-        if has_values(unembed):
-            with undisturbed(model):
-                heads._check(model)
+        heads.check_on(model)
         return heads
+
+    def check_on(self, model: Any) -> None:
+        """Check the heads in a forward of their model, where it has values.
+
+        Raises:
+            ValueError: see `of_model`.
+        """
+        if has_values(model.get_output_embeddings().weight):
+            with undisturbed(model):
+                self._check(model)
 
     def _check(self, model: Any) -> None:
         """Run model and heads over two tokens, and check that the equations above hold."""
         layers, norm = decoder_layers(model)
         tokens = torch.arange(2, device=model.get_output_embeddings().weight.device)[None]
         try:
-            with observed(layers[-1]) as call:
+            with observed(layers[self.layer_index]) as call:
                 hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         except (ImportError, RuntimeError, ValueError):
             return  # the model's kernels are for another device than the one it is on now
         try:
-            z = norm(call.output)
+            z = norm(call.output) if self.layer_index in (-1, len(layers) - 1) else hidden
             outputs = self(hidden, TrunkPass(call, norm, model.get_input_embeddings()(tokens)))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise self._unsupported(model, "the last one can't be called again on other hidden states") from error
@@ -111,7 +119,7 @@ class LayerHeads(Heads):
     def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
-        with observed(layers[-1]) as call:
+        with observed(layers[self.layer_index]) as call:
             yield LayerDrafter(self, call, norm, Unembedding.of(causal), new_cache)
 
 
@@ -135,7 +143,7 @@ class LayerDrafter:
         self.heads, self.call, self.norm, self.output = heads, call, norm, output
         self.caches = [new_cache() for _ in heads.layers]
         # A head is a copy of the model's last layer, with that layer's index in the cache.
-        self.layers = [cache.layers[-1] for cache in self.caches]
+        self.layers = [cache.layers[heads.layer_index] for cache in self.caches]
 
     def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """See `Drafter.draft`."""

@@ -56,6 +56,9 @@ class Heads(nn.Module):
             with a projection that reads [hidden; embedding]; None for heads of another form.
         can_share: whether `of_model` takes `shared=True`: one module for all extra heads.
         shared: whether these heads are one module, which drafts to any depth.
+        reads_checkpoint: whether `of_model` takes `stored`, the files of the model, and a horizon of None.
+        stored_names: of the tensors that `module_tensors` returns.
+        layer_index: index of the decoder layer of the model whose call `TrunkPass` has; -1 is the last one.
         format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
     """
@@ -64,6 +67,9 @@ class Heads(nn.Module):
     shared: bool = False
     drafts: ClassVar[bool] = True
     can_share: ClassVar[bool] = False
+    reads_checkpoint: ClassVar[bool] = False
+    layer_index: int = -1
+    stored_names: tuple[str, ...] = ()
     format: ClassVar[int] = 1
     reads_last_layer: ClassVar[bool] = False
     may_have_routers: ClassVar[bool] = False
@@ -142,16 +148,40 @@ class Heads(nn.Module):
         """
         yield HiddenStateDrafter(self, Unembedding.of(causal))
 
+    def module_tensors(
+        self, model: Any, state: Mapping[str, Tensor] | None = None, model_state: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the parameters that belong into the files of the model, by their names there; {} where none do.
+
+        Args:
+            model: the causal language model.
+            state: the heads' parameters where they were gathered from elsewhere; None takes their own.
+            model_state: likewise of the model.
+        """
+        return {}
+
+    def load_stored(self, model: Any, stored: Any) -> None:
+        """Read the parameters again from files of the model, as `module_tensors` returns them.
+
+        Args:
+            model: the causal language model.
+            stored: the files, as `mtp_ce.heads.native.StoredTensors`.
+        """
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         """Sizes and kind, for `print(model)`."""
         return f"hidden_size={self.hidden_size}, horizon={self.horizon}, kind={self.kind!r}"
 
-    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, in_model: bool = False
+    ) -> None:
         """Write `mtp_heads.json` and `mtp_heads.safetensors` into `folder`, beside a saved model.
 
         Args:
             folder: created where it is missing.
             state_dict: the parameters, where they were gathered from elsewhere; None takes the module's own.
+            in_model: whether the parameters are among the model's files, so that `mtp_heads.json` alone is written.
 
         Raises:
             ModuleNotFoundError: safetensors is not installed; `pip install 'mtp_ce[train]'` brings it.
@@ -166,9 +196,14 @@ class Heads(nn.Module):
         config: dict[str, Any] = {"kind": self.kind, "hidden_size": self.hidden_size, "horizon": self.horizon}
         if self.format > 1:
             config["format"] = self.format
-        if self.shared:
+        if self.shared and self.can_share:
             config["shared"] = True
+        if in_model:
+            config["in_model"] = True
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        if in_model:  # those of an earlier save
+            (folder / TENSORS_FILE).unlink(missing_ok=True)
+            return
         tensors = self.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata=self.file_metadata)
@@ -223,14 +258,15 @@ def heads_class(kind: str, argument: str = "heads") -> type[Heads]:
     return loaded
 
 
-def build_heads(kind: str, model: Any, horizon: int, shared: bool = False) -> Heads:
+def build_heads(kind: str, model: Any, horizon: int | None, shared: bool = False, stored: Any = None) -> Heads:
     """Build the heads of a model.
 
     Args:
         kind: as in `heads_class`.
         model: the causal language model, without PEFT's wrapper.
-        horizon: H.
+        horizon: H; None where the files of the model say it.
         shared: whether one module serves all extra heads.
+        stored: the files that the model was loaded from, as `mtp_ce.heads.native.StoredTensors`.
 
     Raises:
         TypeError, ValueError: as `heads_class`, the model can't have such heads, or they can't be shared.
@@ -239,6 +275,11 @@ def build_heads(kind: str, model: Any, horizon: int, shared: bool = False) -> He
     if shared and not loaded.can_share:
         raise ValueError(f"shared is True with heads={kind!r}; expected heads='sequential', or shared=False.")
     options: dict[str, Any] = {"shared": True} if shared else {}
-    heads = loaded.of_model(model, horizon, **options)
+    if loaded.reads_checkpoint:
+        options["stored"] = stored
+    elif horizon is None:
+        raise ValueError(f"horizon is None with heads={kind!r}; expected the number of heads, head 0 included.")
+    of_model: Any = loaded.of_model
+    heads: Heads = of_model(model, horizon, **options)
     heads.kind = kind
     return heads

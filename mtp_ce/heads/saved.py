@@ -33,6 +33,7 @@ class SavedConfig(NamedTuple):
         horizon: H.
         format: that of `mtp_ce.heads.kinds.HeadKind`.
         shared: whether one module serves all extra heads.
+        in_model: whether the parameters are among the model's files.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class SavedConfig(NamedTuple):
     horizon: int
     format: int = 1
     shared: bool = False
+    in_model: bool = False
 
 
 def read_config(file: Path) -> SavedConfig:
@@ -55,6 +57,7 @@ def read_config(file: Path) -> SavedConfig:
             config: Any = json.loads(opened.read(_MAX_BYTES))
         kind, hidden_size, horizon = (config.pop(name) for name in SavedConfig._fields[:3])
         version, shared = config.pop("format", 1), config.pop("shared", False)
+        in_model = config.pop("in_model", False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -66,13 +69,15 @@ def read_config(file: Path) -> SavedConfig:
         wrong["kind"] = kind
     elif not isinstance(shared, bool) or (shared and kind in KINDS and not KINDS[kind].shares):
         wrong["shared"] = shared
+    if not isinstance(in_model, bool) or (in_model and kind in KINDS and not KINDS[kind].in_model):
+        wrong["in_model"] = in_model
     if not _counts(version):
         wrong["format"] = version
     for name, value in wrong.items():
         raise ValueError(f"{file} has {name} {str(value)[:60]!r}; {expected}")
     if kind in KINDS:
         check_format(file, kind, version, KINDS[kind].format)
-    return SavedConfig(kind, hidden_size, horizon, version, shared)
+    return SavedConfig(kind, hidden_size, horizon, version, shared, in_model)
 
 
 def check_format(file: str | Path, kind: str, saved: int, known: int) -> None:

@@ -34,6 +34,8 @@ from torch.nn import functional as F
 from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.kinds import KINDS
 from mtp_ce.heads.layer import LayerDrafter, LayerHeads
+from mtp_ce.heads.modules.layout import ModuleLayout
+from mtp_ce.heads.modules.table import MODULE_LAYOUTS
 from mtp_ce.heads.repeated import Drafts, check_takes_masks, draft_positions, repeat_at_depth, takes_masks
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
 from mtp_ce.unembedding import Unembedding, has_values
@@ -46,10 +48,14 @@ class SequentialHeads(LayerHeads):
         model: the causal language model.
         horizon: H.
         shared: whether one module serves all extra heads.
+
+    Attributes:
+        layout: what the projection reads first, what a further depth reads, and what position 0 does.
     """
 
     kind = "sequential"
     can_share: ClassVar[bool] = True
+    layout: ModuleLayout = MODULE_LAYOUTS["mimo"]
     format: ClassVar[int] = KINDS["sequential"].format
 
     def __init__(self, model: Any, horizon: int, shared: bool = False) -> None:
@@ -88,14 +94,15 @@ class SequentialHeads(LayerHeads):
         layer, unembed = self.layers[0], model.get_output_embeddings().weight
         tokens = torch.arange(3, device=unembed.device)[None] % unembed.shape[0]
         try:
-            with observed(layers[-1]) as call, observed_rotary(model) as rotary:
+            with observed(layers[self.layer_index]) as call, observed_rotary(model) as rotary:
                 hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         except (ImportError, RuntimeError, ValueError):
             return  # as in `LayerHeads._check`
         try:
             embedded = model.get_input_embeddings()(tokens)
-            first = self.layer_input(1, hidden, ahead_of(embedded, 1, call))
-            second = self.layer_input(2, norm(call.repeat(layer, first)), ahead_of(embedded, 2, call))
+            first = self.layer_input(1, hidden, self.ahead_of(embedded, 1, call))
+            _, passed = self.normed(1, call.repeat(layer, first), norm)
+            second = self.layer_input(2, passed, self.ahead_of(embedded, 2, call))
             # The draft after two positions is the third one of a sequence, whatever the layer is made of.
             expected = call.repeat(layer, torch.cat([first[:, :2], second[:, 1:2]], 1))[:, 2]
             draft_positions(call, rotary, 1, 1)
@@ -115,21 +122,63 @@ class SequentialHeads(LayerHeads):
         outputs: list[Tensor] = [hidden]
         inputs: list[Tensor] = []
         for h in range(1, self.horizon):
-            inputs.append(self.layer_input(h, outputs[-1], ahead_of(tokens, h, call)))
+            inputs.append(self.layer_input(h, hidden, self.ahead_of(tokens, h, call)))
             if self.shared and h > 1:
                 check_takes_masks(self.config)
                 z = repeat_at_depth(call, self.layers[0], inputs)
             else:
                 z = call.repeat(self.layers[h - 1], inputs[-1])
-            outputs.append(norm(z))
+            output, hidden = self.normed(h, z, norm)
+            outputs.append(output)
         return outputs
 
     def layer_input(self, h: int, hidden: Tensor, ahead: Tensor) -> Tensor:  # [B, S, D], both
         """Return the input of layer h: the head before, joined with the embeddings of the tokens at t + h."""
         module = 0 if self.shared else h - 1
-        joined = torch.cat([self.hidden_norms[module](hidden), self.token_norms[module](ahead)], -1)
-        projected: Tensor = self.projections[module](joined)
+        halves = [self.hidden_norms[module](hidden), self.token_norms[module](ahead)]
+        if not self.layout.hidden_first:
+            halves.reverse()
+        projected: Tensor = self.projections[module](torch.cat(halves, -1))
         return projected
+
+    def normed(self, h: int, z: Tensor, norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:  # [B, S, D], all
+        """Return the hidden state of head h, and what the next layer reads of it.
+
+        Args:
+            h: the head.
+            z: output of its layer.
+            norm: the model's final norm.
+        """
+        hidden = norm(z)
+        return hidden, hidden if self.layout.passes_normed else z
+
+    def ahead_of(self, tokens: Tensor, h: int, call: LayerCall) -> Tensor:  # [B, S, D]
+        """Return the embeddings of the tokens at t + h, those beyond the row as zeros.
+
+        Args:
+            tokens: embeddings [B, S, D] of the tokens at t.
+            h: the head.
+            call: the last layer's call, for its position_ids.
+        """
+        ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, tokens.shape[1])))
+        return self.mask_position_zero(ahead, call, 0) if h == 1 else ahead
+
+    def mask_position_zero(self, ahead: Tensor, call: LayerCall, begin: int) -> Tensor:  # [B, S, D]
+        """Return head 1's embeddings with zeros at position 0: at the first token, and where documents begin.
+
+        Engines mask them so, and place head h at position t + h - 1.
+
+        Args:
+            ahead: the embeddings.
+            call: the last layer's call, for its position_ids.
+            begin: index of the first position, for layers that are called without position_ids.
+        """
+        if not self.layout.masks_first:
+            return ahead
+        positions = call.options.get("position_ids")
+        if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == ahead.shape[1]):
+            positions = torch.arange(begin, begin + ahead.shape[1], device=ahead.device)[None]
+        return ahead.masked_fill((positions == 0)[..., None].to(ahead.device), 0)
 
     @property
     def mtp_modules(self) -> list[dict[str, nn.Module]]:
@@ -150,7 +199,7 @@ class SequentialHeads(LayerHeads):
         """See `Heads.drafter`."""
         layers, norm = decoder_layers(causal)
         output, embed = Unembedding.of(causal), causal.get_input_embeddings()
-        with observed(layers[-1]) as call, observed_rotary(causal) as rotary:
+        with observed(layers[self.layer_index]) as call, observed_rotary(causal) as rotary:
             if self.shared:
                 drafts = Drafts(call, rotary, new_cache())
                 yield RepeatedDrafter(self, drafts, norm, output, embed)
@@ -169,28 +218,6 @@ def _inverse_gain(norm: nn.Module, D: int) -> Tensor | None:  # [D]
     # Coordinates that the norm all but removes stay small.
     inverse: Tensor = torch.where(gain.abs() > 0.05 * size, size / gain, gain / size)
     return inverse
-
-
-def ahead_of(tokens: Tensor, h: int, call: LayerCall, begin: int = 0) -> Tensor:  # [B, S, D]
-    """Return the embeddings of the tokens at t + h, those beyond the row as zeros.
-
-    Args:
-        tokens: embeddings [B, S, D] of the tokens at t.
-        h: the head. At position 0 head 1 reads zeros, as engines mask it: they place head h at position t + h - 1.
-        call: the last layer's call, for its position_ids.
-        begin: index of the first position, for layers that are called without position_ids.
-    """
-    S = tokens.shape[1]
-    ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, S)))
-    return mask_position_zero(ahead, call, begin) if h == 1 else ahead
-
-
-def mask_position_zero(ahead: Tensor, call: LayerCall, begin: int) -> Tensor:  # [B, S, D]
-    """Return embeddings with zeros where the call's position is 0: at the first token, and where documents begin."""
-    positions = call.options.get("position_ids")
-    if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == ahead.shape[1]):
-        positions = torch.arange(begin, begin + ahead.shape[1], device=ahead.device)[None]
-    return ahead.masked_fill((positions == 0)[..., None].to(ahead.device), 0)
 
 
 class ChainDrafter(LayerDrafter):
@@ -226,9 +253,10 @@ class ChainDrafter(LayerDrafter):
             # No token is known after `last`; attention keeps those positions from the others.
             ahead = F.pad(embedded[:, h:], (0, 0, 0, hidden.shape[1] - last - 1))
             if h == 1:
-                ahead = mask_position_zero(ahead, self.call, begin)
-            hidden = self.norm(self.call.repeat(layer, self.heads.layer_input(h, hidden, ahead), cache))
-            drafts.append(draw(self.output.logits(hidden[:, last : last + 1])))
+                ahead = self.heads.mask_position_zero(ahead, self.call, begin)
+            z = self.call.repeat(layer, self.heads.layer_input(h, hidden, ahead), cache)
+            output, hidden = self.heads.normed(h, z, self.norm)
+            drafts.append(draw(self.output.logits(output[:, last : last + 1])))
         drafted, drawn_from = (torch.cat(rounds, 1) for rounds in zip(*drafts, strict=True))
         return drafted, drawn_from
 
@@ -251,19 +279,19 @@ class RepeatedDrafter:
         embed: Callable[[Tensor], Tensor],
     ) -> None:
         self.heads, self.drafts, self.norm, self.output, self.embed = heads, drafts, norm, output, embed
-        self.layers = [drafts.cache.layers[-1]]
+        self.layers = [drafts.cache.layers[heads.layer_index]]
 
     def draft(self, hidden: Tensor, last: int, tokens: Tensor, width: int, draw: Draw) -> tuple[Tensor, Tensor]:
         """See `Drafter.draft`."""
         layer, begin = self.heads.layers[0], self.layers[0].get_seq_length()
         ahead = F.pad(self.embed(tokens)[:, 1:], (0, 0, 0, hidden.shape[1] - last - 1))
-        ahead = mask_position_zero(ahead, self.drafts.call, begin)
+        ahead = self.heads.mask_position_zero(ahead, self.drafts.call, begin)
         z = self.drafts.first(layer, self.heads.layer_input(1, hidden, ahead), last)
-        hidden = self.norm(z)
-        drafts = [draw(self.output.logits(hidden))]
+        output, hidden = self.heads.normed(1, z, self.norm)
+        drafts = [draw(self.output.logits(output))]
         for h in range(2, width + 1):
             z = self.drafts.further(layer, self.heads.layer_input(h, hidden, self.embed(drafts[-1][0])), h)
-            hidden = self.norm(z)
-            drafts.append(draw(self.output.logits(hidden)))
+            output, hidden = self.heads.normed(h, z, self.norm)
+            drafts.append(draw(self.output.logits(output)))
         drafted, drawn_from = (torch.cat(rounds, 1) for rounds in zip(*drafts, strict=True))
         return drafted, drawn_from

@@ -19,6 +19,7 @@ from mtp_ce.serving.carried import CarriedModule
 
 TrunkMode = Literal["joint", "detached", "frozen"]
 LossPath = Literal["linear", "logits"]
+Targets = Literal["text", "trunk"]
 
 
 class WrapperFiles(PreTrainedModel):
@@ -76,27 +77,33 @@ class WrapperFiles(PreTrainedModel):
         if left_out := parameters_beside_adapters(self.model):
             warnings.warn(f"{save_directory} is written without all that is trained: {left_out}", stacklevel=2)
         # DeepSpeed passes an empty one where it keeps the parameters in files of its own.
-        with self._with_carried(save_directory, is_main_process, state_dict != {}, options):
+        writes = is_main_process and state_dict != {}
+        # Adapters are saved without the model, and name its files.
+        adapted = hasattr(self.model, "peft_config")
+        trained: dict[str, Tensor] = {}
+        if writes and not adapted:
+            trained = self.heads.module_tensors(self.causal, split["heads."], split["model."])
+        with self._with_module(save_directory, is_main_process and not adapted, state_dict != {}, trained, options):
             self.model.save_pretrained(
                 save_directory, is_main_process=is_main_process, state_dict=split["model."], **options
             )
-        if is_main_process and state_dict != {}:
-            self.heads.save_pretrained(save_directory, state_dict=split["heads."])
+        if writes:
+            self.heads.save_pretrained(save_directory, state_dict=split["heads."], in_model=bool(trained))
 
-    def _with_carried(
-        self, folder: str | Path, writes: bool, tensors: bool, options: dict[str, Any]
+    def _with_module(
+        self, folder: str | Path, writes: bool, tensors: bool, trained: dict[str, Tensor], options: dict[str, Any]
     ) -> AbstractContextManager[None]:
-        # Adapters are saved without the model, and name its files.
-        if not writes or hasattr(self.model, "peft_config"):
+        if not writes:
             return nullcontext()
-        if options.get("distributed_checkpoint") and self.carried.names:
+        if options.get("distributed_checkpoint") and (self.carried.names or trained):
             raise ValueError(
-                f"distributed_checkpoint is True, and {self.carried.source} has an MTP module that is carried over "
-                "into safetensors; expected False."
+                f"distributed_checkpoint is True, and {self.carried.source} has an MTP module that is written into "
+                "safetensors; expected False."
             )
         return self.carried.carried_into(
-            self.causal, folder, stale=self.trunk == "joint", variant=options.get("variant"), tensors=tensors
-        )
+            self.causal, folder, stale=self.trunk == "joint", trained=trained, variant=options.get("variant"),
+            tensors=tensors,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -109,6 +116,7 @@ class WrapperFiles(PreTrainedModel):
         z_loss: float = 0.0,
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
+        targets: Targets = "text",
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
@@ -122,6 +130,7 @@ class WrapperFiles(PreTrainedModel):
             z_loss: of the loss.
             head_reduction: of the loss.
             head_weights: of the loss.
+            targets: "text" or "trunk".
             trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
                 that code first.
             **options: for `from_pretrained` of the class that the model's configuration names. Those that locate files
@@ -138,7 +147,7 @@ class WrapperFiles(PreTrainedModel):
         model = load_model(source, trainable=trunk == "joint", trust_remote_code=trust_remote_code, **options)
         return cls._with(
             saved, model, trunk=trunk, loss=loss, label_smoothing=label_smoothing, z_loss=z_loss,
-            head_reduction=head_reduction, head_weights=head_weights,
+            head_reduction=head_reduction, head_weights=head_weights, targets=targets,
         )  # fmt: skip
 
     @classmethod

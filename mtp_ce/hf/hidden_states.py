@@ -39,7 +39,7 @@ def head_hidden_states(
     trains = joint and torch.is_grad_enabled()
     if heads.reads_last_layer:
         layers, norm = decoder_layers(causal)
-        with torch.set_grad_enabled(trains), observed(layers[-1]) as call:
+        with torch.set_grad_enabled(trains), observed(layers[heads.layer_index]) as call:
             hidden, router_loss = _run(model, inputs, balances)
             tokens = inputs.get("inputs_embeds")
             if tokens is None:

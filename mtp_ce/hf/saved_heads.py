@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
 from mtp_ce.heads.protocol import ModelWithHeads, check_materialized
 from mtp_ce.heads.saved import check_format, check_tensors, read_config
+from mtp_ce.serving.carried import CarriedModule
 
 # Options of `from_pretrained` that locate a file and control its download.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -22,12 +23,13 @@ class SavedHeads:
     """The heads' files of `MTPWrapper.save_pretrained`."""
 
     source: str | Path
-    tensors: str
+    tensors: str | None  # None where they are among the model's
     kind: str
     horizon: int
     hidden_size: int
     format: int = 1
     shared: bool = False
+    in_model: bool = False
 
     @classmethod
     def beside(cls, source: str | Path, **options: Any) -> SavedHeads:
@@ -46,11 +48,13 @@ class SavedHeads:
             cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
             for name in (CONFIG_FILE, TENSORS_FILE)
         )
-        if config is None or tensors is None:
+        saved = None if config is None else read_config(Path(config))
+        if saved is not None and saved.in_model:
+            return cls(source, None, **saved._asdict())
+        if saved is None or tensors is None:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE} and {TENSORS_FILE}; MTPWrapper(model, ...) adds heads."
             )
-        saved = read_config(Path(config))
         check_tensors(Path(tensors), saved)
         return cls(source, tensors, **saved._asdict())
 
@@ -80,13 +84,17 @@ class SavedHeads:
                 f"{self.source} has heads of hidden size {self.hidden_size} and a model of {heads.hidden_size}; they "
                 "are not of one wrapper."
             )
-        if (self.kind, self.horizon, self.shared) != (heads.kind, heads.horizon, heads.shared):
+        shared = heads.shared and heads.can_share
+        if (self.kind, self.horizon, self.shared) != (heads.kind, heads.horizon, shared):
             raise ValueError(
                 f"{self.source} has {self.horizon} heads of the kind {self.kind!r}{_shared(self)}; expected "
                 f"{heads.horizon} of the kind {heads.kind!r}{_shared(heads)}, as the wrapper has."
             )
         # Of a class of your own; those of the package are checked when the file is read.
         check_format(self.source, self.kind, self.format, heads.format)
+        if self.tensors is None:
+            heads.load_stored(wrapper.causal, CarriedModule.at(self.source, wrapper.causal))
+            return
         saved, wanted = load_file(self.tensors), heads.state_dict()
         wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]
         if wrong := wrong or sorted(saved.keys() - wanted.keys()):

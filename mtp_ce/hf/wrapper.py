@@ -24,8 +24,8 @@ from mtp_ce.heads.virtual_tokens import check_virtual_tokens
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
 from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
 from mtp_ce.hf.documents import packed_documents
-from mtp_ce.hf.files import LossPath, TrunkMode, WrapperFiles
-from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
+from mtp_ce.hf.files import LossPath, Targets, TrunkMode, WrapperFiles
+from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer, trunk_targets
 from mtp_ce.hf.hidden_states import head_hidden_states
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
@@ -43,12 +43,14 @@ class MTPWrapper(WrapperFiles):
     Args:
         model: any causal language model of transformers whose base model returns `last_hidden_state`, adapters of PEFT
             included.
-        horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h.
+        horizon: H, the number of heads; head 0 is the model's own, head h predicts the token at t + 1 + h. May be left
+            out with heads="native": one more than the model has MTP modules.
         heads: "residual": one small block per extra head (arXiv:2401.10774). "layer": a decoder layer of the model's
             own class per extra head (arXiv:2404.19737). "sequential": such layers in a chain, each given the token that
-            the one before predicts, as serving engines run them (arXiv:2412.19437). "teacher_forcing": no new
-            parameters, the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a
-            subclass of `mtp_ce.heads.protocol.Heads`.
+            the one before predicts, as serving engines run them (arXiv:2412.19437). "native": the MTP modules in the
+            files that the model was loaded from, which are written back there. "teacher_forcing": no new parameters,
+            the model's own next-token loss h tokens further on. "none": H = 1. Or `package.module:Class`, a subclass of
+            `mtp_ce.heads.protocol.Heads`.
         trunk: "joint": model and heads are trained. "detached": the heads are trained, and no gradient reaches the
             model. "frozen": likewise, and the model's parameters no longer require gradients.
         loss: "linear" never builds the logits of the heads; "logits" builds them. The same loss.
@@ -59,6 +61,9 @@ class MTPWrapper(WrapperFiles):
         head_weights: H constants: a mean over heads becomes a weighted one.
         shared: for "sequential": one module for all extra heads, fed its own output, which drafts to any depth. It is
             saved with the heads.
+        targets: "text": the heads learn the labels. "trunk": they learn the token that head 0 finds most likely in each
+            place, which is what verification of a greedy draft compares with; for a trunk that is not trained. Loss and
+            statistics are those of these tokens. It costs one more pass of head 0 over the output layer.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
@@ -84,7 +89,7 @@ class MTPWrapper(WrapperFiles):
     def __init__(
         self,
         model: nn.Module,
-        horizon: int,
+        horizon: int | None = None,
         heads: str = "residual",
         trunk: TrunkMode = "joint",
         loss: LossPath = "linear",
@@ -93,21 +98,29 @@ class MTPWrapper(WrapperFiles):
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
         shared: bool = False,
+        targets: Targets = "text",
     ) -> None:
         check_name(heads, PATHS, "heads")
-        for name, value, known in (("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
+        choices = (("trunk", trunk, TrunkMode), ("loss", loss, LossPath), ("targets", targets, Targets))
+        for name, value, known in choices:
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        if horizon is not None and (isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1):
             raise ValueError(f"horizon is {horizon!r}; expected at least 1: head 0 is the model's own.")
         options = LossOptions(head_reduction=head_reduction, label_smoothing=label_smoothing, z_loss=z_loss)
         causal = causal_model(model)
         check_in_memory(causal)
         Unembedding.checked(causal)
-        built = build_heads(heads, causal, horizon, shared)
+        carried = CarriedModule.of(causal)
+        built = build_heads(heads, causal, horizon, shared, carried)
         if trunk != "joint" and next(built.parameters(), None) is None:
             raise ValueError(
-                f"trunk is {trunk!r} with heads={heads!r} and horizon {horizon}; nothing would be trained."
+                f"trunk is {trunk!r} with heads={heads!r} and horizon {built.horizon}; nothing would be trained."
+            )
+        if targets == "trunk" and trunk == "joint":
+            raise ValueError(
+                "targets is 'trunk' with trunk='joint'; expected trunk='detached' or 'frozen': a trunk that is trained "
+                "on its own greedy tokens learns nothing of the text."
             )
         balances = wants_router_loss(causal, built)
         if balances:
@@ -120,13 +133,13 @@ class MTPWrapper(WrapperFiles):
         self.loss_type = "ForCausalLM"
         self.model = model
         self.generation_config = causal.generation_config
-        self.trunk, self.loss = trunk, loss
+        self.trunk, self.loss, self.targets = trunk, loss, targets
         self.loss_options = options
         self.heads: Heads = built
         # A constant of this run, not saved.
         self.register_buffer("head_weights", fixed_head_weights(head_weights, built, options), persistent=False)
         self._model_arguments = ModelArguments.of(model, causal, MTPWrapper.forward)
-        self.carried = CarriedModule.of(causal)
+        self.carried = carried.without(built.stored_names)
         self.carried.report(causal, trained=trunk == "joint")
         if trunk == "frozen":
             model.requires_grad_(False)
@@ -191,7 +204,7 @@ class MTPWrapper(WrapperFiles):
             position_ids: a document begins wherever they restart, and no head predicts across its border.
             labels: `input_ids`, unshifted, with -100 at tokens that are not trained on.
             token_weights: weights of the tokens at these positions; None means ones. With shift_labels they are shifted
-                as those are. Or a function that computes them from this forward's own next-token head, for scorers.
+                as those are. Or a function that computes them from this forward's own heads, for scorers.
             document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
             num_items_in_batch: what the sum of the loss is divided by; None means the predicted tokens of this batch,
                 or the positions with a target for another `head_reduction` than "target".
@@ -239,6 +252,8 @@ class MTPWrapper(WrapperFiles):
         )  # fmt: skip
         tensors = {"head_weights": self.head_weights, **call.tensors}
         loss_inputs = LossInputs(call.targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
+        if self.targets == "trunk":
+            loss_inputs = loss_inputs._replace(labels=trunk_targets(hidden[0], output, loss_inputs, options))
         loss, stats = self._loss(hidden, output, loss_inputs, options)
         if router_loss is not None:
             fraction = normalized_fraction(stats.live, normalizer, options)
@@ -277,9 +292,14 @@ class MTPWrapper(WrapperFiles):
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
-    @staticmethod
-    def _next_token(hidden: list[Tensor], output: Unembedding) -> NextToken:
-        return NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap)
+    def next_token(self, **inputs: Any) -> NextToken:
+        """Return the next-token head and the heads that draft, as scorers read them; arguments as in forward."""
+        return self._next_token(self.head_hidden_states(**inputs), Unembedding.of(self.causal))
+
+    def _next_token(self, hidden: list[Tensor], output: Unembedding) -> NextToken:
+        first, *further = map(output.scaled, hidden)
+        drafting = tuple(further) if self.heads.drafts else ()
+        return NextToken(first, output.weight, output.bias, output.softcap, drafting)
 
     def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
         if self.trunk != "joint":

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.utils import cached_file
 
 _NAMED = re.compile(r"(^|\.)(mtp|nextn)")
@@ -90,8 +91,26 @@ class CarriedModule:
             patterns = causal._keys_to_ignore_on_load_unexpected or ()
             expects = any(_promised(causal.config.to_dict()).values()) or any("mtp" in pattern for pattern in patterns)
             return cls(source if expects else "", found=not expects)
-        own = {name for name, _ in (*causal.named_parameters(), *causal.named_buffers())}
-        return cls(source, tuple(name for name in mtp_names(files) if name not in own))
+        return cls(source, _module_names(files, causal))
+
+    @classmethod
+    def at(cls, folder: str | Path, causal: Any) -> CarriedModule:
+        """Look for the module in a folder of a model's files, such as a checkpoint.
+
+        Args:
+            folder: the folder.
+            causal: the model, without PEFT's wrapper.
+        """
+        return cls(str(folder), _module_names(_files(folder) or {}, causal))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors of the files; those that are not there are left out."""
+        files = _files(self.source) or {}
+        return _read_tensors(files, [name for name in names if name in files])
+
+    def without(self, names: Collection[str]) -> CarriedModule:
+        """Return the rest, without tensors that are trained and written by others."""
+        return replace(self, names=tuple(name for name in self.names if name not in set(names)))
 
     def report(self, causal: Any, *, trained: bool) -> None:
         """Warn of what transformers did not load, and what becomes of it; on the first rank.
@@ -121,7 +140,14 @@ class CarriedModule:
 
     @contextmanager
     def carried_into(
-        self, causal: Any, folder: str | Path, *, stale: bool, variant: str | None = None, tensors: bool = True
+        self,
+        causal: Any,
+        folder: str | Path,
+        *,
+        stale: bool,
+        trained: Mapping[str, Tensor] | None = None,
+        variant: str | None = None,
+        tensors: bool = True,
     ) -> Iterator[None]:
         """Add the module to the model that is saved into `folder` inside the block.
 
@@ -131,6 +157,8 @@ class CarriedModule:
             causal: the model in memory.
             folder: may be the one that the module comes from.
             stale: whether the trunk was trained since the module was.
+            trained: tensors of the module that were trained with the trunk, and are written in place of those in the
+                files.
             variant: of `save_pretrained`.
             tensors: whether the model's tensors are written; False: its configuration alone.
 
@@ -140,19 +168,21 @@ class CarriedModule:
         """
         folder = Path(folder)
         promised: dict[tuple[str, ...], int] = {}
-        staged = None
+        staged, source, added, trained = None, self.source, {}, trained or {}
         if tensors and (self.names or not self.found) and not self._is_dropped(causal):
             source, files, names = self._now(causal)
-            if names:
-                folder.mkdir(parents=True, exist_ok=True)
-                promised, stale = _promised(_read(source, _CONFIG)), stale or _is_stale(source)
-                # Before the block, which may overwrite the files that they come from.
-                staged = folder / "mtp_module.safetensors.part"
-                _copy(files, names, staged)
+            added = _read_tensors(files, (name for name in names if name not in trained))
+            stale = stale or _is_stale(source)
+        if added or (tensors and trained):
+            folder.mkdir(parents=True, exist_ok=True)
+            promised = _promised(_read(source, _CONFIG)) or _promised(causal.config.to_dict())
+            # Before the block, which may overwrite the files that they come from.
+            staged = folder / "mtp_module.safetensors.part"
+            save_file({**added, **trained}, staged, metadata={"format": "pt"})
         try:
             yield
-            if tensors:
-                _write_index(folder, variant, staged, {_STATE: _STALE} if stale else {})
+            if tensors:  # what was trained with the trunk is not stale
+                _write_index(folder, variant, staged, {_STATE: _STALE} if stale and added else {})
         finally:
             if staged:
                 staged.unlink(missing_ok=True)
@@ -276,12 +306,17 @@ def _promise(file: Path, promised: dict[tuple[str, ...], int], *, overwrite: boo
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy(files: dict[str, Path], names: Iterable[str], target: Path) -> None:
+def _module_names(files: Collection[str], causal: Any) -> tuple[str, ...]:
+    own = {name for name, _ in (*causal.named_parameters(), *causal.named_buffers())}
+    return tuple(name for name in mtp_names(files) if name not in own)
+
+
+def _read_tensors(files: Mapping[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
     tensors = {}
     for name in names:
         with safe_open(files[name], framework="pt") as opened:
             tensors[name] = opened.get_tensor(name)
-    save_file(tensors, target, metadata={"format": "pt"})
+    return tensors
 
 
 def _write_index(folder: Path, variant: str | None, added: Path | None, metadata: dict[str, str]) -> None:

@@ -4,7 +4,8 @@
 
 Runs of one seed share initial weights and the order of the rows, so their difference is less noisy than their levels.
 Every model is scored unweighted, on all held-out files and on the documented ones, the kind of text that the reference
-of the recipe `rho1` is trained on.
+of the recipe `rho1` is trained on. Heads that draft are scored by their mean accepted length, too, as an engine counts
+it in greedy texts of the model from held-out prompts.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
+from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
+from mtp_ce.training.metrics.acceptance import Acceptance, measure_acceptance
+from mtp_ce.training.metrics.decoding import choose_prompts
 from mtp_ce.training.metrics.head_scores import validation_metrics
-from mtp_ce.training.report.comparison import comparison_table, write_comparison
+from mtp_ce.training.report.comparison import ESTIMATE, LENGTH, comparison_table, write_comparison
 from mtp_ce.training.run.fitting import fit
 from mtp_ce.training.run.folder import RECIPE_FILE, make_folder
 from mtp_ce.training.run.inputs import Inputs, find_device, read_inputs
@@ -96,12 +101,16 @@ def _run(
         weighing = build_weighing(recipe, models, inputs.device, inputs.ranks)
         trainer, results = fit(recipe, inputs, inputs.rows(inputs.tokens.train), weighing.weigh, folder, run)
         metrics = validation_metrics(results)
+        lengths = inputs.ranks.share(inputs.ranks.lead(lambda: _accepted_length(trainer, inputs, folder / "model")))
+        if lengths:
+            metrics |= lengths | {ESTIMATE: 1 + sum(head.agrees or 0 for head in results[1:])}
         if documented:
             curated = validation_metrics(trainer.validate(inputs.rows(documented)))
             metrics |= {f"documented/{metric.removeprefix('val/')}": value for metric, value in curated.items()}
         return metrics
 
     settings = recipe.model_dump(include={"seed", "model", "optimizer", "train", "scorer"})
+    settings["decoding"] = recipe.validation.decoding.model_dump()
     settings["row_length"] = inputs.row_length
     scoring = [models[model.role] for model in recipe.frozen_models()]
     stage = Stage(
@@ -115,3 +124,25 @@ def _run(
     cached = run_stage(stage, inputs, output, tracking)
     results: dict[str, float | None] = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))["results"]
     return results
+
+
+def _accepted_length(trainer: Trainer, inputs: Inputs, folder: Path) -> dict[str, float]:
+    """Return the mean accepted length on held-out prompts; nothing where no head drafts or there are no prompts.
+
+    Args:
+        trainer: the finished loop.
+        inputs: held-out documents.
+        folder: of the saved model, which is read where each rank has only its shards.
+    """
+    decoding, mtp = trainer.recipe.validation.decoding, trainer.recipe.model.mtp
+    prompts = choose_prompts(inputs.tokens.held_out, decoding.prompts, decoding.prompt_tokens)
+    if mtp.horizon == 1 or not trainer.model.heads.drafts or not prompts:
+        return {}
+    model = trainer.model
+    if inputs.ranks.sharded:
+        model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
+        torch.nn.Module.to(model, inputs.device)
+    model.eval()
+    counts = measure_acceptance(model, [prompt[0].tolist() for prompt in prompts], decoding.new_tokens)
+    model.train()
+    return {LENGTH: sum(counts, Acceptance()).mean_length}
