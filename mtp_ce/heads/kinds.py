@@ -43,10 +43,14 @@ KINDS: dict[str, HeadKind] = {
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
     # Format 1 read the trunk's hidden state before its final norm.
     "sequential": HeadKind(
-        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads", "mimo"), shares=True, format=2
+        "mtp_ce.heads.sequential:SequentialHeads",
+        stack="layers",
+        layouts=("heads", "mimo", "deepseek", "qwen"),
+        shares=True,
+        format=2,
     ),
     # Its tensors are in the model's files, under the names they had there.
-    "native": HeadKind("mtp_ce.heads.native:NativeHeads", in_model=True),
+    "native": HeadKind("mtp_ce.heads.native:NativeHeads", layouts=("deepseek", "qwen"), in_model=True),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False, drafts=False),
 }
 

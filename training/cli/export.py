@@ -123,10 +123,14 @@ def _export(checkpoint: str, part: str, folder: str) -> str:
         serving = _write_whole(source, part, Path(folder))
     if serving is None:
         return f"{folder}: the {LAYOUTS[part].what} of {checkpoint}"
-    return (
-        f"{folder}: a draft model of the heads of {checkpoint}. With BASE, the folder of export-mtp {checkpoint} base "
-        f"BASE:\n{serving.command('BASE', folder)}"
-    )
+    return _served(checkpoint, folder, serving)
+
+
+def _served(checkpoint: str, folder: str, serving: Serving) -> str:
+    what = f"{folder}: the model of {checkpoint} with its heads as the MTP module."
+    if serving.beside:
+        what = f"{folder}: a draft model of the heads of {checkpoint}, for BASE of export-mtp {checkpoint} base BASE."
+    return "\n".join(filter(None, [what, serving.note, *serving.commands(folder)]))
 
 
 def _fetch(checkpoint: str) -> Path:
