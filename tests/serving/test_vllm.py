@@ -176,9 +176,11 @@ class Case:
 NATIVE = {"heads": "native", "horizon": 4}
 CASES = {
     "medusa": Case("SmolLM2-135M", {"heads": "residual", "horizon": 4}, "medusa", (1, 3), 8, 1e-3),
-    "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 60, 3e-3),
-    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 60, 3e-3),
-    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 60, 3e-3),
+    "mimo": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 2}, "mimo", (1,), 30, 3e-4),
+    "shared": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 4, "shared": True}, "mimo", (1, 3), 30, 3e-4),
+    "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 15, 3e-3),
+    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 10, 3e-3),
+    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 15, 3e-3),
 }
 
 
