@@ -22,7 +22,7 @@ ENTROPY_CHUNK_BYTES = 64 * 2**20
 
 
 class NextToken(NamedTuple):
-    """A causal language model's next-token head on one batch, and the heads that draft after it, without their logits."""
+    """A causal language model's next-token head on one batch, and the heads that draft, without their logits."""
 
     hidden: Tensor  # [B, S, D]; position t predicts token t + 1
     unembed: Tensor  # [V, D]

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
@@ -55,6 +55,38 @@ def test_the_tables_of_smollm2_are_those_of_its_results_file():
     for run in found.values():
         assert f"{run['decoding']['tokens_per_forward']:.2f} tokens per forward" in shown
         assert run["decoding"]["identical"] == run["decoding"]["prompts"]
+
+
+def test_the_table_of_served_heads_is_that_of_its_results_file():
+    """One row for each number of speculative tokens; tests/serving/test_vllm.py writes the file."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- serving:begin -->\n")[2].partition("<!-- serving:end -->")[0]
+    rows = [line.strip("|").split("|") for line in shown.splitlines() if line.startswith("|")][2:]
+    found = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
+
+    def counts(of: dict[str, Any]) -> str:
+        return f"{of['drafts']}; {', '.join(map(str, of['accepted']))}"
+
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [
+            *(row["base"], row["heads"], row["served_as"], str(row["draft_tokens"])),
+            *(counts(row["vllm"]), counts(row["eval_mtp"]), f"{row['same_text']}/{row['prompts']}"),
+        ]
+        for row in found["rows"]
+    ]
+    for package, version in found["versions"].items():
+        assert f"{package} {version}" in shown
+
+
+def test_vllm_accepted_what_was_counted_in_every_row_of_the_results_file():
+    found = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
+    assert {row["base"] for row in found["rows"]} >= {"SmolLM2-135M", "GLM-4-MoE, tiny", "Qwen3-Next, tiny"}
+    assert {row["draft_tokens"] for row in found["rows"]} == {1, 3}
+    for row in (*found["rows"], found["http"]):
+        assert row["vllm"] == row["eval_mtp"], row
+        assert len(row["vllm"]["accepted"]) == row["draft_tokens"]
+        assert row["same_text"] == row["prompts"], row
+        assert all(0 < count < row["vllm"]["drafts"] for count in row["vllm"]["accepted"]), row
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=str)

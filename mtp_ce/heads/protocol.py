@@ -51,10 +51,14 @@ class Heads(nn.Module):
             those, so that such heads are not trained with it.
         residual_blocks: one `nn.Linear` per extra head with hidden_h = hidden + SiLU(block(hidden)), as Medusa layouts
             store them; None for heads of another form.
+        mtp_modules: one mapping per module for heads that are MTP modules as checkpoints have them: "hidden_norm",
+            "token_norm", "projection" and "decoder", as `mtp_ce.heads.modules.layout.ModuleLayout` names their parts,
+            with a projection that reads [hidden; embedding]; None for heads of another form.
         can_share: whether `of_model` takes `shared=True`: one module for all extra heads.
         shared: whether these heads are one module, which drafts to any depth.
         reads_checkpoint: whether `of_model` takes `stored`, the files of the model, and a horizon of None.
         stored_names: of the tensors that `module_tensors` returns.
+        stored_in: the source that they were read from.
         layer_index: index of the decoder layer of the model whose call `TrunkPass` has; -1 is the last one.
         format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
@@ -67,6 +71,7 @@ class Heads(nn.Module):
     reads_checkpoint: ClassVar[bool] = False
     layer_index: int = -1
     stored_names: tuple[str, ...] = ()
+    stored_in: str = ""
     format: ClassVar[int] = 1
     reads_last_layer: ClassVar[bool] = False
     may_have_routers: ClassVar[bool] = False
@@ -116,6 +121,11 @@ class Heads(nn.Module):
 
     @property
     def residual_blocks(self) -> nn.ModuleList | None:
+        """See the class."""
+        return None
+
+    @property
+    def mtp_modules(self) -> Sequence[Mapping[str, nn.Module]] | None:
         """See the class."""
         return None
 

@@ -28,15 +28,19 @@ from torch import nn
 
 from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.serving.folders import check_free, describe
+from mtp_ce.serving.layouts import Serving
 from mtp_ce.unembedding import Unembedding
 
 
-def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> None:
+def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> Serving:
     """Write "residual" heads as a Medusa draft model, which vLLM serves beside the folder of `export_base`.
 
     Args:
         wrapper: has "residual" heads; vLLM drafts up to horizon - 1 tokens with them (num_speculative_tokens).
         folder: created where it is missing.
+
+    Returns:
+        how vLLM serves it.
 
     Raises:
         FileExistsError: `folder` holds a model already.
@@ -83,3 +87,4 @@ def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> None:
     written = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Serving("medusa", len(blocks))

@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.data.python_source import is_documented
@@ -27,10 +26,10 @@ from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
-from mtp_ce.training.metrics.acceptance import Acceptance, measure_acceptance
-from mtp_ce.training.metrics.decoding import choose_prompts
-from mtp_ce.training.metrics.head_scores import validation_metrics
-from mtp_ce.training.report.comparison import ESTIMATE, LENGTH, comparison_table, write_comparison
+from mtp_ce.training.metrics.evaluation import Evaluation
+from mtp_ce.training.metrics.head_scores import HeadResult, validation_metrics
+from mtp_ce.training.report.comparison import comparison_table, write_comparison
+from mtp_ce.training.run.evaluate import decode, load_checkpoint
 from mtp_ce.training.run.fitting import fit
 from mtp_ce.training.run.folder import RECIPE_FILE, make_folder
 from mtp_ce.training.run.inputs import Inputs, find_device, read_inputs
@@ -101,9 +100,10 @@ def _run(
         weighing = build_weighing(recipe, models, inputs.device, inputs.ranks)
         trainer, results = fit(recipe, inputs, inputs.rows(inputs.tokens.train), weighing.weigh, folder, run)
         metrics = validation_metrics(results)
-        lengths = inputs.ranks.share(inputs.ranks.lead(lambda: _accepted_length(trainer, inputs, folder / "model")))
-        if lengths:
-            metrics |= lengths | {ESTIMATE: 1 + sum(head.agrees or 0 for head in results[1:])}
+        ranks = inputs.ranks
+        drafting: dict[str, float] | None = ranks.lead(lambda: _drafting(trainer, results, inputs, folder / "model"))
+        drafting = ranks.share(drafting)
+        metrics |= drafting or {}
         if documented:
             curated = validation_metrics(trainer.validate(inputs.rows(documented)))
             metrics |= {f"documented/{metric.removeprefix('val/')}": value for metric, value in curated.items()}
@@ -126,24 +126,18 @@ def _run(
     return results
 
 
-def _accepted_length(trainer: Trainer, inputs: Inputs, folder: Path) -> dict[str, float]:
-    """Return the mean accepted length on held-out prompts; nothing where no head drafts or there are no prompts.
+def _drafting(trainer: Trainer, results: list[HeadResult], inputs: Inputs, folder: Path) -> dict[str, float]:
+    """Return the metrics of drafts, in decoding and as a serving engine counts them.
 
     Args:
         trainer: the finished loop.
+        results: its last validation.
         inputs: held-out documents.
         folder: of the saved model, which is read where each rank has only its shards.
     """
-    decoding, mtp = trainer.recipe.validation.decoding, trainer.recipe.model.mtp
-    prompts = choose_prompts(inputs.tokens.held_out, decoding.prompts, decoding.prompt_tokens)
-    if mtp.horizon == 1 or not trainer.model.heads.drafts or not prompts:
-        return {}
     model = trainer.model
     if inputs.ranks.sharded:
-        model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
+        model = load_checkpoint(str(folder), folder)
         torch.nn.Module.to(model, inputs.device)
-    model.eval()
-    passages = [prompt for _, prompt in prompts]
-    counts = measure_acceptance(model, passages, decoding.new_tokens, decoding.draft_tokens)
-    model.train()
-    return {LENGTH: sum(counts, Acceptance()).mean_length}
+    decoded = decode(model, inputs, trainer.recipe.validation.decoding)
+    return Evaluation(results, inputs.unigram, None, *decoded).metrics()

@@ -35,7 +35,7 @@ def planted(argmax: Tensor) -> NextToken:  # [B, S, H]
 
 def accepted(match: list[bool]) -> int:
     """Drafts before the first that does not match."""
-    return (match + [False]).index(False)
+    return [*match, False].index(False)
 
 
 def counterfactual(argmax: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def counterfactual(argmax: Tensor, labels: Tensor, documents: Tensor) -> Tensor:
                 drafted.append(bool(argmax[b, t, h] == argmax[b, t + h, 0]))
             rounds = drafted[1:]
             for h in range(len(rounds)):
-                corrected = rounds[:h] + [True] + rounds[h + 1 :]
+                corrected = [*rounds[:h], True, *rounds[h + 1 :]]
                 score[b, t + 2 + h] += accepted(corrected) - accepted(rounds)
     return score
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -104,15 +105,23 @@ def test_heads_are_the_checkpoints_own_files(checkpoint, tmp_path):
             assert (tmp_path / str(i) / name).read_bytes() == (checkpoint / "model" / name).read_bytes()
 
 
-def test_a_medusa_folder_comes_with_the_words_for_vllm(checkpoint, tmp_path, capsys):
-    assert main([str(checkpoint), "medusa", str(tmp_path / "medusa")]) == 0
-    assert json.loads((tmp_path / "medusa" / "config.json").read_text())["num_heads"] == 2
-    said = capsys.readouterr().out
-    assert json.loads(said[said.index("{") : said.rindex("}") + 1]) == {
-        "method": "medusa",
-        "model": str(tmp_path / "medusa"),
-        "num_speculative_tokens": 2,
-    }
+@pytest.mark.parametrize("part", ["medusa", "mimo"])
+def test_a_folder_that_an_engine_serves_comes_with_its_command(part, checkpoint, tmp_path, capsys):
+    source = checkpoint if part == "medusa" else checkpoint.parent / f"{checkpoint.name}-sequential"
+    if not source.exists():
+        wrapper = MTPWrapper.from_pretrained(checkpoint / "model")
+        MTPWrapper(wrapper.causal, 3, heads="sequential", shared=True).save_pretrained(source)
+    assert main([str(source), part, str(tmp_path / "a draft")]) == 0
+    assert json.loads((tmp_path / "a draft" / "config.json").read_text())["hidden_size"] == 8
+    said = capsys.readouterr().out.splitlines()
+    words = shlex.split(said[1])
+    assert words[:3] == ["vllm", "serve", "BASE"]
+    options = {name: json.loads(value) for name, value in zip(words[3::2], words[4::2], strict=True)}
+    method = {"medusa": "medusa", "mimo": "mtp"}[part]
+    speculation = {"method": method, "model": str(tmp_path / "a draft"), "num_speculative_tokens": 2}
+    assert options.pop("--speculative-config") == speculation
+    assert options == ({} if part == "medusa" else {"--hf-overrides": {"num_nextn_predict_layers": 1}})
+    assert said[2:] == [] or part == "mimo" and "sglang.launch_server --model-path BASE" in said[2]
 
 
 def test_what_only_the_model_can_say_is_one_line_too_and_leaves_nothing(tmp_path, capsys):
