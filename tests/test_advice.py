@@ -65,6 +65,7 @@ FOREIGN_OPTIONS = {
 GIVE = {
     "give trunk joint": ("tiny", ["model.mtp.trunk=joint"]),
     "give trunk detached, or targets text": ("smollm2", ["model.mtp.trunk=detached", "model.mtp.targets=text"]),
+    "give kind pretrained, or another mtp.kind": ("smollm2", ["model.mtp.kind=native"]),
     "give kind sequential": ("tiny", ["model.mtp.kind=sequential", "model.mtp.shared=true"]),
     "give packed": ("tiny", ["data.packing=packed"]),
     "give scope 'sequence'": ("rho1", ["scorer.scope=sequence"]),
@@ -83,6 +84,7 @@ GIVE = {
     "give {}=... again": None,  # tests/training/test_addresses.py
     "give that": None,  # tests/training/data/test_input_faults.py: a file instead of a named pipe
     "give a folder on this machine": None,  # tests/training/cli/test_cli.py
+    "give a file on this machine": None,  # tests/training/cli/test_eval.py
     "give another model": None,  # tests/training/loop/test_scoring.py
     "give the s3:// address of a run directory": None,  # tests/training/run/test_resume.py
     "give logits as wide as": None,  # tests/mtp_ce/loss/test_labels.py

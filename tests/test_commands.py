@@ -69,7 +69,7 @@ ELSEWHERE = {
     "pip install .": ("tests/test_house.py", "test_the_wheel_has_one_top_level_name_and_holds_every_module"),
     "uv run pytest -m slow": ("tests/training/run/test_resume.py", "pytest.mark.slow"),
     "uv run pytest -m serving": ("tests/serving/test_vllm.py", "pytest.mark.serving"),
-    "vllm serve": ("tests/serving/test_vllm.py", "test_the_printed_command_serves_the_same_over_http"),
+    "vllm serve": ("tests/serving/test_vllm.py", "test_the_printed_command_serves_over_http_what_eval_mtp_has_counted"),
     "uv run pytest": (".ci/run", "uv run pytest"),
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),

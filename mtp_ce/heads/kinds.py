@@ -20,7 +20,8 @@ class HeadKind(NamedTuple):
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
         drafts: as `Heads.drafts`.
         shares: whether one module can serve all extra heads (`shared=True`).
-        in_model: whether the parameters are saved among those of the model, wherever it is saved as a whole.
+        in_model: whether the parameters are read from the model's files, and saved among them where the model is saved
+            as a whole.
         format: what saved parameters mean, counted up where the same tensors are used in another way: heads of another
             format are not loaded.
     """
@@ -42,10 +43,14 @@ KINDS: dict[str, HeadKind] = {
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
     # Format 1 read the trunk's hidden state before its final norm.
     "sequential": HeadKind(
-        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads", "mimo"), shares=True, format=2
+        "mtp_ce.heads.sequential:SequentialHeads",
+        stack="layers",
+        layouts=("heads", "mimo", "deepseek", "qwen"),
+        shares=True,
+        format=2,
     ),
     # Its tensors are in the model's files, under the names they had there.
-    "native": HeadKind("mtp_ce.heads.native:NativeHeads", in_model=True),
+    "native": HeadKind("mtp_ce.heads.native:NativeHeads", layouts=("deepseek", "qwen"), in_model=True),
     "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False, drafts=False),
 }
 
@@ -70,3 +75,8 @@ def may_draft(name: str) -> bool:
 def may_have_parameters(name: str) -> bool:
     """Return whether heads of this kind have parameters, as far as can be known without importing their class."""
     return name not in KINDS or KINDS[name].parameters
+
+
+def is_in_model(name: str) -> bool:
+    """Return whether heads of this kind are read from a model's own files, and saved among them."""
+    return name in KINDS and KINDS[name].in_model

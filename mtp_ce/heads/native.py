@@ -88,9 +88,9 @@ class NativeHeads(SequentialHeads):
                 f"horizon is {horizon} and {stored.source} has {modules} MTP modules; expected at most {modules + 1}."
             )
         Heads.__init__(self, model.get_output_embeddings().weight.shape[1], horizon or modules + 1)
-        self.layout, self.prefixes = found.layout, found.prefixes[: self.horizon - 1]
-        self.shared = modules == 1 and self.horizon > 1
         self.config = model.config.get_text_config(decoder=True)
+        self.layout, self.prefixes = found.layout.of(self.config.model_type), found.prefixes[: self.horizon - 1]
+        self.shared = modules == 1 and self.horizon > 1
         self.layer_index = _place(self.config, len(layers), stored.source)
         D, count, unembed = self.hidden_size, len(self.prefixes), model.get_output_embeddings().weight
         self.layers = nn.ModuleList(self._new_layer(model) for _ in range(count))
@@ -101,6 +101,9 @@ class NativeHeads(SequentialHeads):
         )
         self.to(dtype=unembed.dtype, device="meta")
         self.load_state_dict(self._read(model, stored), assign=True)
+        left = [name for name, x in self.named_buffers() if x.is_meta]
+        if left and not unembed.is_meta:
+            raise _misfit(stored, f"{left[0]} of its layer is computed when a model is built, and is in no file")
 
     def _new_layer(self, model: Any) -> nn.Module:
         """Return a decoder layer of the model's class on the meta device, in the dtype of its output layer."""
@@ -131,7 +134,7 @@ class NativeHeads(SequentialHeads):
     def _read(self, model: Any, stored: StoredTensors) -> dict[str, Tensor]:
         """Return the parameters as files of the model have them."""
         unembed = model.get_output_embeddings().weight
-        self.stored_names = ()
+        self.stored_names, self.stored_in = (), stored.source
         self.conversions: list[list[Any]] = []
         self.copies: dict[str, str] = {}
         state: dict[str, Tensor] = {}
@@ -200,8 +203,10 @@ class NativeHeads(SequentialHeads):
                 tensors[f"{prefix}{decoder}{name.removeprefix(files.file_prefix)}"] = x
         for name, whose in self.copies.items():
             module = model.get_input_embeddings() if whose == "embed" else model.get_output_embeddings()
-            own_name = next(n for n, x in model.named_parameters(remove_duplicate=False) if x is module.weight)
-            tensors[name] = (module.weight if model_state is None else model_state[own_name]).detach().clone()
+            names = [n for n, x in model.named_parameters(remove_duplicate=False) if x is module.weight]
+            own_state = {} if model_state is None else model_state
+            # Of tied weights one name may be there.
+            tensors[name] = next((own_state[n] for n in names if n in own_state), module.weight).detach().clone()
         return {name: x.detach().contiguous() for name, x in tensors.items()}
 
     def normed(self, h: int, z: Tensor, norm: Any) -> tuple[Tensor, Tensor]:  # [B, S, D], all

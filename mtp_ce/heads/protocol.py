@@ -58,6 +58,7 @@ class Heads(nn.Module):
         shared: whether these heads are one module, which drafts to any depth.
         reads_checkpoint: whether `of_model` takes `stored`, the files of the model, and a horizon of None.
         stored_names: of the tensors that `module_tensors` returns.
+        stored_in: the source that they were read from.
         layer_index: index of the decoder layer of the model whose call `TrunkPass` has; -1 is the last one.
         format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
@@ -70,6 +71,7 @@ class Heads(nn.Module):
     reads_checkpoint: ClassVar[bool] = False
     layer_index: int = -1
     stored_names: tuple[str, ...] = ()
+    stored_in: str = ""
     format: ClassVar[int] = 1
     reads_last_layer: ClassVar[bool] = False
     may_have_routers: ClassVar[bool] = False

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_ce.heads.kinds import CONFIG_FILE, KINDS
+from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, is_in_model
 from mtp_ce.registry import is_class_path
 
 # Of heads of a class of your own, whose tensors are not known; many more than any model has.
@@ -69,7 +69,7 @@ def read_config(file: Path) -> SavedConfig:
         wrong["kind"] = kind
     elif not isinstance(shared, bool) or (shared and kind in KINDS and not KINDS[kind].shares):
         wrong["shared"] = shared
-    if not isinstance(in_model, bool) or (in_model and kind in KINDS and not KINDS[kind].in_model):
+    if not isinstance(in_model, bool) or (in_model and kind in KINDS and not is_in_model(kind)):
         wrong["in_model"] = in_model
     if not _counts(version):
         wrong["format"] = version
@@ -104,6 +104,8 @@ def check_tensors(file: Path, saved: SavedConfig) -> None:
     Raises:
         ValueError: the file is damaged, or holds heads of another number or size.
     """
+    if saved.in_model:  # among the model's
+        return
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -110,6 +111,8 @@ class WrapperFiles(PreTrainedModel):
         cls,
         source: str | Path,
         *,
+        heads: str | None = None,
+        horizon: int | None = None,
         trunk: TrunkMode = "joint",
         loss: LossPath = "linear",
         label_smoothing: float = 0.0,
@@ -120,10 +123,15 @@ class WrapperFiles(PreTrainedModel):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
-        """Load what `save_pretrained` wrote. Adapters of PEFT are trained further where `trunk` is "joint".
+        """Load what `save_pretrained` wrote, or a checkpoint with MTP modules of its own.
+
+        Adapters of PEFT are trained further where `trunk` is "joint".
 
         Args:
             source: the folder, or a name on the hub.
+            heads: None loads the heads that are saved beside the model. "native" makes heads of the MTP modules among
+                the model's own files, which need no others.
+            horizon: with heads="native": H; None means one more than there are modules, or that of the saved heads.
             trunk: see `MTPWrapper`; like all that follow it is not saved.
             loss: "linear" or "logits".
             label_smoothing: of the loss.
@@ -140,15 +148,26 @@ class WrapperFiles(PreTrainedModel):
             FileNotFoundError: there are no heads beside the model.
             ValueError: the heads do not fit the model: another hidden size, kind or number; or their class is the
                 author's own and `source` is no local folder; or a parameter of the model is missing or is not its own;
-                or the model needs code that may not run.
+                or the model needs code that may not run; or, with heads="native", as `MTPWrapper`.
         """
-        saved = SavedHeads.beside(source, **options)
-        saved.check_trusted()
+        if heads not in (None, "native") or (heads is None and horizon is not None):
+            raise ValueError(
+                f"heads is {heads!r} and horizon is {horizon}; expected heads='native' with any horizon, or neither: "
+                "MTPWrapper(model, horizon, heads=...) makes new heads on a model that is loaded."
+            )
+        saved = SavedHeads.beside(source, **options) if heads is None else SavedHeads.native(source, **options)
+        if saved is not None:
+            saved.check_trusted()
         model = load_model(source, trainable=trunk == "joint", trust_remote_code=trust_remote_code, **options)
-        return cls._with(
-            saved, model, trunk=trunk, loss=loss, label_smoothing=label_smoothing, z_loss=z_loss,
-            head_reduction=head_reduction, head_weights=head_weights, targets=targets,
-        )  # fmt: skip
+        construct: Any = cls  # MTPWrapper
+        arguments = {
+            "trunk": trunk, "loss": loss, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "head_reduction": head_reduction, "head_weights": head_weights, "targets": targets,
+        }  # fmt: skip
+        if saved is None:
+            wrapper: Self = construct(model, horizon, heads=heads, **arguments)
+            return wrapper
+        return cls._with(saved if horizon is None else replace(saved, horizon=horizon), model, **arguments)
 
     @classmethod
     def with_saved_heads(cls, model: nn.Module, source: str | Path, **options: Any) -> Self:
@@ -172,7 +191,8 @@ class WrapperFiles(PreTrainedModel):
     def _with(cls, saved: SavedHeads, model: nn.Module, **options: Any) -> Self:
         construct: Any = cls  # MTPWrapper
         wrapper = construct(model, saved.horizon, heads=saved.kind, shared=saved.shared, **options)
-        saved.load_into(wrapper)
+        if not (saved.in_model and wrapper.heads.stored_in == saved.tensors):  # which are read already
+            saved.load_into(wrapper)
         return wrapper
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -20,10 +20,16 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 
 @dataclass(frozen=True)
 class SavedHeads:
-    """The heads' files of `MTPWrapper.save_pretrained`."""
+    """The heads' files of `MTPWrapper.save_pretrained`.
+
+    Attributes:
+        source: where the model is.
+        tensors: the file of the tensors, or the folder of the model's files that they are among.
+        kind: as all that follow, see `mtp_ce.heads.saved.SavedConfig`.
+    """
 
     source: str | Path
-    tensors: str | None  # None where they are among the model's
+    tensors: str
     kind: str
     horizon: int
     hidden_size: int
@@ -48,15 +54,28 @@ class SavedHeads:
             cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
             for name in (CONFIG_FILE, TENSORS_FILE)
         )
-        saved = None if config is None else read_config(Path(config))
-        if saved is not None and saved.in_model:
-            return cls(source, None, **saved._asdict())
-        if saved is None or tensors is None:
+        if config is not None and (saved := read_config(Path(config))).in_model:
+            return cls(source, str(Path(config).parent.absolute()), **saved._asdict())
+        if config is None or tensors is None:
             raise FileNotFoundError(
                 f"{source} has no {CONFIG_FILE} and {TENSORS_FILE}; MTPWrapper(model, ...) adds heads."
             )
         check_tensors(Path(tensors), saved)
         return cls(source, tensors, **saved._asdict())
+
+    @classmethod
+    def native(cls, source: str | Path, **options: Any) -> SavedHeads | None:
+        """Locate saved MTP modules beside a model or its adapters; None where none were saved by a wrapper.
+
+        Args:
+            source: where the model is.
+            options: as of `beside`.
+        """
+        try:
+            saved = cls.beside(source, **options)
+        except FileNotFoundError:
+            return None
+        return saved if saved.kind == "native" else None
 
     def check_trusted(self) -> None:
         """Check that heads of a class from outside the package come from a local folder: loading imports the class.
@@ -92,8 +111,8 @@ class SavedHeads:
             )
         # Of a class of your own; those of the package are checked when the file is read.
         check_format(self.source, self.kind, self.format, heads.format)
-        if self.tensors is None:
-            heads.load_stored(wrapper.causal, CarriedModule.at(self.source, wrapper.causal))
+        if self.in_model:
+            heads.load_stored(wrapper.causal, CarriedModule.at(self.tensors, wrapper.causal))
             return
         saved, wanted = load_file(self.tensors), heads.state_dict()
         wrong = [name for name, x in wanted.items() if name not in saved or saved[name].shape != x.shape]

@@ -112,6 +112,11 @@ class MTPWrapper(WrapperFiles):
         check_in_memory(causal)
         Unembedding.checked(causal)
         carried = CarriedModule.of(causal)
+        if heads == "native" and carried.names and carried.is_dropped(causal):
+            raise ValueError(
+                f"heads is 'native', and the model's configuration has 0 MTP modules where {carried.source} has "
+                "others; expected their number, as from_pretrained reads it."
+            )
         built = build_heads(heads, causal, horizon, shared, carried)
         if trunk != "joint" and next(built.parameters(), None) is None:
             raise ValueError(

@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
+from mtp_ce.heads.modules.table import stored_modules
+
 _NAMED = re.compile(r"(^|\.)(mtp|nextn)")
 _LAYER = re.compile(r"((?:^|.*\.)layers\.(\d+)\.)")
 # Only a layer of an MTP module joins two inputs, or has an output layer.
@@ -124,17 +126,19 @@ class CarriedModule:
         message = f"{self._lost(causal)}. Until then save_pretrained is refused."
         if self.names:
             fate = "save_pretrained carries it over unchanged"
+            if stored_modules(self.names, causal.config.get_text_config().num_hidden_layers):
+                fate = f"heads='native' trains it; {fate}"
             if _is_stale(self.source):
                 fate += "; it is stale, because the model was trained after it, and drafts worse"
             elif trained:
                 fate += "; once the model is trained, which trunk='joint' does, it is stale and drafts worse"
-            if self._is_dropped(causal):
+            if self.is_dropped(causal):
                 fate = "save_pretrained leaves it out, because the model's configuration has 0 such modules"
             message = (
                 f"{self.source} has an MTP module of {len(self.names)} tensors that transformers does not load, "
                 f"{self.names[0]} to {self.names[-1]}. {fate}."
             )
-        elif self._is_dropped(causal):
+        elif self.is_dropped(causal):
             return
         warnings.warn(message, stacklevel=3)
 
@@ -169,7 +173,7 @@ class CarriedModule:
         folder = Path(folder)
         promised: dict[tuple[str, ...], int] = {}
         staged, source, added, trained = None, self.source, {}, trained or {}
-        if tensors and (self.names or not self.found) and not self._is_dropped(causal):
+        if tensors and (self.names or not self.found) and not self.is_dropped(causal):
             source, files, names = self._now(causal)
             added = _read_tensors(files, (name for name in names if name not in trained))
             stale = stale or _is_stale(source)
@@ -190,7 +194,7 @@ class CarriedModule:
             promised = dict.fromkeys((key for key, n in _promised(causal.config.to_dict()).items() if n), 0)
         _promise(folder / _CONFIG, promised, overwrite=not staged)
 
-    def _is_dropped(self, causal: Any) -> bool:
+    def is_dropped(self, causal: Any) -> bool:
         """Return whether the user has set the number of modules to 0 in the model's configuration."""
         now = _promised(causal.config.to_dict()).values()
         before = _promised(_read(self.source, _CONFIG)).values()

@@ -35,30 +35,43 @@ class Layout(NamedTuple):
 
 
 class Serving(NamedTuple):
-    """How vLLM serves an exported folder.
+    """How engines serve an exported folder.
 
     Attributes:
-        method: of its speculative configuration.
-        tokens: num_speculative_tokens, the most that the heads were trained for.
-        overrides: keys that it reads in the configuration of the model served, and that model does not have.
+        method: of vLLM's speculative configuration.
+        tokens: num_speculative_tokens, the most that the heads were trained for as vLLM runs them.
+        overrides: keys that vLLM reads in the configuration of the model served, and that model does not have.
+        beside: whether the folder is a draft model beside that model, and not all of it.
+        note: a sentence on what vLLM computes otherwise; empty where all is as in training.
+        sglang: the number of draft tokens in SGLang; 0 where it does not read the folder.
     """
 
     method: str
     tokens: int
     overrides: Mapping[str, Any] = {}
+    beside: bool = True
+    note: str = ""
+    sglang: int = 0
 
-    def command(self, base: str, folder: str) -> str:
-        """Return the command.
+    def commands(self, folder: str, base: str = "BASE") -> list[str]:
+        """Return the command of every engine that reads the folder, vLLM's first.
 
         Args:
-            base: the folder of the model.
             folder: the exported one.
+            base: the model that it is served beside.
         """
-        speculation = {"method": self.method, "model": folder, "num_speculative_tokens": self.tokens}
-        words = ["vllm", "serve", base]
-        if self.overrides:
-            words += ["--hf-overrides", json.dumps(self.overrides)]
-        return shlex.join([*words, "--speculative-config", json.dumps(speculation)])
+        model = base if self.beside else folder
+        draft = {"model": folder} if self.beside else {}
+        speculation = {"method": self.method, **draft, "num_speculative_tokens": self.tokens}
+        overrides = ["--hf-overrides", json.dumps(self.overrides)] if self.overrides else []
+        commands = [["vllm", "serve", model, *overrides, "--speculative-config", json.dumps(speculation)]]
+        if self.sglang:
+            path = ["--speculative-draft-model-path", folder] if self.beside else []
+            chain = ["--speculative-num-steps", str(self.sglang), "--speculative-eagle-topk", "1"]
+            chain += ["--speculative-num-draft-tokens", str(self.sglang + 1)]
+            words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+            commands.append([*words, "--speculative-algorithm", "NEXTN", *path, *chain])
+        return [*map(shlex.join, commands)]
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -81,6 +94,16 @@ LAYOUTS: dict[str, Layout] = {
     "mimo": Layout(
         "mtp_ce.serving.mimo:export_mimo",
         'a "sequential" module of a Llama, Qwen2 or Qwen3 as a draft model, which vLLM serves beside the base',
+    ),
+    "deepseek": Layout(
+        "mtp_ce.serving.deepseek:export_deepseek",
+        'a DeepSeek-V3 or GLM-4-MoE with "sequential" or "native" heads as its MTP module, for vLLM',
+        tokenizer=True,
+    ),
+    "qwen": Layout(
+        "mtp_ce.serving.qwen:export_qwen",
+        'a Qwen3-Next or Qwen3.5 with "sequential" or "native" heads as its MTP module, for vLLM',
+        tokenizer=True,
     ),
 }
 

@@ -36,7 +36,7 @@ from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.heads.trunk import decoder_layers, observed
 from mtp_ce.serving.folders import check_free
 from mtp_ce.serving.layouts import Serving
-from mtp_ce.serving.modules import checked_modules, module_tensors
+from mtp_ce.serving.modules import checked_modules, tensors_as
 from mtp_ce.unembedding import undisturbed
 
 # What vLLM's layer reads of the configuration.
@@ -69,15 +69,18 @@ def export_mimo(wrapper: ModelWithHeads, folder: str | Path) -> Serving:
             weights.setdefault(f"self_attn.{name}.bias", weight.new_zeros(len(weight)))
     _check_layer(wrapper, layer, config, weights)
     check_free(folder)
-    tensors = module_tensors(wrapper, LAYOUT)
+    tensors = tensors_as(LAYOUT, wrapper)
     prefix = LAYOUT.prefix.format(k=0)
     tensors |= {prefix + name: x.contiguous() for name, x in weights.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    overrides = {"num_nextn_predict_layers": 1} | ({"qk_norm": True} if _has_qk_norm(layer) else {})
-    return Serving("mtp", wrapper.heads.horizon - 1, overrides)
+    overrides: dict[str, Any] = {"num_nextn_predict_layers": 1}
+    tokens = wrapper.heads.horizon - 1
+    if _has_qk_norm(layer):  # which SGLang's layer does not have
+        return Serving("mtp", tokens, overrides | {"qk_norm": True})
+    return Serving("mtp", tokens, overrides, sglang=tokens)
 
 
 def _has_qk_norm(layer: nn.Module) -> bool:

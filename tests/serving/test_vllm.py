@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mtp_ce import MTPWrapper
 from mtp_ce.heads.modules.layout import ModuleLayout
 from mtp_ce.heads.modules.table import MODULE_LAYOUTS
+from mtp_ce.training.cli import evaluate as eval_cli
 from mtp_ce.training.cli import export as export_cli
 from mtp_ce.training.metrics.acceptance import Acceptance, measure_acceptance
 from mtp_ce.training.models.sources import fetch_source
@@ -176,9 +176,11 @@ class Case:
 NATIVE = {"heads": "native", "horizon": 4}
 CASES = {
     "medusa": Case("SmolLM2-135M", {"heads": "residual", "horizon": 4}, "medusa", (1, 3), 8, 1e-3),
-    "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 60, 3e-3),
-    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 60, 3e-3),
-    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 60, 3e-3),
+    "mimo": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 2}, "mimo", (1,), 30, 3e-4),
+    "shared": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 4, "shared": True}, "mimo", (1, 3), 30, 3e-4),
+    "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 15, 3e-3),
+    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 10, 3e-3),
+    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 15, 3e-3),
 }
 
 
@@ -209,8 +211,8 @@ def train(case: Case, base: Base, folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     wrapper = MTPWrapper(model, trunk="frozen", **case.heads)
-    texts = [continued(wrapper, prompt) for prompt in base.prompts[::2]]
-    rows = torch.stack([text[-min(map(len, texts)) :] for text in texts])
+    texts = [prompt + continued(wrapper, prompt) for prompt in base.prompts[::2]]
+    rows = torch.tensor([text[-min(map(len, texts)) :] for text in texts])
     optimizer = torch.optim.AdamW(wrapper.heads.parameters(), lr=case.rate)
     for _ in range(case.steps):
         wrapper(rows, labels=rows).loss.backward()
@@ -221,13 +223,12 @@ def train(case: Case, base: Base, folder: Path) -> None:
         AutoTokenizer.from_pretrained(base.folder).save_pretrained(folder)
 
 
-def continued(model: Any, prompt: list[int]) -> Tensor:  # [S + NEW_TOKENS]
-    """Return a prompt with the model's greedy text."""
-    x, n = torch.tensor([prompt]), NEW_TOKENS
-    text: Tensor = model.generate(
-        x, attention_mask=torch.ones_like(x), max_new_tokens=n, min_new_tokens=n, do_sample=False
-    )
-    return text[0]
+def continued(model: Any, prompt: list[int], to_end: bool = False) -> list[int]:
+    """Return the model's greedy text after a prompt; `to_end`: at most up to its end-of-text token."""
+    x, ends = torch.tensor([prompt]), {} if to_end else {"eos_token_id": None}
+    text = model.generate(x, attention_mask=torch.ones_like(x), do_sample=False, max_new_tokens=NEW_TOKENS, **ends)
+    tokens: list[int] = text[0, len(prompt) :].tolist()
+    return tokens
 
 
 @pytest.fixture(scope="session")
@@ -308,33 +309,48 @@ def test_vllm_writes_the_text_of_the_model_and_accepts_what_was_counted_before(n
         assert all(0 < count < row["vllm"]["drafts"] for count in row["vllm"]["accepted"]), row
 
 
-def test_the_printed_command_serves_the_same_over_http(served, vllm_python, vllm_environment, record):
-    """`vllm serve`, word for word as `export-mtp` prints it, and this machine's options behind."""
+def test_the_printed_command_serves_over_http_what_eval_mtp_has_counted(served, vllm_python, vllm_environment, record):
+    """`vllm serve`, word for word as `export-mtp` prints it, and this machine's options behind; texts may end early."""
     heads = served("medusa")
-    prompts = heads.base.prompts
     tokens = heads.option("speculative-config")["num_speculative_tokens"]
+    expected = evaluated(heads, tokens)
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = [str(vllm_python), "-m", "vllm.entrypoints.cli.main", *heads.command[1:], "--port", str(port)]
     program += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
-    address = f"http://127.0.0.1:{port}"
-    log = heads.checkpoint.parent / "serve.log"
+    address, log = f"http://127.0.0.1:{port}", heads.checkpoint.parent / "serve.log"
     with running(program, vllm_environment, log, f"{address}/health"):
-        texts = [complete(f"{address}/v1/completions", str(heads.model), prompt) for prompt in prompts]
+        texts = [complete(f"{address}/v1/completions", str(heads.model), prompt) for prompt in heads.base.prompts]
         metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
     found = {
         "drafts": counter(metrics, "drafts_total"),
         "accepted": [counter(metrics, "accepted_tokens_per_pos_total", f'position="{i}"') for i in range(tokens)],
     }
-    expected = counted(heads.checkpoint, prompts, tokens)
     model = AutoModelForCausalLM.from_pretrained(heads.model)
-    alone = [continued(model, prompt)[len(prompt) :].tolist() for prompt in prompts]
+    alone = [continued(model, prompt, to_end=True) for prompt in heads.base.prompts]
     same = sum(a == b for a, b in zip(texts, alone, strict=True))
-    record["http"] = {"draft_tokens": tokens, "prompts": len(prompts), "same_text": same}
+    record["http"] = {"draft_tokens": tokens, "prompts": len(texts), "same_text": same}
     record["http"] |= {"vllm": found, "eval_mtp": expected}
     assert texts == alone
     assert found == expected
+    assert min(map(len, texts)) < NEW_TOKENS, "a text that ends early is wanted"
+
+
+def evaluated(heads: Served, draft_tokens: int) -> dict[str, Any]:
+    """Return the counts that `eval-mtp` writes for the same prompts."""
+    here = heads.checkpoint.parent
+    lines = [json.dumps({"prompt_token_ids": prompt}) for prompt in heads.base.prompts]
+    (here / "prompts.jsonl").write_text("\n".join(lines))
+    (here / "texts").mkdir()
+    for i in range(4):
+        (here / "texts" / f"{i}.txt").write_text("def held_out(text):\n    return text\n" * 40)
+    words = [str(heads.checkpoint), "--prompts", str(here / "prompts.jsonl"), "--output", str(here / "evaluation")]
+    words += [f"data.corpus={here / 'texts'}", "data.suffix=.txt", "data.holdout_fraction=0.5", "tracking.kind=none"]
+    words += ["validation.rows=1", f"validation.decoding.new_tokens={NEW_TOKENS}"]
+    assert eval_cli.main([*words, f"validation.decoding.draft_tokens={draft_tokens}"]) == 0
+    counts = json.loads((here / "evaluation" / "evaluation.json").read_text())["acceptance"]
+    return {"drafts": counts["drafts"], "accepted": counts["accepted"]}
 
 
 @contextmanager
@@ -363,7 +379,7 @@ def answers(address: str) -> bool:
 
 def complete(address: str, model: str, prompt: list[int]) -> list[int]:
     """Return the tokens of one request."""
-    body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
     data = json.dumps(body | {"return_token_ids": True}).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     answer = json.loads(urllib.request.urlopen(request).read())

@@ -18,6 +18,7 @@ from mtp_ce.training.cli.command import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     Parser,
+    file_argument,
     folder_argument,
     missing_packages,
     output_folder,
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prompts",
-        type=folder_argument,
+        type=file_argument,
         metavar="FILE",
         help="prompts to decode in place of held-out text: JSON lines with prompt, messages or prompt_token_ids, and a "
         "domain if you like",

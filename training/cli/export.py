@@ -123,10 +123,14 @@ def _export(checkpoint: str, part: str, folder: str) -> str:
         serving = _write_whole(source, part, Path(folder))
     if serving is None:
         return f"{folder}: the {LAYOUTS[part].what} of {checkpoint}"
-    return (
-        f"{folder}: a draft model of the heads of {checkpoint}. With BASE, the folder of export-mtp {checkpoint} base "
-        f"BASE:\n{serving.command('BASE', folder)}"
-    )
+    return _served(checkpoint, folder, serving)
+
+
+def _served(checkpoint: str, folder: str, serving: Serving) -> str:
+    what = f"{folder}: the model of {checkpoint} with its heads as the MTP module."
+    if serving.beside:
+        what = f"{folder}: a draft model of the heads of {checkpoint}, for BASE of export-mtp {checkpoint} base BASE."
+    return "\n".join(filter(None, [what, serving.note, *serving.commands(folder)]))
 
 
 def _fetch(checkpoint: str) -> Path:
@@ -196,7 +200,8 @@ def _check_heads(source: Path, part: str) -> None:
             "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
         )
     models = () if LAYOUTS[part].copied else (("config.json", "adapter_config.json"),)
-    for names in ((TENSORS_FILE,), *models):
+    tensors = () if heads.in_model else ((TENSORS_FILE,),)
+    for names in (*tensors, *models):
         if not any((source / name).is_file() for name in names):
             raise ExportError(f"{source} has {CONFIG_FILE} but no {names[0]}; the checkpoint is incomplete")
     if find_spec("safetensors") is None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mtp_ce.heads.kinds import EXTRA_PATHS, may_be_shared, may_have_parameters
+from mtp_ce.heads.kinds import EXTRA_PATHS, is_in_model, may_be_shared, may_have_parameters
 from mtp_ce.registry import check_name
 from mtp_ce.training.config.group import Group
 
@@ -17,7 +17,8 @@ class MTPConfig(Group):
     kind: str = Field(
         default="residual",
         description="form of the extra heads. residual: residual blocks; layer: decoder layers; sequential: a chain of "
-        "decoder layers; teacher_forcing: no parameters; package.module:Class: your own class",
+        "decoder layers; native: the MTP modules in the files of a pretrained model; teacher_forcing: no parameters; "
+        "package.module:Class: your own class",
     )
     horizon: int = Field(default=4, ge=1, description="H: number of heads; head h predicts token t + 1 + h")
     shared: bool = Field(
@@ -105,6 +106,15 @@ class LlamaModelConfig(TrunkConfig):
     """A trunk with random weights and its heads."""
 
     mtp: MTPConfig = Field(default_factory=MTPConfig, description="the prediction heads")
+
+    @model_validator(mode="after")
+    def _heads_need_no_files(self) -> Self:
+        if is_in_model(self.mtp.kind):
+            raise ValueError(
+                f"mtp.kind {self.mtp.kind} reads MTP modules from files of a model, and kind {self.kind} has random "
+                "weights; give kind pretrained, or another mtp.kind"
+            )
+        return self
 
 
 class PretrainedModelConfig(Group):

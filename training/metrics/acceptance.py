@@ -203,9 +203,11 @@ def draft_along(model: MTPWrapper, text: Tensor, prompt_tokens: int, draft_token
 def _drafting(model: MTPWrapper, draft_tokens: int) -> Iterator[None]:
     """Run a single module at as many depths as a draft has tokens, as engines run it; other heads as they are."""
     heads = model.heads
+    if not _is_one_module(heads):
+        yield
+        return
     horizon, shared = heads.horizon, heads.shared
-    if _is_one_module(heads):
-        heads.horizon, heads.shared = draft_tokens + 1, True
+    heads.horizon, heads.shared = draft_tokens + 1, True
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal, pick_unit_and_suffix
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mtp_ce.heads.kinds import is_in_model
 from mtp_ce.training.config.model import PretrainedModelConfig
 from mtp_ce.training.config.recipe import flatten
 from mtp_ce.training.config.schema import Recipe
@@ -111,6 +112,8 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
         say(out, "model       size unknown: the model is not on this machine, and a dry run downloads nothing")
         return
     heads, train, S = recipe.model.mtp, recipe.train, recipe.data.sequence_length
+    if is_in_model(heads.kind):  # the same form; one module, whose files are not read
+        heads = heads.model_copy(update={"kind": "sequential", "shared": True})
     with refuse_unloadable("model", recipe.model.kind, "can't be built"), torch.device("meta"):
         trunk = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model = with_heads(trunk, heads)

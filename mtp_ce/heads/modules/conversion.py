@@ -52,8 +52,9 @@ class LayerFiles:
             inner._modules[name] = inner = _emptied(original)
         inner._modules[str(index)] = layer
         self.conversions = model._weight_conversions if conversions is None else conversions
-        with torch.device("meta"):
-            names = self.written({name: torch.empty_like(x, device="meta") for name, x in layer.state_dict().items()})
+        # Of a sharded layer, too.
+        shapes = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in layer.state_dict().items()}
+        names = self.written(shapes)
         self.file_prefix = _up_to(min(names), str(index))
 
     def read(self, tensors: Mapping[str, Tensor], model: Any, device: torch.device) -> list[str]:

@@ -79,7 +79,9 @@ def draw_sizes(rng: random.Random) -> tuple[int, int, int, int, torch.dtype]:
 def draw_options(rng: random.Random, S: int) -> dict[str, Any]:
     """Options that are numbers and words."""
     return {
-        "shift": rng.choice([0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2]),
+        "shift": rng.choice(
+            [0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2] if S == 2 else [0, 0, 0, 0, 0, 1]
+        ),
         "weight_alignment": rng.choice(["position", "target"]),
         "reduction": rng.choice(["mean", "mean", "sum", "none"]),
         "loss_scale": rng.choice([1.0, 1.0, 0.125, -2.5]),
@@ -252,7 +254,7 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         if "unembed" in options:
             row_bytes = options["unembed"].shape[0] * options["unembed"].element_size()
             chunked += 0 < options.get("chunk_bytes", 2**60) // row_bytes < int((stats.top1 >= 0).sum())
-    assert sum(share > 0 for share in live) >= 0.75 * CASES
+    assert sum(share > 0 for share in live) >= 0.7 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES
     if function is weighted_mtp_linear_ce:
         assert chunked >= CASES / 4

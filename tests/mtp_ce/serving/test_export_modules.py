@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_ce import MTPWrapper
+from mtp_ce.serving.deepseek import export_deepseek
 from mtp_ce.serving.layouts import Serving
 from mtp_ce.serving.mimo import export_mimo
+from mtp_ce.serving.qwen import export_qwen
 
 TOKENS = torch.arange(2, 14)[None]
 S = TOKENS.shape[1]
@@ -49,11 +51,40 @@ def rms(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-class MiMoOfVLLM:
-    """vLLM's reading of a draft model's folder, and its calls of the module, without its parallel layers and its cache.
+class Proposer:
+    """vLLM's calls of an MTP module, one at every depth, without its cache.
+
+    Source: vllm-project/vllm 0.32, vllm/v1/spec_decode/llm_base_proposer.py; embeddings and output layer are those of
+    the model served.
+    """
+
+    wrapper: Any
+
+    def module(self, embedded: Tensor, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:  # [T, D], all
+        """Return what the logits are made of, and what a further depth reads."""
+        raise NotImplementedError
+
+    def logits(self, tokens: Tensor, depth: int) -> Tensor:  # [S] -> [S - depth, V]
+        """Logits of the draft at `depth` after each position, given that the drafts before it are the text's."""
+        model = self.wrapper.causal
+        table, output = model.get_input_embeddings().weight.float(), model.get_output_embeddings().weight.float()
+        trunk = model.base_model(tokens[None]).last_hidden_state[0].float()
+        found = []
+        for t in range(S - depth):
+            hidden = trunk[: t + 1]  # the accepted positions; later ones are appended, each at the next position
+            for step in range(depth):
+                end = t + 1 + step
+                out, passed = self.module(table[tokens[1 : end + 1]], torch.arange(end), hidden)
+                hidden = torch.cat([hidden, passed[-1:]])
+            found.append(out[-1] @ output.T)
+        return torch.stack(found)
+
+
+class MiMoOfVLLM(Proposer):
+    """vLLM's reading of a draft model's folder, without its parallel layers.
 
     Source: vllm-project/vllm 0.32, vllm/model_executor/models/mimo_mtp.py, whose configuration is that of the model
-    served, and qwen2.py; vllm/v1/spec_decode/llm_base_proposer.py for the calls and the embeddings it replaces.
+    served, and qwen2.py.
     """
 
     def __init__(self, folder: Path, wrapper: MTPWrapper, serving: Serving) -> None:
@@ -80,14 +111,15 @@ class MiMoOfVLLM:
     def norm(self, name: str, x: Tensor) -> Tensor:
         return rms(x, self.weights[f"{name}.weight"], self.config["rms_norm_eps"])
 
-    def module(self, embedded: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:  # [T, D]
+    def module(self, embedded: Tensor, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         embedded = torch.where(positions[:, None] == 0, 0, embedded)
         joined = torch.cat([self.norm("hidden_layernorm", hidden), self.norm("token_layernorm", embedded)], -1)
         x = F.linear(joined, self.weights["input_proj.weight"])
         x = x + self.attention(self.norm("input_layernorm", x), positions)
         y = self.norm("post_attention_layernorm", x)
         gate, up, down = (self.weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        return self.norm("final_layernorm", x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down))
+        out = self.norm("final_layernorm", x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down))
+        return out, out
 
     def attention(self, x: Tensor, positions: Tensor) -> Tensor:
         heads, kv = self.config["num_attention_heads"], self.config["num_key_value_heads"]
@@ -107,26 +139,60 @@ class MiMoOfVLLM:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5)
         return F.linear(out.transpose(0, 1).flatten(1), self.weights["self_attn.o_proj.weight"])
 
-    def logits(self, tokens: Tensor, depth: int) -> Tensor:  # [S] -> [S - depth, V]
-        """Logits of the draft at `depth` after each position, given that the drafts before it are the text's."""
-        model = self.wrapper.causal
-        table, output = model.get_input_embeddings().weight.float(), model.get_output_embeddings().weight.float()
-        trunk = model.base_model(tokens[None]).last_hidden_state[0].float()
-        found = []
-        for t in range(S - depth):
-            hidden = trunk[: t + 1]  # the accepted positions; later ones are appended, each at the next position
-            for step in range(depth):
-                end = t + 1 + step
-                out = self.module(table[tokens[1 : end + 1]], torch.arange(end), hidden)
-                hidden = torch.cat([hidden, out[-1:]])
-            found.append(out[-1] @ output.T)
-        return torch.stack(found)
-
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class ModuleOfVLLM(Proposer):
+    """vLLM's reading of a module inside its model's folder. The decoder layer is transformers', which reads its files.
+
+    Source: vllm-project/vllm 0.32, deepseek_mtp.py, glm4_moe_mtp.py, qwen3_next_mtp.py and qwen3_5_mtp.py.
+    """
+
+    def __init__(self, folder: Path, wrapper: Any) -> None:
+        self.wrapper, config = wrapper, json.loads((folder / "config.json").read_text())
+        self.kind, N = config["model_type"], config["num_hidden_layers"]
+        self.epsilon = config["rms_norm_eps"]
+        tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+        # What the class is built with, and what finds its tensors.
+        if self.kind in ("deepseek_v3", "glm4_moe"):
+            assert config["num_nextn_predict_layers"] == 1
+            prefix, decoder, names = f"model.layers.{N}.", "", ("hnorm", "enorm", "eh_proj", "shared_head.norm")
+        else:
+            count = "num_nextn_predict_layers" if self.kind == "qwen3_next" else "mtp_num_hidden_layers"
+            assert config[count] == 1
+            prefix, decoder = "mtp.", "layers.0."
+            names = ("pre_fc_norm_hidden", "pre_fc_norm_embedding", "fc", "norm")
+        module = {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
+        self.hnorm, self.enorm, self.proj, self.norm = (module.pop(f"{name}.weight").float() for name in names)
+        assert all(name.startswith(decoder) for name in module)
+        # The layer in the place of the model's last one, as transformers reads it.
+        last = f"model.layers.{N - 1}."
+        layer = {last + name.removeprefix(decoder): x for name, x in module.items()}
+        assert layer.keys() == {name for name in tensors if name.startswith(last)}
+        (folder / "as-last").mkdir()
+        save_file({**tensors, **layer}, folder / "as-last" / "model.safetensors", metadata={"format": "pt"})
+        (folder / "as-last" / "config.json").write_text(json.dumps(config))
+        self.model = AutoModelForCausalLM.from_pretrained(folder / "as-last", attn_implementation="eager").model.eval()
+
+    def rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms(x, weight + 1 if self.kind.startswith("qwen") else weight, self.epsilon)
+
+    def module(self, embedded: Tensor, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.kind.startswith("qwen"):
+            embedded = torch.where(positions[:, None] == 0, 0, embedded)
+        x = F.linear(torch.cat([self.rms(embedded, self.enorm), self.rms(hidden, self.hnorm)], -1), self.proj)[None]
+        T = len(positions)
+        mask = torch.full((1, 1, T, T), torch.finfo(x.dtype).min).triu(1)
+        rotary = self.model.rotary_emb(x, positions[None])
+        z = self.model.layers[-1](
+            x, attention_mask=mask, position_ids=positions[None], position_embeddings=rotary, use_cache=False
+        )[0]
+        out = self.rms(z, self.norm)
+        return out, z if self.kind == "glm4_moe" else out
 
 
 @pytest.mark.parametrize(
@@ -151,6 +217,47 @@ def test_vllms_mimo_makes_the_logits_of_the_heads_at_every_depth(architecture, h
             torch.testing.assert_close(
                 mimo.logits(TOKENS[0], depth), heads[depth][0, : S - depth], rtol=1e-4, atol=1e-4
             )
+
+
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "deepseek_v3": (
+        export_deepseek,
+        {
+            **ROUTED,
+            **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+        },
+    ),
+    "glm4_moe": (export_deepseek, {**ROUTED, "head_dim": 8}),
+    "qwen3_next": (export_qwen, {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8}),
+    "qwen3_5_text": (export_qwen, {}),
+    "qwen3_5_moe_text": (export_qwen, {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8}),
+}
+HYBRID = {
+    **{"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2},
+    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_module_in_its_models_files_makes_the_logits_of_the_heads(family, tmp_path):
+    export, config = FAMILIES[family]
+    wrapper = wrap(family, 3, shared=True, **(HYBRID if "qwen" in family else {}), **config)
+    before = {name: x.clone() for name, x in wrapper.causal.state_dict().items()}
+    serving = export(wrapper, tmp_path / "whole")
+    assert (serving.method, serving.beside) == ("mtp", False)
+    assert serving.tokens == (1 if family == "glm4_moe" else 2)
+    assert bool(serving.note) == (family == "glm4_moe")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(x, before[name]) for name, x in alone.state_dict().items())
+    module = ModuleOfVLLM(tmp_path / "whole", wrapper)
+    with torch.no_grad():
+        heads = wrapper.head_logits(input_ids=TOKENS)
+        differences = [(module.logits(TOKENS[0], d) - heads[d][0, : S - d]).abs().max().item() for d in (1, 2)]
+    assert all(difference < 1e-4 for difference in differences[: serving.tokens]), differences
+    if family == "glm4_moe":
+        assert differences[1] > 1e-2, "a further depth reads the hidden state before the norm"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

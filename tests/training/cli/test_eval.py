@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import MTPWrapper
+from mtp_ce.decoding.speculative import UncroppableCacheError
 from mtp_ce.training.cli import evaluate as cli
 from mtp_ce.training.config.recipe import load_evaluation
+from mtp_ce.training.config.validation import DecodingConfig
+from mtp_ce.training.data.prompts import Prompt
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.metrics import decoding
 from mtp_ce.training.metrics.acceptance import Acceptance, measure_acceptance
 from mtp_ce.training.models.sources import find_checkpoint
-from mtp_ce.training.run.evaluate import evaluate
+from mtp_ce.training.run.evaluate import decode, evaluate
 
 QUIET = Console(quiet=True)
 SMALL = ["tracking.kind=none", "validation.decoding={prompts: 2, prompt_tokens: 16, new_tokens: 12}"]
@@ -181,6 +187,26 @@ def test_what_the_heads_and_the_model_can_not_do_is_refused_in_one_line(
     assert not Path("out").exists()
 
 
+def test_a_model_that_can_not_verify_drafts_has_counts_all_the_same(monkeypatch):
+    """As a hybrid, whose state can't be rolled back: an engine serves it, and speculative decoding here does not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=30, eos_token_id=None, **sizes)), 3).eval()
+    prompts = [Prompt([1, 2, 3], "a"), Prompt([4, 5], "b"), Prompt([6], "a")]
+    printed = Console(file=io.StringIO(), width=200)
+    inputs = SimpleNamespace(device=torch.device("cpu"), console=printed)
+    expected = decode(model, inputs, DecodingConfig(new_tokens=8), prompts)
+    assert expected.decoding is not None
+
+    def uncroppable(*arguments, **options):
+        raise UncroppableCacheError("the model's cache can't be cropped")
+
+    monkeypatch.setattr(decoding, "generate_speculatively", uncroppable)
+    found = decode(model, inputs, DecodingConfig(new_tokens=8), prompts)
+    assert (found.decoding, found.acceptance) == (None, expected.acceptance)
+    assert {name: counts.prompts for name, counts in found.acceptance.domains.items()} == {"a": 2, "b": 1}
+    assert "decoding    none: the model's cache can't be cropped" in printed.file.getvalue()
+
+
 MISTAKES = {
     "no checkpoint": ([], ["expected one checkpoint", "got 0"]),
     "two": (["run", "other"], ["expected one checkpoint", "got 2"]),
@@ -196,6 +222,10 @@ MISTAKES = {
     "wrong value": (["run", "validation.decoding.new_tokens=1"], ["'validation.decoding.new_tokens' is 1"]),
     "existing folder": (["run", "--output", "empty"], ["output folder empty exists"]),
     "no prompts": (["run", "--prompts", "p.jsonl"], ["--prompts has", "p.jsonl, which can't be read: No such file"]),
+    "prompts elsewhere": (
+        ["run", "--prompts", "s3://bucket/p.jsonl"],
+        ["--prompts", "it is the address s3://bucket/p.jsonl; give a file on this machine"],
+    ),
     "a wrong prompt": (
         ["run", "--prompts", "bad.jsonl"],
         ["bad.jsonl, line 2: expected one of 'prompt', 'messages' and", "has none"],

@@ -132,7 +132,8 @@ json.dump(codes, open(f"{sys.argv[1]}.{RANK}", "w"))
 """
 
 COMMON = ["train.steps=5", "train.log_every=1", "validation.every=2", "validation.batch_size=3", "name=ranks"]
-COMMON += ["validation.decoding.prompts=0", "data.sequence_length=48"]
+# The held-out rows are dealt out unevenly.
+COMMON += ["validation.decoding.prompts=0", "validation.rows=13", "data.sequence_length=48"]
 RHO1 = ["scorer={name: rho1_excess}", "reference={train: {steps: 3, batch_size: 4}}"]
 # Rows of a document each, of which some are padding for the most part, and some a prompt that has no end.
 PAIRS = ["data.corpus=PAIRS", "data.prompt_field=prompt", "data.completion_field=completion", "data.packing=padded"]
