@@ -46,7 +46,8 @@ CHOSEN = {"FOLDER", "N", "..."}
 
 # Names that begin as a key does and are none.
 NO_KEYS = {
-    "model.safetensors": "a file", "model.layers": "tensors", "model.embed_tokens": "tensors", "train.sbatch": "a file",
+    "model.safetensors": "a file", "model.layers": "tensors", "model.mtp_layers": "tensors",
+    "model.embed_tokens": "tensors", "train.sbatch": "a file",
     "train.arrow": "a file",
     "data.json": "a file", "tracking.md": "a page", "data.md": "a page", "model.base_model": "an attribute",
 }  # fmt: skip
