@@ -52,7 +52,8 @@ class LayerFiles:
             inner._modules[name] = inner = _emptied(original)
         inner._modules[str(index)] = layer
         # A model that was not loaded has none: `revert_weight_conversion` takes its family's then.
-        self.conversions = getattr(model, "_weight_conversions", None) if conversions is None else conversions
+        loaded: Any = getattr(model, "_weight_conversions", None)
+        self.conversions = loaded if conversions is None else conversions
         # Of a sharded layer, too.
         shapes = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in layer.state_dict().items()}
         names = self.written(shapes)
