@@ -19,7 +19,7 @@ default_loader.py refuses the folder, because load_weights does not report token
 The folders of FasterDecoding/Medusa hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt.
 
 Source: arXiv:2401.10774, section 2.1.1. Of vllm-project/vllm: vllm/model_executor/models/medusa.py (tensors),
-vllm/transformers_utils/configs/medusa.py (configuration), vllm/v1/spec_decode/medusa.py (calls of the heads, `load_model`).
+vllm/transformers_utils/configs/medusa.py (configuration), vllm/v1/spec_decode/medusa.py (calls of the heads).
 """
 
 from __future__ import annotations
