@@ -54,7 +54,9 @@ NO_KEYS = {
 
 # Options of other programs.
 FOREIGN_OPTIONS = {
-    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone",
+    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone", "model-path",
+    "speculative-algorithm", "speculative-draft-model-path", "speculative-num-steps", "speculative-eagle-topk",
+    "speculative-num-draft-tokens",
     "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
     "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",
