@@ -179,8 +179,12 @@ CASES = {
     "mimo": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 2}, "mimo", (1,), 30, 3e-4),
     "shared": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 4, "shared": True}, "mimo", (1, 3), 30, 3e-4),
     "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 15, 3e-3),
-    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 10, 3e-3),
-    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 15, 3e-3),
+    "glm, sequential": Case("GLM-4-MoE, tiny", {"heads": "sequential", "horizon": 2}, "deepseek", (1,), 15, 3e-3),
+    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, "deepseek", (1, 3), 10, 3e-3),
+    "qwen": Case("Qwen3-Next, tiny", NATIVE, "qwen", (1, 3), 15, 3e-3),
+    "qwen, sequential": Case(
+        "Qwen3-Next, tiny", {"heads": "sequential", "horizon": 4, "shared": True}, "qwen", (1, 3), 15, 3e-3
+    ),
 }
 
 
@@ -190,14 +194,17 @@ class Served(NamedTuple):
     Attributes:
         base: the model that they were trained on.
         checkpoint: the folder of `save_pretrained`.
-        model: the folder that is served.
-        command: the words of the command: what `export-mtp` printed, with the model's folder.
+        command: the words of the command, which `export-mtp` printed.
     """
 
     base: Base
     checkpoint: Path
-    model: Path
     command: list[str]
+
+    @property
+    def model(self) -> str:
+        """The folder that is served."""
+        return self.command[2]
 
     def option(self, name: str) -> dict[str, Any]:
         """Return the value of an option of the command; {} where it has none."""
@@ -246,14 +253,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
         train(case, base, checkpoint)
         if case.layout is None:
             speculation = json.dumps({"method": "mtp", "num_speculative_tokens": 1})
-            return Served(
-                base, checkpoint, checkpoint, ["vllm", "serve", str(checkpoint), "--speculative-config", speculation]
-            )
-        model = here / "model"
-        export(checkpoint, "base", model)
+            return Served(base, checkpoint, ["vllm", "serve", str(checkpoint), "--speculative-config", speculation])
         printed = export(checkpoint, case.layout, here / case.layout)
-        command = shlex.split(printed[printed.index("vllm serve") :])
-        return Served(base, checkpoint, model, [str(model) if word == "BASE" else word for word in command])
+        command = shlex.split(next(line for line in printed.splitlines() if line.startswith("vllm serve")))
+        if "BASE" in command:
+            export(checkpoint, "base", here / "base")
+        return Served(base, checkpoint, [str(here / "base") if word == "BASE" else word for word in command])
 
     return served
 
@@ -291,9 +296,7 @@ def test_vllm_writes_the_text_of_the_model_and_accepts_what_was_counted_before(n
     if backend := options.get("attention_backend"):  # vLLM gives it to the model alone
         config["attention_backend"] = backend
     drafts = [{**config, "num_speculative_tokens": tokens} for tokens in case.tokens]
-    result = serve(
-        model=str(heads.model), prompts=prompts, new_tokens=NEW_TOKENS, options=options, drafts=[None, *drafts]
-    )
+    result = serve(model=heads.model, prompts=prompts, new_tokens=NEW_TOKENS, options=options, drafts=[None, *drafts])
     alone, *runs = result["runs"]
     record["versions"] |= result["versions"] | {"mtp_ce trained with torch": version("torch")}
     for tokens, run in zip(case.tokens, runs, strict=True):
@@ -321,7 +324,7 @@ def test_the_printed_command_serves_over_http_what_eval_mtp_has_counted(served, 
     program += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
     address, log = f"http://127.0.0.1:{port}", heads.checkpoint.parent / "serve.log"
     with running(program, vllm_environment, log, f"{address}/health"):
-        texts = [complete(f"{address}/v1/completions", str(heads.model), prompt) for prompt in heads.base.prompts]
+        texts = [complete(f"{address}/v1/completions", heads.model, prompt) for prompt in heads.base.prompts]
         metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
     found = {
         "drafts": counter(metrics, "drafts_total"),
