@@ -174,17 +174,17 @@ class Case:
 
 
 NATIVE = {"heads": "native", "horizon": 4}
+SHARED = {"heads": "sequential", "horizon": 4, "shared": True}
 CASES = {
     "medusa": Case("SmolLM2-135M", {"heads": "residual", "horizon": 4}, "medusa", (1, 3), 8, 1e-3),
     "mimo": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 2}, "mimo", (1,), 30, 3e-4),
-    "shared": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 4, "shared": True}, "mimo", (1, 3), 30, 3e-4),
+    "shared": Case("SmolLM2-135M", SHARED, "mimo", (1, 3), 30, 3e-4),
     "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 15, 3e-3),
     "glm, sequential": Case("GLM-4-MoE, tiny", {"heads": "sequential", "horizon": 2}, "deepseek", (1,), 15, 3e-3),
     "deepseek": Case("DeepSeek-V3, tiny", NATIVE, "deepseek", (1, 3), 10, 3e-3),
+    "deepseek, sequential": Case("DeepSeek-V3, tiny", SHARED, "deepseek", (1, 3), 10, 3e-3),
     "qwen": Case("Qwen3-Next, tiny", NATIVE, "qwen", (1, 3), 15, 3e-3),
-    "qwen, sequential": Case(
-        "Qwen3-Next, tiny", {"heads": "sequential", "horizon": 4, "shared": True}, "qwen", (1, 3), 15, 3e-3
-    ),
+    "qwen, sequential": Case("Qwen3-Next, tiny", SHARED, "qwen", (1, 3), 15, 3e-3),
 }
 
 
@@ -273,7 +273,8 @@ def export(checkpoint: Path, layout: str, folder: Path) -> str:
 @pytest.fixture(scope="session")
 def record() -> Iterator[dict[str, Any]]:
     """What is found, equal or not, for the file that $MTP_CE_SERVING_RESULTS names."""
-    found: dict[str, Any] = {"new_tokens": NEW_TOKENS, "versions": {}, "rows": [], "http": None}
+    ours = {name: version(name) for name in ("torch", "transformers")}
+    found: dict[str, Any] = {"new_tokens": NEW_TOKENS, "versions": {}, "trained_with": ours, "rows": [], "http": None}
     yield found
     if path := os.environ.get(RESULTS):
         Path(path).write_text(json.dumps(found, indent=2) + "\n")
@@ -298,7 +299,7 @@ def test_vllm_writes_the_text_of_the_model_and_accepts_what_was_counted_before(n
     drafts = [{**config, "num_speculative_tokens": tokens} for tokens in case.tokens]
     result = serve(model=heads.model, prompts=prompts, new_tokens=NEW_TOKENS, options=options, drafts=[None, *drafts])
     alone, *runs = result["runs"]
-    record["versions"] |= result["versions"] | {"mtp_ce trained with torch": version("torch")}
+    record["versions"] = result["versions"]
     for tokens, run in zip(case.tokens, runs, strict=True):
         expected = counted(heads.checkpoint, prompts, tokens)
         same = sum(a == b for a, b in zip(run["tokens"], alone["tokens"], strict=True))
@@ -347,7 +348,7 @@ def evaluated(heads: Served, draft_tokens: int) -> dict[str, Any]:
     (here / "prompts.jsonl").write_text("\n".join(lines))
     (here / "texts").mkdir()
     for i in range(4):
-        (here / "texts" / f"{i}.txt").write_text("def held_out(text):\n    return text\n" * 40)
+        (here / "texts" / f"{i}.txt").write_text(f"def number_{i}(text):\n    return text\n" * 40)
     words = [str(heads.checkpoint), "--prompts", str(here / "prompts.jsonl"), "--output", str(here / "evaluation")]
     words += [f"data.corpus={here / 'texts'}", "data.suffix=.txt", "data.holdout_fraction=0.5", "tracking.kind=none"]
     words += ["validation.rows=1", f"validation.decoding.new_tokens={NEW_TOKENS}"]
