@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from mtp_ce.training.config.scorers.table import SCORERS
-from mtp_ce.training.report.comparison import comparison_table
+from mtp_ce.training.report.comparison import comparison_table, length_table
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("recipe_docs", ROOT / "scripts" / "recipe_docs.py")
@@ -29,6 +29,15 @@ def test_the_table_of_the_comparison_is_that_of_its_results_file():
     found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
     assert shown == comparison_table(found)
     assert len(found["seeds"]) == 3
+
+
+def test_the_tables_of_drafting_are_those_of_its_results_file():
+    """One table for each choice of targets, with the same budget and seeds."""
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- drafting:begin -->\n")[2].partition("\n<!-- drafting:end -->")[0]
+    found = json.loads((ROOT / "docs" / "drafting.json").read_text(encoding="utf-8"))
+    assert shown == "\n\n".join(f"`targets: {name}`\n\n{length_table(one)}" for name, one in found.items())
+    assert len({(one["steps"], len(one["seeds"])) for one in found.values()}) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Mean accepted length of drafts: as an engine counts it, and what the agreement of the heads on held-out text predicts.
-LENGTH, ESTIMATE = "serving/acceptance_length", "val/tokens_per_forward"
+LENGTH, ESTIMATE = "val/accepted_length", "val/tokens_per_forward"
 
 
 def write_comparison(comparison: dict[str, Any], output: Path) -> list[Path]:

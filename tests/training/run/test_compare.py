@@ -88,10 +88,10 @@ def test_heads_that_draft_are_compared_by_their_mean_accepted_length(compared):
     found, output = compared
     for results in found["results"].values():
         for result in results:
-            assert 1 <= result["serving/acceptance_length"] <= 3
+            assert 1 <= result["val/accepted_length"] <= 3
             agreed = result["val/agrees_head_1"] + result["val/agrees_head_2"]
             assert result["val/tokens_per_forward"] == pytest.approx(1 + agreed)
-    lengths = [result["serving/acceptance_length"] for result in found["results"]["uniform"]]
+    lengths = [result["val/accepted_length"] for result in found["results"]["uniform"]]
     assert (
         f"| greedy text of the model | {statistics.fmean(lengths):.3f} ± {statistics.stdev(lengths):.3f} |"
         in (output / "comparison.md").read_text()

@@ -51,7 +51,7 @@ def test_its_arms_differ_in_their_heads_and_not_in_their_trunk(small, tmp_path):
     results = {arm: result for arm, (result,) in found["results"].items()}
     assert len({result["val/ce_head_0"] for result in results.values()}) == 1
     assert len({result["val/ce_head_1"] for result in results.values()}) == 4
-    assert all(1 <= result["serving/acceptance_length"] <= 3 for result in results.values())
+    assert all(1 <= result["val/accepted_length"] <= 3 for result in results.values())
     first = {arm: steps(tmp_path / "out" / f"{arm}-seed0")[0] for arm in results}
     for arm in ("shuffled", "random_matched"):
         assert first[arm]["train/weight_ess"] == pytest.approx(first["draft_rejection"]["train/weight_ess"], rel=1e-5)
