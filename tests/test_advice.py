@@ -46,14 +46,17 @@ CHOSEN = {"FOLDER", "N", "..."}
 
 # Names that begin as a key does and are none.
 NO_KEYS = {
-    "model.safetensors": "a file", "model.layers": "tensors", "model.embed_tokens": "tensors", "train.sbatch": "a file",
+    "model.safetensors": "a file", "model.layers": "tensors", "model.mtp_layers": "tensors",
+    "model.embed_tokens": "tensors", "train.sbatch": "a file",
     "train.arrow": "a file",
     "data.json": "a file", "tracking.md": "a page", "data.md": "a page", "model.base_model": "an attribute",
 }  # fmt: skip
 
 # Options of other programs.
 FOREIGN_OPTIONS = {
-    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone",
+    "no-deps", "backend-store-uri", "host", "port", "speculative-config", "hf-overrides", "standalone", "model-path",
+    "speculative-algorithm", "speculative-draft-model-path", "speculative-num-steps", "speculative-eagle-topk",
+    "speculative-num-draft-tokens",
     "nproc-per-node", "no-python",
     "rdzv-backend", "rdzv-endpoint", "rdzv-id", "max-restarts", "nnodes", "group", "benchmark-only", "cpu",
     "full", "results", "shutdown-timeout", "multi_gpu", "num_processes", "num_machines", "mixed_precision",

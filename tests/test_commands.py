@@ -80,6 +80,8 @@ ELSEWHERE = {
     "python examples/finetune.py": ("tests/test_examples.py", "finetune"),
     "python examples/chat.py": ("tests/test_examples.py", 'load("chat")'),
     "eval-mtp HuggingFaceTB/": ("tests/training/models/test_sources.py", '"somebody/model"'),
+    "export-mtp runs/second mimo": ("tests/training/cli/test_export_cli.py", '"mimo"'),
+    "export-mtp runs/third deepseek": ("tests/training/cli/test_export_cli.py", '"deepseek"'),
     "export-mtp runs/first base s3://": ("tests/training/storage/test_storage_settings.py", "export-mtp"),
 }
 

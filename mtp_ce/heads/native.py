@@ -142,6 +142,9 @@ class NativeHeads(SequentialHeads):
             own = [name for name in stored.names if name.startswith(prefix)]
             tensors = {name.removeprefix(prefix): x for name, x in stored.read(own).items()}
             self.stored_names += tuple(own)
+            if packed := [name for name, x in tensors.items() if x.element_size() == 1]:
+                kind = str(tensors[packed[0]].dtype).removeprefix("torch.")
+                raise _misfit(stored, f"{prefix}{packed[0]} is quantised ({kind}), which can't be trained")
             for name, whose in self.layout.copies.items():
                 if (x := tensors.pop(f"{name}.weight", None)) is not None:
                     self._check_copy(model, stored, f"{prefix}{name}.weight", x, whose)
@@ -209,6 +212,21 @@ class NativeHeads(SequentialHeads):
             tensors[name] = next((own_state[n] for n in names if n in own_state), module.weight).detach().clone()
         return {name: x.detach().contiguous() for name, x in tensors.items()}
 
+    def _check(self, model: Any) -> None:
+        try:
+            super()._check(model)
+        except ValueError:
+            if self.horizon != 2 or not self.shared:
+                raise
+            self.shared = False  # what several depths need is not needed for one
+            super()._check(model)
+
+    def _unsupported(self, model: Any, reason: str) -> ValueError:
+        use = "use horizon=2, or other heads: " if self.horizon > 2 and self.shared else "use other heads: "
+        return ValueError(
+            f"{type(model).__name__} has decoder layers that can't be those of MTP modules: {reason}; {use}{_CARRIED}."
+        )
+
     def normed(self, h: int, z: Tensor, norm: Any) -> tuple[Tensor, Tensor]:  # [B, S, D], all
         """See `SequentialHeads.normed`: every module has a norm of its own."""
         own: Any = self.output_norms
@@ -224,11 +242,13 @@ def _place(config: Any, layers: int, source: str) -> int:
     kinds = getattr(config, "layer_types", None)
     if not kinds:
         return layers - 1
-    own = getattr(config, "mtp_layer_types", None) or ["full_attention"]
-    places = [i for i, kind in enumerate(kinds) if kind == own[0]]
-    if not places or len(set(own)) > 1:
+    own = getattr(config, "mtp_layer_types", None)
+    # Where the configuration does not say it: an indexer has tensors of its own, and a window has not.
+    wanted = own or ["indexed_attention" if "indexed_attention" in kinds else "full_attention"]
+    places = [i for i, kind in enumerate(kinds) if kind == wanted[0]]
+    if not places or len(set(wanted)) > 1:
         raise ValueError(
-            f"{source} has an MTP module with attention {', '.join(map(repr, sorted(set(own))))}, and the model's "
+            f"{source} has an MTP module with attention {', '.join(map(repr, sorted(set(wanted))))}, and the model's "
             f"layers have {', '.join(map(repr, sorted(set(kinds))))}; expected one kind that the model has; {_CARRIED}."
         )
     return places[-1]

@@ -202,6 +202,6 @@ def _over_depths(mask: Tensor, depths: int) -> Tensor:  # [B, 1, S, S] -> [B, 1,
 
 def _no_mask(found: str) -> ValueError:
     return ValueError(
-        f"model has attention {found!r}, and heads='sequential' with shared=True need one that takes a mask "
-        "[B, 1, S, S]; expected attn_implementation='sdpa' or 'eager', or shared=False."
+        f"model has attention {found!r}, and one module for several depths needs one that takes a mask [B, 1, S, S]; "
+        "expected attn_implementation='sdpa' or 'eager', shared=False, or a horizon of 2."
     )

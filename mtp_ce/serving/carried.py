@@ -207,13 +207,14 @@ class CarriedModule:
             CarriedModuleLostError, ValueError: see `carried_into`.
         """
         now = CarriedModule.of(causal)
+        all_names = {*now.names, *self.names}  # those that are trained included
         if self.names:  # those that were missing from the model before it was sharded
             now = replace(now, names=self.names)
         files = _files(now.source) if now.found else None
         if files is None or any(name not in files or not files[name].exists() for name in now.names):
             raise CarriedModuleLostError(f"{self._lost(causal)}.", now.source)
         layers = causal.config.get_text_config().num_hidden_layers
-        numbers = {int(m[2]) for name in now.names if not _NAMED.search(name) and (m := _LAYER.match(name))}
+        numbers = {int(m[2]) for name in all_names if not _NAMED.search(name) and (m := _LAYER.match(name))}
         if numbers and min(numbers) != layers:
             raise ValueError(
                 f"{now.source} has an MTP module behind {min(numbers)} layers ({now.names[0]}), and the model has "

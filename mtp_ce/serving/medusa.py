@@ -12,8 +12,11 @@ which is "residual" head i + 1: the token that head 0 predicts is sampled by the
     blocks.{i}.layers.0.weight, .bias    W_i [D, D], b_i [D]    with a bias because medusa_fc_bias is true
     lm_head.weight                       U [V, D]               once for all heads because original_lm_head is true
 
-vLLM does not take U from the model that it serves, so the folder holds it too. The folders of FasterDecoding/Medusa
-hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt; only a recent vLLM renames those.
+vLLM 0.32 does not take U from the model that it serves, as it does for MTP modules, so the folder holds it too.
+Its reduced vocabulary (truncated_vocab_size with a tensor token_map) does not load: the check of loaded parameters in
+default_loader.py refuses the folder, because load_weights does not report token_map as one.
+
+The folders of FasterDecoding/Medusa hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt.
 
 Source: arXiv:2401.10774, section 2.1.1. Of vllm-project/vllm: vllm/model_executor/models/medusa.py (tensors),
 vllm/transformers_utils/configs/medusa.py (configuration), vllm/v1/spec_decode/medusa.py (calls of the heads).

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,32 +42,28 @@ def vllm_python() -> Path:
 
 def _install(folder: Path) -> None:
     """Make the environment: 3 GB, minutes."""
-    python = folder / "bin" / "python"
-    packages = ["--no-deps", "--requirement", str(REQUIREMENTS)]
+    python = str(folder / "bin" / "python")
+    packages = ["--quiet", "--no-deps", "--requirement", str(REQUIREMENTS)]
     uv = os.environ.get("UV", "uv")
-    _run([uv, "venv", "--quiet", "--seed", "--python", PYTHON, str(folder)])
-    ways = (
-        # uv knows where torch's builds for CPUs are; pip finds them where it has been told to look.
-        [uv, "pip", "install", "--quiet", "--python", str(python), "--torch-backend", "cpu", *packages],
-        [str(python), "-m", "pip", "install", "--quiet", *packages],
-    )
-    errors = []
-    for way in ways:
-        found = subprocess.run(way, capture_output=True, text=True)
-        if found.returncode == 0:
+    made, said = _runs(uv, "venv", "--quiet", "--seed", "--python", PYTHON, str(folder))
+    # uv knows where torch's builds for CPUs are; pip finds them where it has been told to look.
+    ways = ((uv, "pip", "install", "--python", python, "--torch-backend", "cpu"), (python, "-m", "pip", "install"))
+    for way in ways if made else ():
+        installed, error = _runs(*way, *packages)
+        if installed:
             return
-        errors.append(found.stderr.strip()[-300:])
+        said += error
     pytest.fail(
-        f"vLLM can't be installed in {folder}: expected what {REQUIREMENTS.name} lists, among it a build of torch for "
-        f"CPUs, from a package index; {OWN}=PYTHON uses an environment of your own.\n" + "\n".join(errors),
+        f"vLLM can't be installed in {folder}: expected uv, Python {PYTHON}, and what {REQUIREMENTS.name} lists, with "
+        f"it torch's build for CPUs, from a package index; {OWN}=PYTHON uses an environment of your own.\n{said}",
         pytrace=False,
     )
 
 
-def _run(command: Sequence[str]) -> None:
+def _runs(*command: str) -> tuple[bool, str]:
+    """Run a command; return whether it succeeded, and the end of what it complained of."""
     found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        pytest.fail(f"{' '.join(command)}: {found.stderr.strip()[-300:]}", pytrace=False)
+    return found.returncode == 0, f"{' '.join(command[:4])} ...: {found.stderr.strip()[-300:]}\n"
 
 
 @contextmanager

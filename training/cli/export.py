@@ -50,6 +50,7 @@ parts:
 examples:
   export-mtp runs/first base served/model
   export-mtp runs/first medusa served/medusa
+  export-mtp runs/second mimo served/mimo
   export-mtp runs/first base s3://bucket/models/first
   vllm serve served/model --speculative-config \\
     '{{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}}'
@@ -194,10 +195,13 @@ def _check_heads(source: Path, part: str) -> None:
     # Heads of a class of your own are checked by the export function, once the class is loaded.
     supported = kind not in KINDS or part in KINDS[kind].layouts
     if LAYOUTS[part].of_heads and (not supported or horizon < 2):
-        expected = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
+        able = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
+        kept = KINDS[kind].layouts if kind in KINDS else ()
+        unserved = f"; no serving engine runs {kind!r} heads" if kept == ("heads",) else ""
+        made = "residual" if part in KINDS["residual"].layouts else "sequential model.mtp.shared=true"
         raise ExportError(
-            f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {expected} heads and a horizon above 1, "
-            "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
+            f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {able} heads and a horizon above 1, as "
+            f"train-mtp model.mtp.kind={made} model.mtp.horizon=4 makes them{unserved}"
         )
     models = () if LAYOUTS[part].copied else (("config.json", "adapter_config.json"),)
     tensors = () if heads.in_model else ((TENSORS_FILE,),)

@@ -51,7 +51,7 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
         wrapper = MTPWrapper.from_pretrained(pretrained, **_of_the_loss(heads), dtype=torch.float32)
-        found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared)
+        found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared and wrapper.heads.can_share)
         assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
         return wrapper
     return with_heads(_trunk(recipe, end_of_text, pretrained), heads)

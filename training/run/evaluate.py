@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from mtp_ce.decoding.speculative import UncroppableCacheError
 from mtp_ce.heads.kinds import CONFIG_FILE
 from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.serving.carried import CarriedModule
 from mtp_ce.training.config.schema import EvaluationRecipe
 from mtp_ce.training.config.validation import DecodingConfig
 from mtp_ce.training.console import say, warn
@@ -44,7 +45,8 @@ def evaluate(
     """Measure a checkpoint's heads on held-out text and in decoding; write evaluation.json and evaluation.png.
 
     Args:
-        source: the checkpoint, named as in recipes. Without saved heads, only its next-token head is measured.
+        source: the checkpoint, named as in recipes. Without saved heads and MTP modules of its own, only its next-token
+            head is measured.
         recipe: the text, how much of it, and tracking.
         output: folder to create; it must not exist.
         out: where to print; None means the terminal.
@@ -57,7 +59,7 @@ def evaluate(
     out = out or Console()
     inputs = read_held_out(recipe, source, out)
     encoded = None if prompts is None else encode_prompts(prompts, inputs.tokenizer, inputs.vocab_size)
-    model = load_checkpoint(source, inputs.model_folders["CHECKPOINT"])
+    model = load_checkpoint(source, inputs.model_folders["CHECKPOINT"], out)
     check_drafts(model, recipe.validation.decoding, encoded)
     # transformers wraps its own `to` in a way that hides `self` from type checkers.
     nn.Module.to(model, inputs.device).eval()
@@ -78,8 +80,13 @@ def evaluate(
     return evaluation
 
 
-def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
-    """Load a model with its heads, in fp32; without saved heads, it gets its next-token head only.
+def load_checkpoint(source: str, folder: Path, out: Console | None = None) -> MTPWrapper:
+    """Load a model with its heads, in fp32: saved ones, or else MTP modules of its own; or its next-token head only.
+
+    Args:
+        source: the checkpoint, for messages.
+        folder: of its files.
+        out: where to print why modules are not measured; None means nowhere.
 
     Raises:
         RecipeError: the saved files do not fit together, or a parameter is not finite.
@@ -89,11 +96,21 @@ def load_checkpoint(source: str, folder: Path) -> MTPWrapper:
             model = MTPWrapper.from_pretrained(folder, dtype=torch.float32)
         else:
             causal = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-            model = MTPWrapper(causal, 1, heads="none")
+            native = _native(folder, out) if CarriedModule.of(causal).names else None
+            model = MTPWrapper(causal, 1, heads="none") if native is None else native
     if found := first_not_finite(dict(model.named_parameters())):
         name, value = found
         raise RecipeError(f"CHECKPOINT '{source}' has {value} in its parameter {name}; expected finite numbers")
     return model
+
+
+def _native(folder: Path, out: Console | None) -> MTPWrapper | None:
+    try:
+        return MTPWrapper.from_pretrained(folder, heads="native", dtype=torch.float32)
+    except ValueError as error:
+        if out is not None:
+            warn(out, f"the MTP module of CHECKPOINT is not measured: {error}")
+        return None
 
 
 def check_drafts(model: MTPWrapper, config: DecodingConfig, prompts: Sequence[Prompt] | None) -> None:

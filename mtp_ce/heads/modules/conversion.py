@@ -11,6 +11,7 @@ the model whose place it takes.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mtp_ce.heads.trunk import decoder_layers
+
+# PEFT keeps a module that it adapts or trains as a whole one level deeper.
+_OF_ADAPTERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.\w+)\.")
 
 
 class LayerFiles:
@@ -51,7 +55,9 @@ class LayerFiles:
             original = getattr(original, name)
             inner._modules[name] = inner = _emptied(original)
         inner._modules[str(index)] = layer
-        self.conversions = model._weight_conversions if conversions is None else conversions
+        # A model that was not loaded has none: `revert_weight_conversion` takes its family's then.
+        loaded: Any = getattr(model, "_weight_conversions", None)
+        self.conversions = loaded if conversions is None else conversions
         # Of a sharded layer, too.
         shapes = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in layer.state_dict().items()}
         names = self.written(shapes)
@@ -108,6 +114,7 @@ class LayerFiles:
 def names_in_files(model: Any, parameter: Tensor) -> list[str]:
     """Return the names of the tensors that a parameter of the model is stored as."""
     name = next(name for name, x in model.named_parameters(remove_duplicate=False) if x is parameter)
+    name = _OF_ADAPTERS.sub(".", name)
     return [*revert_weight_conversion(model, {name: torch.empty(0, device="meta")})]
 
 

@@ -44,6 +44,8 @@ TINY: dict[str, Any] = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
     "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 2,
+    # towers
+    "num_layers": 1, "num_heads": 2, "depth": 1, "patch_size": 4, "image_size": 16,
 }  # fmt: skip
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 FULL = {"layer_types": ["full_attention", "full_attention"]}
@@ -73,6 +75,7 @@ MELLUM = Family(
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "num_nextn_predict_layers": 1},
     copied=0,
 )
+STEP = Family("Step3p7ForConditionalGeneration", "deepseek", {"num_nextn_predict_layers": 1})
 FAMILIES = (
     GLM,
     Family("DeepseekV3ForCausalLM", "deepseek", {"head_dim": 4}),
@@ -81,24 +84,40 @@ FAMILIES = (
     Family("Qwen3_5MoeForCausalLM", "qwen", HYBRID, "mtp_num_hidden_layers"),
     MELLUM,
     MIMO,
+    # Latent attention, and a vision-language model with layers of other names in its files.
+    Family("Glm4MoeLiteForCausalLM", "deepseek", {"head_dim": 4}),
+    STEP,
 )
 # Those that transformers drafts with.
-MTP_MODEL = (GLM, FAMILIES[1], MELLUM)
+MTP_MODEL = (GLM, FAMILIES[1], MELLUM, STEP)
 
 
 def named(family: Family) -> str:
     return family.cls.config_class.model_type
 
 
+def configuration(family: Family) -> Any:
+    cls = family.cls.config_class
+
+    def tiny(cls: Any) -> dict[str, Any]:
+        names = {field.name for field in fields(cls)}
+        return {name: x for name, x in TINY.items() if name in names}
+
+    if "text_config" not in cls.sub_configs:
+        return cls(**tiny(cls) | family.config)
+    parts = {name: type(getattr(cls(), name)) for name in cls.sub_configs}
+    settings = {name: {"model_type": part.model_type, **tiny(part)} for name, part in parts.items()}
+    settings["text_config"] |= family.config
+    return cls(**settings)
+
+
 def checkpoint(
     family: Family, folder: Path, modules: int = 1, copies: bool = True, dtype: Any = None
 ) -> dict[str, Tensor]:
     """Write a model with modules in its files; return all tensors."""
-    layout, cls = MODULE_LAYOUTS[family.layout], family.cls.config_class
-    known = {field.name for field in fields(cls)}
+    layout = MODULE_LAYOUTS[family.layout]
     torch.manual_seed(3)
-    model = family.cls(cls(**{name: x for name, x in TINY.items() if name in known} | family.config))
-    model.to(dtype).save_pretrained(folder)
+    family.cls(configuration(family)).to(dtype).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     part = re.compile(rf"model\.layers\.{family.copied}\.(.*)")
     layer = {match[1]: x for name, x in tensors.items() if (match := part.fullmatch(name))}
@@ -114,9 +133,11 @@ def checkpoint(
                 "lm_head.weight" if whose == "output" else "model.embed_tokens.weight"
             ]
         tensors |= {name: x.to(dtype).clone() for name, x in own.items()}
+    # transformers keeps it in fp32, as published checkpoints do.
+    tensors = {name: x.float() if "e_score_correction_bias" in name else x for name, x in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config[family.key] = modules
+    config.get("text_config", config)[family.key] = modules
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
 
@@ -180,7 +201,7 @@ def test_modules_are_read_and_written_back_to_the_bit(family, dtype, tmp_path):
     wrapper.save_pretrained(tmp_path / "saved")
     assert not changed(saved(tmp_path / "saved"), source)
     config, before = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "source"))
-    assert config[family.key] == before[family.key] == 1
+    assert config.get("text_config", config)[family.key] == before.get("text_config", before)[family.key] == 1
     assert not (tmp_path / "saved" / "mtp_heads.safetensors").exists()
     for options in ({}, {"heads": "native"}):
         again = MTPWrapper.from_pretrained(tmp_path / "saved", **options)
@@ -188,7 +209,7 @@ def test_modules_are_read_and_written_back_to_the_bit(family, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "modules"), [(family, n) for family in MTP_MODEL for n in (1, 3) if n == 1 or family is not MELLUM]
+    ("family", "modules"), [(family, n) for family in MTP_MODEL for n in (1, 3) if n == 1 or family in MTP_MODEL[:2]]
 )
 def test_hidden_states_and_drafts_are_those_of_transformers(family, modules, tmp_path):
     checkpoint(family, tmp_path, modules)
@@ -204,7 +225,10 @@ def test_hidden_states_and_drafts_are_those_of_transformers(family, modules, tmp
             positions = torch.arange(1 + k, 1 + k + S)[None]
             hidden = theirs.forward_layer(k, hidden, positions, cache, input_ids=tokens[:, 1 + k : 1 + k + S])
             torch.testing.assert_close(ours[k + 1][:, :S], hidden)
-    assert drafts_of_ours(wrapper, tokens) == drafts_of_theirs(causal, tokens)
+    rounds = list(zip(drafts_of_ours(wrapper, tokens), drafts_of_theirs(causal, tokens), strict=False))
+    # Near the end ours are no longer than the text may become.
+    assert all(ours == theirs[: len(ours)] for ours, theirs in rounds)
+    assert sum(ours == theirs for ours, theirs in rounds) >= len(rounds) - modules - 1 >= 3
 
 
 def drafts_of_theirs(causal: Any, tokens: Tensor, new: int = 12) -> list[list[int]]:

@@ -146,6 +146,10 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
 class ModuleOfVLLM(Proposer):
     """vLLM's reading of a module inside its model's folder. The decoder layer is transformers', which reads its files.
 
@@ -156,7 +160,7 @@ class ModuleOfVLLM(Proposer):
         self.wrapper, config = wrapper, json.loads((folder / "config.json").read_text())
         self.kind, N = config["model_type"], config["num_hidden_layers"]
         self.epsilon = config["rms_norm_eps"]
-        tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+        tensors = tensors_of(folder)
         # What the class is built with, and what finds its tensors.
         if self.kind in ("deepseek_v3", "glm4_moe"):
             assert config["num_nextn_predict_layers"] == 1
@@ -260,6 +264,84 @@ def test_a_module_in_its_models_files_makes_the_logits_of_the_heads(family, tmp_
         assert differences[1] > 1e-2, "a further depth reads the hidden state before the norm"
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "qwen3_next"])
+def test_an_exported_module_is_read_back_as_native_heads_and_exported_again(family, tmp_path):
+    export, config = FAMILIES[family]
+    wrapper = wrap(family, 3, shared=True, **(HYBRID if "qwen" in family else {}), **config)
+    serving = export(wrapper, tmp_path / "whole")
+    native = MTPWrapper(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), 3, heads="native").eval()
+    with torch.no_grad():
+        ours, theirs = (x.head_logits(input_ids=TOKENS) for x in (wrapper, native))
+        for depth in range(serving.tokens + 1):
+            expected, found = (x[depth][:, : S - depth] for x in (ours, theirs))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        native.heads.get_parameter("projections.0.weight").mul_(2)
+    again = export(native, tmp_path / "again")
+    assert (again.method, again.tokens, again.beside, again.note) == ("mtp", 2, False, "")
+    before, after = (tensors_of(tmp_path / name) for name in ("whole", "again"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {"mtp.fc.weight" if "qwen" in family else "model.layers.2.eh_proj.weight"}
+    other = export_deepseek if export is export_qwen else export_qwen
+    with pytest.raises(ValueError, match=r"has an MTP module in the layout '\w+'; expected '\w+'\."):
+        other(native, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_adapters_are_merged_into_the_model_with_the_module(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("glm4_moe", **SMALL, **FAMILIES["glm4_moe"][1])
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    wrapper = MTPWrapper(model, 2, heads="sequential").eval()
+    export_deepseek(wrapper, tmp_path)
+    native = MTPWrapper(AutoModelForCausalLM.from_pretrained(tmp_path), 2, heads="native").eval()
+    with torch.no_grad():
+        ours, theirs = (x.head_logits(input_ids=TOKENS) for x in (wrapper, native))
+    for expected, found in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found[:, : S - 1], expected[:, : S - 1], rtol=1e-4, atol=1e-4)
+
+
+UNFIT: dict[str, tuple[Any, str, dict[str, Any], str]] = {
+    "another family": (
+        export_deepseek,
+        "llama",
+        {},
+        "has model_type 'llama'; expected one of 'deepseek_v3', 'glm4_moe'",
+    ),
+    "the other layout": (export_qwen, "glm4_moe", ROUTED | {"head_dim": 8}, "Try 'deepseek' for this one"),
+    "a dense last layer": (
+        export_deepseek,
+        "glm4_moe",
+        ROUTED | {"head_dim": 8, "first_k_dense_replace": 2},
+        "with a dense last layer",
+    ),
+    "linear attention": (
+        export_qwen,
+        "qwen3_5_text",
+        HYBRID | {"layer_types": ["full_attention", "linear_attention"]},
+        "with linear attention in its last layer",
+    ),
+    "a dense layer of a mixture": (
+        export_qwen,
+        "qwen3_next",
+        HYBRID | FAMILIES["qwen3_next"][1] | {"mlp_only_layers": [1]},
+        "with a dense last layer, .* expected a mixture",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_model_whose_module_engines_build_otherwise_is_refused_by_name(what, tmp_path):
+    export, family, config, words = UNFIT[what]
+    with pytest.raises(ValueError, match=words) as refused:
+        export(wrap(family, **config), tmp_path / "new")
+    assert "\n" not in str(refused.value)
+    assert os.listdir(tmp_path) == []
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "several modules": ({"horizon": 3}, "has 'sequential' heads with horizon 3, 2 modules; expected one"),
     "heads of another kind": ({"kind": "layer"}, "has 'layer' heads with horizon 2; expected 'sequential'"),
@@ -290,8 +372,10 @@ def test_what_vllms_mimo_does_not_compute_is_refused_by_name(what, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_with_a_model_is_left_alone(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "glm4_moe"])
+def test_a_folder_with_a_model_is_left_alone(family, tmp_path):
+    export, config = (export_mimo, {}) if family == "llama" else FAMILIES[family]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match="holds a model already"):
-        export_mimo(wrap("llama"), tmp_path)
+        export(wrap(family, **config), tmp_path)
     assert os.listdir(tmp_path) == ["config.json"]

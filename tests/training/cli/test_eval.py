@@ -19,7 +19,7 @@ from mtp_ce.decoding.speculative import UncroppableCacheError
 from mtp_ce.training.cli import evaluate as cli
 from mtp_ce.training.config.recipe import load_evaluation
 from mtp_ce.training.config.validation import DecodingConfig
-from mtp_ce.training.data.prompts import Prompt
+from mtp_ce.training.data.corpus import Document
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.metrics import decoding
 from mtp_ce.training.metrics.acceptance import Acceptance, measure_acceptance
@@ -64,7 +64,6 @@ def test_what_is_written_says_what_was_measured(evaluated, finished_run):
     assert (acceptance["draft_tokens"], acceptance["prompts"]) == (2, 2)
     assert (acceptance["drafts"], acceptance["accepted"]) == (total.drafts, total.accepted)
     assert acceptance["mean_length"] == total.mean_length > 1
-    assert {name: domain["prompts"] for name, domain in acceptance["domains"].items()} == {"json": 1, "logging": 1}
     written = json.loads((finished_run.folder / "evaluation.json").read_text())
     assert written["heads"] == found["heads"]
     with Image.open(folder / "evaluation.png") as picture:
@@ -154,7 +153,7 @@ def test_prompts_of_a_file_are_counted_by_their_domain(finished_run, tmp_path, m
         assert found["acceptance"]["domains"][domain]["accepted"] == expected.accepted
     assert found["acceptance"]["draft_tokens"] == 1
     assert found["decoding"]["prompts"] == 3
-    assert 0 < found["acceptance"]["accepted"][0] < found["acceptance"]["drafts"]
+    assert found["acceptance"]["accepted"][0] > 0
 
 
 @pytest.mark.parametrize(
@@ -191,17 +190,22 @@ def test_a_model_that_can_not_verify_drafts_has_counts_all_the_same(monkeypatch)
     """As a hybrid, whose state can't be rolled back: an engine serves it, and speculative decoding here does not."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=30, eos_token_id=None, **sizes)), 3).eval()
-    prompts = [Prompt([1, 2, 3], "a"), Prompt([4, 5], "b"), Prompt([6], "a")]
     printed = Console(file=io.StringIO(), width=200)
-    inputs = SimpleNamespace(device=torch.device("cpu"), console=printed)
-    expected = decode(model, inputs, DecodingConfig(new_tokens=8), prompts)
+    documents = {"src/a/x.py": [1, 2, 3, 4], "src/b/y.py": [4, 5, 6], "src/a/z.py": [7, 8, 9]}
+    inputs = SimpleNamespace(
+        device=torch.device("cpu"), console=printed,
+        tokens=SimpleNamespace(held_out=[torch.tensor(tokens) for tokens in documents.values()]),
+        corpus=SimpleNamespace(held_out=[Document(path, "") for path in documents]),
+    )  # fmt: skip
+    config = DecodingConfig(prompts=3, prompt_tokens=3, new_tokens=8)
+    expected = decode(model, inputs, config)
     assert expected.decoding is not None
 
     def uncroppable(*arguments, **options):
         raise UncroppableCacheError("the model's cache can't be cropped")
 
     monkeypatch.setattr(decoding, "generate_speculatively", uncroppable)
-    found = decode(model, inputs, DecodingConfig(new_tokens=8), prompts)
+    found = decode(model, inputs, config)
     assert (found.decoding, found.acceptance) == (None, expected.acceptance)
     assert {name: counts.prompts for name, counts in found.acceptance.domains.items()} == {"a": 2, "b": 1}
     assert "decoding    none: the model's cache can't be cropped" in printed.file.getvalue()

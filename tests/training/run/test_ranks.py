@@ -140,10 +140,11 @@ PAIRS = ["data.corpus=PAIRS", "data.prompt_field=prompt", "data.completion_field
 PAIRS += ["data.vocab_size=300", "reference.documents=all"]
 SHARDED = {
     "uniform, whole batches": [],
-    "uniform, rows one by one": ["train.micro_batch_size=1"],
     "rho1, the mean over all ranks is 1": ["scorer={name: rho1_excess, scope: global}", *RHO1[1:]],
-    "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
-    "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
+    "layer heads on a detached trunk": [
+        "model.mtp={kind: layer, trunk: detached}",
+        "train.micro_batch_size=1",
+    ],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
     "one module for all depths": ["model.mtp={kind: sequential, shared: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
