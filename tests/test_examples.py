@@ -78,14 +78,16 @@ def test_a_chat_fine_tune_saves_resumes_evaluates_decodes_and_exports(tmp_path):
     assert metrics["tokens_per_forward"] >= 1
     # As after a kill behind the first checkpoint.
     shutil.copytree(whole / "checkpoint-6", cut / "checkpoint-6")
+    shutil.copytree(whole / "export", cut / "export")
     resumed_metrics = chat.main(["--steps", "12", "--save-steps", "6", "--output", str(cut), "--resume"])
     assert resumed_metrics["eval_loss"] == metrics["eval_loss"]
     trained, resumed = (MTPWrapper.from_pretrained(folder).state_dict() for folder in (whole, cut))
     assert trained.keys() == resumed.keys()
     assert all(torch.equal(x, resumed[name]) for name, x in trained.items())
     tokens = torch.arange(20)[None]
+    assert (cut / "export" / "medusa" / "config.json").exists()
     with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(whole / "export" / "base")(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(cut / "export" / "base")(tokens).logits
         adapted = MTPWrapper.from_pretrained(whole)(tokens).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3)
     assert (whole / "export" / "medusa" / "model.safetensors").is_file()

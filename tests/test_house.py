@@ -23,7 +23,7 @@ OF_TRANSFORMERS = {
     for name in (
         *("hf/arguments", "hf/causal", "hf/checkpoint", "hf/files", "hf/output", "hf/saved_heads", "hf/trainer"),
         *("hf/trainer_arguments", "hf/wrapper", "decoding/speculative", "serving/carried"),
-        "heads/modules/conversion",
+        *("heads/modules/conversion", "serving/mimo"),
     )
 }
 CLASS_PATH = re.compile(r"mtp_ce(\.\w+)+:\w+")

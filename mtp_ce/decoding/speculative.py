@@ -88,6 +88,10 @@ class Speculation:
         return 1 + sum(self.kept) / max(self.rounds, 1)
 
 
+class UncroppableCacheError(ValueError):
+    """The model's cache can't be cropped before a rejected token, so that it can't verify drafts."""
+
+
 class SpeculativeOutput(NamedTuple):
     """Tokens, and the counts of their decoding."""
 
@@ -341,8 +345,8 @@ def _check_croppable(cache: Cache, length: int, causal: Any) -> None:
         raise _uncroppable(causal)
 
 
-def _uncroppable(causal: Any) -> ValueError:
-    return ValueError(
+def _uncroppable(causal: Any) -> UncroppableCacheError:
+    return UncroppableCacheError(
         f"model is {type(causal).__name__}, whose cache transformers {transformers.__version__} can't crop before a "
         "rejected token; generate without speculative=True."
     )

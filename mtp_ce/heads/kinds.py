@@ -18,6 +18,7 @@ class HeadKind(NamedTuple):
         parameters: whether the extra heads have parameters of their own.
         stack: the list of modules with one entry for each extra head, as parameters are named; None without parameters.
         layouts: the layouts of `mtp_ce.serving.layouts` that the heads can be exported to.
+        drafts: as `Heads.drafts`.
         shares: whether one module can serve all extra heads (`shared=True`).
         in_model: whether the parameters are read from the model's files, and saved among them where the model is saved
             as a whole.
@@ -30,22 +31,27 @@ class HeadKind(NamedTuple):
     parameters: bool = True
     stack: str | None = None
     layouts: tuple[str, ...] = ()
+    drafts: bool = True
     shares: bool = False
     in_model: bool = False
     format: int = 1
 
 
 KINDS: dict[str, HeadKind] = {
-    "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False),
+    "none": HeadKind("mtp_ce.heads.none:NoHeads", extra=False, parameters=False, drafts=False),
     "residual": HeadKind("mtp_ce.heads.residual:MTPHeads", stack="blocks", layouts=("heads", "medusa")),
     "layer": HeadKind("mtp_ce.heads.layer:LayerHeads", stack="layers", layouts=("heads",)),
     # Format 1 read the trunk's hidden state before its final norm.
     "sequential": HeadKind(
-        "mtp_ce.heads.sequential:SequentialHeads", stack="layers", layouts=("heads",), shares=True, format=2
+        "mtp_ce.heads.sequential:SequentialHeads",
+        stack="layers",
+        layouts=("heads", "mimo", "deepseek", "qwen"),
+        shares=True,
+        format=2,
     ),
     # Its tensors are in the model's files, under the names they had there.
-    "native": HeadKind("mtp_ce.heads.native:NativeHeads", in_model=True),
-    "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False),
+    "native": HeadKind("mtp_ce.heads.native:NativeHeads", layouts=("deepseek", "qwen"), in_model=True),
+    "teacher_forcing": HeadKind("mtp_ce.heads.teacher_forcing:TeacherForcedHeads", parameters=False, drafts=False),
 }
 
 PATHS = {name: kind.path for name, kind in KINDS.items()}
@@ -59,6 +65,11 @@ TENSORS_FILE = "mtp_heads.safetensors"
 def may_be_shared(name: str) -> bool:
     """Return whether one module can serve all extra heads of this kind, as `may_have_parameters` does."""
     return name not in KINDS or KINDS[name].shares
+
+
+def may_draft(name: str) -> bool:
+    """Return whether heads of this kind draft, as `may_have_parameters` does."""
+    return name not in KINDS or KINDS[name].drafts
 
 
 def may_have_parameters(name: str) -> bool:

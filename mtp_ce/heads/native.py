@@ -88,9 +88,9 @@ class NativeHeads(SequentialHeads):
                 f"horizon is {horizon} and {stored.source} has {modules} MTP modules; expected at most {modules + 1}."
             )
         Heads.__init__(self, model.get_output_embeddings().weight.shape[1], horizon or modules + 1)
-        self.layout, self.prefixes = found.layout, found.prefixes[: self.horizon - 1]
-        self.shared = modules == 1 and self.horizon > 1
         self.config = model.config.get_text_config(decoder=True)
+        self.layout, self.prefixes = found.layout.of(self.config.model_type), found.prefixes[: self.horizon - 1]
+        self.shared = modules == 1 and self.horizon > 1
         self.layer_index = _place(self.config, len(layers), stored.source)
         D, count, unembed = self.hidden_size, len(self.prefixes), model.get_output_embeddings().weight
         self.layers = nn.ModuleList(self._new_layer(model) for _ in range(count))

@@ -51,6 +51,9 @@ class Heads(nn.Module):
             those, so that such heads are not trained with it.
         residual_blocks: one `nn.Linear` per extra head with hidden_h = hidden + SiLU(block(hidden)), as Medusa layouts
             store them; None for heads of another form.
+        mtp_modules: one mapping per module for heads that are MTP modules as checkpoints have them: "hidden_norm",
+            "token_norm", "projection" and "decoder", as `mtp_ce.heads.modules.layout.ModuleLayout` names their parts,
+            with a projection that reads [hidden; embedding]; None for heads of another form.
         can_share: whether `of_model` takes `shared=True`: one module for all extra heads.
         shared: whether these heads are one module, which drafts to any depth.
         reads_checkpoint: whether `of_model` takes `stored`, the files of the model, and a horizon of None.
@@ -118,6 +121,11 @@ class Heads(nn.Module):
 
     @property
     def residual_blocks(self) -> nn.ModuleList | None:
+        """See the class."""
+        return None
+
+    @property
+    def mtp_modules(self) -> Sequence[Mapping[str, nn.Module]] | None:
         """See the class."""
         return None
 

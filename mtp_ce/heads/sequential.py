@@ -5,8 +5,9 @@
     hidden_h = norm(z_h)
 
 This is what serving engines feed to MTP modules: head 1 the hidden state that the output layer reads, and every later
-head the normed output of the one before. Position 0 has an embedding of zeros in place of that of its next token. norm
-is the model's own final norm, norm_a and norm_b have its epsilon, and the layers are those of `mtp_ce.heads.layer`.
+head the normed output of the one before. Position 0 has an embedding of zeros in place of that of its next token, but
+not in the families of the layout "qwen", whose engines read it as it is (`mtp_ce.heads.modules`). norm is the model's
+own final norm, norm_a and norm_b have its epsilon, and the layers are those of `mtp_ce.heads.layer`.
 
 P_h is initialised as the identity on the hidden state and 0 on the embedding, and norm_a to undo the gain of norm, so
 that a layer begins with what the model's last layer returned, up to scale.
@@ -35,7 +36,7 @@ from mtp_ce.heads.drafting import Drafter, Draw
 from mtp_ce.heads.kinds import KINDS
 from mtp_ce.heads.layer import LayerDrafter, LayerHeads
 from mtp_ce.heads.modules.layout import ModuleLayout
-from mtp_ce.heads.modules.table import MODULE_LAYOUTS
+from mtp_ce.heads.modules.table import MODULE_LAYOUTS, layout_of
 from mtp_ce.heads.repeated import Drafts, check_takes_masks, draft_positions, repeat_at_depth, takes_masks
 from mtp_ce.heads.trunk import LayerCall, TrunkPass, decoder_layers, observed, observed_rotary
 from mtp_ce.unembedding import Unembedding, has_values
@@ -63,6 +64,7 @@ class SequentialHeads(LayerHeads):
         self.shared = shared
         # The layers read their kind of attention from it, which may be changed later.
         self.config = model.config.get_text_config(decoder=True)
+        self.layout = self.layout._replace(masks_first=layout_of(self.config.model_type).masks_first)
         D, epsilon = self.hidden_size, getattr(self.config, "rms_norm_eps", None)
         self.projections = nn.ModuleList(nn.Linear(2 * D, D, bias=False) for _ in self.layers)
         self.hidden_norms = nn.ModuleList(nn.RMSNorm(D, eps=epsilon) for _ in self.layers)
@@ -179,6 +181,15 @@ class SequentialHeads(LayerHeads):
         if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == ahead.shape[1]):
             positions = torch.arange(begin, begin + ahead.shape[1], device=ahead.device)[None]
         return ahead.masked_fill((positions == 0)[..., None].to(ahead.device), 0)
+
+    @property
+    def mtp_modules(self) -> list[dict[str, nn.Module]]:
+        """See `Heads`."""
+        parts = zip(self.hidden_norms, self.token_norms, self.projections, self.layers, strict=True)
+        return [
+            {"hidden_norm": hidden_norm, "token_norm": token_norm, "projection": projection, "decoder": layer}
+            for hidden_norm, token_norm, projection, layer in parts
+        ]
 
     @property
     def layer_runs(self) -> list[int]:

@@ -20,6 +20,7 @@ from mtp_ce.serving.carried import CarriedModule
 
 TrunkMode = Literal["joint", "detached", "frozen"]
 LossPath = Literal["linear", "logits"]
+Targets = Literal["text", "trunk"]
 
 
 class WrapperFiles(PreTrainedModel):
@@ -118,6 +119,7 @@ class WrapperFiles(PreTrainedModel):
         z_loss: float = 0.0,
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
+        targets: Targets = "text",
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
@@ -136,6 +138,7 @@ class WrapperFiles(PreTrainedModel):
             z_loss: of the loss.
             head_reduction: of the loss.
             head_weights: of the loss.
+            targets: "text" or "trunk".
             trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
                 that code first.
             **options: for `from_pretrained` of the class that the model's configuration names. Those that locate files
@@ -159,7 +162,7 @@ class WrapperFiles(PreTrainedModel):
         construct: Any = cls  # MTPWrapper
         arguments = {
             "trunk": trunk, "loss": loss, "label_smoothing": label_smoothing, "z_loss": z_loss,
-            "head_reduction": head_reduction, "head_weights": head_weights,
+            "head_reduction": head_reduction, "head_weights": head_weights, "targets": targets,
         }  # fmt: skip
         if saved is None:
             wrapper: Self = construct(model, horizon, heads=heads, **arguments)

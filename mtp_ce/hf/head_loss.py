@@ -42,6 +42,30 @@ def _logits(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, optio
     return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs.arguments(), **asdict(options))
 
 
+@torch.no_grad()
+def trunk_targets(hidden: Tensor, output: Unembedding, inputs: LossInputs, options: LossOptions) -> Tensor:
+    """Return labels [B, S] with head 0's most likely token in the place of every target.
+
+    A head then learns what the trunk would write after the text up to there: hard distillation of its own output.
+
+    Args:
+        hidden: [B, S, D], of head 0.
+        output: the model's output layer.
+        inputs: of the call, with the labels of the text.
+        options: of the call; labels are unshifted with shift 1, and shifted by one already with shift 0.
+    """
+    rows = LossInputs(inputs.labels, seq_lens=inputs.seq_lens, document_ids=inputs.document_ids)
+    plain = LossOptions(
+        shift=options.shift, ignore_index=options.ignore_index, softcap=options.softcap, reduction="sum"
+    )
+    top1 = _linear(output, [hidden], rows, plain).stats.top1[:, :, 0]
+    labels = inputs.labels.clone()
+    of_target, S = labels[:, options.shift :], labels.shape[1]  # what head 0 predicts at positions 0, 1, ...
+    predicted = top1[:, : S - options.shift]
+    of_target.copy_(torch.where(predicted >= 0, predicted.to(labels.dtype), of_target))
+    return labels
+
+
 def loss_normalizer(num_items: Tensor | float | None, targets: Tensor | None) -> Tensor | float | None:
     """Return what the sum over positions is divided by, from the `num_items_in_batch` that a trainer passes.
 

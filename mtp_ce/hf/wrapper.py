@@ -24,8 +24,8 @@ from mtp_ce.heads.virtual_tokens import check_virtual_tokens
 from mtp_ce.hf.arguments import LossArguments, ModelArguments
 from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
 from mtp_ce.hf.documents import packed_documents
-from mtp_ce.hf.files import LossPath, TrunkMode, WrapperFiles
-from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer
+from mtp_ce.hf.files import LossPath, Targets, TrunkMode, WrapperFiles
+from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer, trunk_targets
 from mtp_ce.hf.hidden_states import head_hidden_states
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
@@ -61,6 +61,9 @@ class MTPWrapper(WrapperFiles):
         head_weights: H constants: a mean over heads becomes a weighted one.
         shared: for "sequential": one module for all extra heads, fed its own output, which drafts to any depth. It is
             saved with the heads.
+        targets: "text": the heads learn the labels. "trunk": they learn the token that head 0 finds most likely in each
+            place, which is what verification of a greedy draft compares with; for a trunk that is not trained. Loss and
+            statistics are those of these tokens. It costs one more pass of head 0 over the output layer.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
@@ -95,9 +98,11 @@ class MTPWrapper(WrapperFiles):
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
         shared: bool = False,
+        targets: Targets = "text",
     ) -> None:
         check_name(heads, PATHS, "heads")
-        for name, value, known in (("trunk", trunk, TrunkMode), ("loss", loss, LossPath)):
+        choices = (("trunk", trunk, TrunkMode), ("loss", loss, LossPath), ("targets", targets, Targets))
+        for name, value, known in choices:
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(known)))}.")
         if horizon is not None and (isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1):
@@ -117,6 +122,11 @@ class MTPWrapper(WrapperFiles):
             raise ValueError(
                 f"trunk is {trunk!r} with heads={heads!r} and horizon {built.horizon}; nothing would be trained."
             )
+        if targets == "trunk" and trunk == "joint":
+            raise ValueError(
+                "targets is 'trunk' with trunk='joint'; expected trunk='detached' or 'frozen': a trunk that is trained "
+                "on its own greedy tokens learns nothing of the text."
+            )
         balances = wants_router_loss(causal, built)
         if balances:
             coefficient(causal)
@@ -128,7 +138,7 @@ class MTPWrapper(WrapperFiles):
         self.loss_type = "ForCausalLM"
         self.model = model
         self.generation_config = causal.generation_config
-        self.trunk, self.loss = trunk, loss
+        self.trunk, self.loss, self.targets = trunk, loss, targets
         self.loss_options = options
         self.heads: Heads = built
         # A constant of this run, not saved.
@@ -199,7 +209,7 @@ class MTPWrapper(WrapperFiles):
             position_ids: a document begins wherever they restart, and no head predicts across its border.
             labels: `input_ids`, unshifted, with -100 at tokens that are not trained on.
             token_weights: weights of the tokens at these positions; None means ones. With shift_labels they are shifted
-                as those are. Or a function that computes them from this forward's own next-token head, for scorers.
+                as those are. Or a function that computes them from this forward's own heads, for scorers.
             document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
             num_items_in_batch: what the sum of the loss is divided by; None means the predicted tokens of this batch,
                 or the positions with a target for another `head_reduction` than "target".
@@ -247,6 +257,8 @@ class MTPWrapper(WrapperFiles):
         )  # fmt: skip
         tensors = {"head_weights": self.head_weights, **call.tensors}
         loss_inputs = LossInputs(call.targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
+        if self.targets == "trunk":
+            loss_inputs = loss_inputs._replace(labels=trunk_targets(hidden[0], output, loss_inputs, options))
         loss, stats = self._loss(hidden, output, loss_inputs, options)
         if router_loss is not None:
             fraction = normalized_fraction(stats.live, normalizer, options)
@@ -285,9 +297,14 @@ class MTPWrapper(WrapperFiles):
         output = Unembedding.of(self.causal)
         return [output.logits(hidden) for hidden in self.head_hidden_states(**inputs)]
 
-    @staticmethod
-    def _next_token(hidden: list[Tensor], output: Unembedding) -> NextToken:
-        return NextToken(output.scaled(hidden[0]), output.weight, output.bias, output.softcap)
+    def next_token(self, **inputs: Any) -> NextToken:
+        """Return the next-token head and the heads that draft, as scorers read them; arguments as in forward."""
+        return self._next_token(self.head_hidden_states(**inputs), Unembedding.of(self.causal))
+
+    def _next_token(self, hidden: list[Tensor], output: Unembedding) -> NextToken:
+        first, *further = map(output.scaled, hidden)
+        drafting = tuple(further) if self.heads.drafts else ()
+        return NextToken(first, output.weight, output.bias, output.softcap, drafting)
 
     def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
         if self.trunk != "joint":

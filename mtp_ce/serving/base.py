@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.serving.folders import check_free
@@ -29,12 +31,25 @@ def export_base(wrapper: ModelWithHeads, folder: str | Path) -> None:
         FileNotFoundError: the files of an MTP module that is to be carried over can't be found any more.
         ValueError: the model has adapters that can't be merged, or not the layers of its MTP module.
     """
+    write_model(wrapper, folder)
+
+
+def write_model(wrapper: ModelWithHeads, folder: str | Path, module: Mapping[str, Tensor] | None = None) -> None:
+    """Write the model with an MTP module; other arguments and errors as of `export_base`.
+
+    Args:
+        wrapper: see there.
+        folder: see there.
+        module: tensors of an MTP module by their names in the model's files, in place of the one that they have; None
+            means that one.
+    """
     check_free(folder)
     adapted = wrapper.model is not wrapper.causal or hasattr(wrapper.causal, "peft_config")
     model: Any = _merged(wrapper.model) if adapted else wrapper.model
     stale = adapted or wrapper.trunk == "joint"
-    trained = wrapper.heads.module_tensors(model)
-    with wrapper.carried.carried_into(wrapper.causal, folder, stale=stale, trained=trained):
+    carried = wrapper.carried if module is None else replace(wrapper.carried, names=(), found=True)
+    trained = wrapper.heads.module_tensors(model) if module is None else module
+    with carried.carried_into(wrapper.causal, folder, stale=stale, trained=trained):
         model.save_pretrained(folder)
 
 

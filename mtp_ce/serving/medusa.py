@@ -12,8 +12,11 @@ which is "residual" head i + 1: the token that head 0 predicts is sampled by the
     blocks.{i}.layers.0.weight, .bias    W_i [D, D], b_i [D]    with a bias because medusa_fc_bias is true
     lm_head.weight                       U [V, D]               once for all heads because original_lm_head is true
 
-vLLM does not take U from the model that it serves, so the folder holds it too. The folders of FasterDecoding/Medusa
-hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt; only a recent vLLM renames those.
+vLLM 0.32 does not take U from the model that it serves, as it does for MTP modules, so the folder holds it too.
+Its reduced vocabulary (truncated_vocab_size with a tensor token_map) does not load: the check of loaded parameters in
+default_loader.py refuses the folder, because load_weights does not report token_map as one.
+
+The folders of FasterDecoding/Medusa hold the same blocks under other names ({i}.0.linear.weight) in medusa_lm_head.pt.
 
 Source: arXiv:2401.10774, section 2.1.1. Of vllm-project/vllm: vllm/model_executor/models/medusa.py (tensors),
 vllm/transformers_utils/configs/medusa.py (configuration), vllm/v1/spec_decode/medusa.py (calls of the heads).
@@ -28,15 +31,19 @@ from torch import nn
 
 from mtp_ce.heads.protocol import ModelWithHeads
 from mtp_ce.serving.folders import check_free, describe
+from mtp_ce.serving.layouts import Serving
 from mtp_ce.unembedding import Unembedding
 
 
-def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> None:
+def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> Serving:
     """Write "residual" heads as a Medusa draft model, which vLLM serves beside the folder of `export_base`.
 
     Args:
         wrapper: has "residual" heads; vLLM drafts up to horizon - 1 tokens with them (num_speculative_tokens).
         folder: created where it is missing.
+
+    Returns:
+        how vLLM serves it.
 
     Raises:
         FileExistsError: `folder` holds a model already.
@@ -83,3 +90,4 @@ def export_medusa(wrapper: ModelWithHeads, folder: str | Path) -> None:
     written = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Serving("medusa", len(blocks))

@@ -63,9 +63,18 @@ class _Version(argparse.Action):
 
 
 def folder_argument(text: str) -> Path:
-    """Return the path of an argument, with ~ expanded: the `type` of an option."""
+    """Return the path of a folder, with ~ expanded: the `type` of an option."""
+    return _path(text, "give a folder on this machine")
+
+
+def file_argument(text: str) -> Path:
+    """Return the path of a file, with ~ expanded: the `type` of an option."""
+    return _path(text, "give a file on this machine")
+
+
+def _path(text: str, way_out: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"it is the address {shown(text)}; give a folder on this machine")
+        raise argparse.ArgumentTypeError(f"it is the address {shown(text)}; {way_out}")
     try:
         return user_path("it", text)
     except RecipeError as error:

@@ -18,6 +18,7 @@ from mtp_ce.training.cli.command import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     Parser,
+    file_argument,
     folder_argument,
     missing_packages,
     output_folder,
@@ -34,6 +35,7 @@ a hub name. The recipe of a run names the held-out text; for other checkpoints t
 examples:
   eval-mtp runs/first
   eval-mtp runs/first validation.rows=16 validation.decoding.new_tokens=128
+  eval-mtp runs/first --prompts my/prompts.jsonl validation.decoding.draft_tokens=2
   eval-mtp HuggingFaceTB/SmolLM2-135M data.corpus=my/texts data.suffix=.txt tracking.kind=none --output here
 
 exit codes:
@@ -59,6 +61,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
     from mtp_ce.training.config.recipe import load_evaluation, to_yaml
+    from mtp_ce.training.data.prompts import read_prompts
     from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_checkpoint
     from mtp_ce.training.tracking.tracker import build_tracker
@@ -77,10 +80,11 @@ def _main(argv: Sequence[str] | None) -> int:
         build_tracker(recipe.tracking)
         output = output_folder("eval", arguments.output)
         find_corpus(recipe.data)
+        prompts = read_prompts(arguments.prompts) if arguments.prompts else None
         # Torch and transformers load here, after all cheap checks.
         from mtp_ce.training.run.evaluate import evaluate
 
-        evaluate(source, recipe, output)
+        evaluate(source, recipe, output, prompts=prompts)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
     except Exception as error:
@@ -93,8 +97,9 @@ def _main(argv: Sequence[str] | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="eval-mtp",
-        usage="eval-mtp CHECKPOINT [a.b=c ...] [--print-config] [--output DIR]",
-        description="Measure every prediction head of a checkpoint: cross entropy, accuracy, and speculative decoding.",
+        usage="eval-mtp CHECKPOINT [a.b=c ...] [--prompts FILE] [--print-config] [--output DIR]",
+        description="Measure every prediction head of a checkpoint: cross entropy, accuracy, speculative decoding, and "
+        "the acceptance that a serving engine will count.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -104,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="CHECKPOINT | a.b=c",
         help="the checkpoint, and overrides of data, validation, tracking and device with YAML values",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=file_argument,
+        metavar="FILE",
+        help="prompts to decode in place of held-out text: JSON lines with prompt, messages or prompt_token_ids, and a "
+        "domain if you like",
     )
     parser.add_argument(
         "--print-config",

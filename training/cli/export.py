@@ -7,8 +7,6 @@ need no model to detect are reported before torch is loaded: one line on stderr,
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -20,9 +18,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mtp_ce.heads.kinds import CONFIG_FILE, KINDS, TENSORS_FILE
-from mtp_ce.heads.saved import SavedConfig, check_tensors, read_config
+from mtp_ce.heads.saved import check_tensors, read_config
 from mtp_ce.registry import load_class
-from mtp_ce.serving.layouts import LAYOUTS, PATHS
+from mtp_ce.serving.layouts import LAYOUTS, PATHS, Serving
 from mtp_ce.training.addresses import shown
 from mtp_ce.training.cli.command import (
     EXIT_CRASH,
@@ -52,6 +50,7 @@ parts:
 examples:
   export-mtp runs/first base served/model
   export-mtp runs/first medusa served/medusa
+  export-mtp runs/second mimo served/mimo
   export-mtp runs/first base s3://bucket/models/first
   vllm serve served/model --speculative-config \\
     '{{"method": "medusa", "model": "served/medusa", "num_speculative_tokens": 3}}'
@@ -113,20 +112,26 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(checkpoint: str, part: str, folder: str) -> str:
     source = _model_folder(_fetch(checkpoint))
-    heads = _read_heads(source, part)
+    _check_heads(source, part)
     if folder.startswith(_S3):
         with _storage() as storage, tempfile.TemporaryDirectory(prefix="export-mtp.") as here:
             storage.check_free("DIR", folder)
-            _write_whole(source, part, Path(here) / "export")
+            serving = _write_whole(source, part, Path(here) / "export")
             storage.upload_folder("DIR", Path(here) / "export", folder)
     else:
         folder = str(_path("DIR", folder))
         _check_new(Path(folder))
-        _write_whole(source, part, Path(folder))
-    if LAYOUTS[part].vllm_method is None:
+        serving = _write_whole(source, part, Path(folder))
+    if serving is None:
         return f"{folder}: the {LAYOUTS[part].what} of {checkpoint}"
-    speculation = {"method": LAYOUTS[part].vllm_method, "model": folder, "num_speculative_tokens": heads.horizon - 1}
-    return f"{folder}: a draft model for vllm serve --speculative-config {shlex.quote(json.dumps(speculation))}"
+    return _served(checkpoint, folder, serving)
+
+
+def _served(checkpoint: str, folder: str, serving: Serving) -> str:
+    what = f"{folder}: the model of {checkpoint} with its heads as the MTP module."
+    if serving.beside:
+        what = f"{folder}: a draft model of the heads of {checkpoint}, for BASE of export-mtp {checkpoint} base BASE."
+    return "\n".join(filter(None, [what, serving.note, *serving.commands(folder)]))
 
 
 def _fetch(checkpoint: str) -> Path:
@@ -156,7 +161,7 @@ def _storage() -> Iterator[ModuleType]:
         raise ExportError(str(error)) from None
 
 
-def _write_whole(source: Path, part: str, folder: Path) -> None:
+def _write_whole(source: Path, part: str, folder: Path) -> Serving | None:
     copied = LAYOUTS[part].copied
     wrapper = None if copied else _load(source)
     try:
@@ -164,8 +169,8 @@ def _write_whole(source: Path, part: str, folder: Path) -> None:
             if wrapper is None:
                 for name in copied:
                     shutil.copyfile(source / name, aside / name)
-            else:
-                _write(wrapper, part, source, aside)
+                return None
+            return _write(wrapper, part, source, aside)
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise ExportError(str(error)) from None
 
@@ -180,8 +185,8 @@ def _model_folder(checkpoint: Path) -> Path:
     raise ExportError(f"checkpoint {checkpoint} has no {CONFIG_FILE}, and no model/{CONFIG_FILE}; expected {written}")
 
 
-def _read_heads(source: Path, part: str) -> SavedConfig:
-    """Read the configuration of the heads, and check that `part` can be exported from them."""
+def _check_heads(source: Path, part: str) -> None:
+    """Check that `part` can be exported from the heads, as far as their configuration and files show."""
     try:
         heads = read_config(source / CONFIG_FILE)
     except (OSError, ValueError) as error:
@@ -190,10 +195,13 @@ def _read_heads(source: Path, part: str) -> SavedConfig:
     # Heads of a class of your own are checked by the export function, once the class is loaded.
     supported = kind not in KINDS or part in KINDS[kind].layouts
     if LAYOUTS[part].of_heads and (not supported or horizon < 2):
-        expected = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
+        able = " or ".join(repr(name) for name, known in KINDS.items() if part in known.layouts)
+        kept = KINDS[kind].layouts if kind in KINDS else ()
+        unserved = f"; no serving engine runs {kind!r} heads" if kept == ("heads",) else ""
+        made = "residual" if part in KINDS["residual"].layouts else "sequential model.mtp.shared=true"
         raise ExportError(
-            f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {expected} heads and a horizon above 1, "
-            "as train-mtp model.mtp.kind=residual model.mtp.horizon=4 makes them"
+            f"{source} has {kind!r} heads with horizon {horizon}; {part} needs {able} heads and a horizon above 1, as "
+            f"train-mtp model.mtp.kind={made} model.mtp.horizon=4 makes them{unserved}"
         )
     models = () if LAYOUTS[part].copied else (("config.json", "adapter_config.json"),)
     tensors = () if heads.in_model else ((TENSORS_FILE,),)
@@ -201,12 +209,11 @@ def _read_heads(source: Path, part: str) -> SavedConfig:
         if not any((source / name).is_file() for name in names):
             raise ExportError(f"{source} has {CONFIG_FILE} but no {names[0]}; the checkpoint is incomplete")
     if find_spec("safetensors") is None:
-        return heads
+        return
     try:
         check_tensors(source / TENSORS_FILE, heads)
     except (OSError, ValueError) as error:
         raise ExportError(str(error)) from None
-    return heads
 
 
 def _check_new(folder: Path) -> None:
@@ -239,12 +246,13 @@ def _load(source: Path) -> MTPWrapper:
     return wrapper
 
 
-def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> None:
-    load_class(part, PATHS, "part")(wrapper, folder)
+def _write(wrapper: MTPWrapper, part: str, source: Path, folder: Path) -> Serving | None:
+    serving: Serving | None = load_class(part, PATHS, "part")(wrapper, folder)
     if LAYOUTS[part].tokenizer and any((source / name).is_file() for name in _TOKENIZER):
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+    return serving
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class MTPConfig(Group):
         description="joint: the whole model is trained; detached: only the heads, no gradient reaches the trunk; "
         "frozen: as detached, and the trunk's parameters have requires_grad=False",
     )
+    targets: Literal["text", "trunk"] = Field(
+        default="text",
+        description="what the heads learn to predict. text: the tokens of the text; trunk: the trunk's own greedy "
+        "token in each place, with which an engine compares a draft; for a trunk that is not joint",
+    )
     head_reduction: Literal["live", "horizon", "target"] = Field(
         default="live",
         description="what a head's loss is divided by. live: the heads with a target at its position; horizon: H; "
@@ -52,6 +57,15 @@ class MTPConfig(Group):
             raise ValueError(
                 f"trunk {self.trunk} with kind {self.kind} and horizon {self.horizon} leaves no parameter to train; "
                 "give trunk joint, or heads that have parameters"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_stay(self) -> Self:
+        if self.targets == "trunk" and self.trunk == "joint":
+            raise ValueError(
+                "targets trunk with trunk joint would train the trunk on its own output; give trunk detached, or "
+                "targets text"
             )
         return self
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mtp_ce.heads.kinds import KINDS, may_be_shared, may_draft
 from mtp_ce.registry import load_class
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.frozen import CriticConfig, FrozenModel, FrozenModelConfig, ReferenceConfig, StageName
@@ -136,6 +137,19 @@ class Recipe(Group):
         return self
 
     @model_validator(mode="after")
+    def _heads_draft_so_far(self) -> Self:
+        drafted, heads = self.validation.decoding.draft_tokens, self.model.mtp
+        # How far a module of the checkpoint or a class of the user's own drafts is known when it is loaded.
+        known = heads.kind in KINDS and not KINDS[heads.kind].in_model
+        one_module = heads.shared or (may_be_shared(heads.kind) and heads.horizon == 2)
+        if drafted is not None and drafted >= heads.horizon and known and not one_module:
+            raise ValueError(
+                f"validation.decoding.draft_tokens {drafted} is more than the {heads.horizon - 1} extra heads of "
+                f"model.mtp.horizon {heads.horizon}; give validation.decoding.draft_tokens=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scorer_has_its_models(self) -> Self:
         for stage in self.scorer.scored_by.stages:
             if self.stage(stage) is None:
@@ -143,6 +157,16 @@ class Recipe(Group):
                     f"scorer {self.scorer.name} needs a {stage} and there is none; give {stage}.source=FOLDER, an "
                     f"s3:// address or a hub name, or {stage}.train.steps and {stage}.train.batch_size to train one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _scorer_has_its_drafts(self) -> Self:
+        mtp = self.model.mtp
+        if self.scorer.reads_drafts and (mtp.horizon == 1 or not may_draft(mtp.kind)):
+            raise ValueError(
+                f"scorer {self.scorer.name} needs heads that draft, and model.mtp.kind is {mtp.kind} with horizon "
+                f"{mtp.horizon}; give model.mtp.kind=sequential and model.mtp.horizon=3"
+            )
         return self
 
     @model_validator(mode="after")
@@ -165,8 +189,8 @@ class Recipe(Group):
             )
         if self.scorer.reads_current:
             raise ValueError(
-                f"precompute_weights is true, but scorer {name} needs the losses of the model in training, which "
-                "change at every step; name a frozen model as scorer.current, if the scorer has that option"
+                f"precompute_weights is true, but scorer {name} needs the losses or drafts of the model in training, "
+                "which change at every step; name a frozen model as scorer.current, if the scorer has that option"
             )
         return self
 
@@ -197,7 +221,6 @@ class Recipe(Group):
         scored = self.scorer.scored_by
         scorers: list[ScorerConfig] = [UniformScorerConfig(), scored]
         scorers += [load_class(name, SCORERS, "name")(name=name, of=scored) for name in CONTROLS]
-        decoding = self.validation.decoding.model_copy(update={"prompts": 0})
-        validation = self.validation.model_copy(update={"every": None, "decoding": decoding})
+        validation = self.validation.model_copy(update={"every": None, "at_start": False})
         same = {"precompute_weights": False, "validation": validation}
         return {scorer.label: self.model_copy(update={**same, "scorer": scorer}) for scorer in scorers}

@@ -13,6 +13,12 @@ class DecodingConfig(Group):
     prompts: int = Field(default=8, ge=0, description="number of prompts, spread over the held-out files; 0: none")
     prompt_tokens: int = Field(default=64, ge=1, description="tokens of held-out text in a prompt")
     new_tokens: int = Field(default=64, ge=2, description="maximum number of tokens decoded per prompt")
+    draft_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of a draft (num_speculative_tokens of serving engines) for which accepted tokens are "
+        "counted as they count them; null: one per extra head, which is the most unless they are one module",
+    )
 
 
 class ValidationConfig(Group):

@@ -141,21 +141,7 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
     except RecursionError:
         raise RecipeError(f"{path}: the chat is nested too deeply to be read") from None
     given, tools = (chat["messages"], chat[TOOLS]) if isinstance(chat, dict) else (chat, None)
-    template = chat_template(tokenizer, tools)
-    if template is None:
-        raise RecipeError(f"{path}: a chat, and the tokenizer has no chat template; give a data.tokenizer that has one")
-    if tools and TOOLS not in template:
-        raise RecipeError(
-            f"{path}: the row has {TOOLS}, and the tokenizer's chat template does not show them; give a data.tokenizer "
-            "whose template does, or leave out the field"
-        )
-
-    def apply(part: Any, **options: Any) -> Any:
-        try:
-            return tokenizer.apply_chat_template(part, tools=tools, chat_template=template, **options)
-        except Exception as error:  # a template is a program
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RecipeError(f"{path}: the tokenizer's chat template refuses the chat: {reason}") from None
+    template, apply = _applied(path, tools, tokenizer)
 
     def render(part: list[dict[str, Any]], prompt: bool) -> str:
         rendered: str = apply(part, tokenize=False, add_generation_prompt=prompt)
@@ -178,6 +164,64 @@ def encode_chat(path: str, text: str, tokenizer: PreTrainedTokenizerFast) -> tup
     spans = _spans(path, messages, turns - muted - {0}, render, way_out)
     encoding = tokenizer.backend_tokenizer.encode(render(messages, False), add_special_tokens=False)
     return encoding.ids, _inside(encoding.offsets, spans)
+
+
+def prompt_messages(messages: Sequence[Any], where: str) -> list[dict[str, Any]]:
+    """Return the messages of a chat that the assistant is to answer.
+
+    Args:
+        messages: as in `to_text`.
+        where: file, line and field, for messages to the user.
+
+    Raises:
+        RecipeError: as `to_text`, there is no message, or the last one is the assistant's.
+    """
+    chat = [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
+    if not chat or chat[-1]["role"] == _ASSISTANT:
+        last = "the last message is the assistant's" if chat else "it has no message"
+        raise RecipeError(f"{where}: {last}; expected a chat that ends with the message to answer")
+    return chat
+
+
+def encode_prompt(
+    where: str, messages: list[dict[str, Any]], tools: Any, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
+    """Return the tokens of a chat with the beginning of the assistant's answer, as an engine is prompted.
+
+    Args:
+        where: file and line, for messages to the user.
+        messages: what `prompt_messages` returned.
+        tools: as in `to_text`.
+        tokenizer: renders the chat.
+
+    Raises:
+        RecipeError: the tokenizer has no chat template, or it refuses the chat or its tools.
+    """
+    _, apply = _applied(where, _tools(tools, where) or None, tokenizer)
+    rendered = apply(messages, tokenize=False, add_generation_prompt=True)
+    encoded: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
+    return encoded
+
+
+def _applied(path: str, tools: Any, tokenizer: PreTrainedTokenizerFast) -> tuple[str, Callable[..., Any]]:
+    """Return the chat template, and a function that renders messages with it; arguments as of `encode_chat`."""
+    template = chat_template(tokenizer, tools)
+    if template is None:
+        raise RecipeError(f"{path}: a chat, and the tokenizer has no chat template; give a data.tokenizer that has one")
+    if tools and TOOLS not in template:
+        raise RecipeError(
+            f"{path}: the row has {TOOLS}, and the tokenizer's chat template does not show them; give a data.tokenizer "
+            "whose template does, or leave out the field"
+        )
+
+    def apply(part: Any, **options: Any) -> Any:
+        try:
+            return tokenizer.apply_chat_template(part, tools=tools, chat_template=template, **options)
+        except Exception as error:  # a template is a program
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RecipeError(f"{path}: the tokenizer's chat template refuses the chat: {reason}") from None
+
+    return template, apply
 
 
 def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

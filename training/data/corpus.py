@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
@@ -122,6 +123,26 @@ def texts(documents: Sequence[Document]) -> Sequence[str]:
         return (document.prompt or "") + document.text
 
     return Lazy(len(documents), read)
+
+
+def domains_of(documents: Sequence[Document]) -> list[str]:
+    """Return the domain of each document: the folder, or the file of rows, in which these documents differ.
+
+        code/a.py code/b.py chat/c.py          code code chat
+        chat.jsonl:7 sums.jsonl:1              chat.jsonl sums.jsonl
+
+    Returns:
+        The first part of their paths that is not common to all, without the names of files that are one document; "."
+        where nothing is left. "" for all documents of one domain.
+    """
+    places = []
+    for document in documents:
+        file, row, number = document.path.rpartition(":")
+        whole = row and number.isdecimal()
+        places.append(file.split("/") if whole else document.path.split("/")[:-1])
+    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*places, strict=False))))
+    domains = [place[common] if len(place) > common else "." for place in places]
+    return domains if len(set(domains)) > 1 else [""] * len(domains)
 
 
 def below(digest: bytes, fraction: float) -> bool:

@@ -188,7 +188,7 @@ class Trainer:
         for micro in batch.split(train.micro_batch_size or train.batch_size):
             scored: list[TokenWeights] = []
 
-            # The model calls this with its own next-token head, whose cross entropy a scorer may need.
+            # The model calls this with its own heads, whose cross entropies and drafts a scorer may need.
             def weigh(current: NextToken, micro: Batch = micro, scored: list[TokenWeights] = scored) -> Tensor:
                 scored.append(self.weigh(micro, current))
                 return scored[0].weights

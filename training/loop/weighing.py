@@ -25,7 +25,7 @@ from mtp_ce.unembedding import Unembedding
 # train with uniform weights. A scorer that works has none of them.
 NEUTRAL_BOUND = 0.01
 
-# Takes a micro-batch and the next-token head of the model in training on it.
+# Takes a micro-batch and the heads of the model in training on it.
 Weigh = Callable[[Batch, NextToken], TokenWeights]
 
 # Folders of the frozen models of a scorer, by role.

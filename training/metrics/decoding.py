@@ -28,7 +28,7 @@ class DecodingResult:
 
     Attributes:
         prompts: number of prompts.
-        prompt_tokens: tokens of each prompt.
+        prompt_tokens: tokens of the longest prompt.
         identical: number of prompts with identical text both ways. Verifying several tokens in one forward rounds
             differently from decoding one token, so texts may diverge where two logits are equal up to rounding.
         speculation: counts of drafted and accepted tokens over all prompts.
@@ -58,7 +58,7 @@ class DecodingResult:
         return [kept / rounds if rounds else math.nan for kept in self.speculation.kept]
 
 
-def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list[Tensor]:
+def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list[tuple[int, list[int]]]:
     """Return passages from inside documents that are long enough, evenly spread over them.
 
     Args:
@@ -67,7 +67,7 @@ def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list
         tokens: tokens of each prompt.
 
     Returns:
-        Prompts [1, tokens].
+        Prompts, each with the index of its document.
     """
     documents = DocumentTokens.of(documents)
     long = (documents.starts.diff() >= tokens).nonzero()[:, 0].tolist()
@@ -76,33 +76,34 @@ def choose_prompts(documents: Sequence[Tensor], count: int, tokens: int) -> list
         document = documents[long[index]]
         # One prompt starts in the middle of the free range, two at its thirds.
         for start in sorted({(len(document) - tokens) * (j + 1) // (several + 1) for j in range(several)}):
-            prompts.append(document[start : start + tokens].long()[None])
+            prompts.append((long[index], document[start : start + tokens].tolist()))
     return prompts
 
 
-def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: int) -> DecodingResult:
-    """Decode prompts with and without drafts.
+def measure_decoding(
+    model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: int
+) -> tuple[DecodingResult, list[Tensor]]:
+    """Decode prompts with and without drafts; return what was measured, and the model's own texts after the prompts.
 
     Args:
         model: in eval mode, with heads that can draft.
         prompts: [1, S] each, on the model's device; at least one.
         new_tokens: maximum number of tokens to decode from each; decoding stops at the model's end-of-text token.
+
+    Raises:
+        UncroppableCacheError: speculative decoding is not possible with the model.
     """
     total: Speculation | None = None
     identical, plain_seconds, speculative_seconds = 0, 0.0, 0.0
-    pad = model.causal.generation_config.pad_token_id
-    # The model's own settings apply, such as a repetition penalty, but those that speculation does not follow, and
-    # strings that end a text, which need a tokenizer.
-    off = {name: values[0] for name, values in OFF.items()}
-    settings: dict[str, Any] = {
-        **off, "do_sample": False, "stop_strings": None, "pad_token_id": 0 if pad is None else pad,
-        "attention_mask": torch.ones_like(prompts[0]),
-    }  # fmt: skip
+    texts, settings = [], generation_settings(model)
     # Warm-up: the first call of each path is slower.
-    few = min(new_tokens, 2 * model.horizon)
-    model.generate(prompts[0], max_new_tokens=few, **settings)
-    generate_speculatively(model, prompts[0], max_new_tokens=few, **settings)
+    warm_up = settings | {
+        "max_new_tokens": min(new_tokens, 2 * model.horizon), "attention_mask": torch.ones_like(prompts[0])
+    }  # fmt: skip
+    model.generate(prompts[0], **warm_up)
+    generate_speculatively(model, prompts[0], **warm_up)
     for prompt in prompts:
+        settings |= {"attention_mask": torch.ones_like(prompt)}
         started = _now(prompt)
         expected = model.generate(prompt, max_new_tokens=new_tokens, **settings)
         between = _now(prompt)
@@ -110,9 +111,22 @@ def measure_decoding(model: MTPWrapper, prompts: Sequence[Tensor], new_tokens: i
         plain_seconds += between - started
         speculative_seconds += _now(prompt) - between
         identical += torch.equal(sequences, expected)
+        texts.append(expected)
         total = speculation if total is None else total + speculation
     assert total is not None
-    return DecodingResult(len(prompts), prompts[0].shape[1], identical, total, plain_seconds, speculative_seconds)
+    longest = max(prompt.shape[1] for prompt in prompts)
+    result = DecodingResult(len(prompts), longest, identical, total, plain_seconds, speculative_seconds)
+    return result, texts
+
+
+def generation_settings(model: MTPWrapper) -> dict[str, Any]:
+    """Return settings of greedy decoding: the model's own, such as a repetition penalty, without some.
+
+    Off are those that speculation does not follow, and strings that end a text, which need a tokenizer.
+    """
+    pad = model.causal.generation_config.pad_token_id
+    off = {name: values[0] for name, values in OFF.items()}
+    return {**off, "do_sample": False, "stop_strings": None, "pad_token_id": 0 if pad is None else pad}
 
 
 def _now(tensor: Tensor) -> float:

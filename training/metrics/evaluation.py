@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mtp_ce.training.metrics.acceptance import Acceptance, AcceptanceResult
 from mtp_ce.training.metrics.decoding import DecodingResult
 from mtp_ce.training.metrics.head_scores import HeadResult
 
@@ -18,13 +19,15 @@ class Evaluation:
         heads: one result per head, on held-out text.
         unigram: cross entropy of the held-out tokens under the training tokens' frequencies, nats.
         before: the heads before training, if that was measured.
-        decoding: results of speculative decoding; None if no head drafts.
+        decoding: results of speculative decoding; None if no head drafts, or the model can't verify drafts.
+        acceptance: what a serving engine counts; None if no head drafts.
     """
 
     heads: list[HeadResult]
     unigram: float
     before: list[HeadResult] | None = None
     decoding: DecodingResult | None = None
+    acceptance: AcceptanceResult | None = None
 
     @property
     def tokens_per_forward(self) -> float | None:
@@ -50,6 +53,10 @@ class Evaluation:
             }
             for h, (kept, accepted) in enumerate(zip(self.decoding.kept, speculation.acceptance, strict=True), start=1):
                 metrics |= {f"decoding/kept_head_{h}": kept, f"decoding/acceptance_head_{h}": accepted}
+        if self.acceptance:
+            total = self.acceptance.total
+            metrics["val/accepted_length"] = total.mean_length
+            metrics |= {f"val/accepted_head_{h}": rate for h, rate in enumerate(total.rates, start=1)}
         return metrics
 
     def as_json(self) -> dict[str, Any]:
@@ -69,12 +76,23 @@ class Evaluation:
                 "kept": [_finite(ratio) for ratio in self.decoding.kept],
                 "speedup": self.decoding.speedup,
             }
+
+        def counted(counts: Acceptance) -> dict[str, Any]:
+            rates = [_finite(rate) for rate in counts.rates]
+            return asdict(counts) | {"rates": rates, "mean_length": _finite(counts.mean_length)}
+
+        acceptance = None
+        if self.acceptance:
+            domains = {name: counted(counts) for name, counts in self.acceptance.domains.items() if name}
+            total = counted(self.acceptance.total)
+            acceptance = {"draft_tokens": self.acceptance.draft_tokens, **total, "domains": domains}
         return {
             "unigram_entropy": _finite(self.unigram),
             "tokens_per_forward": self.tokens_per_forward,
             "heads": [head(h, result) for h, result in enumerate(self.heads)],
             "before": self.before and [head(h, result) for h, result in enumerate(self.before)],
             "decoding": decoding,
+            "acceptance": acceptance,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mtp_ce.heads.kinds import CONFIG_FILE
-from mtp_ce.heads.protocol import heads_class
+from mtp_ce.heads.protocol import Heads, heads_class
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.data import DataConfig
 from mtp_ce.training.config.model import MTPConfig, PretrainedModelConfig, TrunkConfig
@@ -29,10 +30,16 @@ def build_model(recipe: Recipe, end_of_text: int | None = None, pretrained: Path
             with it.
 
     Raises:
-        RecipeError: as `with_heads`, or the files of a pretrained model can't be read.
+        RecipeError: as `with_heads`, the scorer needs heads that draft, or the files of a pretrained model can't be
+            read.
     """
     heads = recipe.model.mtp
-    _check_kind(heads)
+    loaded = _check_kind(heads)
+    if recipe.scorer.reads_drafts and not loaded.drafts:
+        raise RecipeError(
+            f"scorer {recipe.scorer.name} needs heads that draft, and those of model.mtp.kind {heads.kind} don't; give "
+            "model.mtp.kind=sequential"
+        )
     if not isinstance(recipe.model, PretrainedModelConfig):
         return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
     with refuse_unloadable("model.source", recipe.model.source):
@@ -43,10 +50,9 @@ def _pretrained(recipe: Recipe, end_of_text: int | None, pretrained: Path | None
     heads = recipe.model.mtp
     # A model of one head, such as a reference, ignores saved heads.
     if pretrained and heads.horizon > 1 and (pretrained / CONFIG_FILE).exists():
-        wrapper = MTPWrapper.from_pretrained(pretrained, trunk=heads.trunk, dtype=torch.float32)
+        wrapper = MTPWrapper.from_pretrained(pretrained, **_of_the_loss(heads), dtype=torch.float32)
         found = (wrapper.horizon, wrapper.kind, wrapper.heads.shared and wrapper.heads.can_share)
         assert found == (heads.horizon, heads.kind, heads.shared), "sources.check_heads has compared them"
-        wrapper.loss = heads.loss
         return wrapper
     return with_heads(_trunk(recipe, end_of_text, pretrained), heads)
 
@@ -58,19 +64,22 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
         RecipeError: the class of the heads can't be loaded, or is no subclass of `Heads`.
     """
     _check_kind(heads)
-    return MTPWrapper(
-        trunk, heads.horizon, heads=heads.kind, trunk=heads.trunk, loss=heads.loss, head_reduction=heads.head_reduction,
-        shared=heads.shared,
-    )  # fmt: skip
+    return MTPWrapper(trunk, heads.horizon, heads=heads.kind, shared=heads.shared, **_of_the_loss(heads))
 
 
-def _check_kind(heads: MTPConfig) -> None:
+def _of_the_loss(heads: MTPConfig) -> dict[str, Any]:
+    """Return the arguments of `MTPWrapper` that are not saved with the heads."""
+    return heads.model_dump(include={"trunk", "loss", "head_reduction", "targets"})
+
+
+def _check_kind(heads: MTPConfig) -> type[Heads]:
     try:
         loaded = heads_class(heads.kind, "model.mtp.kind")
     except (TypeError, ValueError) as error:
         raise RecipeError(str(error)) from None
     if heads.shared and not loaded.can_share:
         raise RecipeError(f"model.mtp.shared is true with kind {heads.kind}, which can't be shared; give false")
+    return loaded
 
 
 def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> PreTrainedModel:

@@ -11,6 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+# Mean accepted length of drafts: as an engine counts it, and what the agreement of the heads on held-out text predicts.
+LENGTH, ESTIMATE = "val/accepted_length", "val/tokens_per_forward"
+
 
 def write_comparison(comparison: dict[str, Any], output: Path) -> list[Path]:
     """Write comparison.json, comparison.md and comparison.png, and return the three paths."""
@@ -37,6 +40,8 @@ def _levels(comparison: dict[str, Any], arm: str, metric: str) -> list[float]:
 def comparison_table(comparison: dict[str, Any]) -> str:
     """Format a comparison as a Markdown table: levels of uniform weights, differences of the other arms.
 
+    Heads that draft have a second table, of their mean accepted length.
+
     Args:
         comparison: the content of comparison.json.
     """
@@ -59,10 +64,29 @@ def comparison_table(comparison: dict[str, Any]) -> str:
             ]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
+    if LENGTH in first:
+        lines += ["", length_table(comparison)]
     lines += [
         "",
         f"Mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']:,} steps each.",
     ]
+    return "\n".join(lines)
+
+
+def length_table(comparison: dict[str, Any]) -> str:
+    """Format the mean accepted lengths of heads that draft: levels of uniform weights, differences of the others.
+
+    Args:
+        comparison: the content of comparison.json.
+    """
+    baseline, *arms = comparison["results"]
+    lines = [
+        f"| mean accepted length, tokens | {baseline} | " + " | ".join(f"{arm} - {baseline}" for arm in arms) + " |",
+        "| --- | ---: |" + " ---: |" * len(arms),
+    ]
+    for metric, where in ((LENGTH, "greedy text of the model"), (ESTIMATE, "held-out text, 1 + agree")):
+        changes = (_spread(differences(comparison, arm, metric), "+") for arm in arms)
+        lines.append(f"| {where} | {_spread(_levels(comparison, baseline, metric))} | " + " | ".join(changes) + " |")
     return "\n".join(lines)
 
 

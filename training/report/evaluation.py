@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_ce.training.console import number, say
+from mtp_ce.training.metrics.acceptance import AcceptanceResult
 from mtp_ce.training.metrics.evaluation import Evaluation
 
 
@@ -49,13 +50,38 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         speculation = decoding.speculation
         lines += [
             "accepted: decoding rounds in which the drafts of heads 1..h were accepted",
-            f"decoding: {decoding.prompts} prompts of {decoding.prompt_tokens} tokens, "
+            f"decoding: {decoding.prompts} prompts of up to {decoding.prompt_tokens} tokens, "
             f"{speculation.tokens:,} new tokens: {speculation.tokens_per_forward:.2f} tokens per forward "
             f"(acceptance length {speculation.acceptance_length:.2f}), {decoding.speedup:.2f} times the speed of plain "
             f"generate; identical text for {decoding.identical} of {decoding.prompts} prompts",
         ]
     for line in lines:
         say(console, line)
+    if evaluation.acceptance:
+        console.print(acceptance_table(evaluation.acceptance))
+        say(
+            console,
+            "accepted: drafts whose 1st, 2nd, ... token was accepted; length: mean tokens per draft, the model's own "
+            "included; as vLLM counts them at temperature 0",
+        )
+
+
+def acceptance_table(acceptance: AcceptanceResult) -> Table:
+    """Return what a serving engine counts as a table, one row per domain and one for all."""
+    K = acceptance.draft_tokens
+    title = f"in a serving engine, num_speculative_tokens={K}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    table.add_column("prompts", overflow="fold")
+    for column in ("tokens", "drafts"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("accepted", justify="right", overflow="fold")
+    table.add_column("length", justify="right", no_wrap=True)
+    rows = {name: counts for name, counts in acceptance.domains.items() if name}
+    for name, counts in (*rows.items(), ("all", acceptance.total)):
+        accepted = " ".join(f"{count:,}" for count in counts.accepted)
+        prompts, length = f"{counts.prompts:,} {name}", number(counts.mean_length, ".2f")
+        table.add_row(prompts, f"{counts.tokens:,}", f"{counts.drafts:,}", accepted, length)
+    return table
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, title: str) -> list[Path]:

@@ -4,7 +4,8 @@
 
 Runs of one seed share initial weights and the order of the rows, so their difference is less noisy than their levels.
 Every model is scored unweighted, on all held-out files and on the documented ones, the kind of text that the reference
-of the recipe `rho1` is trained on.
+of the recipe `rho1` is trained on. Heads that draft are scored by their mean accepted length, too, as an engine counts
+it in greedy texts of the model from held-out prompts.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from mtp_ce.training.console import say, warn
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
+from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
-from mtp_ce.training.metrics.head_scores import validation_metrics
+from mtp_ce.training.metrics.evaluation import Evaluation
+from mtp_ce.training.metrics.head_scores import HeadResult, validation_metrics
 from mtp_ce.training.report.comparison import comparison_table, write_comparison
+from mtp_ce.training.run.evaluate import decode, load_checkpoint
 from mtp_ce.training.run.fitting import fit
 from mtp_ce.training.run.folder import RECIPE_FILE, make_folder
 from mtp_ce.training.run.inputs import Inputs, find_device, read_inputs
@@ -96,12 +100,17 @@ def _run(
         weighing = build_weighing(recipe, models, inputs.device, inputs.ranks)
         trainer, results = fit(recipe, inputs, inputs.rows(inputs.tokens.train), weighing.weigh, folder, run)
         metrics = validation_metrics(results)
+        ranks = inputs.ranks
+        drafting: dict[str, float] | None = ranks.lead(lambda: _drafting(trainer, results, inputs, folder / "model"))
+        drafting = ranks.share(drafting)
+        metrics |= drafting or {}
         if documented:
             curated = validation_metrics(trainer.validate(inputs.rows(documented)))
             metrics |= {f"documented/{metric.removeprefix('val/')}": value for metric, value in curated.items()}
         return metrics
 
     settings = recipe.model_dump(include={"seed", "model", "optimizer", "train", "scorer"})
+    settings["decoding"] = recipe.validation.decoding.model_dump()
     settings["row_length"] = inputs.row_length
     scoring = [models[model.role] for model in recipe.frozen_models()]
     stage = Stage(
@@ -115,3 +124,20 @@ def _run(
     cached = run_stage(stage, inputs, output, tracking)
     results: dict[str, float | None] = json.loads((cached / STAGE_FILE).read_text(encoding="utf-8"))["results"]
     return results
+
+
+def _drafting(trainer: Trainer, results: list[HeadResult], inputs: Inputs, folder: Path) -> dict[str, float]:
+    """Return the metrics of drafts, in decoding and as a serving engine counts them.
+
+    Args:
+        trainer: the finished loop.
+        results: its last validation.
+        inputs: held-out documents.
+        folder: of the saved model, which is read where each rank has only its shards.
+    """
+    model = trainer.model
+    if inputs.ranks.sharded:
+        model = load_checkpoint(str(folder), folder)
+        torch.nn.Module.to(model, inputs.device)
+    decoded = decode(model, inputs, trainer.recipe.validation.decoding)
+    return Evaluation(results, inputs.unigram, None, *decoded).metrics()

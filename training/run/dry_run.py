@@ -158,7 +158,7 @@ def _scoring_products(
     if recipe.precompute_weights or unknown:
         return flops
     sizes = trunk.get_text_config()
-    return flops + recipe.scorer.flops_per_token(sizes.vocab_size, sizes.hidden_size)
+    return flops + recipe.scorer.flops_per_token(sizes.vocab_size, sizes.hidden_size, recipe.model.mtp.horizon)
 
 
 def _fits(needed: int) -> str:

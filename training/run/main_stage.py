@@ -137,7 +137,8 @@ def _report(
         if model is None:
             model = MTPWrapper.from_pretrained(output / "model", dtype=torch.float32)
             nn.Module.to(model, inputs.device)
-        evaluation = replace(trained, decoding=decode(model, inputs, recipe.validation.decoding))
+        decoding, acceptance = decode(model, inputs, recipe.validation.decoding)
+        evaluation = replace(trained, decoding=decoding, acceptance=acceptance)
         if recipe.scorer.weighted:
             # matplotlib writes a font cache on first import; a dry run writes nothing.
             from mtp_ce.training.run.passages import show_weights

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.next_token import NextToken
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.rows import PackedRows
 from mtp_ce.training.loop.weighing import Weighing
@@ -29,7 +28,7 @@ def show_weights(inputs: Inputs, weighing: Weighing, model: MTPWrapper, scorer: 
     Args:
         inputs: tokenizer and held-out documents.
         weighing: the run's scorer.
-        model: the trained model, whose losses the scorer may use.
+        model: the trained model, whose losses and drafts the scorer may use.
         scorer: name of the scorer.
         folder: where the two files are written.
 
@@ -59,7 +58,7 @@ def _passage(inputs: Inputs, weighing: Weighing, model: MTPWrapper, index: int) 
     pad: Any = inputs.tokenizer.pad_token_id
     rows = PackedRows([document], inputs.row_length, pad)
     batch = rows.batch(torch.arange(len(rows))).to(inputs.device)
-    current = NextToken.of(model.causal, batch.input_ids, batch.position_ids)
+    current = model.next_token(input_ids=batch.input_ids, position_ids=batch.position_ids)
     details = weighing.explain(batch, current)
     weights = weighing.weigh(batch, current).weights
     if "score" in details:

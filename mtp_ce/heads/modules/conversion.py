@@ -55,7 +55,9 @@ class LayerFiles:
             original = getattr(original, name)
             inner._modules[name] = inner = _emptied(original)
         inner._modules[str(index)] = layer
-        self.conversions = model._weight_conversions if conversions is None else conversions
+        # A model that was not loaded has none: `revert_weight_conversion` takes its family's then.
+        loaded: Any = getattr(model, "_weight_conversions", None)
+        self.conversions = loaded if conversions is None else conversions
         # Of a sharded layer, too.
         shapes = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in layer.state_dict().items()}
         names = self.written(shapes)

@@ -4,8 +4,10 @@
     model.layers.{N+k}.self_attn.*, .mlp.*, ...                          the decoder layer
     model.layers.{N+k}.embed_tokens, .shared_head.head                   copies of the model's own
 
-Source: arXiv:2412.19437, section 2.2; vLLM's deepseek_mtp.py and glm4_moe_mtp.py, in which a further depth reads the
-hidden state before shared_head.norm.
+A further depth reads the hidden state after shared_head.norm in vLLM's deepseek_mtp.py, SGLang's deepseek_nextn.py and
+transformers' `MtpModel`, and before it in vLLM's classes of other families.
+
+Source: arXiv:2412.19437, section 2.2; of vLLM 0.32 deepseek_mtp.py, glm4_moe_mtp.py and the like.
 """
 
 from mtp_ce.heads.modules.layout import ModuleLayout
@@ -19,8 +21,10 @@ LAYOUT = ModuleLayout(
     projection="eh_proj",
     output_norm="shared_head.norm",
     hidden_first=False,
-    passes_normed=False,
+    passes_normed=True,
     masks_first=True,
     counts=("num_nextn_predict_layers",),
     copies={"embed_tokens": "embed", "shared_head.head": "output"},
+    families=("deepseek_v3", "glm4_moe"),
+    unnormed=("glm4_moe", "glm4_moe_lite", "glm_ocr_text"),
 )

@@ -32,6 +32,8 @@ class ModuleLayout(NamedTuple):
         copies: modules that some checkpoints store once more, after the prefix, and whose they are: "embed" or
             "output", the model's own.
         single: whether there is at most one module.
+        families: model types for which engines read a new module in this layout.
+        unnormed: model types whose further depths read the hidden state before output_norm, whatever `passes_normed`.
     """
 
     name: str
@@ -47,3 +49,9 @@ class ModuleLayout(NamedTuple):
     counts: tuple[str, ...]
     copies: Mapping[str, str] = {}
     single: bool = False
+    families: tuple[str, ...] = ()
+    unnormed: tuple[str, ...] = ()
+
+    def of(self, model_type: str) -> ModuleLayout:
+        """Return the layout as engines run it for models of a type."""
+        return self._replace(passes_normed=self.passes_normed and model_type not in self.unnormed)

@@ -21,4 +21,5 @@ LAYOUT = ModuleLayout(
     masks_first=False,
     counts=("mtp_num_hidden_layers", "num_nextn_predict_layers"),
     single=True,
+    families=("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
 )

@@ -12,6 +12,12 @@ from mtp_ce.heads.modules.layout import ModuleLayout
 MODULE_LAYOUTS: dict[str, ModuleLayout] = {layout.LAYOUT.name: layout.LAYOUT for layout in (deepseek, mimo, qwen)}
 
 
+def layout_of(model_type: str) -> ModuleLayout:
+    """Return the layout in which engines read a new module for models of a type: "mimo" beside dense ones."""
+    own = next((layout for layout in MODULE_LAYOUTS.values() if model_type in layout.families), MODULE_LAYOUTS["mimo"])
+    return own.of(model_type)
+
+
 class StoredModules(NamedTuple):
     """The MTP modules of a checkpoint.
 

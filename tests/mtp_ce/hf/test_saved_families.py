@@ -323,21 +323,14 @@ COLUMNS = {
 }
 
 
-def cells() -> list[tuple[str, str, str]]:
-    """Row, column and text of every cell of the table."""
-    page = (Path(__file__).resolve().parents[3] / "docs" / "heads.md").read_text(encoding="utf-8")
-    lines = page.partition("<!-- families:begin -->")[2].partition("<!-- families:end -->")[0].strip().splitlines()
-    first, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    return [(row[0], column, cell) for row in rows for column, cell in zip(first[1:], row[1:], strict=True)]
-
-
-def test_the_page_has_every_family_and_column():
-    assert {row for row, _, _ in cells()} == set(NAMES)
+def test_the_page_has_every_family_and_column(page_table):
+    rows, columns, _ = map(set, zip(*page_table("families"), strict=True))
+    assert rows == set(NAMES)
     assert set(NAMES.values()) == set(FAMILIES)
-    assert {column for _, column, _ in cells()} == set(COLUMNS)
+    assert columns == set(COLUMNS)
 
 
-@pytest.mark.parametrize(("row", "column", "cell"), [pytest.param(*cell, id=" ".join(cell[:2])) for cell in cells()])
+@pytest.mark.page_table("families")
 def test_the_page_says_what_works_with_what(row, column, cell):
     """ "yes" runs; "no" is refused with the words that follow it; an empty cell has nothing to run."""
     family, run = NAMES[row], COLUMNS[column]

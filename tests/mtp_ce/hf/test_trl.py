@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ for package in ("accelerate", "datasets", "peft", "trl"):
     pytest.importorskip(package)
 
 from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl import (  # noqa: E402
     DPOConfig,
@@ -75,6 +78,7 @@ def words(*counts: int) -> list[str]:
     return [" ".join(map(str, torch.randint(6, V, (n,), generator=generator).tolist())) for n in counts]
 
 
+COMMON = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "max_steps": 1}
 LENGTHS = (1, 9, 3, 1, 5, 2, 14, 1)
 TEXTS = Dataset.from_dict({"text": words(5, 9, 3, 12, 5, 8, 14, 7)})
 COMPLETIONS = Dataset.from_dict({"prompt": words(*[6] * 8), "completion": words(*LENGTHS)})
@@ -120,6 +124,7 @@ DATA: dict[str, tuple[Dataset, dict[str, Any]]] = {
     "padding-free": (COMPLETIONS, {"padding_free": True, "max_length": None}),
     "truncated": (COMPLETIONS, {"max_length": 10}),
     "noisy embeddings": (COMPLETIONS, {"neftune_noise_alpha": 5.0}),
+    "chunked": (COMPLETIONS, {"loss_type": "chunked_nll"}),
     "checkpointed": (CHATS, {"assistant_only_loss": True, CHECKPOINTING: True}),
 }
 if torch.cuda.is_available():  # TRL offloads through a stream of the GPU
@@ -177,6 +182,57 @@ def test_one_head_is_trls_own_training(data, tmp_path):
     assert of_evaluation[0]["eval_num_tokens"] == of_evaluation[1]["eval_num_tokens"]
 
 
+def small_mixture(kind: str) -> MTPWrapper:
+    torch.manual_seed(0)
+    return MTPWrapper(
+        MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)), 2, heads=kind
+    )
+
+
+# The rows of the table of SFTTrainer's data in docs/heads.md: names of DATA, which the first test trains on, or a call.
+SHOWN: dict[str, list[str] | Callable[[Any], Any]] = {
+    "text, prompt and completion, chats": ["text", "completions", "whole text of completions", "chats"],
+    "`assistant_only_loss`, `completion_only_loss`": ["answers of chats", "completions"],
+    "a completion that is truncated away": ["truncated"],
+    "`packing` with `bfd`, `bfd_split` and `wrapped`, `padding_free`": [
+        "packed", "packed chats", "packed, split", "packed, cut anywhere", "padding-free",
+    ],
+    '`loss_type="nll"` and `"chunked_nll"`': ["completions", "chunked"],
+    '`loss_type="dft"`': lambda folder: sft(MultiTokenSFT, wrap(), folder, TEXTS, loss_type="dft"),
+    "`neftune_noise_alpha`, activation checkpointing": ["noisy embeddings", "checkpointed"],
+    "`router_aux_loss_coef`": lambda folder: sft(
+        MultiTokenSFT, small_mixture("residual"), folder, TEXTS, router_aux_loss_coef=0.5, max_steps=1
+    ).train(),
+    "`router_aux_loss_coef` with heads that are decoder layers": lambda folder: sft(
+        MultiTokenSFT, small_mixture("layer"), folder, TEXTS, router_aux_loss_coef=0.5
+    ),
+    "`peft_config`": lambda folder: MultiTokenSFT(
+        model=wrap(), args=SFTConfig(str(folder), **COMMON), train_dataset=TEXTS, processing_class=tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    ),
+}  # fmt: skip
+
+
+def test_the_page_has_every_row_and_all_data(page_table):
+    assert {row for row, _, _ in page_table("sft")} == set(SHOWN)
+    assert {name for names in SHOWN.values() if isinstance(names, list) for name in names} == set(DATA) - {"offloaded"}
+
+
+@pytest.mark.page_table("sft")
+def test_the_page_says_which_data_trains(row, column, cell, tmp_path):
+    """ "yes" trains, by the test above or here; "no" is refused with the words that follow it."""
+    says, _, words = cell.partition(": ")
+    shown = SHOWN[row]
+    if says == "no":
+        assert callable(shown)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            shown(tmp_path)
+        return
+    assert cell.partition("; ")[0] == "yes"
+    if callable(shown):
+        shown(tmp_path)
+
+
 def test_metrics_of_tokens_are_means_over_all_micro_batches_since_the_last_log(tmp_path):
     """Of answers of different lengths, in one log of all rows: those of the whole data in one batch."""
     runs = []
@@ -229,8 +285,6 @@ def test_a_column_of_weights_that_the_collator_would_drop_is_refused(tmp_path):
 
 
 def test_adapters_around_the_wrapper_are_refused_before_they_are_made(tmp_path):
-    from peft import LoraConfig
-
     wrapper = wrap()
     names = [name for name, _ in wrapper.named_parameters()]
     with pytest.raises(ValueError, match=r"peft_config is given; .*MTPWrapper\(get_peft_model\(model, peft_config\)"):
@@ -241,7 +295,6 @@ def test_adapters_around_the_wrapper_are_refused_before_they_are_made(tmp_path):
     assert [name for name, _ in wrapper.named_parameters()] == names
 
 
-COMMON = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "max_steps": 1}
 PREFERENCES = Dataset.from_list([{"prompt": "6 7", "chosen": "8 9", "rejected": "10 11"}] * 4)
 
 

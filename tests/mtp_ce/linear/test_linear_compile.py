@@ -69,9 +69,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("backend", "options"), [("inductor", "everything"), *(("aot_eager", name) for name in OPTIONS)]
-)
+# What differs between the two lies inside the operators, and Triton's interpreter is slow.
+COMPILED_BY = ["cpu", "triton"] if torch.cuda.is_available() else ["cpu"]
+COMPILED = [(impl, "aot_eager", name) for impl in COMPILED_BY for name in OPTIONS]
+COMPILED += [(impl, "inductor", "everything") for impl in COMPILED_BY]
+COMPILED += [("triton", "aot_eager", "everything")] if "triton" not in COMPILED_BY else []
+
+
+@pytest.mark.parametrize(("impl", "backend", "options"), COMPILED)
 def test_compiled_is_eager(impl, draw, backend: str, options: str) -> None:
     """Loss, statistics and all gradients bit for bit, between operations that are compiled around the loss."""
 
@@ -310,6 +315,7 @@ def test_autocast_does_not_reach_into_the_operators(impl, device, draw, reductio
             assert_same(*results)
 
 
+@pytest.mark.parametrize("impl", COMPILED_BY)
 def test_compiled_under_autocast_is_eager_under_autocast(impl, device, draw) -> None:
     """A layer and the loss in one graph, its backward inside autocast or after it; the logits path beside it."""
     x, u, _, labels, weights = batch(draw)

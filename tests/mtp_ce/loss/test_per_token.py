@@ -84,12 +84,12 @@ def test_a_short_answer_is_not_counted_for_every_head(impl, device, draw) -> Non
 @pytest.mark.parametrize("H", [1, 4])
 def test_micro_batches_add_up_to_the_batch(impl, draw, H: int) -> None:
     """With the count of next-token targets as the normalizer, for any grouping of rows; loss and gradient."""
-    labels = answers(draw, [1, 0, 8, 3])
+    labels = answers(draw, [1, 0, 5, 3], S=6)
     logits = draw.normal(*labels.shape, H, V).requires_grad_()
     count = (labels[:, 1:] != -100).sum().float()
     whole = weighted_mtp_ce(logits, labels, head_reduction="target", impl=impl)
     (d_whole,) = torch.autograd.grad(whole, logits)
-    for sizes in ([1] * 4, [3, 1]):
+    for sizes in ([1] * 4, [3, 1]) if impl == "cpu" else ([1, 3],):  # Triton's interpreter is slow
         parts = [
             weighted_mtp_ce(x, y, head_reduction="target", normalizer=count, impl=impl)
             for x, y in zip(logits.split(sizes), labels.split(sizes), strict=True)

@@ -1,6 +1,6 @@
-"""All options at once: 300 seeded cases, each implementation against the oracle in float64.
+"""All options at once: 200 seeded cases, 800 in the slow tier, each implementation against the oracle in float64.
 
-The seed is in the name of the test, and stands for the case: `pytest -k seed_17` replays it.
+The seed is in the name of the test, and stands for the case: `pytest -k seed_17` replays it, with `-m ""` any seed.
 """
 
 import random
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
 
-CASES = 300
+CASES = 200
+SEEDS = [*range(CASES), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(CASES, 800))]
 # On, before and after the edges of vectors (4 and 8 elements) and of tiles.
 VOCABULARIES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 127, 128, 129, 255, 256, 257, 300, 507, 511, 512, 513]
 LARGE_VOCABULARIES = [1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 2056, 3000]
@@ -78,7 +79,9 @@ def draw_sizes(rng: random.Random) -> tuple[int, int, int, int, torch.dtype]:
 def draw_options(rng: random.Random, S: int) -> dict[str, Any]:
     """Options that are numbers and words."""
     return {
-        "shift": rng.choice([0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2]),
+        "shift": rng.choice(
+            [0, 0, 1, 1, 1, 1, 2, 3] if S > 2 else [0, 0, 0, 1, 1, 2] if S == 2 else [0, 0, 0, 0, 0, 1]
+        ),
         "weight_alignment": rng.choice(["position", "target"]),
         "reduction": rng.choice(["mean", "mean", "sum", "none"]),
         "loss_scale": rng.choice([1.0, 1.0, 0.125, -2.5]),
@@ -218,13 +221,13 @@ def check(function: Any, draw_one: Any, seed: int, compare_all) -> None:
             assert torch.equal(alone, got.loss)
 
 
-@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed_{seed}")
 def test_any_mixture_of_options_errs_at_most_three_times_as_much_as_torch(seed: int, compare_all) -> None:
     """loss, d_logits, d_token_weights, ce, lse by the error; live and top1 exactly; the same loss without stats."""
     check(weighted_mtp_ce, draw_case, seed, compare_all)
 
 
-@pytest.mark.parametrize("seed", range(CASES), ids=lambda seed: f"seed_{seed}")
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed_{seed}")
 def test_any_mixture_on_hidden_states_errs_at_most_three_times_as_much_as_torch(seed: int, compare_all) -> None:
     """The same for d_hidden, d_unembed, d_bias, in chunks of every size, with masked rows left out or not."""
     check(weighted_mtp_linear_ce, draw_linear_case, seed, compare_all)
@@ -251,7 +254,7 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         if "unembed" in options:
             row_bytes = options["unembed"].shape[0] * options["unembed"].element_size()
             chunked += 0 < options.get("chunk_bytes", 2**60) // row_bytes < int((stats.top1 >= 0).sum())
-    assert sum(share > 0 for share in live) >= 0.75 * CASES
+    assert sum(share > 0 for share in live) >= 0.7 * CASES
     assert sum(0 < share < 1 for share in live) >= 0.5 * CASES
     if function is weighted_mtp_linear_ce:
         assert chunked >= CASES / 4

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from mtp_ce import MTPWrapper
 from mtp_ce.training.cli.export import main
@@ -24,6 +32,8 @@ MISTAKES = {
     "half a checkpoint": (["half", "base", "new"], ["half has mtp_heads.json but no config.json"]),
     "no tensors": (["layer", "heads", "new"], ["layer has mtp_heads.json but no mtp_heads.safetensors"]),
     "heads that are no Medusa": (["layer", "medusa", "new"], ["'layer' heads with horizon 3", "needs 'residual'"]),
+    "heads that no engine runs": (["layer", "mimo", "new"], ["no serving engine runs 'layer' heads", "'sequential'"]),
+    "heads that are no module": (["half", "qwen", "new"], ["'residual' heads", "mtp.kind=sequential", "shared=true"]),
     "one head": (["one", "medusa", "new"], ["'residual' heads with horizon 1", "a horizon above 1"]),
     "no parameters": (["teacher", "heads", "new"], ["'teacher_forcing' heads", "'residual' or 'layer'"]),
     "existing folder": (["half", "heads", "empty"], ["folder empty exists", "name another"]),
@@ -104,15 +114,49 @@ def test_heads_are_the_checkpoints_own_files(checkpoint, tmp_path):
             assert (tmp_path / str(i) / name).read_bytes() == (checkpoint / "model" / name).read_bytes()
 
 
-def test_a_medusa_folder_comes_with_the_words_for_vllm(checkpoint, tmp_path, capsys):
-    assert main([str(checkpoint), "medusa", str(tmp_path / "medusa")]) == 0
-    assert json.loads((tmp_path / "medusa" / "config.json").read_text())["num_heads"] == 2
-    said = capsys.readouterr().out
-    assert json.loads(said[said.index("{") : said.rindex("}") + 1]) == {
-        "method": "medusa",
-        "model": str(tmp_path / "medusa"),
-        "num_speculative_tokens": 2,
-    }
+def sequential(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a checkpoint of a model with one module for two depths."""
+    MTPWrapper(model, 3, heads="sequential", shared=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["medusa", "mimo"])
+def test_a_draft_model_comes_with_its_commands(part, checkpoint, tmp_path, capsys):
+    source = checkpoint
+    if part == "mimo":
+        source = sequential(LlamaForCausalLM.from_pretrained(checkpoint / "model"), tmp_path / "sequential")
+    assert main([str(source), part, str(tmp_path / "a draft")]) == 0
+    assert json.loads((tmp_path / "a draft" / "config.json").read_text())["hidden_size"] == 8
+    _, vllm, *sglang = capsys.readouterr().out.splitlines()
+    words = shlex.split(vllm)
+    assert words[:3] == ["vllm", "serve", "BASE"]
+    options = {name: json.loads(value) for name, value in zip(words[3::2], words[4::2], strict=True)}
+    method = {"medusa": "medusa", "mimo": "mtp"}[part]
+    speculation = {"method": method, "model": str(tmp_path / "a draft"), "num_speculative_tokens": 2}
+    assert options.pop("--speculative-config") == speculation
+    assert options == ({} if part == "medusa" else {"--hf-overrides": {"num_nextn_predict_layers": 1}})
+    assert ["sglang.launch_server --model-path BASE" in line for line in sglang] == [True] * (part == "mimo")
+
+
+def test_a_model_with_its_module_comes_with_its_commands(tmp_path, capsys):
+    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    experts = {"moe_intermediate_size": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "first_k_dense_replace": 0}
+    model = Glm4MoeForCausalLM(Glm4MoeConfig(num_attention_heads=2, num_key_value_heads=2, **sizes, **experts))
+    source, whole = sequential(model, tmp_path / "sequential"), str(tmp_path / "whole")
+    assert main([str(source), "deepseek", whole]) == 0
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (1, 1)
+    _, note, vllm, sglang = capsys.readouterr().out.splitlines()
+    assert "not trained on" in note
+    *words, speculation = shlex.split(vllm)
+    assert words == ["vllm", "serve", whole, "--speculative-config"]
+    assert json.loads(speculation) == {"method": "mtp", "num_speculative_tokens": 1}
+    assert shlex.split(sglang)[3:5] == ["--model-path", whole]
+    assert sglang.endswith("--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3")
+    # The other layout is refused in one line, and leaves nothing.
+    assert main([str(source), "qwen", str(tmp_path / "other")]) == 2
+    assert "has model_type 'glm4_moe'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_only_the_model_can_say_is_one_line_too_and_leaves_nothing(tmp_path, capsys):

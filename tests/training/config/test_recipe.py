@@ -94,6 +94,10 @@ def test_the_budget_of_a_reference_is_its_own():
         (["critic={train: {batch_size: 4, steps: 50, max_tokens: 5}}"], "a critic is trained on pairs"),
         (["data.prompt_field=p"], "prompt_field is given without completion_field"),
         (["precompute_weights=true", "scorer.current=x", "data.packing=padded"], "don't hold every token"),
+        (["scorer.name=draft_rejection", "precompute_weights=true"], "draft_rejection needs the losses or drafts"),
+        (["scorer.name=draft_rejection", "model.mtp.kind=teacher_forcing"], "needs heads that draft.*teacher_forcing"),
+        (["scorer={name: shuffled, of: {name: draft_rejection}}", "model.mtp.horizon=1"], "draft.* with horizon 1"),
+        (["model.mtp.targets=trunk"], "targets trunk with trunk joint would train the trunk on its own output"),
     ],
 )
 def test_keys_of_the_data_that_contradict_each_other_are_refused(overrides, words):
@@ -138,3 +142,13 @@ def test_flatten_names_every_leaf_by_its_dotted_key():
     whole = yaml.safe_load(to_yaml(recipe))
     assert whole["tracking"].pop("options") == {}, "an empty group has no leaves"
     assert rebuilt == whole
+
+
+def test_drafts_are_as_long_as_the_heads_unless_one_module_serves_all():
+    drafts = "validation.decoding.draft_tokens=3"
+    with pytest.raises(RecipeError, match=r"draft_tokens 3 is more than the 2 extra heads of model\.mtp\.horizon 3"):
+        load_recipe("tiny", ["model.mtp.horizon=3", drafts])
+    assert load_recipe("tiny", ["model.mtp.horizon=4", drafts])
+    sequential = ["model.mtp.kind=sequential", drafts]
+    assert load_recipe("tiny", ["model.mtp.horizon=3", "model.mtp.shared=true", *sequential])
+    assert load_recipe("tiny", ["model.mtp.horizon=2", *sequential]).validation.decoding.draft_tokens == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_ce.training.config.data import DataConfig
-from mtp_ce.training.data.corpus import Document, texts
+from mtp_ce.training.data.corpus import Document, domains_of, texts
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.reader import find_corpus, read_corpus
 from mtp_ce.training.data.text_files import is_held_out
@@ -173,3 +173,20 @@ def test_warnings_about_a_corpus_are_not_shown_and_filters_stay_as_they_are():
     answer = subprocess.run([sys.executable, "-W", "always", "-c", program], capture_output=True, text=True, check=True)
     assert "elsewhere.py" in answer.stderr
     assert "<corpus>" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("paths", "domains"),
+    [
+        (["code/a.py", "code/b.py", "chat/c.py"], ["code", "code", "chat"]),
+        (["chat.jsonl:7", "sums.jsonl:1", "chat.jsonl:12"], ["chat.jsonl", "sums.jsonl", "chat.jsonl"]),
+        (["all/code/a.jsonl:1", "all/code/b.jsonl:2", "all/chat/a.jsonl:1"], ["code", "code", "chat"]),
+        (["lib/json/a.py", "lib/json/b.py", "lib/os.py"], ["json", "json", "."]),
+        (["a.py", "b.py", "c.py"], ["", "", ""]),  # every file a document, in one folder
+        (["rows.parquet:1", "rows.parquet:2"], ["", ""]),
+        (["json/a.py"], [""]),
+        ([], []),
+    ],
+)
+def test_the_domain_of_a_document_is_the_folder_or_file_in_which_documents_differ(paths, domains):
+    assert domains_of([Document(path, "text") for path in paths]) == domains

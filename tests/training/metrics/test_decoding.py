@@ -14,9 +14,9 @@ def starts(lengths: list[int], count: int, tokens: int) -> list[tuple[int, int]]
     """Which documents prompts are from, and where in them."""
     documents = [torch.arange(length) + 1000 * i for i, length in enumerate(lengths)]
     prompts = choose_prompts(documents, count, tokens)
-    assert all(prompt.shape == (1, tokens) for prompt in prompts)
-    assert all(torch.equal(prompt[0], prompt[0, 0] + torch.arange(tokens)) for prompt in prompts)
-    return [divmod(int(prompt[0, 0]), 1000) for prompt in prompts]
+    assert all(prompt == list(range(prompt[0], prompt[0] + tokens)) for _, prompt in prompts)
+    assert [index for index, _ in prompts] == [prompt[0] // 1000 for _, prompt in prompts]
+    return [divmod(prompt[0], 1000) for _, prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,11 @@ def test_what_every_prompt_came_to_is_added_up():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=30, initializer_range=0.3, **sizes)), 3).eval()
     model.generation_config.eos_token_id = None
-    result = measure_decoding(model, [torch.randint(30, (1, 8)) for _ in range(3)], new_tokens=10)
+    prompts = [torch.randint(30, (1, 6 + i)) for i in range(3)]
+    result, texts = measure_decoding(model, prompts, new_tokens=10)
     assert (result.prompts, result.prompt_tokens, result.identical) == (3, 8, 3)
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert torch.equal(text, model.generate(prompt, max_new_tokens=10, do_sample=False))
     assert result.speculation.tokens == 30
     assert result.speculation.forwards <= 3 * 11
     assert result.kept[0] == result.speculation.acceptance[0]
@@ -55,7 +58,7 @@ def test_the_models_own_settings_apply_to_both_but_those_that_speculation_does_n
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = MTPWrapper(LlamaForCausalLM(LlamaConfig(vocab_size=30, initializer_range=0.3, **sizes)), 3).eval()
     model.causal.generation_config = GenerationConfig(eos_token_id=None, stop_strings=["x"], **settings)
-    result = measure_decoding(model, [torch.randint(30, (1, 8)) for _ in range(3)], new_tokens=10)
+    result, _ = measure_decoding(model, [torch.randint(30, (1, 8)) for _ in range(3)], new_tokens=10)
     assert result.identical == 3
     assert result.speculation.tokens == 30
     assert sum(result.speculation.kept)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from mtp_ce import MTPWrapper, weighted_mtp_ce
+from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.data.rows import PackedRows
 from mtp_ce.training.models.build import build_model
@@ -99,3 +100,18 @@ def test_the_seed_decides_the_initial_weights(small):
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("reduction", ["live", "horizon", "target"])
+def test_saved_heads_are_trained_with_the_loss_of_the_recipe(model, tmp_path, reduction):
+    model.save_pretrained(tmp_path)
+    overrides = ["model.kind=pretrained", f"model.source={tmp_path}", f"model.mtp.head_reduction={reduction}"]
+    recipe = load_recipe("tiny", [*overrides, "model.mtp.loss=logits", f"model.mtp.horizon={model.horizon}"])
+    further = build_model(recipe, 3, tmp_path).eval()
+    batch = packed(torch.arange(10, 19), torch.arange(20, 31))
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "labels": batch.labels}
+    with torch.no_grad():
+        losses = {name: model(**inputs, head_reduction=name).loss for name in ("live", "horizon", "target")}
+        torch.testing.assert_close(further(**inputs).loss, losses[reduction])
+    assert len({round(float(loss), 4) for loss in losses.values()}) == 3  # the test can fail
+    assert further.loss == "logits"

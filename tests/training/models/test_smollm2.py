@@ -27,17 +27,18 @@ SHORT = [
     "train.device=cpu",
     "optimizer.warmup_steps=0",
     "validation.rows=2",
+    "checkpoint.every=null",
     "validation.decoding={prompts: 1, prompt_tokens: 16, new_tokens: 8}",
     "tracking.kind=none",
 ]
 
 TEXTS = (
     "import os\nimport sys\n\ndef main(argv):\n    ",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
+    'print("hello")\nprint("hello")\nprint(',
     "The capital of France is Paris. The capital of Italy is",
     "0 1 2 3 4 5 6 7 8 9 10 11",
     "Once upon a time, there was a",
-    'print("hello")\nprint("hello")\nprint(',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
 )
 
 
@@ -112,15 +113,22 @@ def test_a_trained_checkpoint_goes_on_learning_with_its_heads(detached, smollm2,
     assert joint.heads[1].ce < joint.before[1].ce
 
 
-@pytest.mark.parametrize("settings", [{}, pytest.param({"repetition_penalty": 1.3}, marks=pytest.mark.slow)])
-def test_drafts_of_heads_leave_greedy_text_as_it_is(smollm2, folder, settings):
+@pytest.mark.parametrize(
+    ("texts", "settings"),
+    [
+        (TEXTS[:3], {}),
+        pytest.param(TEXTS, {}, marks=pytest.mark.slow),
+        pytest.param(TEXTS, {"repetition_penalty": 1.3}, marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_of_heads_leave_greedy_text_as_it_is(smollm2, folder, texts, settings):
     """Heads that begin as the model's own: some of their drafts are kept and some are not."""
     inputs = read_inputs(smollm2(), Console(quiet=True))
     models = [
         build_model(smollm2(f"model.mtp.kind={kind}"), pretrained=folder).eval() for kind in ("residual", "layer")
     ]
     kept = offered = 0
-    for text in TEXTS:
+    for text in texts:
         prompt = inputs.tokenizer(text, return_tensors="pt").input_ids
         expected = models[0].generate(prompt, max_new_tokens=10, do_sample=False, **settings)
         for model in models:

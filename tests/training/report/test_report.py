@@ -12,10 +12,11 @@ from rich.console import Console
 
 from mtp_ce.decoding.speculative import Speculation
 from mtp_ce.training.console import Display
+from mtp_ce.training.metrics.acceptance import Acceptance, AcceptanceResult
 from mtp_ce.training.metrics.decoding import DecodingResult
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import HeadResult
-from mtp_ce.training.report.evaluation import print_evaluation, write_evaluation
+from mtp_ce.training.report.evaluation import acceptance_table, print_evaluation, write_evaluation
 
 METRICS = {
     "train/loss": 4.5,
@@ -127,6 +128,34 @@ def test_a_head_without_a_target_is_a_dash_in_the_table_and_null_in_json(tmp_pat
     for found in (said["heads"][1], said["before"][1]):
         assert [found[name] for name in ("ce", "perplexity", "top1", "top5", "agrees")] == [None] * 5
     assert said["tokens_per_forward"] is None
+
+
+ACCEPTED = AcceptanceResult(
+    3, {"chat": Acceptance(1200, [800, 90, 4], 2048, 32), "code": Acceptance(9, [9, 7, 5], 30, 1)}
+)
+
+
+def test_what_an_engine_counts_is_a_row_for_every_domain_and_one_for_all():
+    text, rows = table(Evaluation([head(1.0, 1.0), head(2.0, 0.25)], 6.5, acceptance=ACCEPTED))
+    assert "in a serving engine, num_speculative_tokens=3" in " ".join(text.split())
+    assert ["prompts", "tokens", "drafts", "accepted", "length"] in rows
+    assert ["32", "chat", "2,048", "1,200", "800", "90", "4", "1.75"] in rows
+    assert ["1", "code", "30", "9", "9", "7", "5", "3.33"] in rows
+    assert ["33", "all", "2,078", "1,209", "809", "97", "9", "1.76"] in rows
+    alone = AcceptanceResult(1, {"": Acceptance(0, [0], 1, 1)})
+    _, rows = table(Evaluation([head(1.0, 1.0), head(2.0, 0.25)], 6.5, acceptance=alone))
+    assert ["1", "all", "1", "0", "0", "-"] in rows
+
+
+def test_on_a_narrow_terminal_no_count_of_an_engine_is_cut_off():
+    file = StringIO()
+    console = Console(file=file, width=40)
+    many = AcceptanceResult(7, {"a domain of some length": Acceptance(1200, [800, 90, 40, 30, 20, 10, 9], 2048, 32)})
+    console.print(acceptance_table(many))
+    assert max(map(len, file.getvalue().splitlines())) <= 40
+    assert "…" not in file.getvalue()
+    for number in ("2,048", "1,200", "800", "90", "40", "30", "20", "10", "9"):
+        assert number in file.getvalue().split()
 
 
 def test_drafts_that_were_never_verified_have_no_acceptance(tmp_path):

@@ -17,8 +17,10 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from mtp_ce.training.cli import export
 from mtp_ce.training.errors import RecipeError
+from mtp_ce.training.metrics.acceptance import measure_acceptance
 from mtp_ce.training.run import fitting, pipeline
 from mtp_ce.training.run.dry_run import dry_run
+from mtp_ce.training.run.evaluate import load_checkpoint
 from mtp_ce.training.run.inputs import read_inputs
 
 MODULE = {"model.layers.2.eh_proj.weight": torch.randn(8, 16), "model.layers.2.enorm.weight": torch.randn(8).bfloat16()}
@@ -64,6 +66,9 @@ def test_a_run_keeps_the_module_of_its_source(small, tmp_path, monkeypatch):
     assert_carried(output / "model", stale=False)
     assert export.main([str(output), "base", str(tmp_path / "base")]) == 0
     assert_carried(tmp_path / "base", stale=False)
+    model = load_checkpoint("base", tmp_path / "base", printed := Console(file=StringIO(), width=400))
+    assert model.kind == "none"
+    assert "warning: the MTP module of CHECKPOINT is not measured: " in printed.file.getvalue()
 
 
 def tensors_of(folder):
@@ -98,6 +103,11 @@ def test_a_run_trains_the_module_of_its_source(small, tmp_path):
         assert not torch.equal(after["model.layers.2.eh_proj.weight"], before["model.layers.2.eh_proj.weight"])
         before = after
     assert export.main([str(tmp_path / "second"), "base", str(tmp_path / "base")]) == 0
+    # It has no files but those of the model; eval-mtp measures its own module.
+    model = load_checkpoint("base", tmp_path / "base").eval()
+    assert (model.kind, model.horizon) == ("native", 2)
+    (counts,) = measure_acceptance(model, [[1, 2, 3]], new_tokens=6, draft_tokens=3)
+    assert len(counts.accepted) == 3
     base = tensors_of(tmp_path / "base")
     assert base.keys() == before.keys()
     assert all(torch.equal(x, before[name]) for name, x in base.items())

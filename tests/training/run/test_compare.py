@@ -83,6 +83,21 @@ def test_the_table_shows_the_differences_seed_by_seed(compared):
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
 
 
+def test_heads_that_draft_are_compared_by_their_mean_accepted_length(compared):
+    """Also where 1 plus the heads' agreement predicts it; of three heads it is between 1 and 3."""
+    found, output = compared
+    for results in found["results"].values():
+        for result in results:
+            assert 1 <= result["val/accepted_length"] <= 3
+            agreed = result["val/agrees_head_1"] + result["val/agrees_head_2"]
+            assert result["val/tokens_per_forward"] == pytest.approx(1 + agreed)
+    lengths = [result["val/accepted_length"] for result in found["results"]["uniform"]]
+    assert (
+        f"| greedy text of the model | {statistics.fmean(lengths):.3f} ± {statistics.stdev(lengths):.3f} |"
+        in (output / "comparison.md").read_text()
+    )
+
+
 def test_mlflow_nests_the_trainings_below_the_comparison(compared, finished_run):
     from mlflow import MlflowClient
 

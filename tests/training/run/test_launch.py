@@ -78,7 +78,7 @@ sys.exit(main())
 @pytest.fixture(scope="module")
 def recipe(small) -> Recipe:
     options = ["train.steps=5", "train.log_every=1", "validation.every=2", "data.sequence_length=48", "name=launched"]
-    return small([*options, "validation.decoding.prompts=0", "checkpoint.every=2"])
+    return small([*options, "validation.rows=13", "validation.decoding.prompts=0", "checkpoint.every=2"])
 
 
 @pytest.fixture(scope="module")

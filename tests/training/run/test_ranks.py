@@ -132,17 +132,19 @@ json.dump(codes, open(f"{sys.argv[1]}.{RANK}", "w"))
 """
 
 COMMON = ["train.steps=5", "train.log_every=1", "validation.every=2", "validation.batch_size=3", "name=ranks"]
-COMMON += ["validation.decoding.prompts=0", "data.sequence_length=48"]
+# The held-out rows are dealt out unevenly.
+COMMON += ["validation.decoding.prompts=0", "validation.rows=13", "data.sequence_length=48"]
 RHO1 = ["scorer={name: rho1_excess}", "reference={train: {steps: 3, batch_size: 4}}"]
 # Rows of a document each, of which some are padding for the most part, and some a prompt that has no end.
 PAIRS = ["data.corpus=PAIRS", "data.prompt_field=prompt", "data.completion_field=completion", "data.packing=padded"]
 PAIRS += ["data.vocab_size=300", "reference.documents=all"]
 SHARDED = {
     "uniform, whole batches": [],
-    "uniform, rows one by one": ["train.micro_batch_size=1"],
     "rho1, the mean over all ranks is 1": ["scorer={name: rho1_excess, scope: global}", *RHO1[1:]],
-    "rho1, rows one by one": [*RHO1, "train.micro_batch_size=1"],
-    "layer heads on a detached trunk": ["model.mtp.kind=layer", "model.mtp.trunk=detached"],
+    "layer heads on a detached trunk": [
+        "model.mtp={kind: layer, trunk: detached}",
+        "train.micro_batch_size=1",
+    ],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
     "one module for all depths": ["model.mtp={kind: sequential, shared: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],

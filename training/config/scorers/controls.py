@@ -29,6 +29,11 @@ class ControlConfig(ScorerConfig):
         return self.of.reads_current
 
     @property
+    def reads_drafts(self) -> bool:
+        """As the other scorer."""
+        return self.of.reads_drafts
+
+    @property
     def depends_on_batch(self) -> bool:
         """As the other scorer."""
         return self.of.depends_on_batch
@@ -43,9 +48,9 @@ class ControlConfig(ScorerConfig):
         """The other scorer."""
         return self.of
 
-    def flops_per_token(self, vocab_size: int, hidden_size: int) -> int:
+    def flops_per_token(self, vocab_size: int, hidden_size: int, horizon: int) -> int:
         """Return the FLOPs of the other scorer."""
-        return self.of.flops_per_token(vocab_size, hidden_size)
+        return self.of.flops_per_token(vocab_size, hidden_size, horizon)
 
     def on_one_rank(self) -> Self:
         """Return the control of the other scorer on one rank."""

@@ -60,7 +60,12 @@ class ScorerConfig(Group):
 
     @property
     def reads_current(self) -> bool:
-        """Whether it needs the next-token losses of the model in training."""
+        """Whether it reads the model in training: its next-token losses, or the drafts of its heads."""
+        return False
+
+    @property
+    def reads_drafts(self) -> bool:
+        """Whether it needs heads that draft; such a scorer reads the model in training."""
         return False
 
     @property
@@ -83,10 +88,11 @@ class ScorerConfig(Group):
         """Name for folders and tables: of a class path the class."""
         return self.name.rpartition(":")[2]
 
-    def flops_per_token(self, vocab_size: int, hidden_size: int) -> int:
+    def flops_per_token(self, vocab_size: int, hidden_size: int, horizon: int) -> int:
         """Return the FLOPs of one token's score beside the forwards of the frozen models, for --dry-run."""
-        # The next-token loss of the model in training starts from hidden states that exist already.
-        return 2 * vocab_size * hidden_size if self.reads_current else 0
+        # The rows of the model in training start from hidden states that exist already.
+        heads = horizon if self.reads_drafts else int(self.reads_current)
+        return 2 * vocab_size * hidden_size * heads
 
     def on_one_rank(self) -> Self:
         """Return the options that weigh the batch of a single rank without the others."""

@@ -15,6 +15,7 @@ _PACKAGE = "mtp_ce.training.config.scorers"
 SCORED = {
     "rho1_excess": f"{_PACKAGE}.rho1:Rho1ScorerConfig",
     "critic_delta": f"{_PACKAGE}.critic:CriticScorerConfig",
+    "draft_rejection": f"{_PACKAGE}.draft_rejection:DraftRejectionConfig",
 }
 
 CONTROLS = {
