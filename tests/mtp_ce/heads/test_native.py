@@ -75,7 +75,7 @@ MELLUM = Family(
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "num_nextn_predict_layers": 1},
     copied=0,
 )
-STEP = Family("Step3p7ForConditionalGeneration", "deepseek", {"num_nextn_predict_layers": 1})
+STEP = Family("Step3p7ForConditionalGeneration", "deepseek", {"num_nextn_predict_layers": 1, "sliding_window": 4})
 FAMILIES = (
     GLM,
     Family("DeepseekV3ForCausalLM", "deepseek", {"head_dim": 4}),
@@ -89,7 +89,7 @@ FAMILIES = (
     STEP,
 )
 # Those that transformers drafts with.
-MTP_MODEL = (GLM, FAMILIES[1], MELLUM)
+MTP_MODEL = (GLM, FAMILIES[1], MELLUM, STEP)
 
 
 def named(family: Family) -> str:
