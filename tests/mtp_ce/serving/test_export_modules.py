@@ -291,7 +291,9 @@ def test_an_exported_module_is_read_back_as_native_heads_and_exported_again(fami
 def test_of_several_native_modules_it_is_said_that_one_drafts(tmp_path):
     export_deepseek(wrap("glm4_moe", **FAMILIES["glm4_moe"][1]), tmp_path / "one")
     tensors, config = tensors_of(tmp_path / "one"), json.loads((tmp_path / "one" / "config.json").read_text())
-    further = {name.replace("layers.2.", "layers.3."): x for name, x in tensors.items() if "layers.2." in name}
+    further = {
+        name.replace(".2.", ".3.", 1): x.clone() for name, x in tensors.items() if name[:15] == "model.layers.2."
+    }
     (tmp_path / "two").mkdir()
     save_file(tensors | further, tmp_path / "two" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
