@@ -27,21 +27,20 @@ def run(request, drafts):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    more = {"speculative_config": drafts} if drafts else {}
-    llm = LLM(
-        request["model"],
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_batched_tokens=256,
-        max_num_seqs=4,
-        # A prefix in the cache is not computed again; the same work in every run is easier to compare.
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        skip_tokenizer_init=True,
-        seed=0,
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": True,
+        "seed": 0,
         **request["options"],
-        **more,
-    )
+    }
+    if drafts:
+        options["speculative_config"] = drafts
+    llm = LLM(request["model"], **options)
     greedy = SamplingParams(temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], greedy)
     counters = {metric.name.removeprefix("vllm:spec_decode_num_"): metric for metric in llm.get_metrics()}
