@@ -117,7 +117,10 @@ def export_with_module(
         if (own := getattr(heads, "layout", layout).name) != layout.name:
             raise ValueError(f"wrapper has an MTP module in the layout {own!r}; expected {layout.name!r}.")
         write_model(wrapper, folder)
-        return Serving("mtp", tokens, beside=False, sglang=sglang)
+        # On a GPU its model runner V2 runs one module per depth.
+        several = "vLLM's model runner V1, that of CPUs, drafts with the first of several modules at every depth."
+        note = several if tokens > 1 and not heads.shared else ""
+        return Serving("mtp", tokens, beside=False, note=note, sglang=sglang)
     (module,) = checked_modules(wrapper)
     if model_type not in layout.families:
         raise ValueError(

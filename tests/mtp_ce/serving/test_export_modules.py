@@ -288,6 +288,22 @@ def test_an_exported_module_is_read_back_as_native_heads_and_exported_again(fami
     assert not (tmp_path / "other").exists()
 
 
+def test_of_several_native_modules_it_is_said_that_one_drafts(tmp_path):
+    export_deepseek(wrap("glm4_moe", **FAMILIES["glm4_moe"][1]), tmp_path / "one")
+    tensors, config = tensors_of(tmp_path / "one"), json.loads((tmp_path / "one" / "config.json").read_text())
+    further = {
+        name.replace(".2.", ".3.", 1): x.clone() for name, x in tensors.items() if name[:15] == "model.layers.2."
+    }
+    (tmp_path / "two").mkdir()
+    save_file(tensors | further, tmp_path / "two" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    native = MTPWrapper(AutoModelForCausalLM.from_pretrained(tmp_path / "two"), 3, heads="native")
+    serving = export_deepseek(native, tmp_path / "whole")
+    assert "the first of several modules" in serving.note
+    assert tensors_of(tmp_path / "whole").keys() == (tensors | further).keys()
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+
+
 def test_adapters_are_merged_into_the_model_with_the_module(tmp_path):
     from peft import LoraConfig, get_peft_model
 

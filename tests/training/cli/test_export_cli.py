@@ -153,6 +153,11 @@ def test_a_model_with_its_module_comes_with_its_commands(tmp_path, capsys):
     assert json.loads(speculation) == {"method": "mtp", "num_speculative_tokens": 1}
     assert shlex.split(sglang)[3:5] == ["--model-path", whole]
     assert sglang.endswith("--speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3")
+    # Read as its own module, the model is written the same again.
+    MTPWrapper(Glm4MoeForCausalLM.from_pretrained(whole), 3, heads="native").save_pretrained(tmp_path / "native")
+    assert main([str(tmp_path / "native"), "deepseek", str(tmp_path / "again")]) == 0
+    assert '"num_speculative_tokens": 2}' in capsys.readouterr().out
+    assert set(os.listdir(tmp_path / "again")) == set(os.listdir(whole))
     # The other layout is refused in one line, and leaves nothing.
     assert main([str(source), "qwen", str(tmp_path / "other")]) == 2
     assert "has model_type 'glm4_moe'" in capsys.readouterr().err
