@@ -75,6 +75,10 @@ ELSEWHERE = {
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
     "python -m benchmarks.report": ("tests/test_benchmark_report.py", 'load("report")'),
     "python -m benchmarks.predict": ("tests/test_predict.py", 'load("predict")'),
+    "train-mtp smollm2 model.source=my/glm": (
+        "tests/training/run/test_carried_module.py",
+        "test_a_run_trains_the_module_of_its_source",
+    ),
     "train-mtp --resume s3://": ("tests/training/run/test_resume.py", "test_a_run_goes_on_from_s3"),
     "sbatch docs/train.sbatch": ("tests/training/run/test_launch.py", "train.sbatch"),
     "python examples/finetune.py": ("tests/test_examples.py", "finetune"),

@@ -55,8 +55,8 @@ class Evaluation:
                 metrics |= {f"decoding/kept_head_{h}": kept, f"decoding/acceptance_head_{h}": accepted}
         if self.acceptance:
             total = self.acceptance.total
-            metrics["serving/acceptance_length"] = total.mean_length
-            metrics |= {f"serving/kept_head_{h}": rate for h, rate in enumerate(total.rates, start=1)}
+            metrics["val/accepted_length"] = total.mean_length
+            metrics |= {f"val/accepted_head_{h}": rate for h, rate in enumerate(total.rates, start=1)}
         return metrics
 
     def as_json(self) -> dict[str, Any]:

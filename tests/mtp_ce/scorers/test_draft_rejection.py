@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mtp_ce import DraftRejectionScorer, MTPWrapper, NextToken, RandomMatchedWeights, ShuffledWeights
+from mtp_ce.heads.kinds import KINDS, may_draft
+from mtp_ce.heads.protocol import heads_class
 
 V = 5  # few tokens, so that random drafts match often
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -172,6 +174,13 @@ def test_rows_are_those_of_the_heads_logits(family, packed) -> None:
     label = torch.stack([labels.roll(-1 - h, 1) for h in range(3)], -1).clamp(min=0)
     ce = torch.nn.functional.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none").view_as(stats.ce)
     torch.testing.assert_close(stats.ce, torch.where(stats.live, ce, 0.0))
+
+
+def test_the_table_of_kinds_says_which_heads_draft() -> None:
+    """Recipes are checked by it, before the classes are loaded."""
+    assert {name: kind.drafts for name, kind in KINDS.items()} == {name: heads_class(name).drafts for name in KINDS}
+    assert not may_draft("teacher_forcing")
+    assert may_draft("my.module:Class")
 
 
 def test_heads_that_do_not_draft_are_refused(packed) -> None:

@@ -80,8 +80,8 @@ def test_mlflow_has_the_measurement(evaluated, finished_run):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/ce_head_2"] == evaluation.heads[2].ce
     assert run.data.metrics["decoding/tokens_per_forward"] == evaluation.decoding.speculation.tokens_per_forward
-    assert run.data.metrics["serving/acceptance_length"] == evaluation.acceptance.total.mean_length
-    assert run.data.metrics["serving/kept_head_2"] == evaluation.acceptance.total.rates[1]
+    assert run.data.metrics["val/accepted_length"] == evaluation.acceptance.total.mean_length
+    assert run.data.metrics["val/accepted_head_2"] == evaluation.acceptance.total.rates[1]
     assert run.data.tags["checkpoint"].endswith("/model")
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert artifacts == {"evaluation.json", "evaluation.png"}

@@ -32,7 +32,7 @@ VAL_METRICS |= {f"val/{name}_head_{h}" for name in ("ce", "perplexity", "top1", 
 DECODING_METRICS = {"decoding/tokens_per_forward", "decoding/acceptance_length", "decoding/identical_ratio"}
 DECODING_METRICS |= {"perf/decoding_speedup"}
 DECODING_METRICS |= {f"decoding/{name}_head_{h}" for name in ("kept", "acceptance") for h in (1, 2)}
-DECODING_METRICS |= {"serving/acceptance_length", "serving/kept_head_1", "serving/kept_head_2"}
+DECODING_METRICS |= {"val/accepted_length", "val/accepted_head_1", "val/accepted_head_2"}
 
 
 @pytest.fixture(scope="module")
