@@ -252,7 +252,7 @@ def most_rows(M: int, V: int, D: int, dtypes: ChunkDtypes, device: torch.device)
     if not cpu:
         rows = -(-rows // GPU_ROWS) * GPU_ROWS
     saved = dtypes.total.itemsize - dtypes.layer.itemsize if skips_the_sum(dtypes) else 0
-    return M if M <= rows + D * saved // element else rows
+    return max(1, M) if M <= rows + D * saved // element else rows
 
 
 def rows_at_once(M: int, most: int, device: torch.device) -> int:

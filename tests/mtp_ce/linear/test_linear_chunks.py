@@ -203,7 +203,7 @@ def test_fp16_gradients_of_a_late_small_upstream_do_not_underflow_on_the_way(com
 
 
 def gradient_errors(impl: str, draw, scale: float, dtype: torch.dtype, **how) -> list[float]:
-    """Relative errors of d_hidden and d_unembed, of logits whose largest are about 10 * scale."""
+    """Relative errors of d_hidden and d_unembed, of logits whose standard deviation is 4 * scale."""
     draw.generator.manual_seed(5)
     x, u = draw.normal(1, 24, 1, D, dtype=dtype), draw.normal(V, D, dtype=dtype, scale=scale)
     labels = draw.integers(V, 1, 24)
@@ -219,10 +219,12 @@ def gradient_errors(impl: str, draw, scale: float, dtype: torch.dtype, **how) ->
 @pytest.mark.parametrize("rows", [5, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_logits_make_the_gradients_of_large_logits_more_exact(impl, draw, dtype, rows: int) -> None:
-    """Near 30 a logit of bf16 is rounded by up to 1/16. What stays is the rounding of g and of the gradients."""
+    """Near 60 a logit of bf16 is rounded by up to 1/8. What stays is the rounding of g and of the gradients."""
     rounding = torch.finfo(dtype).eps / 2
-    rounded = gradient_errors(impl, draw, 3.0, dtype, chunk_bytes=rows * V * 4)
-    wide = gradient_errors(impl, draw, 3.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32)
+    rounded = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4)
+    wide = gradient_errors(
+        impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32
+    )
     for coarse, fine in zip(rounded, wide, strict=True):
         assert fine <= 1.5 * rounding
         assert coarse >= 4 * fine
