@@ -166,10 +166,9 @@ def check_chunking(
         raise TypeError(
             f"logits_dtype is {type(logits_dtype).__name__}; expected torch.float32, or None for the dtype of hidden."
         )
-    elif logits_dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
+    elif logits_dtype not in (dtype, wide := torch.promote_types(dtype, torch.float32)):
         raise ValueError(
-            f"logits_dtype is {logits_dtype} and hidden is {dtype}; expected {torch.promote_types(dtype, torch.float32)}, "
-            "or None for the dtype of hidden."
+            f"logits_dtype is {logits_dtype} and hidden is {dtype}; expected {wide}, or None for the dtype of hidden."
         )
     row_bytes = V * logits_dtype.itemsize
     if chunk_bytes is not None:

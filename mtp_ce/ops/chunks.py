@@ -252,7 +252,7 @@ def most_rows(M: int, V: int, D: int, dtypes: ChunkDtypes, device: torch.device)
     if not cpu:
         rows = -(-rows // GPU_ROWS) * GPU_ROWS
     saved = dtypes.total.itemsize - dtypes.layer.itemsize if skips_the_sum(dtypes) else 0
-    return max(1, M) if M <= rows + D * saved // element else rows
+    return max(1, M) if rows + D * saved // element >= M else rows
 
 
 def rows_at_once(M: int, most: int, device: torch.device) -> int:
@@ -281,10 +281,9 @@ def wanted_rows(row_mask: Tensor, M: int, call: LinearCall) -> list[tuple[int, i
     # How many of a head's rows are among a given number of rows, only the GPU knows.
     if all(wants) or (call.drop >= 0 and row_mask.is_cuda):
         return [(0, M)]
-    if call.drop == KEEP_ALL:
-        counts = [M // len(wants)] * len(wants)
-    else:
-        counts = row_mask.view(len(wants), -1).sum(1).tolist()
+    # Computed rows are head by head, as the rows are.
+    whole = call.drop == KEEP_ALL
+    counts = [M // len(wants)] * len(wants) if whole else row_mask.view(len(wants), -1).sum(1).tolist()
     runs: list[tuple[int, int]] = []
     end = 0
     for count, wanted in zip(counts, wants, strict=True):
@@ -327,7 +326,7 @@ def run_chunks(
         d_hidden = new(N, D) if whole else unembed.new_zeros(N, D)
     d_unembed = None
     if call.with_d_unembed:
-        alone = M <= len(buffer) and skips_the_sum(dtypes)
+        alone = len(buffer) >= M and skips_the_sum(dtypes)
         d_unembed = new(V, D, dtype=unembed.dtype if alone else total_dtype)
         if M == 0:
             d_unembed.zero_()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from mtp_ce.ops.chunks import (
+    COUNT,
     KEEP_ALL,
     LinearCall,
     Rows,
@@ -218,9 +219,16 @@ def linear_backward(
 
 def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
-    # The upstream gradient of most losses is 1. A GPU is not asked, and a tensor that is traced has no value.
-    if type(factor) is Tensor and factor.device.type == "cpu" and x.dtype == dtype and factor.item() == 1:
-        return x
+    # The upstream gradient of most losses is 1, which costs nothing. A tensor that is traced has no value.
+    if type(factor) is Tensor and x.dtype == dtype:
+        if factor.device.type == "cpu" and factor.item() == 1:
+            return x
+        if factor.is_cuda:
+            from mtp_ce.kernels.scale import launch_scale
+
+            with device_guard(x.device):
+                launch_scale(x, factor)
+            return x
     out = x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
     # Of as many dimensions as x: a 0-d factor would be rounded to a half x's dtype first.
     return torch.mul(x, factor.reshape((1,) * x.dim()), out=out)

@@ -124,8 +124,9 @@ LINEAR_CALLS: dict[str, dict[str, Any]] = {
     "list": {"hidden": [torch.zeros(B, S, D) for _ in range(H)]},
     "everything": {
         "token_weights": torch.ones(B, S), "bias": torch.zeros(V), "chunk_bytes": 10**6, "grad_dtype": torch.float64,
-        "logits_dtype": torch.float32, "drop_dead_rows": 12, "head_weights": torch.ones(H), "seq_lens": torch.tensor([5, 3]), "softcap": 3.0,
+        "drop_dead_rows": 12, "head_weights": torch.ones(H), "seq_lens": torch.tensor([5, 3]), "softcap": 3.0,
         "document_ids": torch.zeros(B, S, dtype=torch.int32), "normalizer": torch.tensor(4.0),
+        "logits_dtype": torch.float32,
     },
     "words": {"drop_dead_rows": "auto", "reduction": "none"},
     "flags": {"drop_dead_rows": False, "validate": True},

@@ -222,9 +222,7 @@ def test_fp32_logits_make_the_gradients_of_large_logits_more_exact(impl, draw, d
     """Near 60 a logit of bf16 is rounded by up to 1/8. What stays is the rounding of g and of the gradients."""
     rounding = torch.finfo(dtype).eps / 2
     rounded = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4)
-    wide = gradient_errors(
-        impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32
-    )
+    wide = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32)
     for coarse, fine in zip(rounded, wide, strict=True):
         assert fine <= 1.5 * rounding
         assert coarse >= 4 * fine

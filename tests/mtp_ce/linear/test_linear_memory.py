@@ -162,9 +162,7 @@ def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, dra
 
     def gradients(wants: str, drop: bool | int) -> list[Tensor]:
         leaves = [x.detach().requires_grad_(want == "h") for x, want in zip(heads, wants, strict=True)]
-        loss = weighted_mtp_linear_ce(
-            leaves, unembed, labels, chunk_bytes=ROWS * V * 4, drop_dead_rows=drop, impl=impl
-        )
+        loss = weighted_mtp_linear_ce(leaves, unembed, labels, chunk_bytes=ROWS * V * 4, drop_dead_rows=drop, impl=impl)
         found = torch.autograd.grad(loss, [x for x in [*leaves, unembed] if x.requires_grad])
         return [*found]
 

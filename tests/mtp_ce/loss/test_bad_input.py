@@ -342,7 +342,10 @@ HIDDEN_VALUES: dict[str, Row] = {
     "chunk_bytes_below_a_row_of_fp32": (
         "chunk_bytes is 43; expected at least 44, one row of logits",
         lambda: {
-            "hidden": f32(B, S, D).half(), "unembed": f32(V, D).half(), "chunk_bytes": 43, "logits_dtype": torch.float32,
+            "hidden": f32(B, S, D).half(),
+            "unembed": f32(V, D).half(),
+            "chunk_bytes": 43,
+            "logits_dtype": torch.float32,
         },
     ),
     "drop_negative": ("drop_dead_rows is -1; expected a number of rows", lambda: {"drop_dead_rows": -1}),
