@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mtp_ce.kernels import backward, forward, forward_backward, mean, rows
+from mtp_ce.kernels import backward, forward, forward_backward, mean, rows, scale
 from mtp_ce.kernels.results import RowResults, Rows
 from mtp_ce.options import LossInputs, LossOptions
 
@@ -138,3 +138,8 @@ def launch_rows() -> None:
     inputs = LossInputs(tokens, torch.ones(2, 8), torch.ones(4), torch.zeros(2, dtype=torch.int64), tokens)
     options = LossOptions(weight_alignment="target")
     rows.launch_rows(inputs, options, H=4, V=32000, by_head=True, with_d_weights=True)
+
+
+def launch_scale(V: int, D: int, dtype: torch.dtype) -> None:
+    """The gradient of unembed times the upstream gradient."""
+    scale.launch_scale(torch.empty(V, D, dtype=dtype), torch.ones(()))

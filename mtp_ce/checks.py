@@ -143,12 +143,34 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tu
     return heads, (B, S, H, V)
 
 
-def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_bytes: int) -> None:
-    """Check how the linear path divides its rows of `row_bytes` bytes of logits into chunks."""
+def check_chunking(
+    chunk_bytes: Any, grad_dtype: Any, logits_dtype: Any, drop_dead_rows: Any, dtype: torch.dtype, V: int
+) -> torch.dtype:
+    """Check how the linear path divides its rows into chunks of V logits; return the logits' dtype.
+
+    Args:
+        chunk_bytes: unchecked, like the three that follow.
+        grad_dtype: of sums over chunks.
+        logits_dtype: None stands for `dtype`.
+        drop_dead_rows: a number or a word.
+        dtype: of hidden.
+        V: vocabulary size.
+    """
     if not isinstance(grad_dtype, torch.dtype):
         raise TypeError(f"grad_dtype is {type(grad_dtype).__name__}; expected a torch.dtype, such as torch.float32.")
     if grad_dtype not in (*TRITON_DTYPES, torch.float64):
         raise ValueError(f"grad_dtype is {grad_dtype}; expected float32, bfloat16, float16 or float64.")
+    if logits_dtype is None:
+        logits_dtype = dtype
+    elif not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(
+            f"logits_dtype is {type(logits_dtype).__name__}; expected torch.float32, or None for the dtype of hidden."
+        )
+    elif logits_dtype not in (dtype, wide := torch.promote_types(dtype, torch.float32)):
+        raise ValueError(
+            f"logits_dtype is {logits_dtype} and hidden is {dtype}; expected {wide}, or None for the dtype of hidden."
+        )
+    row_bytes = V * logits_dtype.itemsize
     if chunk_bytes is not None:
         if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, INTEGERS):
             raise TypeError(f"chunk_bytes is {type(chunk_bytes).__name__}; expected an int, or None.")
@@ -160,6 +182,7 @@ def check_chunking(chunk_bytes: Any, grad_dtype: Any, drop_dead_rows: Any, row_b
         )
     if drop_dead_rows != "auto" and drop_dead_rows < 0:
         raise ValueError(f"drop_dead_rows is {drop_dead_rows}; expected a number of rows of at least 0.")
+    return logits_dtype
 
 
 def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:

@@ -20,7 +20,7 @@ from mtp_ce.checks import (
     pack_terms,
 )
 from mtp_ce.loss import MTPLoss, MTPStats, reference_loss
-from mtp_ce.ops.chunks import COUNT, GPU_ROWS, KEEP_ALL, LinearCall
+from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
 from mtp_ce.ops.linear import linear_loss
 from mtp_ce.ops.logits import split_heads
 from mtp_ce.options import CallOptions, LossInputs, LossOptions, fold_normalizer
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-# Logits of one chunk. Each chunk reads unembed twice and its gradient once, so a GPU's products want thousands of
-# rows; a CPU's are fast at hundreds.
-GPU_CHUNK_BYTES, GPU_LEAST_ROWS = 2**30, 1024
-CPU_CHUNK_BYTES = 36 * 2**20
-
 
 class LinearOptions(CallOptions, total=False):
     """Keyword arguments of `weighted_mtp_linear_ce`."""
@@ -42,6 +37,7 @@ class LinearOptions(CallOptions, total=False):
     bias: Tensor | None
     chunk_bytes: int | None
     grad_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
     drop_dead_rows: bool | int | Literal["auto"]
 
 
@@ -78,6 +74,7 @@ def weighted_mtp_linear_ce(
     bias: Float[Tensor, " V"] | None = None,
     chunk_bytes: int | None = None,
     grad_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
     drop_dead_rows: bool | int | Literal["auto"] = "auto",
     shift: int = 1,
     weight_alignment: str = "position",
@@ -112,9 +109,12 @@ def weighted_mtp_linear_ce(
         token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
             Differentiable.
         bias: [V], of hidden's dtype.
-        chunk_bytes: bytes of one chunk of logits. None: 1 GiB on a GPU, and at least 1024 rows; 36 MiB on a CPU.
+        chunk_bytes: the most bytes of one chunk of logits. None: the rows of a chunk follow from D and the number of
+            rows, as docs/loss.md explains.
         grad_dtype: dtype in which the gradients of unembed and bias are accumulated over chunks, before the cast to
-            the dtype of unembed.
+            the dtype of unembed. One chunk of bf16 has no sum, and its product is rounded once.
+        logits_dtype: torch.float32 keeps the logits of bf16 and fp16 inputs in fp32, which makes the gradients of large
+            logits more exact, and a chunk three times as large. None: the dtype of hidden.
         drop_dead_rows: leave masked rows (not valid, or of weight 0) out of the products. True counts the others,
             which synchronises with a GPU. A number is an upper bound of the others and does not synchronise; too
             small a number raises a ValueError on a CPU and returns NaN on a GPU. "auto": True on a CPU, False on
@@ -164,7 +164,7 @@ def weighted_mtp_linear_ce(
     terms = pack_terms(hidden, loss_scale, softcap, z_loss, label_smoothing)
     inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, terms, normalizer)
     check_flags(validate=validate, return_stats=return_stats)
-    chunking = _Chunking(chunk_bytes, grad_dtype, drop_dead_rows)
+    chunking = _Chunking(chunk_bytes, grad_dtype, logits_dtype, drop_dead_rows)
     loss, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, return_stats, impl)
     return MTPLoss(loss, stats) if return_stats else loss
 
@@ -182,6 +182,7 @@ def token_ce(
     document_ids: Int[Tensor, "B S"] | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     drop_dead_rows: bool | int | Literal["auto"] = "auto",
     validate: bool = False,
     impl: str = "auto",
@@ -200,7 +201,8 @@ def token_ce(
         seq_lens: [B] integers.
         document_ids: [B, S] integers.
         ignore_index: the label of tokens that are not targets.
-        chunk_bytes: bytes of one chunk of logits.
+        chunk_bytes: as in `weighted_mtp_linear_ce`.
+        logits_dtype: as in `weighted_mtp_linear_ce`.
         drop_dead_rows: as in `weighted_mtp_linear_ce`.
         validate: also check values.
         impl: "auto", "triton", "cpu" or "reference".
@@ -222,7 +224,7 @@ def token_ce(
     terms = pack_terms(hidden, 1.0, softcap, 0.0, 0.0)
     inputs = LossInputs(labels, seq_lens=seq_lens, document_ids=document_ids, terms=terms)
     check_flags(validate=validate)
-    chunking = _Chunking(chunk_bytes, torch.float32, drop_dead_rows)
+    chunking = _Chunking(chunk_bytes, torch.float32, logits_dtype, drop_dead_rows)
     _, stats = _evaluate((hidden, unembed, bias), inputs, options, chunking, validate, False, impl)
     single = isinstance(hidden, Tensor) and hidden.dim() == 3
     return stats.ce[:, :, 0] if single else stats.ce
@@ -233,6 +235,7 @@ class _Chunking(NamedTuple):
 
     chunk_bytes: int | None
     grad_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
     drop_dead_rows: bool | int | Literal["auto"]
 
 
@@ -260,14 +263,14 @@ def _evaluate(
     heads, shape = check_linear(hidden, unembed, bias)
     first = heads[0]
     check_inputs(first, shape, inputs, options, "hidden")
-    row_bytes = shape[3] * first.element_size()
-    check_chunking(*chunking, row_bytes)
+    logits_dtype = check_chunking(*chunking, first.dtype, shape[3])
     impl = choose_impl(impl, first, "hidden")
     if validate:
         check_values(inputs, options, shape)
 
     if impl == "reference":
-        logits = [F.linear(head, unembed, bias) for head in split_heads(heads)]
+        layer = [x if x is None else x.to(logits_dtype) for x in (unembed, bias)]
+        logits = [F.linear(head.to(logits_dtype), *layer) for head in split_heads(heads)]
         return reference_loss(logits, inputs, options)
 
     inputs, options = fold_normalizer(inputs, options)
@@ -275,12 +278,13 @@ def _evaluate(
     call = LinearCall(
         with_top1=with_top1,
         with_d_weights=with_grad and token_weights is not None and token_weights.requires_grad,
-        with_d_hidden=with_grad and any(x.requires_grad for x in heads),
+        with_d_hidden=[with_grad and x.requires_grad for x in heads],
         with_d_unembed=with_grad and unembed.requires_grad,
         with_d_bias=with_grad and bias is not None and bias.requires_grad,
-        chunk_rows=_chunk_rows(chunking.chunk_bytes, row_bytes, first.device),
+        chunk_bytes=None if chunking.chunk_bytes is None else int(chunking.chunk_bytes),
         drop=_drop(chunking.drop_dead_rows, first.device),
         grad_dtype=chunking.grad_dtype,
+        logits_dtype=logits_dtype,
         impl=impl,
     )
     if first.dim() == 3 and len(heads) == 1:
@@ -309,14 +313,6 @@ def _autocast(
     else:
         hidden = cast(hidden)
     return hidden, cast(unembed), None if bias is None else cast(bias)
-
-
-def _chunk_rows(chunk_bytes: int | None, row_bytes: int, device: torch.device) -> int:
-    if chunk_bytes is not None:
-        return int(chunk_bytes) // row_bytes
-    if device.type == "cpu":
-        return max(1, CPU_CHUNK_BYTES // row_bytes)
-    return max(GPU_LEAST_ROWS, GPU_CHUNK_BYTES // row_bytes // GPU_ROWS * GPU_ROWS)
 
 
 def _drop(drop_dead_rows: bool | int | Literal["auto"], device: torch.device) -> int:

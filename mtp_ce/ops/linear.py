@@ -1,8 +1,10 @@
 """The linear path as torch operators: what torch.compile, autograd and opcheck see.
 
-`linear_forward` computes a scalar loss and its gradients together: these wait, without 1/N and the upstream gradient,
-for backward, which takes them and scales them in place. A second backward through the same graph (retain_graph) and
-reduction="none" compute them with `linear_backward`. Arguments arrive checked (mtp_ce/checks.py).
+`linear_forward` computes a scalar loss and its gradients together: these wait for backward, which takes them and
+multiplies them in place by the upstream gradient. 1/N is in the rows' coefficients, so that nothing is left to round
+under an upstream gradient of 1; but in fp16, whose range is too short, it is left to backward, too. A second backward
+through the same graph (retain_graph) and reduction="none" compute them with `linear_backward`. Arguments arrive checked
+(mtp_ce/checks.py).
 """
 
 from typing import Any
@@ -12,15 +14,18 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from mtp_ce.ops.chunks import (
+    COUNT,
     KEEP_ALL,
     LinearCall,
     Rows,
     compute_rows,
+    fold_factor,
     from_row_order,
+    gradient_dtype,
     in_row_order,
     largest,
     run_chunks,
-    scaled_down,
+    wanted_rows,
 )
 from mtp_ce.ops.logits import device_guard, functions, input_gradients, reduce, weights_backward
 from mtp_ce.ops.register import Loss, differentiable, once_differentiable, operator
@@ -40,7 +45,7 @@ def _allocate_forward(
     H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
     V, D = unembed.shape
     dtype = torch.float64 if unembed.dtype == torch.float64 else torch.float32
-    total = torch.promote_types(call.grad_dtype, unembed.dtype)
+    last = gradient_dtype(unembed.dtype, call.grad_dtype)
 
     def new(*shape: int, dtype: torch.dtype = dtype, wanted: bool = True) -> Tensor:
         return unembed.new_empty(shape if wanted else (0,), dtype=dtype if wanted or dtype == torch.int32 else None)
@@ -54,24 +59,30 @@ def _allocate_forward(
         new(B, S, H, dtype=torch.int32, wanted=call.with_top1),
         new(B, S, H) if call.with_d_weights else new(0),
         new(),
-        new(B * S * H, D, dtype=unembed.dtype, wanted=now and call.with_d_hidden),
-        new(V, D, dtype=total, wanted=now and call.with_d_unembed),
-        new(V, dtype=total, wanted=now and call.with_d_bias),
-        new() if now and call.with_gradient and unembed.dtype == torch.float16 else new(0),
+        new(B * S * H, D, dtype=unembed.dtype, wanted=now and any(call.with_d_hidden)),
+        new(V, D, dtype=last, wanted=now and call.with_d_unembed),
+        new(V, dtype=last, wanted=now and call.with_d_bias),
+        new() if now and call.with_gradient else new(0),
     )
 
 
 def _computed_rows(
     hidden: list[Tensor], unembed: Tensor, inputs: LossInputs, options: LossOptions, call: LinearCall
-) -> int:
-    """Return the rows that the products take; all of them where only the values of tensors that have none tell."""
+) -> tuple[int, int]:
+    """Return the rows that the products take, and those of d_hidden.
+
+    All of them where only the values of tensors that have none tell.
+    """
     H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
-    N = inputs.labels.numel() * H
-    if call.drop >= 0:
-        return min(call.drop, N)
-    if call.drop == KEEP_ALL or isinstance(inputs.labels, FakeTensor):
-        return N
-    return int(compute_rows(hidden, unembed.shape[0], inputs, options, call).rows.row_mask.sum())
+    M = N = inputs.labels.numel() * H
+    row_mask = inputs.labels  # of the device; its values are read where rows are dropped
+    if isinstance(inputs.labels, FakeTensor):
+        M = N if call.drop < 0 else min(call.drop, N)
+        call = call._replace(drop=KEEP_ALL)
+    elif call.drop != KEEP_ALL:
+        row_mask = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows.row_mask
+        M = int(row_mask.sum()) if call.drop == COUNT else min(call.drop, N)
+    return M, sum(end - start for start, end in wanted_rows(row_mask, M, call))
 
 
 def _count_forward(
@@ -83,8 +94,10 @@ def _count_forward(
     call: LinearCall,
 ) -> int:
     """Return 2 M V D for each product of M rows."""
-    gradients = 0 if options.reduction == "none" else call.with_d_hidden + call.with_d_unembed
-    return 2 * _computed_rows(hidden, unembed, inputs, options, call) * unembed.numel() * (1 + gradients)
+    if options.reduction == "none":
+        call = call.without_gradient()
+    M, wanted = _computed_rows(hidden, unembed, inputs, options, call)
+    return 2 * unembed.numel() * (M * (1 + call.with_d_unembed) + wanted)
 
 
 @operator(fake=_allocate_forward, flops=_count_forward)
@@ -96,10 +109,9 @@ def linear_forward(
     options: LossOptions,
     call: LinearCall,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [] or [B,S]; ce, lse, valid, top1, d_row_weights [B,S,H]; factor []; d_hidden, d_unembed, d_bias; power [].
+    """Loss [] or [B,S]; ce, lse, valid, top1, d_row_weights [B,S,H]; factor []; d_hidden, d_unembed, d_bias; scale [].
 
-    The gradients are those of the sum over positions, without the factor and, in fp16, divided by `power`, a power
-    of two; none where reduction is "none". Empty: not wanted.
+    The gradients times `scale` are those of the loss; none where reduction is "none". Empty: not wanted.
     """
     labels, V = inputs.labels, unembed.shape[0]
     B, S = labels.shape
@@ -112,27 +124,29 @@ def linear_forward(
         rows, valid, head_coefficient, coefficient = compute_rows(hidden, V, inputs, options, call)
         if options.reduction == "none":
             call = call.without_gradient()
-        power = unembed.new_empty(0, dtype=coefficient.dtype)
-        if unembed.dtype == torch.float16 and call.with_gradient:
-            small, power = scaled_down(rows.coefficient)
+        valid = valid.contiguous()
+        mean, scale = functions(call.impl)[1], coefficient.new_empty(0)
+        if call.with_gradient:
+            # The factor follows from the labels alone.
+            _, factor = reduce(mean, coefficient.new_zeros(B, S), valid, inputs, options)
+            small, scale = fold_factor(rows.coefficient, factor, unembed.dtype)
             rows = rows._replace(coefficient=small)
         results, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
-        valid = valid.contiguous()
         ce, row_loss, lse = (from_row_order(x, hidden, B, S) for x in results[:3])
         out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
         d_row_weights = ce.new_empty(0)
         if call.with_d_weights:
             d_row_weights = torch.where(head_coefficient != 0, head_coefficient * row_loss, 0.0)
-        loss, factor = reduce(functions(call.impl)[1], out, valid, inputs, options)
+        loss, factor = reduce(mean, out, valid, inputs, options)
         if call.drop >= 0:
             # Too small a number of rows is NaN: on a GPU an error would wait for the device.
             missed = rows.row_mask.sum() > call.drop
-            loss, factor = (torch.where(missed, float("nan"), x) for x in (loss, factor))
+            loss, factor, scale = (torch.where(missed, float("nan"), x) for x in (loss, factor, scale))
     top1 = valid.new_empty(0, dtype=torch.int32)
     if results.top1 is not None:
         top1 = from_row_order(results.top1, hidden, B, S)
     d_hidden, d_unembed, d_bias = (unembed.new_empty(0) if x is None else x for x in gradients)
-    return loss, ce, lse, valid, top1, d_row_weights, factor, d_hidden, d_unembed, d_bias, power
+    return loss, ce, lse, valid, top1, d_row_weights, factor, d_hidden, d_unembed, d_bias, scale
 
 
 def _allocate_backward(
@@ -148,7 +162,7 @@ def _allocate_backward(
     V, D = unembed.shape
     N = sum(x.numel() for x in hidden) // max(1, D)
     shapes = ((N, D), (V, D), (V,))
-    wanted = (call.with_d_hidden, call.with_d_unembed, call.with_d_bias)
+    wanted = (any(call.with_d_hidden), call.with_d_unembed, call.with_d_bias)
     return tuple(unembed.new_empty(shape if w else (0,)) for shape, w in zip(shapes, wanted, strict=True))
 
 
@@ -164,8 +178,8 @@ def _count_backward(
 ) -> int:
     """Return 2 M V D for each product of M rows: the logits again, and the gradients."""
     call = call._replace(with_d_weights=False)
-    products = 1 + call.with_d_hidden + call.with_d_unembed
-    return 2 * _computed_rows(hidden, unembed, inputs, options, call) * unembed.numel() * products
+    M, wanted = _computed_rows(hidden, unembed, inputs, options, call)
+    return 2 * unembed.numel() * (M * (1 + call.with_d_unembed) + wanted)
 
 
 @operator(fake=_allocate_backward, flops=_count_backward)
@@ -191,19 +205,30 @@ def linear_backward(
         by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
         # The upstream gradient of a masked row may be Inf.
         by_row = torch.where(rows.coefficient == 0, 0.0, by_row)
-        # The largest upstream gradient stays out of the products, as 1/N does in forward; a scalar one does wholly.
+        # In fp16 the largest upstream gradient stays out of the products, as 1/N does in forward.
         most = largest(by_row)
-        coefficient, power = scaled_down(torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most)))
+        coefficient = torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most))
+        coefficient, scale = fold_factor(coefficient, most, unembed.dtype)
         rows = Rows(rows.label, coefficient, by_row != 0)
         _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
-        d_hidden, d_unembed, d_bias = (
-            unembed.new_empty(0) if x is None else scaled_(x, most * power, unembed.dtype) for x in gradients
-        )
+        if unembed.dtype == torch.float16:
+            gradients = (None if x is None else scaled_(x, scale, unembed.dtype) for x in gradients)
+        d_hidden, d_unembed, d_bias = (unembed.new_empty(0) if x is None else x for x in gradients)
     return d_hidden, d_unembed, d_bias
 
 
 def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
+    # The upstream gradient of most losses is 1, which costs nothing. A tensor that is traced has no value.
+    if type(factor) is Tensor and x.dtype == dtype:
+        if factor.device.type == "cpu" and factor.item() == 1:
+            return x
+        if factor.is_cuda:
+            from mtp_ce.kernels.scale import launch_scale
+
+            with device_guard(x.device):
+                launch_scale(x, factor)
+            return x
     out = x if x.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
     # Of as many dimensions as x: a 0-d factor would be rounded to a half x's dtype first.
     return torch.mul(x, factor.reshape((1,) * x.dim()), out=out)
@@ -253,19 +278,18 @@ def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
         if waiting is None:
             gradients = linear_backward(d_loss, hidden, unembed, bias, *inputs, *options.values(), factor, *call)
         else:
-            *unscaled, power = waiting
-            upstream = d_loss.to(factor.dtype) * factor
-            if power.numel():
-                upstream = upstream * power
+            *unscaled, scale = waiting
+            upstream = d_loss.to(scale.dtype) * scale
             gradients = [scaled_(x, upstream, unembed.dtype) for x in unscaled]
-        if call.with_d_hidden:
-            d_hidden = split_rows(gradients[0], hidden)
+        if any(call.with_d_hidden):
+            of_tensors = split_rows(gradients[0], hidden)
+            d_hidden = [x if wanted else None for x, wanted in zip(of_tensors, call.with_d_hidden, strict=True)]
         d_unembed = gradients[1] if call.with_d_unembed else None
         d_bias = gradients[2] if call.with_d_bias else None
     return d_unembed, d_bias, d_weights, *d_hidden
 
 
-def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor | None]:
+def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor]:
     """Return gradients [N,D] in row order as tensors shaped like the hidden states."""
     if len(hidden) == 1:
         return [d_rows.view(hidden[0].shape)]

@@ -61,6 +61,8 @@ def test_rows_are_compiled_whole_and_shared(compiled):
     names = {(kernel["name"], kernel["shared"]) for kernel in compiled}
     assert {(name, shared) for name in ("forward_kernel", "backward_kernel") for shared in (False, True)} <= names
     assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
+    (scaled,) = (kernel for kernel in compiled if kernel["name"] == "scale_kernel")
+    assert scaled["wide_loads"] == scaled["wide_stores"] == 2, scaled
 
 
 def test_no_barrier_stands_between_tiles(compiled):
@@ -106,6 +108,7 @@ def main(target_name: str) -> None:
                 compiled.launch_chunk(2, V, dtype, loss, **how)
             if not report:
                 compiled.launch_rows()
+                compiled.launch_scale(1000, 64, torch.bfloat16)
         for launch in launched:
             used = _amd(launch.kernel) if target_name == "gfx942" else _nvidia(launch.kernel)
             case = {"target": target_name, "name": launch.name, "V": V, "dtype": str(dtype), "H": H, "layout": layout}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
-from mtp_ce.kernels import backward, forward, forward_backward
+from mtp_ce.kernels import backward, forward, forward_backward, scale
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in the interpreter, which a GPU run leaves off"
@@ -226,3 +226,18 @@ def test_a_row_that_is_read_for_its_weight_alone_is_read_once(chunks):
     assert (one["read"] & ~one["moves"]).any()
     assert (one["loads"] == (one["read"].astype(int) + one["moves"])[:, None]).all()
     assert (one["stores"] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("factor", [1.0, 0.37, float("nan")])
+@pytest.mark.parametrize("N", [1, 4096, 3 * 4096 + 5])
+def test_a_scaled_gradient_is_read_and_written_once_and_not_at_all_under_a_scale_of_1(meter, N, dtype, factor):
+    """The product in fp32, rounded once; bit for bit what torch computes."""
+    x = torch.randn(N, generator=torch.Generator().manual_seed(N)).to(dtype)
+    expected = (x.float() * factor).to(dtype)
+    scale.launch_scale(x, torch.tensor(factor))
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+    loads, stores = meter.loads_of(x), meter.stores_to(x) if meter.stored else np.zeros(N)
+    moved = loads.sum() * dtype.itemsize, stores.sum() * dtype.itemsize
+    assert moved == scale.traffic(N, dtype.itemsize, factor)
+    assert factor == 1 or ((loads == 1).all() and (stores == 1).all())

@@ -126,6 +126,7 @@ LINEAR_CALLS: dict[str, dict[str, Any]] = {
         "token_weights": torch.ones(B, S), "bias": torch.zeros(V), "chunk_bytes": 10**6, "grad_dtype": torch.float64,
         "drop_dead_rows": 12, "head_weights": torch.ones(H), "seq_lens": torch.tensor([5, 3]), "softcap": 3.0,
         "document_ids": torch.zeros(B, S, dtype=torch.int32), "normalizer": torch.tensor(4.0),
+        "logits_dtype": torch.float32,
     },
     "words": {"drop_dead_rows": "auto", "reduction": "none"},
     "flags": {"drop_dead_rows": False, "validate": True},
@@ -161,6 +162,7 @@ def test_annotated_shapes_of_the_linear_path_are_the_shapes_that_work(hints, nam
         {"chunk_bytes": 1.5},
         {"drop_dead_rows": "all"},
         {"grad_dtype": "float32"},
+        {"logits_dtype": "float32"},
     ],
     ids=lambda spoiled: next(iter(spoiled)),
 )
@@ -176,7 +178,9 @@ def test_both_paths_and_the_overloads_name_the_same_options() -> None:
     """What weighted_mtp_ce takes, the linear path takes, but for overwriting logits; with the same defaults."""
     logits, linear = (inspect.signature(function).parameters for function in (weighted_mtp_ce, weighted_mtp_linear_ce))
     assert set(logits) - set(linear) == {"logits", "inplace_backward"}
-    assert set(linear) - set(logits) == {"hidden", "unembed", "bias", "chunk_bytes", "grad_dtype", "drop_dead_rows"}
+    assert set(linear) - set(logits) == {
+        "hidden", "unembed", "bias", "chunk_bytes", "grad_dtype", "logits_dtype", "drop_dead_rows"
+    }  # fmt: skip
     for name in set(logits) & set(linear):
         assert logits[name].default == linear[name].default, name
         assert logits[name].kind == linear[name].kind, name

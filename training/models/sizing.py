@@ -32,8 +32,7 @@ from transformers import PreTrainedModel
 
 from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.linear import _chunk_rows
-from mtp_ce.ops.chunks import rows_at_once
+from mtp_ce.ops.chunks import ChunkDtypes, most_rows, rows_at_once
 from mtp_ce.unembedding import Unembedding
 
 
@@ -143,10 +142,8 @@ def _head_matrices(model: MTPWrapper) -> int:
 
 def _unembedding_products(model: MTPWrapper) -> int:
     horizon = model.heads.output_count
-    if model.trunk == "joint":
-        return 6 * horizon
-    # The linear path chunks the rows of all heads alike; separate products leave out head 0, which does not learn.
-    return 4 * horizon - (2 if model.loss == "logits" else 0)
+    # Head 0 of a frozen trunk wants no gradient.
+    return 6 * horizon if model.trunk == "joint" else 4 * horizon - 2
 
 
 def forward_products(model: PreTrainedModel, row_length: int) -> int:
@@ -240,19 +237,21 @@ def loss_bytes(
     """Return the bytes of the loss for a micro-batch of `rows` rows of `row_length` tokens, on each path."""
     (V, D), item = Unembedding.of(model.causal).weight.shape, dtype.itemsize
     N = rows * row_length * model.heads.output_count
-    d_hidden = N * D * item
-    d_unembed = V * D * 4 if model.trunk == "joint" else 0
-    # On a CPU, products of half types accumulate in fp32 from a copy.
-    wide = 4 if device.type == "cpu" and item < 4 else 0
-    chunk = rows_at_once(N, _chunk_rows(None, V * item, device), device)
+    learns = model.trunk == "joint"
+    d_hidden, sums = N * D * item, V * D * 4 if learns else 0
+    dtypes = ChunkDtypes(dtype, dtype, torch.promote_types(dtype, torch.float32) if learns else None)
+    chunk = min(N, rows_at_once(N, most_rows(N, V, D, dtypes, device), device))
+    d_unembed = sums * item // 4
+    # Several chunks are summed in fp32, and the sum is cast when the last chunk is freed.
+    summed = max(chunk * V * item + sums, sums + d_unembed if item < 4 else 0)
     # The CPU path gathers the valid rows.
     gathered = N * D * item if device.type == "cpu" else 0
     logits = N * V * item
     return LossBytes(
-        linear=min(chunk, N) * V * (item + wide) + gathered + d_hidden + d_unembed,
-        logits=logits + d_hidden + d_unembed,
+        linear=(summed if chunk < N else logits + d_unembed) + gathered + d_hidden,
+        logits=logits + d_hidden + sums,
         eager=N * V * 4 + 2 * rows * row_length * V * 4,
-        chunk_rows=min(chunk, N),
+        chunk_rows=chunk,
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import weighted_mtp_linear_ce
+from mtp_ce import token_ce, weighted_mtp_linear_ce
 
 B, S, H, D, V = 2, 7, 3, 16, 61
 N = B * S * H
@@ -200,3 +200,47 @@ def test_fp16_gradients_of_a_late_small_upstream_do_not_underflow_on_the_way(com
     for reduction in ("sum", "none"):
         got = compare(300 * hidden, labels, unembed=unembed / 300, upstream=1e-6, reduction=reduction)
         assert bool((got.d_unembed[labels[0, 1]].abs() > 1e-5).any())
+
+
+def gradient_errors(impl: str, draw, scale: float, dtype: torch.dtype, **how) -> list[float]:
+    """Relative errors of d_hidden and d_unembed, of logits whose standard deviation is 4 * scale."""
+    draw.generator.manual_seed(5)
+    x, u = draw.normal(1, 24, 1, D, dtype=dtype), draw.normal(V, D, dtype=dtype, scale=scale)
+    labels = draw.integers(V, 1, 24)
+
+    def gradients(kind: torch.dtype, **how) -> tuple[Tensor, ...]:
+        leaves = x.to(kind).requires_grad_(), u.to(kind).requires_grad_()
+        return torch.autograd.grad(weighted_mtp_linear_ce(*leaves, labels, **how), leaves)
+
+    got, exact = gradients(dtype, impl=impl, **how), gradients(torch.float64, impl="reference")
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_logits_make_the_gradients_of_large_logits_more_exact(impl, draw, dtype, rows: int) -> None:
+    """Near 60 a logit of bf16 is rounded by up to 1/8. What stays is the rounding of g and of the gradients."""
+    rounding = torch.finfo(dtype).eps / 2
+    rounded = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4)
+    wide = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32)
+    for coarse, fine in zip(rounded, wide, strict=True):
+        assert fine <= 1.5 * rounding
+        assert coarse >= 4 * fine
+
+
+def test_fp32_logits_are_those_of_fp32_products(impl, draw) -> None:
+    """Statistics of bf16 inputs as if both had been cast to fp32: nothing is rounded on the way to the loss."""
+    hidden, unembed, labels, weights = batch(draw, torch.bfloat16)
+    bias = draw.normal(V, dtype=torch.bfloat16)
+    with torch.no_grad():
+        got = weighted_mtp_linear_ce(
+            hidden, unembed, labels, weights, bias=bias, logits_dtype=torch.float32, return_stats=True, impl=impl
+        )
+        wide = weighted_mtp_linear_ce(
+            hidden.float(), unembed.float(), labels, weights, bias=bias.float(), return_stats=True, impl=impl
+        )
+        ce = token_ce(hidden, unembed, labels, bias=bias, logits_dtype=torch.float32, impl=impl)
+    torch.testing.assert_close(got.loss, wide.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ce, wide.stats.ce, rtol=1e-5, atol=1e-6)
+    for one, other in zip(got.stats, wide.stats, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -87,6 +87,23 @@ def test_compiled_is_eager(impl, draw, backend: str, options: str) -> None:
     assert_same(outcome(torch.compile(step, fullgraph=True, backend=backend), data), outcome(step, data))
 
 
+def test_compiled_with_wide_logits_and_a_frozen_head(draw) -> None:
+    """bf16 with fp32 logits, over chunks; the first head's hidden states want no gradient."""
+    x, u, _, labels, _ = batch(draw)
+    heads, u = [head.bfloat16() for head in x.unbind(2)], u.bfloat16()
+
+    def step(heads: list[Tensor], u: Tensor) -> Tensor:
+        return weighted_mtp_linear_ce(heads, u, labels, logits_dtype=torch.float32, chunk_bytes=FEW)
+
+    results = []
+    for function in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        leaves = [heads[0], *(head.clone().requires_grad_() for head in heads[1:])]
+        unembed = u.clone().requires_grad_()
+        loss = function(leaves, unembed)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [*leaves[1:], unembed])])
+    assert_same(*results)
+
+
 def test_compiled_with_every_optional_tensor(impl, device, draw) -> None:
     """Documents, lengths, head weights, a tensor normalizer; heads as a list."""
     ids = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 1]], device=device)
@@ -197,10 +214,13 @@ CHECKED: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {"tensors": True, "softcap": 5.0, "z_loss": 0.1, "smoothing": 0.1, "reduction": "none"},
     "list_of_half": {"listed": True, "dtype": torch.bfloat16, "drop": KEEP_ALL},
-    "target_and_bound": {"target": True, "reduction": "sum", "drop": 5, "chunk_rows": 2},
-    "hidden_frozen": {"products": (False, True, False), "weights": False},
-    "unembed_frozen": {"products": (True, False, False), "bias": False},
-    "nothing_wanted": {"products": (False, False, False), "top1": False},
+    "wide_logits": {"dtype": torch.bfloat16, "logits": torch.float32, "rows": 2},
+    "wide_logits_fp16": {"dtype": torch.float16, "logits": torch.float32},
+    "target_and_bound": {"target": True, "reduction": "sum", "drop": 5, "rows": 2},
+    "hidden_frozen": {"products": ([False], True, False), "weights": False},
+    "one_head_frozen": {"products": ([False, True], True, True), "listed": True},
+    "unembed_frozen": {"products": ([True], False, False), "bias": False},
+    "nothing_wanted": {"products": ([False], False, False), "top1": False},
     "fp64_sums": {"grad_dtype": torch.float64},
     "empty": {"positions": 0},
 }
@@ -224,14 +244,17 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
         loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),
         label_smoothing=case.get("smoothing", 0.0),
     )  # fmt: skip
-    products = case.get("products", (True, True, bias is not None))
-    how = (case.get("chunk_rows", 100), case.get("drop", COUNT), case.get("grad_dtype", torch.float32), impl)
+    products = case.get("products", ([True] * len(given), True, bias is not None))
+    logits_dtype = case.get("logits", dtype)
+    chunk_bytes = case["rows"] * 9 * logits_dtype.itemsize if "rows" in case else None
+    how = (chunk_bytes, case.get("drop", COUNT), case.get("grad_dtype", torch.float32), logits_dtype, impl)
     call = LinearCall(case.get("top1", True), weights is not None, *products, *how)
     forward = (given, unembed, bias, *inputs, *options.values(), *call)
     loss, *_, factor, _, _, _, _ = linear_ops.linear_forward(*forward)
     upstream = torch.ones_like(loss)
     backward = (upstream, given, unembed, bias, *inputs, *options.values(), factor, *call)
-    leaves = [[x.clone().requires_grad_(products[0]) for x in given], unembed.clone().requires_grad_(products[1])]
+    leaves = [[x.clone().requires_grad_(wanted) for x, wanted in zip(given, products[0], strict=True)]]
+    leaves.append(unembed.clone().requires_grad_(products[1]))
     leaves.append(None if bias is None else bias.clone().requires_grad_(products[2]))
     if weights is not None:
         inputs = inputs._replace(token_weights=weights.clone().requires_grad_())
@@ -373,6 +396,11 @@ def test_the_flop_counter_counts_three_products_a_computed_row(impl, draw) -> No
     for options, count in expected:
         assert products_of(lambda options=options: call(**options)) == count, options
     assert products_of(lambda: token_ce(x, u, labels, impl=impl, drop_dead_rows=False)) == N
+    heads = [head.detach().requires_grad_(h > 0) for h, head in enumerate(x.unbind(2))]
+    some = functools.partial(weighted_mtp_linear_ce, heads, u.detach(), labels, impl=impl)
+    assert products_of(lambda: some(drop_dead_rows=False).backward()) == N + B * S * (H - 1)
+    valid = some(return_stats=True).stats.live.sum((0, 1))  # of each head
+    assert products_of(lambda: some(drop_dead_rows=True).backward()) == int(valid.sum() + valid[1:].sum())
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = [mode.from_tensor(tensor.requires_grad_(tensor.is_floating_point())) for tensor in (x, u, labels)]
         loss = functools.partial(weighted_mtp_linear_ce, *fake, impl=impl, drop_dead_rows=True)

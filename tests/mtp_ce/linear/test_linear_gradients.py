@@ -287,15 +287,20 @@ def test_frozen_inputs_get_no_gradient_and_the_others_theirs(compare, draw, froz
         assert (getattr(got, f"d_{name}") is None) == (name in frozen)
 
 
-def test_a_list_with_one_frozen_head(impl, draw) -> None:
-    """The others get what they get when all learn; the frozen one gets nothing."""
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_list_with_one_frozen_head(impl, draw, frozen: int, reduction: str) -> None:
+    """The other gets what it gets when all learn, also from a second backward; the frozen one gets nothing."""
     hidden, unembed, labels, _ = batch(draw)
     heads = [x.contiguous().requires_grad_() for x in hidden.unbind(2)]
-    weighted_mtp_linear_ce(heads, unembed, labels, impl=impl).backward()
-    some = [heads[0].detach(), heads[1].detach().requires_grad_()]
-    weighted_mtp_linear_ce(some, unembed, labels, impl=impl).backward()
-    assert some[0].grad is None
-    assert torch.equal(some[1].grad, heads[1].grad)
+    weighted_mtp_linear_ce(heads, unembed, labels, impl=impl, reduction=reduction).sum().backward()
+    some = [x.detach().requires_grad_(h != frozen) for h, x in enumerate(heads)]
+    loss = weighted_mtp_linear_ce(some, unembed, labels, impl=impl, reduction=reduction).sum()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+        assert some[frozen].grad is None
+        assert torch.equal(some[1 - frozen].grad, heads[1 - frozen].grad)
+        some[1 - frozen].grad = None
 
 
 def test_weights_alone_may_require_gradients(compare, draw) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from mtp_ce import weighted_mtp_linear_ce
 
@@ -143,6 +144,65 @@ def test_products_of_a_loss_for_every_token_come_in_backward(call, watch, learn:
     assert gradients.products == CHUNKS * (1 + ("hidden" in learn) + ("unembed" in learn))
 
 
+def rows_multiplied(function: Callable[[], Any], vocabulary: int) -> int:
+    """Rows of the products [rows, V] x [V, D], which are those of the gradient of hidden."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        function()
+    shapes = [event.input_shapes[:2] for event in seen.events() if event.name == "aten::mm"]
+    return sum(a[0] for a, b in shapes if a[1] == b[0] == vocabulary)
+
+
+@pytest.mark.parametrize("wants", ["_h", "h_", "h_h", "_hh_", "__"])
+@pytest.mark.parametrize("drop", [True, False, "number"])
+def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, draw, wants: str, drop) -> None:
+    """h: the head's hidden states learn. Chunks of five rows begin and end within heads; gradients are those of all."""
+    heads = [draw.normal(1, S, D) for _ in wants]
+    unembed, labels = draw.normal(V, D).requires_grad_(), draw.integers(V, 1, S)
+    labels[0, 7:9] = -100
+
+    def gradients(wants: str, drop: bool | int) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(want == "h") for x, want in zip(heads, wants, strict=True)]
+        loss = weighted_mtp_linear_ce(leaves, unembed, labels, chunk_bytes=ROWS * V * 4, drop_dead_rows=drop, impl=impl)
+        found = torch.autograd.grad(loss, [x for x in [*leaves, unembed] if x.requires_grad])
+        return [*found]
+
+    with torch.no_grad():
+        valid = weighted_mtp_linear_ce(heads, unembed, labels, return_stats=True, impl=impl).stats.live.sum((0, 1))
+    rows = [S] * len(wants) if drop is False else valid.tolist()
+    number = int(valid.sum()) + 3 if drop == "number" else drop
+    expected = sum(n for n, want in zip(rows, wants, strict=True) if want == "h")
+    if drop == "number" and unembed.is_cuda and "h" in wants:
+        expected = number  # a GPU is not asked whose rows they are
+    assert rows_multiplied(lambda: gradients(wants, number), V) == expected
+    every = gradients("h" * len(wants), number)
+    kept = [x for x, want in zip(every, [*wants, "h"], strict=True) if want == "h"]
+    for one, other in zip(gradients(wants, number), kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_chunk_of_bf16_has_no_sum_and_no_cast(call, device, watch, reduction: str) -> None:
+    """Its logits and gradients are all there is: no fp32 gradient of unembed, which would be twice its size."""
+    loss, leaves = call("hidden unembed", torch.bfloat16, features=256, chunk_bytes=None, reduction=reduction)
+    rows, gradients = S * H, (S * H + V) * 256 * 2
+    seen = watch(lambda: torch.autograd.grad(loss().sum(), leaves))
+    gathered = 3 * rows * 256 * 2
+    bound = chunk_bytes_of(rows, V, torch.bfloat16, device) + gradients + gathered + small_change(rows)
+    assert seen.products == 3 + (reduction == "none")
+    assert seen.peak <= bound + seen.spare
+    assert bound < V * 256 * 4 + chunk_bytes_of(rows, V, torch.bfloat16, device)
+    if device.type == "cpu":
+        assert seen.largest <= max(V * 256 * 2, rows * (V + 32) * 4)
+
+
+def test_a_gradient_that_waits_for_backward_has_the_dtype_of_its_input(call, watch) -> None:
+    """Sums of bf16 are cast when the chunk is freed; backward under an upstream gradient of 1 allocates nothing."""
+    loss, leaves = call("hidden unembed bias", torch.bfloat16, features=256)
+    value = loss()
+    seen = watch(lambda: torch.autograd.grad(value, leaves))
+    assert seen.peak <= 4096 + seen.spare
+
+
 def test_a_second_backward_computes_the_products_once_more(call, watch) -> None:
     """The price of retain_graph, paid only where it is used."""
     loss, leaves = call("hidden unembed", drop_dead_rows=True)
@@ -175,7 +235,8 @@ def test_the_chunk_stays_below_chunk_bytes_on_the_gpu_and_one_line_a_row_above_i
     for vocabulary, dtype in ((1000, torch.float32), (50257, torch.bfloat16), (32000, torch.bfloat16), (1, torch.half)):
         row = vocabulary * dtype.itemsize
         for most in (1, 7, 200):
-            chunk = new_logits(torch.empty(vocabulary, 1, dtype=dtype, device=device), rows_at_once(1000, most, device))
+            unembed = torch.empty(vocabulary, 1, dtype=dtype, device=device)
+            chunk = new_logits(unembed, rows_at_once(1000, most, device), dtype)
             assert chunk.shape[1] == vocabulary
             assert 1 <= len(chunk) <= most
             assert chunk.untyped_storage().nbytes() <= most * (row + (64 if device.type == "cpu" else 16))

@@ -294,6 +294,7 @@ HIDDEN_TYPES: dict[str, Row] = {
     "chunk_bytes_text": ("chunk_bytes is str; expected an int", lambda: {"chunk_bytes": "1GiB"}),
     "grad_dtype_text": ("grad_dtype is str; expected a torch.dtype", lambda: {"grad_dtype": "float32"}),
     "grad_dtype_None": ("grad_dtype is NoneType; expected a torch.dtype", lambda: {"grad_dtype": None}),
+    "logits_dtype_text": ("logits_dtype is str; expected torch.float32, or None", lambda: {"logits_dtype": "float32"}),
     "drop_text": ("drop_dead_rows is 'all'; expected 'auto', True, False", lambda: {"drop_dead_rows": "all"}),
     "drop_None": ("drop_dead_rows is None; expected", lambda: {"drop_dead_rows": None}),
     "drop_float": ("drop_dead_rows is 3.0; expected", lambda: {"drop_dead_rows": 3.0}),
@@ -330,6 +331,23 @@ HIDDEN_VALUES: dict[str, Row] = {
     "chunk_bytes_below_a_row": ("chunk_bytes is 43; expected at least 44", lambda: {"chunk_bytes": 43}),
     "grad_dtype_int": ("grad_dtype is torch.int64; expected float32", lambda: {"grad_dtype": torch.int64}),
     "grad_dtype_float8": ("grad_dtype is torch.float8", lambda: {"grad_dtype": torch.float8_e5m2}),
+    "logits_dtype_half": (
+        "logits_dtype is torch.bfloat16 and hidden is torch.float32; expected torch.float32, or None",
+        lambda: {"logits_dtype": torch.bfloat16},
+    ),
+    "logits_dtype_narrow": (
+        "logits_dtype is torch.float32 and hidden is torch.float64; expected torch.float64, or None",
+        lambda: {"hidden": f32(B, S, D).double(), "unembed": f32(V, D).double(), "logits_dtype": torch.float32},
+    ),
+    "chunk_bytes_below_a_row_of_fp32": (
+        "chunk_bytes is 43; expected at least 44, one row of logits",
+        lambda: {
+            "hidden": f32(B, S, D).half(),
+            "unembed": f32(V, D).half(),
+            "chunk_bytes": 43,
+            "logits_dtype": torch.float32,
+        },
+    ),
     "drop_negative": ("drop_dead_rows is -1; expected a number of rows", lambda: {"drop_dead_rows": -1}),
 }
 

@@ -208,6 +208,9 @@ def draw_linear_case(seed: int, draw) -> SimpleNamespace:
         options["drop_dead_rows"] = rng.choice(["auto", True, False])
     else:
         options["drop_dead_rows"] = read_rows(hidden, labels, weights, options) + spare
+    options["logits_dtype"] = rng.choice([None, None, torch.float32])
+    if rows is not None and options["logits_dtype"] is not None:
+        options["chunk_bytes"] *= 4 // dtype.itemsize
     return SimpleNamespace(given=hidden, labels=labels, weights=weights, options=options)
 
 
@@ -262,5 +265,6 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         assert sum(number is True for number in numbers) >= 20
         assert sum(number is False for number in numbers) >= 20
         assert sum(not isinstance(number, (bool, str)) for number in numbers) >= 60
+        assert sum(c.options["logits_dtype"] is not None and c.options["unembed"].itemsize == 2 for c in cases) >= 20
         for name in ("hidden", "unembed", "bias"):
             assert sum(name in case.options["frozen"] for case in cases) >= 20, name

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_ce import Rho1ExcessScorer, ShuffledWeights, weighted_mtp_ce
-from mtp_ce.linear import CPU_CHUNK_BYTES
+from mtp_ce.ops.chunks import CPU_SUM_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.model import MTPConfig
@@ -117,7 +117,7 @@ def test_no_tensor_of_a_training_step_has_the_size_of_all_logits(loss):
     one_head = rows * recipe.data.vocab_size * 4
     if loss == "linear":
         # The chunk is bounded whatever the batch is; this batch's logits are 4 * 34 MB.
-        assert largest < 1.15 * CPU_CHUNK_BYTES < recipe.model.mtp.horizon * one_head
+        assert largest < 1.15 * CPU_SUM_BYTES < recipe.model.mtp.horizon * one_head
     else:
         assert largest >= one_head
 

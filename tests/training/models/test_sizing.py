@@ -78,11 +78,15 @@ def test_the_products_of_a_step_are_those_that_torch_counts(name):
     assert step_products(model, S).total == pytest.approx(counter.get_total_flops() / (B * S), rel=0.01)
 
 
-def test_a_detached_linear_path_also_makes_the_gradient_of_head_0():
-    """Of 2 V D per token: all rows of hidden states go through the same products."""
-    both = [MTPWrapper(llama(), 4, trunk="detached", loss=loss) for loss in ("linear", "logits")]
+def test_no_path_computes_the_gradient_of_a_head_that_does_not_learn():
+    """Head 0 of a detached trunk: its hidden states want none."""
+    joint, *both = [
+        MTPWrapper(llama(), 4, trunk=trunk, loss=loss)
+        for trunk, loss in (("joint", "linear"), ("detached", "linear"), ("detached", "logits"))
+    ]
     linear, logits = (step_products(model, S).unembedding for model in both)
-    assert linear - logits == 2 * V * D
+    assert linear == logits == 14 * V * D
+    assert step_products(joint, S).unembedding == 24 * V * D
 
 
 def test_the_products_of_a_scoring_model_are_those_that_torch_counts():
