@@ -99,6 +99,10 @@ class Unembedding(NamedTuple):
         """Return scaled hidden states, from which weight, bias and softcap compute the logits."""
         return hidden if self.scale == 1 else hidden * self.scale
 
+    def detached(self) -> Unembedding:
+        """Return the same layer, which no gradient reaches."""
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D]
         """Return logits [..., V]."""
         logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)

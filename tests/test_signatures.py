@@ -14,7 +14,7 @@ MOST, MOST_OF_A_KERNEL, MOST_NAMING_AN_OPTION = 12, 20, 8
 # Their arguments are the API: one keyword an option.
 PUBLIC = {
     "weighted_mtp_ce", "weighted_mtp_linear_ce", "token_ce", "reference_weighted_mtp_ce",
-    "WeightedMTPLoss", "MTPWrapper", "MTPTrainer", "MTPHeads", "UniformScorer", "Rho1ExcessScorer",
+    "WeightedMTPLoss", "MTPWrapper", "WrapperFiles", "MTPTrainer", "MTPHeads", "UniformScorer", "Rho1ExcessScorer",
     "CriticDeltaScorer", "DraftRejectionScorer", "ShuffledWeights", "RandomMatchedWeights", "normalize_weights",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -40,6 +41,7 @@ class LayerHeads(Heads):
     kind = "layer"
     reads_last_layer: ClassVar[bool] = True
     may_have_routers: ClassVar[bool] = True
+    checkpoints_layers: ClassVar[bool] = True
     file_metadata: ClassVar[dict[str, str] | None] = None
 
     def __init__(self, model: Any, horizon: int, modules: int | None = None) -> None:
@@ -108,7 +110,11 @@ class LayerHeads(Heads):
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
         assert trunk is not None
         call, norm, _ = trunk
-        return [hidden, *(norm(call.repeat(layer, call.hidden)) for layer in self.layers)]
+
+        def head(layer: nn.Module, z: Tensor) -> Tensor:
+            return norm(call.repeat(layer, z))
+
+        return [hidden, *(self.checkpointed(partial(head, layer), call.hidden) for layer in self.layers)]
 
     @property
     def decoder_layers(self) -> Sequence[nn.Module]:

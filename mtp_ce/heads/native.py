@@ -186,13 +186,7 @@ class NativeHeads(SequentialHeads):
     def module_tensors(
         self, model: Any, state: Mapping[str, Tensor] | None = None, model_state: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return the modules' tensors by their names in files.
-
-        Args:
-            model: the causal language model.
-            state: the heads' parameters where they were gathered from elsewhere; None takes their own.
-            model_state: likewise of the model.
-        """
+        """See `Heads.module_tensors`."""
         state = self.state_dict() if state is None else state
         tensors: dict[str, Tensor] = {}
         for k, prefix in enumerate(self.prefixes):
@@ -230,7 +224,7 @@ class NativeHeads(SequentialHeads):
     def normed(self, h: int, z: Tensor, norm: Any) -> tuple[Tensor, Tensor]:  # [B, S, D], all
         """See `SequentialHeads.normed`: every module has a norm of its own."""
         own: Any = self.output_norms
-        return super().normed(h, z, own[0 if self.shared else h - 1])
+        return super().normed(h, z, own[min(h, len(own)) - 1])
 
 
 def _place(config: Any, layers: int, source: str) -> int:

@@ -18,21 +18,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_ce.heads.drafting import Drafter, HiddenStateDrafter
 from mtp_ce.heads.kinds import CONFIG_FILE, PATHS, TENSORS_FILE
 from mtp_ce.heads.trunk import TrunkPass
-from mtp_ce.loss import MTPLoss
+from mtp_ce.loss import MTPStats
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import load_class
 from mtp_ce.unembedding import Unembedding
 
-# The fused loss of hidden states, H x [B, S, D], with statistics.
-FusedLoss = Callable[[list[Tensor], LossInputs, LossOptions], MTPLoss]
+
+class HeadsLoss(NamedTuple):
+    """The loss of a call, and its statistics where they are requested."""
+
+    loss: Tensor  # []
+    stats: MTPStats | None
+
+
+# The fused loss of hidden states, H x [B, S, D].
+FusedLoss = Callable[[list[Tensor], LossInputs, LossOptions], HeadsLoss]
 
 
 class Heads(nn.Module):
@@ -62,9 +73,16 @@ class Heads(nn.Module):
         layer_index: index of the decoder layer of the model whose call `TrunkPass` has; -1 is the last one.
         format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
+        checkpoints_layers: whether forward runs every head in `checkpointed`, its decoder layer included, which then
+            has no activation checkpoint of its own.
+        gradient_checkpointing: whether `checkpointed` makes checkpoints; transformers sets it on every module that has
+            it, with `_gradient_checkpointing_func`.
     """
 
     kind: str = ""
+    checkpoints_layers: ClassVar[bool] = False
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Any = partial(checkpoint, use_reentrant=False)
     shared: bool = False
     drafts: ClassVar[bool] = True
     can_share: ClassVar[bool] = False
@@ -104,6 +122,28 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
+    def checkpointed(self, head: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Run one head, with `gradient_checkpointing` in a checkpoint: backward has the activations of one at a time.
+
+        Args:
+            head: a function of tensors.
+            *inputs: the tensors that a gradient is to reach; saved, and read again in backward.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return head(*inputs)
+        run: Any = self._gradient_checkpointing_func
+        if getattr(run, "keywords", {}).get("use_reentrant", True) and not any(x.requires_grad for x in inputs):
+            # Such a checkpoint records nothing where none of its inputs requires a gradient, as behind a frozen trunk.
+            inputs = (inputs[0].detach().requires_grad_(), *inputs[1:])
+        return run(head, *inputs)
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Have `checkpointed` make checkpoints, or not."""
+        self.gradient_checkpointing = enable
+        for layer in self.decoder_layers if self.checkpoints_layers else ():
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.gradient_checkpointing = False  # type: ignore[assignment]
+
     @property
     def output_count(self) -> int:
         """How many tensors `forward` returns, each multiplied with the unembedding: H, or 1 that serves all heads."""
@@ -129,8 +169,8 @@ class Heads(nn.Module):
         """See the class."""
         return None
 
-    def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
-        """Return the loss over all heads, with statistics of H heads.
+    def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> HeadsLoss:
+        """Return the loss over all heads, with statistics of H heads where `fused` returns any.
 
         Args:
             fused: the fused loss of hidden states.
@@ -139,6 +179,16 @@ class Heads(nn.Module):
             options: options of the loss.
         """
         return fused(hidden, inputs, options)
+
+    @classmethod
+    def count_rows(cls, rows: Tensor, shift: int) -> Tensor | None:
+        """Return how many rows `loss` multiplies with the unembedding, []; None where a loss of one's own decides it.
+
+        Args:
+            rows: [B, S, H] bool, those that are not masked.
+            shift: of the labels.
+        """
+        return rows.sum() if cls.loss is Heads.loss else None
 
     @contextmanager
     def drafter(self, causal: Any, new_cache: Callable[[], Any]) -> Iterator[Drafter]:

@@ -14,6 +14,7 @@ Source: arXiv:2401.10774, section 2.1.1.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ class MTPHeads(Heads):
 
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself, not a copy."""
-        return [hidden, *(hidden + F.silu(block(hidden)) for block in self.blocks)]
+        return [hidden, *(self.checkpointed(partial(_residual, block), hidden) for block in self.blocks)]
 
     @property
     def residual_blocks(self) -> nn.ModuleList:
@@ -99,3 +100,7 @@ class MTPHeads(Heads):
             raise ValueError(f"{folder / TENSORS_FILE} has tensors of other names or shapes than {config} has.")
         heads.load_state_dict(saved, assign=True)
         return heads
+
+
+def _residual(block: nn.Module, hidden: Tensor) -> Tensor:  # [B, S, D], both
+    return hidden + F.silu(block(hidden))

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -117,26 +118,49 @@ class SequentialHeads(LayerHeads):
         if (found - expected).norm() > tolerance * expected.norm():
             raise self._unsupported(model, "the last one keeps a state other than attention's keys and values")
 
-    def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
-        """Return H tensors [B, S, D]; the first one is `hidden` itself."""
+    def forward(
+        self, hidden: Tensor, trunk: TrunkPass | None = None, horizon: int | None = None
+    ) -> list[Tensor]:  # [B, S, D]
+        """Return H tensors [B, S, D]; the first one is `hidden` itself.
+
+        Args:
+            hidden: see `Heads.forward`.
+            trunk: likewise.
+            horizon: 1 + the depths at which a single module runs, as engines draft with it; None means H.
+        """
         assert trunk is not None
-        call, norm, tokens = trunk
         outputs: list[Tensor] = [hidden]
-        inputs: list[Tensor] = []
-        for h in range(1, self.horizon):
-            inputs.append(self.layer_input(h, hidden, self.ahead_of(tokens, h, call)))
-            if self.shared and h > 1:
-                check_takes_masks(self.config)
-                z = repeat_at_depth(call, self.layers[0], inputs)
-            else:
-                z = call.repeat(self.layers[h - 1], inputs[-1])
-            output, hidden = self.normed(h, z, norm)
+        inputs: list[Tensor] = []  # of a single layer, at the depths before
+        for h in range(1, self.horizon if horizon is None else horizon):
+            results = self.checkpointed(partial(self._head, h, trunk), trunk.tokens, hidden, *inputs)
+            read, hidden, output = results[0], results[1], results[-1]
             outputs.append(output)
+            if len(self.layers) == 1:
+                inputs.append(read)
         return outputs
+
+    def _head(self, h: int, trunk: TrunkPass, tokens: Tensor, hidden: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
+        """Return the input of layer h, what the next layer reads of its output, and head h where that is another.
+
+        Args:
+            h: the head.
+            trunk: of this forward.
+            tokens: [B, S, D], its embeddings.
+            hidden: [B, S, D], what the layer reads of the head before.
+            *before: inputs of a single layer at the depths before.
+        """
+        read = self.layer_input(h, hidden, self.ahead_of(tokens, h, trunk.call))
+        if before:
+            check_takes_masks(self.config)
+            z = repeat_at_depth(trunk.call, self.layers[0], [*before, read])
+        else:
+            z = trunk.call.repeat(self.layers[h - 1], read)
+        output, further = self.normed(h, z, trunk.norm)
+        return (read, output) if further is output else (read, further, output)
 
     def layer_input(self, h: int, hidden: Tensor, ahead: Tensor) -> Tensor:  # [B, S, D], both
         """Return the input of layer h: the head before, joined with the embeddings of the tokens at t + h."""
-        module = 0 if self.shared else h - 1
+        module = min(h, len(self.layers)) - 1
         halves = [self.hidden_norms[module](hidden), self.token_norms[module](ahead)]
         if not self.layout.hidden_first:
             halves.reverse()

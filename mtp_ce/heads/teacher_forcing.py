@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtp_ce.checks import check_inputs
-from mtp_ce.heads.protocol import FusedLoss, Heads
+from mtp_ce.heads.protocol import FusedLoss, Heads, HeadsLoss
 from mtp_ce.heads.trunk import TrunkPass
-from mtp_ce.loss import MTPLoss, MTPStats
-from mtp_ce.ops.rows import count_terms, row_coefficients, row_targets
+from mtp_ce.loss import MTPStats
+from mtp_ce.ops.rows import count_terms, row_coefficients, row_targets, sum_by_token
 from mtp_ce.options import LossInputs, LossOptions
 
 
@@ -38,7 +38,12 @@ class TeacherForcedHeads(Heads):
         """Return `hidden` in a list."""
         return [hidden]
 
-    def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
+    @classmethod
+    def count_rows(cls, rows: Tensor, shift: int) -> Tensor | None:
+        """See `Heads.count_rows`: one row for every token that a head predicts."""
+        return sum_by_token(rows.int(), shift).count_nonzero()
+
+    def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> HeadsLoss:
         """See `Heads.loss`.
 
         Raises:
@@ -62,6 +67,9 @@ class TeacherForcedHeads(Heads):
         if isinstance(normalizer, Tensor):
             # Without a valid row the sum is exactly 0, and so is the loss, even for a normalizer of 0.
             normalizer = torch.where(valid.any(), normalizer, 1)
+        loss = loss / normalizer
+        if stats is None:
+            return HeadsLoss(loss, None)
         source = (target - options.shift).clamp(min=0)  # [S, H], the position whose next token is the target
         ce, lse = (torch.where(valid, x[:, source, 0], 0.0) for x in (stats.ce, stats.lse))
-        return MTPLoss(loss / normalizer, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))
+        return HeadsLoss(loss, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))

@@ -41,9 +41,6 @@ class LayerCall:
         options = {name: replace_cache(value) for name, value in self.options.items() if name != "hidden_states"}
         if cache is None and "use_cache" in options:
             options["use_cache"] = False
-        if torch.is_grad_enabled() and not hidden.requires_grad and _checkpoints_reentrantly(layer):
-            # Such a checkpoint records nothing where none of its inputs requires a gradient, as behind a frozen trunk.
-            hidden = hidden.detach().requires_grad_()
         return _hidden_states(layer(hidden, *map(replace_cache, self.arguments), **options))
 
 
@@ -163,12 +160,6 @@ def _forward_replaced(layer: nn.Module, before: Callable[..., None], after: Call
         vars(layer).pop("forward", None)
         if patched is not None:  # by a library that wraps the class's own forward
             layer.forward = patched
-
-
-def _checkpoints_reentrantly(layer: nn.Module) -> bool:
-    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-    options = getattr(checkpoint, "keywords", {})
-    return bool(getattr(layer, "gradient_checkpointing", False)) and options.get("use_reentrant", True) is True
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -20,6 +20,8 @@ from transformers.utils.generic import TransformersKwargs
 LOSS_OPTIONS = ("head_reduction", "ignore_index", "label_smoothing", "loss_scale", "z_loss")
 # Tensors of the loss that a call may pass under the names of `weighted_mtp_ce`.
 LOSS_INPUTS = ("head_weights", "seq_lens")
+# Which rows the linear path computes.
+LOSS_ROWS = "drop_dead_rows"
 # What transformers' decorators take out of the arguments of any forward.
 _OF_ANY_MODEL = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
 # What a model's own forward reads for logits and loss, after its base model.
@@ -35,6 +37,7 @@ class LossArguments(NamedTuple):
     shift: int  # of the labels
     options: dict[str, Any]
     tensors: dict[str, Any]
+    drop_dead_rows: Any  # as in `weighted_mtp_linear_ce`; None where not given
 
     @classmethod
     def take(cls, labels: Tensor | None, arguments: dict[str, Any]) -> LossArguments:
@@ -50,7 +53,7 @@ class LossArguments(NamedTuple):
             {name: arguments.pop(name) for name in names if name in arguments} for names in (LOSS_OPTIONS, LOSS_INPUTS)
         )
         targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
-        return cls(targets, shift, options, tensors)
+        return cls(targets, shift, options, tensors, arguments.pop(LOSS_ROWS, None))
 
     def refuse(self, **others: Any) -> None:
         """Check that a call without labels has nothing for the loss.
@@ -61,7 +64,7 @@ class LossArguments(NamedTuple):
         Raises:
             ValueError: one is given.
         """
-        for name, value in {**others, **self.tensors, **self.options}.items():
+        for name, value in {**others, **self.tensors, **self.options, LOSS_ROWS: self.drop_dead_rows}.items():
             if value is not None:
                 raise ValueError(f"{name} is given without labels, where nothing reads it; expected labels, too.")
 
@@ -90,7 +93,8 @@ class ModelArguments(NamedTuple):
             own |= forward_arguments(model) | {"adapter_names"}
         named = inspect.signature(forward).parameters.values()
         wrapper = {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
-        return cls(type(causal).__name__, own, base, frozenset({*wrapper, *LOSS_OPTIONS, *LOSS_INPUTS} - {"self"}))
+        wrapper |= {*LOSS_OPTIONS, *LOSS_INPUTS, LOSS_ROWS}
+        return cls(type(causal).__name__, own, base, frozenset(wrapper - {"self"}))
 
     def check_own(self, arguments: Mapping[str, Any]) -> None:
         """Check the arguments of a call without labels, which the model's own forward answers.

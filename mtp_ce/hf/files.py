@@ -120,6 +120,7 @@ class WrapperFiles(PreTrainedModel):
         head_reduction: str = "target",
         head_weights: Sequence[float] | Tensor | None = None,
         targets: Targets = "text",
+        activation_checkpointing: bool = False,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Self:
@@ -139,6 +140,7 @@ class WrapperFiles(PreTrainedModel):
             head_reduction: of the loss.
             head_weights: of the loss.
             targets: "text" or "trunk".
+            activation_checkpointing: of the heads.
             trust_remote_code: run Python code from the model's files, if its class is not one of transformers. Read
                 that code first.
             **options: for `from_pretrained` of the class that the model's configuration names. Those that locate files
@@ -163,6 +165,7 @@ class WrapperFiles(PreTrainedModel):
         arguments = {
             "trunk": trunk, "loss": loss, "label_smoothing": label_smoothing, "z_loss": z_loss,
             "head_reduction": head_reduction, "head_weights": head_weights, "targets": targets,
+            "activation_checkpointing": activation_checkpointing,
         }  # fmt: skip
         if saved is None:
             wrapper: Self = construct(model, horizon, heads=heads, **arguments)

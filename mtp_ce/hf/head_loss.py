@@ -5,41 +5,67 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtp_ce.checks import check_head_weights, saved_tensors_are_hooked
-from mtp_ce.heads.protocol import FusedLoss, Heads
+from mtp_ce.heads.protocol import FusedLoss, Heads, HeadsLoss
 from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import MTPLoss, weighted_mtp_ce
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.unembedding import Unembedding
 
 
-def fused_loss(output: Unembedding, *, linear: bool) -> FusedLoss:
+class LossCall(NamedTuple):
+    """How one call computes the loss, and whether it returns statistics."""
+
+    linear: bool  # without building the logits
+    with_stats: bool
+    drop_dead_rows: Any = None  # as in `weighted_mtp_linear_ce`; None means its default
+
+
+def fused_loss(output: Unembedding, call: LossCall) -> FusedLoss:
     """Return the loss as a function of hidden states, inputs and options.
 
     Args:
         output: the model's output layer.
-        linear: whether the logits are never built; the same loss.
+        call: how it is computed.
+
+    Raises:
+        ValueError: drop_dead_rows with logits that are built, where nothing reads it.
     """
-    return partial(_linear if linear else _logits, output)
+    if not call.linear and call.drop_dead_rows is not None:
+        raise ValueError(
+            f"drop_dead_rows is {call.drop_dead_rows} with loss='logits', which builds masked rows of logits and does "
+            "not read them; expected none, or loss='linear'."
+        )
+    return partial(_linear if call.linear else _logits, output, call)
 
 
-def _linear(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
-    scaled = [output.scaled(x) for x in hidden]
-    return weighted_mtp_linear_ce(
-        scaled, output.weight, bias=output.bias, return_stats=True, **inputs.arguments(), **asdict(options)
-    )
+def _linear(
+    output: Unembedding, call: LossCall, hidden: list[Tensor], inputs: LossInputs, options: LossOptions
+) -> HeadsLoss:
+    drop = "auto" if call.drop_dead_rows is None else call.drop_dead_rows
+    result = weighted_mtp_linear_ce(
+        [output.scaled(x) for x in hidden], output.weight, bias=output.bias, drop_dead_rows=drop,
+        return_stats=call.with_stats, **inputs.arguments(), **asdict(options),
+    )  # fmt: skip
+    return HeadsLoss(*result) if isinstance(result, MTPLoss) else HeadsLoss(result, None)
 
 
-def _logits(output: Unembedding, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
+def _logits(
+    output: Unembedding, call: LossCall, hidden: list[Tensor], inputs: LossInputs, options: LossOptions
+) -> HeadsLoss:
     logits = [nn.functional.linear(output.scaled(x), output.weight, output.bias) for x in hidden]
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
-    return weighted_mtp_ce(logits, inplace_backward=inplace, return_stats=True, **inputs.arguments(), **asdict(options))
+    result = weighted_mtp_ce(
+        logits, inplace_backward=inplace, return_stats=call.with_stats, **inputs.arguments(), **asdict(options)
+    )
+    return HeadsLoss(*result) if isinstance(result, MTPLoss) else HeadsLoss(result, None)
 
 
 @torch.no_grad()
@@ -58,7 +84,9 @@ def trunk_targets(hidden: Tensor, output: Unembedding, inputs: LossInputs, optio
     plain = LossOptions(
         shift=options.shift, ignore_index=options.ignore_index, softcap=options.softcap, reduction="sum"
     )
-    top1 = _linear(output, [hidden], rows, plain).stats.top1[:, :, 0]
+    stats = _linear(output, LossCall(linear=True, with_stats=True), [hidden], rows, plain).stats
+    assert stats is not None
+    top1 = stats.top1[:, :, 0]
     labels = inputs.labels.clone()
     of_target, S = labels[:, options.shift :], labels.shape[1]  # what head 0 predicts at positions 0, 1, ...
     predicted = top1[:, : S - options.shift]

@@ -16,7 +16,7 @@ from mtp_ce.hf.router_loss import routed, wants_router_loss
 
 
 def head_hidden_states(
-    model: Any, heads: Heads, inputs: dict[str, Any], joint: bool
+    model: Any, heads: Heads, inputs: dict[str, Any], joint: bool, horizon: int | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """Run the trunk once and the heads on it.
 
@@ -25,6 +25,7 @@ def head_hidden_states(
         heads: its heads.
         inputs: arguments of the model's forward.
         joint: whether the heads' gradient reaches the trunk.
+        horizon: of this call, for one module that runs at any depth; None means that of the heads.
 
     Returns:
         The hidden states [B, S, D] of the heads, and the balancing loss [] of the model's routers where the call or the
@@ -44,14 +45,16 @@ def head_hidden_states(
             tokens = inputs.get("inputs_embeds")
             if tokens is None:
                 tokens = causal.get_input_embeddings()(inputs["input_ids"])
-        outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens))
+        depths = {} if horizon is None else {"horizon": horizon}
+        outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens), **depths)
     else:
         with torch.set_grad_enabled(trains):
             hidden, router_loss = _run(model, inputs, balances)
         outputs = heads(hidden)
-    if len(outputs) != heads.output_count:
+    expected = heads.output_count if horizon is None else horizon
+    if len(outputs) != expected:
         raise ValueError(
-            f"heads of the kind {heads.kind!r} returned {len(outputs)} tensors; expected {heads.output_count}, "
+            f"heads of the kind {heads.kind!r} returned {len(outputs)} tensors; expected {expected}, "
             "head 0's hidden state first."
         )
     return outputs, router_loss

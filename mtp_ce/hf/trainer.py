@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -27,6 +28,7 @@ from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
 from mtp_ce.hf.head_metrics import HeadMeans
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
+from mtp_ce.hf.row_count import CountingCollator
 from mtp_ce.hf.saved_heads import SavedHeads
 from mtp_ce.hf.trainer_arguments import (
     check_arguments,
@@ -45,7 +47,8 @@ class MTPTrainer(Trainer):
     `resume_from_checkpoint` and `load_best_model_at_end` load model, adapters and heads. The loss is the wrapper's in
     training and in evaluation, where TRL would compute that of one head; `eval_loss` is a mean over tokens, whatever
     the batches. Logs have what `mtp_ce.hf.head_metrics` lists, and with SFTTrainer its own metrics. Predictions are the
-    logits of head 0.
+    logits of head 0. The rows of a batch that are not masked are counted when it is collated, and the batch has their
+    number as `drop_dead_rows`: whoever replaces labels or weights after that, in a subclass, removes it.
 
     Args:
         *arguments: as the trainer takes them.
@@ -98,6 +101,27 @@ class MTPTrainer(Trainer):
             wrapper = self.accelerator.unwrap_model(self.model if model is None else model)
             separate_heads(optimizer, wrapper.heads, self.heads_lr)
         return optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return Trainer's, whose batches have `drop_dead_rows`."""
+        return self._counting(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
+        """Return Trainer's, whose batches have `drop_dead_rows`; arguments as its."""
+        return self._counting(super().get_eval_dataloader(*arguments, **options))
+
+    def get_test_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
+        """Return Trainer's, whose batches have `drop_dead_rows`; arguments as its."""
+        return self._counting(super().get_test_dataloader(*arguments, **options))
+
+    def _counting(self, loader: DataLoader) -> DataLoader:
+        """Have a data loader count rows when it collates: after that, batches are on the device."""
+        # accelerate's other loader concatenates the batches of all ranks, which are of tensors alone, and cuts them.
+        if type(loader) is DataLoaderShard and self.model.loss == "linear":
+            inner = loader.base_dataloader
+            if not isinstance(inner.collate_fn, CountingCollator):  # persistent workers keep their loader
+                inner.collate_fn = CountingCollator(inner.collate_fn, self.model.row_count)
+        return loader
 
     def compute_loss(
         self,

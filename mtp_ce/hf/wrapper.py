@@ -25,12 +25,13 @@ from mtp_ce.hf.arguments import LossArguments, ModelArguments
 from mtp_ce.hf.causal import causal_model, check_in_memory, check_trainable
 from mtp_ce.hf.documents import packed_documents
 from mtp_ce.hf.files import LossPath, Targets, TrunkMode, WrapperFiles
-from mtp_ce.hf.head_loss import fixed_head_weights, fused_loss, loss_normalizer, trunk_targets
+from mtp_ce.hf.head_loss import LossCall, fixed_head_weights, fused_loss, loss_normalizer, trunk_targets
 from mtp_ce.hf.hidden_states import head_hidden_states
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
-from mtp_ce.loss import MTPLoss
+from mtp_ce.hf.row_count import RowCount
 from mtp_ce.next_token import NextToken
+from mtp_ce.ops.chunks import GPU_ROWS
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.registry import check_name
 from mtp_ce.serving.carried import CarriedModule
@@ -64,6 +65,8 @@ class MTPWrapper(WrapperFiles):
         targets: "text": the heads learn the labels. "trunk": they learn the token that head 0 finds most likely in each
             place, which is what verification of a greedy draft compares with; for a trunk that is not trained. Loss and
             statistics are those of these tokens. It costs one more pass of head 0 over the output layer.
+        activation_checkpointing: of the heads: each is run again in backward, so that the activations of one head exist
+            at a time, at any horizon. `activation_checkpointing_enable()` is for the model and its heads.
 
     Raises:
         TypeError: `model` is no causal language model with output embeddings, or `heads` no subclass of `Heads`.
@@ -99,6 +102,7 @@ class MTPWrapper(WrapperFiles):
         head_weights: Sequence[float] | Tensor | None = None,
         shared: bool = False,
         targets: Targets = "text",
+        activation_checkpointing: bool = False,
     ) -> None:
         check_name(heads, PATHS, "heads")
         choices = (("trunk", trunk, TrunkMode), ("loss", loss, LossPath), ("targets", targets, Targets))
@@ -141,6 +145,8 @@ class MTPWrapper(WrapperFiles):
         self.trunk, self.loss, self.targets = trunk, loss, targets
         self.loss_options = options
         self.heads: Heads = built
+        if activation_checkpointing:
+            built.checkpoint_activations()
         # A constant of this run, not saved.
         self.register_buffer("head_weights", fixed_head_weights(head_weights, built, options), persistent=False)
         self._model_arguments = ModelArguments.of(model, causal, MTPWrapper.forward)
@@ -155,6 +161,11 @@ class MTPWrapper(WrapperFiles):
 
     def _check_and_adjust_experts_implementation(self, experts_implementation: Any, *_: Any, **__: Any) -> Any:
         return experts_implementation
+
+    def _set_gradient_checkpointing(self, *arguments: Any, **options: Any) -> None:
+        super()._set_gradient_checkpointing(*arguments, **options)
+        # A head is one checkpoint, with the layer in it.
+        self.heads.checkpoint_activations(self.heads.gradient_checkpointing)
 
     @property
     def horizon(self) -> int:
@@ -219,10 +230,11 @@ class MTPWrapper(WrapperFiles):
             return_stats: whether to return per-head statistics.
             return_entropy: whether to return the entropy of head 0's distribution, which reads its logits once more.
             **arguments: of the loss, by their names in `weighted_mtp_ce`: head_reduction, head_weights, seq_lens,
-                ignore_index, label_smoothing, loss_scale, z_loss. shift_labels [B, S] replace labels: they are shifted
-                by one already, as transformers' sequence parallelism makes them. (They are no parameters, because
-                Trainer evaluates only batches that have every parameter with "label" in its name.) All others are
-                for the model; cu_seq_lens_q, for flash attention, also sets the borders of documents.
+                ignore_index, label_smoothing, loss_scale, z_loss, and drop_dead_rows, see `count_rows`. shift_labels
+                [B, S] replace labels: they are shifted by one already, as transformers' sequence parallelism makes
+                them. (They are no parameters, because Trainer evaluates only batches that have every parameter with
+                "label" in its name.) All others are for the model; cu_seq_lens_q, for flash attention, also sets the
+                borders of documents.
 
         Returns:
             `MTPOutput`, or the model's own output where there are no labels; a tuple where `return_dict=False`.
@@ -259,34 +271,67 @@ class MTPWrapper(WrapperFiles):
         loss_inputs = LossInputs(call.targets, weights, document_ids=document_ids, normalizer=normalizer, **tensors)
         if self.targets == "trunk":
             loss_inputs = loss_inputs._replace(labels=trunk_targets(hidden[0], output, loss_inputs, options))
-        loss, stats = self._loss(hidden, output, loss_inputs, options)
-        if router_loss is not None:
+        layer = output if self.trunk == "joint" else output.detached()
+        with_stats = return_stats or return_entropy or router_loss is not None
+        fused = fused_loss(layer, LossCall(self.loss == "linear", with_stats, call.drop_dead_rows))
+        loss, stats = self.heads.loss(fused, hidden, loss_inputs, options)
+        entropy = None
+        if stats is not None and router_loss is not None:
             fraction = normalized_fraction(stats.live, normalizer, options)
             loss = loss + fraction * coefficient(self.causal) * router_loss.to(loss)
+        if stats is not None and return_entropy:
+            entropy = self._next_token(hidden, output).entropy(stats.live[:, :, 0])
         result = MTPOutput(
             loss=loss,
             logits=output.logits(hidden[0]) if return_logits else None,
             stats=stats if return_stats else None,
             aux_loss=router_loss,
-            entropy=self._next_token(hidden, output).entropy(stats.live[:, :, 0]) if return_entropy else None,
+            entropy=entropy,
         )
         return result if self._returns_dict(inputs) else result.to_tuple()
 
-    def head_hidden_states(self, **inputs: Any) -> list[Tensor]:
+    @property
+    def row_count(self) -> RowCount:
+        """What `count_rows` counts with: a function of a mapping of arguments, for collators."""
+        multiple = 1 if self.device.type == "cpu" else GPU_ROWS
+        return RowCount(type(self.heads), self.horizon, self.loss_options, multiple)
+
+    def count_rows(self, **arguments: Any) -> int | None:
+        """Return how many rows of the loss are not masked, which `drop_dead_rows` of forward takes.
+
+        On a GPU, masked rows are left out of the products where the number of the others is passed: it can't be counted
+        there without waiting. On a CPU they are left out without it. `MTPTrainer` passes it.
+
+        Args:
+            **arguments: of forward, on the host: labels or shift_labels, token_weights, document_ids, position_ids,
+                cu_seq_lens_q, seq_lens, ignore_index. Others are ignored.
+
+        Returns:
+            An upper bound, on a GPU a multiple of the rows of a tile; None with `loss="logits"`, heads with a loss of
+            their own, or weights that require a gradient.
+
+        Example:
+            rows = model.count_rows(**batch)
+            loss = model(**{name: x.cuda() for name, x in batch.items()}, drop_dead_rows=rows).loss
+        """
+        return self.row_count(arguments) if self.loss == "linear" else None
+
+    def head_hidden_states(self, *, horizon: int | None = None, **inputs: Any) -> list[Tensor]:
         """Return the hidden states of every head, H tensors [B, S, D]; one for "teacher_forcing".
 
         Args:
+            horizon: instead of the heads' own H, where they are one module that drafts to any depth.
             **inputs: arguments of the model's forward.
         """
-        return self._hidden_states(**inputs)[0]
+        return self._hidden_states(horizon, **inputs)[0]
 
     # Separate from the public method, around which FSDP gathers parameters: in forward they are gathered already.
-    def _hidden_states(self, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
+    def _hidden_states(self, horizon: int | None = None, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
         self._model_arguments.check_base(inputs)
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
             inputs["return_dict"] = True
-        return head_hidden_states(self.model, self.heads, inputs, joint=self.trunk == "joint")
+        return head_hidden_states(self.model, self.heads, inputs, self.trunk == "joint", horizon)
 
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         requested = inputs.get("return_dict")
@@ -305,12 +350,6 @@ class MTPWrapper(WrapperFiles):
         first, *further = map(output.scaled, hidden)
         drafting = tuple(further) if self.heads.drafts else ()
         return NextToken(first, output.weight, output.bias, output.softcap, drafting)
-
-    def _loss(self, hidden: list[Tensor], output: Unembedding, inputs: LossInputs, options: LossOptions) -> MTPLoss:
-        if self.trunk != "joint":
-            bias = None if output.bias is None else output.bias.detach()
-            output = output._replace(weight=output.weight.detach(), bias=bias)
-        return self.heads.loss(fused_loss(output, linear=self.loss == "linear"), hidden, inputs, options)
 
     def generate(self, *arguments: Any, speculative: bool = False, **options: Any) -> Any:
         """Generate with the model's own `generate`, or the same text in fewer forwards.

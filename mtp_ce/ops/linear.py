@@ -1,10 +1,10 @@
 """The linear path as torch operators: what torch.compile, autograd and opcheck see.
 
 `linear_forward` computes a scalar loss and its gradients together: these wait for backward, which takes them and
-multiplies them in place by the upstream gradient. 1/N is in the rows' coefficients, so that nothing is left to round
-under an upstream gradient of 1; but in fp16, whose range is too short, it is left to backward, too. A second backward
-through the same graph (retain_graph) and reduction="none" compute them with `linear_backward`. Arguments arrive checked
-(mtp_ce/checks.py).
+multiplies them in place by the upstream gradient, or under retain_graph a copy. 1/N is in the rows' coefficients, so that
+nothing is left to round under an upstream gradient of 1; but in fp16, whose range is too short, it is left to backward,
+too. So hidden states are saved for reduction="none" alone, whose gradients `linear_backward` computes. Arguments arrive
+checked (mtp_ce/checks.py).
 """
 
 from typing import Any
@@ -235,7 +235,7 @@ def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _LinearLoss(Loss):
-    """The first five results of `linear_forward`, with the gradients of the loss."""
+    """The first five results of `linear_forward`, with the gradients of the loss, and an empty tensor."""
 
     @staticmethod
     def forward(ctx: Any, options: LossOptions, call: LinearCall, n: int, *tensors: Any) -> Any:
@@ -244,14 +244,19 @@ class _LinearLoss(Loss):
         loss, ce, lse, valid, top1, d_row_weights, factor, *gradients = linear_forward(
             list(hidden), unembed, bias, *inputs, *options.values(), *call
         )
-        # The normalizer is in the factor.
-        ctx.save_for_backward(*tensors[:-1], factor, d_row_weights)
-        ctx.options, ctx.call, ctx.n = options, call, n
-        # Not saved, but owned: the first backward takes them and leaves nothing to the next.
+        ctx.options, ctx.call = options, call
+        ctx.shapes, ctx.dtype = [x.shape for x in hidden], unembed.dtype
+        # Not saved, but owned: the last backward takes them.
         ctx.gradients = gradients if options.reduction != "none" else None
+        # Where they wait, nothing else is read again. An output that nobody sees, and so nobody changes, stands for all
+        # that the loss depends on: a second derivative finds the way there and is refused.
+        anchor = loss.new_empty(0)
+        layer = (*hidden, unembed, bias) if ctx.gradients is None else (anchor,)
+        # The normalizer is in the factor.
+        ctx.save_for_backward(*others[:-1], factor, d_row_weights, *layer)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ce, lse, valid, top1)
-        return loss, ce, lse, valid, top1
+        return loss, ce, lse, valid, top1, anchor
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -265,35 +270,40 @@ class _LinearLoss(Loss):
 
 def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of unembed, bias and token weights, and of each tensor of hidden states."""
-    hidden, (unembed, bias, *others, factor, d_row_weights) = list(saved[: ctx.n]), saved[ctx.n :]
+    *others, factor, d_row_weights = saved[: len(LossInputs._fields) + 1]
+    layer = saved[len(LossInputs._fields) + 1 :]
     inputs, options, call = LossInputs(*others), ctx.options, ctx.call
-    d_hidden: list[Tensor | None] = [None] * ctx.n
+    d_hidden: list[Tensor | None] = [None] * len(ctx.shapes)
     d_unembed = d_bias = d_weights = None
     if call.with_d_weights:
         d_weights = weights_backward(
             d_loss, inputs.token_weights, d_row_weights, factor, options.shift, options.weight_alignment
         )
     if call.with_gradient:
-        waiting, ctx.gradients = ctx.gradients, None
-        if waiting is None:
+        if ctx.gradients is None:
+            *hidden, unembed, bias = layer
             gradients = linear_backward(d_loss, hidden, unembed, bias, *inputs, *options.values(), factor, *call)
         else:
-            *unscaled, scale = waiting
+            *unscaled, scale = ctx.gradients
             upstream = d_loss.to(scale.dtype) * scale
-            gradients = [scaled_(x, upstream, unembed.dtype) for x in unscaled]
+            if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward may follow
+                unscaled = [x.clone() for x in unscaled]
+            else:
+                ctx.gradients = ()
+            gradients = [scaled_(x, upstream, ctx.dtype) for x in unscaled]
         if any(call.with_d_hidden):
-            of_tensors = split_rows(gradients[0], hidden)
+            of_tensors = split_rows(gradients[0], ctx.shapes)
             d_hidden = [x if wanted else None for x, wanted in zip(of_tensors, call.with_d_hidden, strict=True)]
         d_unembed = gradients[1] if call.with_d_unembed else None
         d_bias = gradients[2] if call.with_d_bias else None
     return d_unembed, d_bias, d_weights, *d_hidden
 
 
-def split_rows(d_rows: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+def split_rows(d_rows: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     """Return gradients [N,D] in row order as tensors shaped like the hidden states."""
-    if len(hidden) == 1:
-        return [d_rows.view(hidden[0].shape)]
-    return [*d_rows.view(len(hidden), *hidden[0].shape).unbind(0)]
+    if len(shapes) == 1:
+        return [d_rows.view(shapes[0])]
+    return [*d_rows.view(len(shapes), *shapes[0]).unbind(0)]
 
 
 @differentiable
@@ -306,4 +316,4 @@ def linear_loss(
     call: LinearCall,
 ) -> list[Tensor]:
     """Return loss, ce, lse, valid and top1 with the gradients of the loss; arguments as `linear_forward`."""
-    return [*_LinearLoss.apply(options, call, len(hidden), *hidden, unembed, bias, *inputs)]
+    return [*_LinearLoss.apply(options, call, len(hidden), *hidden, unembed, bias, *inputs)[:5]]

@@ -44,6 +44,11 @@ class MTPConfig(Group):
         default="linear",
         description="linear: never builds the logits of all heads; logits: builds them. The value is the same",
     )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="whether heads recompute their activations in the backward, one head at a time, for long rows and "
+        "many heads. train.activation_checkpointing is for the model and its heads. Changes memory only",
+    )
 
     @field_validator("kind")
     @classmethod

@@ -161,7 +161,7 @@ class Trainer:
         normalizer = count.clamp(min=1).to(torch.float32)
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums, weights = self._accumulate(batch.to(self.device), normalizer)
+        loss, sums, weights = self._accumulate(batch, normalizer)
         limit = self.recipe.optimizer.clip_norm
         norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
         loss, weights = self._combine_ranks(loss, weights)
@@ -180,12 +180,22 @@ class Trainer:
         self.schedule.step()
 
     def _accumulate(self, batch: Batch, normalizer: Tensor) -> tuple[Tensor, HeadSums, WeightStatistics]:
-        """Accumulate gradients over the micro-batches of this rank; return loss, sums per head, weight statistics."""
-        train = self.recipe.train
+        """Accumulate gradients over the micro-batches of this rank; return loss, sums per head, weight statistics.
+
+        Args:
+            batch: on the host.
+            normalizer: [], N of the global batch.
+        """
+        size = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+        # Masked rows are left out of the loss, and their number is known before they are on the device.
+        counts = [
+            self.model.count_rows(labels=x.labels, document_ids=x.document_ids, token_weights=x.token_weights)
+            for x in batch.split(size)
+        ]
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
         weights: WeightStatistics | None = None
         loss = torch.zeros((), device=self.device)
-        for micro in batch.split(train.micro_batch_size or train.batch_size):
+        for micro, rows in zip(batch.to(self.device).split(size), counts, strict=True):
             scored: list[TokenWeights] = []
 
             # The model calls this with its own heads, whose cross entropies and drafts a scorer may need.
@@ -201,6 +211,7 @@ class Trainer:
                 document_ids=micro.document_ids,
                 # FSDP averages gradients over the ranks, so each rank divides by N / ranks.
                 num_items_in_batch=normalizer / self.ranks.size,
+                drop_dead_rows=rows,
                 return_stats=True,
             )
             out.loss.backward()

@@ -19,8 +19,7 @@ Source: vLLM's v1/core/sched/scheduler.py, `update_from_output`; its counters `v
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -190,28 +189,13 @@ def draft_along(model: MTPWrapper, text: Tensor, prompt_tokens: int, draft_token
         draft_tokens: K.
     """
     drafted = []
-    with _drafting(model, draft_tokens):
-        hidden = model.head_hidden_states(input_ids=text)
+    horizon = draft_tokens + 1 if _is_one_module(model.heads) else None
+    hidden = model.head_hidden_states(horizon=horizon, input_ids=text)
     output = Unembedding.of(model.causal)
     for x in hidden[1 : draft_tokens + 1]:
         chunks = x[0, prompt_tokens - 1 :].split(CHUNK_ROWS[x.device.type])
         drafted.append([token for chunk in chunks for token in output.logits(chunk).argmax(-1).tolist()])
     return drafted
-
-
-@contextmanager
-def _drafting(model: MTPWrapper, draft_tokens: int) -> Iterator[None]:
-    """Run a single module at as many depths as a draft has tokens, as engines run it; other heads as they are."""
-    heads = model.heads
-    if not _is_one_module(heads):
-        yield
-        return
-    horizon, shared = heads.horizon, heads.shared
-    heads.horizon, heads.shared = draft_tokens + 1, True
-    try:
-        yield
-    finally:
-        heads.horizon, heads.shared = horizon, shared
 
 
 def _is_one_module(heads: Heads) -> bool:

@@ -69,7 +69,7 @@ def with_heads(trunk: PreTrainedModel, heads: MTPConfig) -> MTPWrapper:
 
 def _of_the_loss(heads: MTPConfig) -> dict[str, Any]:
     """Return the arguments of `MTPWrapper` that are not saved with the heads."""
-    return heads.model_dump(include={"trunk", "loss", "head_reduction", "targets"})
+    return heads.model_dump(include={"trunk", "loss", "head_reduction", "targets", "activation_checkpointing"})
 
 
 def _check_kind(heads: MTPConfig) -> type[Heads]:
@@ -93,7 +93,7 @@ def _trunk(recipe: Recipe, end_of_text: int | None, pretrained: Path | None) -> 
 
 
 def checkpoint_activations(model: MTPWrapper) -> None:
-    """Recompute the activations of every decoder layer, of the trunk and of the heads, in the backward.
+    """Recompute the activations of every decoder layer of the trunk, and of every head, in the backward.
 
     Raises:
         RecipeError: the architecture's layers do not support it.
@@ -107,6 +107,7 @@ def checkpoint_activations(model: MTPWrapper) -> None:
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    model.heads.checkpoint_activations()
 
 
 def llama_config(sizes: TrunkConfig, data: DataConfig, end_of_text: int | None = None) -> LlamaConfig:

@@ -313,6 +313,27 @@ def test_every_trunk_mode_trains_the_module_and_writes_it_back(family, tmp_path)
         assert same(joint["model.layers.2.shared_head.head.weight"], joint["lm_head.weight"])
 
 
+@pytest.mark.parametrize("family", [GLM, QWEN], ids=named)
+def test_checkpointing_changes_no_gradient_at_several_depths(family, tmp_path):
+    """One module passes on its normed output, the other the state before the norm."""
+    checkpoint(family, tmp_path / "source")
+    wrapper = MTPWrapper(loaded(family, tmp_path / "source"), 3, heads="native").train()
+    tokens = torch.randint(2, V, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> dict[str, Tensor]:
+        wrapper.zero_grad()
+        wrapper(tokens, labels=tokens).loss.backward()
+        return {name: x.grad.clone() for name, x in wrapper.named_parameters() if x.grad is not None}
+
+    expected = gradients()
+    for reentrant in (False, True):
+        wrapper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        found = gradients()
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_adapters_keep_the_trained_module_beside_them(tmp_path):
     peft = pytest.importorskip("peft")
     source = checkpoint(GLM, tmp_path / "source")

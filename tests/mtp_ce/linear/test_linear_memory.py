@@ -203,12 +203,36 @@ def test_a_gradient_that_waits_for_backward_has_the_dtype_of_its_input(call, wat
     assert seen.peak <= 4096 + seen.spare
 
 
-def test_a_second_backward_computes_the_products_once_more(call, watch) -> None:
-    """The price of retain_graph, paid only where it is used."""
+def test_a_second_backward_computes_nothing_again(call, watch) -> None:
+    """retain_graph costs a copy of the gradients, where it is used, and no product."""
     loss, leaves = call("hidden unembed", drop_dead_rows=True)
     value = loss()
-    products = [watch(lambda: torch.autograd.grad(value, leaves, retain_graph=True)).products for _ in range(3)]
-    assert products == [0, 3 * CHUNKS, 3 * CHUNKS]
+    seen = [watch(lambda: torch.autograd.grad(value, leaves, retain_graph=True)) for _ in range(3)]
+    seen.append(watch(lambda: torch.autograd.grad(value, leaves)))
+    assert [one.products for one in seen] == [0] * 4
+    assert min(one.peak for one in seen[:3]) >= (S * H + V) * D * 4
+    assert seen[3].peak <= 4096 + seen[3].spare
+    for one in seen[1:]:
+        for first, later in zip(seen[0].result, one.result, strict=True):
+            assert torch.equal(first, later)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hidden_states_are_saved_only_where_backward_reads_them(call, reduction: str) -> None:
+    """Heads that nothing else needs are freed after the loss: their gradients are there."""
+    loss, (hidden, _) = call("hidden unembed", reduction=reduction, features=64)
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss()
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    assert (hidden.untyped_storage().data_ptr() in held) == (reduction == "none")
+    if reduction == "mean":
+        assert sum(held.values()) < hidden.nbytes / 4
 
 
 def test_the_cost_falls_with_the_masked_rows(impl, draw, watch) -> None:

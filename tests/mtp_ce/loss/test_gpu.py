@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
+from mtp_ce import MTPWrapper, token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 from mtp_ce.ops.chunks import GPU_ROWS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("impl", ["triton"])]
@@ -249,6 +249,33 @@ def test_counting_the_valid_rows_waits_and_is_not_the_default(impl, draw, reques
     weighted_mtp_linear_ce(**data)
     with pytest.raises(RuntimeError, match="synchroniz"):
         weighted_mtp_linear_ce(**data, drop_dead_rows=True)
+
+
+@pytest.mark.parametrize("heads", ["residual", "teacher_forcing"])
+def test_a_wrapper_that_is_told_its_rows_does_not_wait(impl, device, draw, heads: str, request) -> None:
+    """Counted on the host; behind the trunk, which may wait, nothing does. The loss is that over all rows."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MTPWrapper(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=999, **sizes)), 4, heads=heads)
+    model = model.to(device=device, dtype=torch.bfloat16)
+    tokens = torch.arange(8 * 256).view(8, 256) % 999
+    batch = {"labels": tokens.masked_fill(torch.arange(256) < 100, -100), "token_weights": (tokens % 3 > 0).float()}
+    rows = model.count_rows(**batch)
+    assert rows % GPU_ROWS == 0
+    assert rows < 0.5 * 4 * tokens.numel()
+    moved = {name: x.to(device) for name, x in batch.items()}
+    hidden, _ = model._hidden_states(input_ids=tokens.to(device))
+    model._hidden_states = lambda **_: ([x.detach().requires_grad_() for x in hidden], None)
+    arguments = {"input_ids": tokens.to(device), **moved, "num_items_in_batch": torch.tensor(999.0, device=device)}
+    model(**arguments, drop_dead_rows=rows).loss.backward()  # compiles, which may synchronise
+    request.getfixturevalue("no_sync")
+    losses = []
+    for drop in (rows, None):
+        losses.append(model(**arguments, drop_dead_rows=drop).loss)
+        losses[-1].backward()
+    torch.cuda.set_sync_debug_mode("default")
+    close(*losses)
+    assert model(**arguments, drop_dead_rows=rows - GPU_ROWS).loss.isnan()
 
 
 def close(ours: Tensor, wanted: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_ce import Rho1ExcessScorer, ShuffledWeights, weighted_mtp_ce
+from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.ops.chunks import CPU_SUM_BYTES
 from mtp_ce.scorers.uniform import UniformScorer
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
@@ -76,6 +77,34 @@ def test_micro_batches_add_up_to_the_batch(small, micro_batch_size, head_reducti
         for (step, expected), (same_step, value) in zip(whole.series(name), parts.series(name), strict=True):
             assert step == same_step
             assert value == pytest.approx(expected, rel=2e-5), name
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_loss_of_every_micro_batch_is_told_its_rows(small, stored, monkeypatch):
+    """Counted before the batch is on the device; stored weights of 0 leave their rows out, too."""
+    told: list[tuple[int, int]] = []
+    original = MTPWrapper.forward
+
+    def forward(self, *arguments, drop_dead_rows, **options):
+        assert type(drop_dead_rows) is int
+        output = original(self, *arguments, drop_dead_rows=drop_dead_rows, **options)
+        told.append((drop_dead_rows, int((output.stats.top1 >= 0).sum())))
+        return output
+
+    monkeypatch.setattr(MTPWrapper, "forward", forward)
+    recipe = small([*FEW, "train.micro_batch_size=1"])
+    parts = {}
+    if stored:
+        parts["weigh"] = lambda batch, current: TokenWeights(
+            batch.token_weights, WeightStatistics.of(torch.ones(3), torch.ones(3) > 0, torch.ones(3) > 1)
+        )
+    trainer = make_trainer(recipe, Log(), **parts)
+    if stored:
+        trainer.rows.token_weights = (torch.arange(len(trainer.rows.tokens)) % 2).float()
+    trainer.fit()
+    assert len(told) == recipe.train.steps * recipe.train.batch_size
+    assert all(passed == computed for passed, computed in told)
+    assert len({passed for passed, _ in told}) > 1
 
 
 def tiny(loss: str, *overrides: str) -> Recipe:

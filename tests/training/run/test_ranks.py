@@ -147,6 +147,7 @@ SHARDED = {
     ],
     "chained heads, tied embeddings": ["model.mtp.kind=sequential", "model.tie_embeddings=true"],
     "one module for all depths": ["model.mtp={kind: sequential, shared: true}", "train.micro_batch_size=1"],
+    "heads that recompute": ["model.mtp={kind: layer, activation_checkpointing: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
