@@ -1,10 +1,10 @@
 """The linear path as torch operators: what torch.compile, autograd and opcheck see.
 
 `linear_forward` computes a scalar loss and its gradients together: these wait for backward, which takes them and
-multiplies them in place by the upstream gradient, or under retain_graph a copy. 1/N is in the rows' coefficients, so that
-nothing is left to round under an upstream gradient of 1; but in fp16, whose range is too short, it is left to backward,
-too. So hidden states are saved for reduction="none" alone, whose gradients `linear_backward` computes. Arguments arrive
-checked (mtp_ce/checks.py).
+multiplies them in place by the upstream gradient, or under retain_graph a copy. 1/N is in the rows' coefficients, so
+that nothing is left to round under an upstream gradient of 1; but in fp16, whose range is too short, it is left to
+backward, too. So hidden states are saved for reduction="none" alone, whose gradients `linear_backward` computes.
+Arguments arrive checked (mtp_ce/checks.py).
 """
 
 from typing import Any
