@@ -200,20 +200,20 @@ def linear_backward(
     call = call._replace(with_top1=False, with_d_weights=False)
     with device_guard(labels.device):
         rows = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows
-        upstream = d_loss.to(factor.dtype).expand(labels.shape) * factor
+        upstream = d_loss.to(factor.dtype).expand(labels.shape)
         H = rows.label.numel() // max(1, labels.numel())
         by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
         # The upstream gradient of a masked row may be Inf.
         by_row = torch.where(rows.coefficient == 0, 0.0, by_row)
-        # In fp16 the largest upstream gradient stays out of the products, as 1/N does in forward.
+        # The largest upstream gradient stays out of the products, as a scalar one does in forward.
         most = largest(by_row)
         coefficient = torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most))
-        coefficient, scale = fold_factor(coefficient, most, unembed.dtype)
+        coefficient, scale = fold_factor(coefficient, factor, unembed.dtype)
         rows = Rows(rows.label, coefficient, by_row != 0)
         _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
-        if unembed.dtype == torch.float16:
-            gradients = (None if x is None else scaled_(x, scale, unembed.dtype) for x in gradients)
-        d_hidden, d_unembed, d_bias = (unembed.new_empty(0) if x is None else x for x in gradients)
+        d_hidden, d_unembed, d_bias = (
+            unembed.new_empty(0) if x is None else scaled_(x, scale * most, unembed.dtype) for x in gradients
+        )
     return d_hidden, d_unembed, d_bias
 
 
