@@ -220,7 +220,7 @@ def linear_backward(
 def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
     # The upstream gradient of most losses is 1, which costs nothing. A tensor that is traced has no value.
-    if type(factor) is Tensor and x.dtype == dtype:
+    if type(factor) is Tensor and x.dtype == dtype and not torch.compiler.is_compiling():
         if factor.device.type == "cpu" and factor.item() == 1:
             return x
         if factor.is_cuda:
