@@ -246,11 +246,10 @@ def most_rows(M: int, V: int, D: int, dtypes: ChunkDtypes, device: torch.device)
     element = dtypes.logits.itemsize + (dtypes.layer.itemsize if dtypes.logits != dtypes.layer else 0)
     if dtypes.total is None:
         return CPU_ROWS_ALONE if cpu else GPU_ROWS_ALONE
-    rows, room = (CPU_SUM_ROWS, CPU_SUM_BYTES) if cpu else (GPU_SUM_ROWS, GPU_SUM_BYTES)
+    rows, room, unit = (CPU_SUM_ROWS, CPU_SUM_BYTES, 1) if cpu else (GPU_SUM_ROWS, GPU_SUM_BYTES, GPU_ROWS)
+    rows = max(1, min(rows, room // (V * element)) // unit) * unit
     cast = dtypes.layer.itemsize if dtypes.total != dtypes.layer else 0
-    rows = max(1, D * cast // element, min(rows, room // (V * element)))
-    if not cpu:
-        rows = -(-rows // GPU_ROWS) * GPU_ROWS
+    rows = max(rows, -(-D * cast // (element * unit)) * unit)
     saved = dtypes.total.itemsize - dtypes.layer.itemsize if skips_the_sum(dtypes) else 0
     return max(1, M) if rows + D * saved // element >= M else rows
 
