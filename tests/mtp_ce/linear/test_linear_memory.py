@@ -184,15 +184,16 @@ def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, dra
 def test_one_chunk_of_bf16_has_no_sum_and_no_cast(call, device, watch, reduction: str) -> None:
     """Its logits and gradients are all there is: no fp32 gradient of unembed, which would be twice its size."""
     loss, leaves = call("hidden unembed", torch.bfloat16, features=256, chunk_bytes=None, reduction=reduction)
-    rows, gradients = S * H, (S * H + V) * 256 * 2
     seen = watch(lambda: torch.autograd.grad(loss().sum(), leaves))
-    gathered = 3 * rows * 256 * 2
-    if device.type == "cpu":
-        gathered += 2 * V * 256  # oneDNN reorders half of unembed
-    bound = chunk_bytes_of(rows, V, torch.bfloat16, device) + gradients + gathered + small_change(rows)
     assert seen.products == 3 + (reduction == "none")
-    assert seen.peak <= bound + seen.spare
-    assert bound < V * 256 * 4 + chunk_bytes_of(rows, V, torch.bfloat16, device)
+    in_fp32 = V * 256 * 4
+    if device.type == "cpu":  # torch's half products take room of their own, as much as unembed
+        assert seen.largest < in_fp32
+    else:
+        assert seen.peak <= in_fp32 + S * H * (V + 4 * 256) * 2 + small_change(S * H) + seen.spare
+    several, leaves = call("hidden unembed", torch.bfloat16, features=256, reduction=reduction)
+    seen = watch(lambda: torch.autograd.grad(several().sum(), leaves))
+    assert seen.largest >= in_fp32
 
 
 def test_a_gradient_that_waits_for_backward_has_the_dtype_of_its_input(call, watch) -> None:
