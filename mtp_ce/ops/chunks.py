@@ -32,7 +32,7 @@ from mtp_ce.options import LossInputs, LossOptions
 GPU_ROW_BYTES, GPU_ROWS = 16, 128
 # Rows that make the sum over chunks cheap, as far as their logits fit these bytes; and rows where nothing is summed.
 # See `most_rows`.
-GPU_SUM_ROWS, GPU_SUM_BYTES, GPU_ROWS_ALONE = 4096, 2**30, 2048
+GPU_SUM_ROWS, GPU_SUM_BYTES, GPU_ROWS_ALONE = 8192, 2**30, 2048
 CPU_SUM_ROWS, CPU_SUM_BYTES, CPU_ROWS_ALONE = 512, 64 * 2**20, 256
 # Bytes of the blocks of unembed, or of its gradient, that a CPU casts at a time.
 CPU_BLOCK_BYTES = 4 * 2**20
@@ -232,7 +232,7 @@ def most_rows(M: int, V: int, D: int, dtypes: ChunkDtypes, device: torch.device)
     So where the sum is cast, chunks of D w / l rows cost no memory; and one chunk costs none for
     M <= rows + D (s - w) / l. For bf16 these are D, and rows + D. Beside its products the sum takes s F / (3 rows B) of
     the time, for F operations and B bytes a second: 311 / rows on an H100 in bf16 (700e12, 3e12), a third of that in
-    fp32, so at least 4096 rows where they fit 1 GiB. Without a sum fewer rows fill the device: 2048 rows are 16 tiles
+    fp32, so 8192 rows where they fit 1 GiB. Without a sum fewer rows fill the device: 2048 rows are 16 tiles
     by D / 256.
 
     Args:
@@ -246,11 +246,10 @@ def most_rows(M: int, V: int, D: int, dtypes: ChunkDtypes, device: torch.device)
     element = dtypes.logits.itemsize + (dtypes.layer.itemsize if dtypes.logits != dtypes.layer else 0)
     if dtypes.total is None:
         return CPU_ROWS_ALONE if cpu else GPU_ROWS_ALONE
-    rows, room = (CPU_SUM_ROWS, CPU_SUM_BYTES) if cpu else (GPU_SUM_ROWS, GPU_SUM_BYTES)
+    rows, room, unit = (CPU_SUM_ROWS, CPU_SUM_BYTES, 1) if cpu else (GPU_SUM_ROWS, GPU_SUM_BYTES, GPU_ROWS)
+    rows = max(1, min(rows, room // (V * element)) // unit) * unit
     cast = dtypes.layer.itemsize if dtypes.total != dtypes.layer else 0
-    rows = max(1, D * cast // element, min(rows, room // (V * element)))
-    if not cpu:
-        rows = -(-rows // GPU_ROWS) * GPU_ROWS
+    rows = max(rows, -(-D * cast // (element * unit)) * unit)
     saved = dtypes.total.itemsize - dtypes.layer.itemsize if skips_the_sum(dtypes) else 0
     return max(1, M) if rows + D * saved // element >= M else rows
 

@@ -200,27 +200,27 @@ def linear_backward(
     call = call._replace(with_top1=False, with_d_weights=False)
     with device_guard(labels.device):
         rows = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows
-        upstream = d_loss.to(factor.dtype).expand(labels.shape) * factor
+        upstream = d_loss.to(factor.dtype).expand(labels.shape)
         H = rows.label.numel() // max(1, labels.numel())
         by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
         # The upstream gradient of a masked row may be Inf.
         by_row = torch.where(rows.coefficient == 0, 0.0, by_row)
-        # In fp16 the largest upstream gradient stays out of the products, as 1/N does in forward.
+        # The largest upstream gradient stays out of the products, as a scalar one does in forward.
         most = largest(by_row)
         coefficient = torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most))
-        coefficient, scale = fold_factor(coefficient, most, unembed.dtype)
+        coefficient, scale = fold_factor(coefficient, factor, unembed.dtype)
         rows = Rows(rows.label, coefficient, by_row != 0)
         _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
-        if unembed.dtype == torch.float16:
-            gradients = (None if x is None else scaled_(x, scale, unembed.dtype) for x in gradients)
-        d_hidden, d_unembed, d_bias = (unembed.new_empty(0) if x is None else x for x in gradients)
+        d_hidden, d_unembed, d_bias = (
+            unembed.new_empty(0) if x is None else scaled_(x, scale * most, unembed.dtype) for x in gradients
+        )
     return d_hidden, d_unembed, d_bias
 
 
 def scaled_(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x * factor in a dtype, rounded once, in x's own memory where that has the dtype."""
     # The upstream gradient of most losses is 1, which costs nothing. A tensor that is traced has no value.
-    if type(factor) is Tensor and x.dtype == dtype:
+    if type(factor) is Tensor and x.dtype == dtype and not torch.compiler.is_compiling():
         if factor.device.type == "cpu" and factor.item() == 1:
             return x
         if factor.is_cuda:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
-from mtp_ce.ops.chunks import ChunkDtypes, most_rows, rows_at_once
+from mtp_ce.ops.chunks import CPU_BLOCK_BYTES, ChunkDtypes, most_rows, rows_at_once
 from mtp_ce.unembedding import Unembedding
 
 
@@ -244,8 +244,10 @@ def loss_bytes(
     d_unembed = sums * item // 4
     # Several chunks are summed in fp32, and the sum is cast when the last chunk is freed.
     summed = max(chunk * V * item + sums, sums + d_unembed if item < 4 else 0)
-    # The CPU path gathers the valid rows.
+    # The CPU path gathers the valid rows; its products of half types pack unembed and are summed in blocks.
     gathered = N * D * item if device.type == "cpu" else 0
+    if device.type == "cpu" and item < 4:
+        gathered += V * D * item + CPU_BLOCK_BYTES // 2
     logits = N * V * item
     return LossBytes(
         linear=(summed if chunk < N else logits + d_unembed) + gathered + d_hidden,

@@ -219,13 +219,13 @@ def gradient_errors(impl: str, draw, scale: float, dtype: torch.dtype, **how) ->
 @pytest.mark.parametrize("rows", [5, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_logits_make_the_gradients_of_large_logits_more_exact(impl, draw, dtype, rows: int) -> None:
-    """Near 60 a logit of bf16 is rounded by up to 1/8. What stays is the rounding of g and of the gradients."""
+    """Near 30 a logit of bf16 is rounded by up to 1/16. What stays is the rounding of g and of the gradients."""
     rounding = torch.finfo(dtype).eps / 2
-    rounded = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4)
-    wide = gradient_errors(impl, draw, 6.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32)
+    rounded = gradient_errors(impl, draw, 3.0, dtype, chunk_bytes=rows * V * 4)
+    wide = gradient_errors(impl, draw, 3.0, dtype, chunk_bytes=rows * V * 4, logits_dtype=torch.float32)
     for coarse, fine in zip(rounded, wide, strict=True):
         assert fine <= 1.5 * rounding
-        assert coarse >= 4 * fine
+        assert coarse >= 2 * fine
 
 
 def test_fp32_logits_are_those_of_fp32_products(impl, draw) -> None:
@@ -241,6 +241,7 @@ def test_fp32_logits_are_those_of_fp32_products(impl, draw) -> None:
         )
         ce = token_ce(hidden, unembed, labels, bias=bias, logits_dtype=torch.float32, impl=impl)
     torch.testing.assert_close(got.loss, wide.loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ce, wide.stats.ce, rtol=1e-5, atol=1e-6)
+    read = wide.stats.top1 >= 0
+    torch.testing.assert_close(ce[read], wide.stats.ce[read], rtol=1e-5, atol=1e-6)
     for one, other in zip(got.stats, wide.stats, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -152,19 +152,20 @@ def rows_multiplied(function: Callable[[], Any], vocabulary: int) -> int:
     return sum(a[0] for a, b in shapes if a[1] == b[0] == vocabulary)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("wants", ["_h", "h_", "h_h", "_hh_", "__"])
 @pytest.mark.parametrize("drop", [True, False, "number"])
 def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, draw, wants: str, drop) -> None:
     """h: the head's hidden states learn. Chunks of five rows begin and end within heads; gradients are those of all."""
+    S, V = 8, 37
     heads = [draw.normal(1, S, D) for _ in wants]
     unembed, labels = draw.normal(V, D).requires_grad_(), draw.integers(V, 1, S)
-    labels[0, 7:9] = -100
+    labels[0, 3:5] = -100
 
     def gradients(wants: str, drop: bool | int) -> list[Tensor]:
         leaves = [x.detach().requires_grad_(want == "h") for x, want in zip(heads, wants, strict=True)]
         loss = weighted_mtp_linear_ce(leaves, unembed, labels, chunk_bytes=ROWS * V * 4, drop_dead_rows=drop, impl=impl)
-        found = torch.autograd.grad(loss, [x for x in [*leaves, unembed] if x.requires_grad])
-        return [*found]
+        return [*torch.autograd.grad(loss, [x for x in [*leaves, unembed] if x.requires_grad])]
 
     with torch.no_grad():
         valid = weighted_mtp_linear_ce(heads, unembed, labels, return_stats=True, impl=impl).stats.live.sum((0, 1))
@@ -174,8 +175,7 @@ def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, dra
     if drop == "number" and unembed.is_cuda and "h" in wants:
         expected = number  # a GPU is not asked whose rows they are
     assert rows_multiplied(lambda: gradients(wants, number), V) == expected
-    every = gradients("h" * len(wants), number)
-    kept = [x for x, want in zip(every, [*wants, "h"], strict=True) if want == "h"]
+    kept = [x for x, want in zip(gradients("h" * len(wants), number), [*wants, "h"], strict=True) if want == "h"]
     for one, other in zip(gradients(wants, number), kept, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
@@ -184,15 +184,16 @@ def test_only_rows_of_heads_that_want_a_gradient_are_multiplied_for_it(impl, dra
 def test_one_chunk_of_bf16_has_no_sum_and_no_cast(call, device, watch, reduction: str) -> None:
     """Its logits and gradients are all there is: no fp32 gradient of unembed, which would be twice its size."""
     loss, leaves = call("hidden unembed", torch.bfloat16, features=256, chunk_bytes=None, reduction=reduction)
-    rows, gradients = S * H, (S * H + V) * 256 * 2
     seen = watch(lambda: torch.autograd.grad(loss().sum(), leaves))
-    gathered = 3 * rows * 256 * 2
-    bound = chunk_bytes_of(rows, V, torch.bfloat16, device) + gradients + gathered + small_change(rows)
     assert seen.products == 3 + (reduction == "none")
-    assert seen.peak <= bound + seen.spare
-    assert bound < V * 256 * 4 + chunk_bytes_of(rows, V, torch.bfloat16, device)
-    if device.type == "cpu":
-        assert seen.largest <= max(V * 256 * 2, rows * (V + 32) * 4)
+    in_fp32 = V * 256 * 4
+    if device.type == "cpu":  # torch's half products take room of their own, as much as unembed
+        assert seen.largest < in_fp32
+    else:
+        assert seen.peak <= in_fp32 + S * H * (V + 4 * 256) * 2 + small_change(S * H) + seen.spare
+    several, leaves = call("hidden unembed", torch.bfloat16, features=256, reduction=reduction)
+    seen = watch(lambda: torch.autograd.grad(several().sum(), leaves))
+    assert seen.largest >= in_fp32
 
 
 def test_a_gradient_that_waits_for_backward_has_the_dtype_of_its_input(call, watch) -> None:
