@@ -118,7 +118,7 @@ class MTPTrainer(Trainer):
         """Have a data loader count rows when it collates: after that, batches are on the device."""
         # accelerate's other loader concatenates the batches of all ranks, which are of tensors alone, and cuts them.
         if type(loader) is DataLoaderShard and self.model.loss == "linear":
-            inner = loader.base_dataloader
+            inner: Any = loader.base_dataloader  # type: ignore[attr-defined]
             if not isinstance(inner.collate_fn, CountingCollator):  # persistent workers keep their loader
                 inner.collate_fn = CountingCollator(inner.collate_fn, self.model.row_count)
         return loader
