@@ -48,7 +48,8 @@ def _linear(
     output: Unembedding, call: LossCall, hidden: list[Tensor], inputs: LossInputs, options: LossOptions
 ) -> HeadsLoss:
     drop = "auto" if call.drop_dead_rows is None else call.drop_dead_rows
-    result = weighted_mtp_linear_ce(
+    compute: Any = weighted_mtp_linear_ce  # its overloads want a literal
+    result = compute(
         [output.scaled(x) for x in hidden], output.weight, bias=output.bias, drop_dead_rows=drop,
         return_stats=call.with_stats, **inputs.arguments(), **asdict(options),
     )  # fmt: skip
@@ -62,7 +63,8 @@ def _logits(
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()
-    result = weighted_mtp_ce(
+    compute: Any = weighted_mtp_ce
+    result = compute(
         logits, inplace_backward=inplace, return_stats=call.with_stats, **inputs.arguments(), **asdict(options)
     )
     return HeadsLoss(*result) if isinstance(result, MTPLoss) else HeadsLoss(result, None)

@@ -65,11 +65,13 @@ class CountingCollator(NamedTuple):
     """A data collator whose batches have their `drop_dead_rows` beside them."""
 
     collate: Callable[[Any], Any]
-    count: RowCount
+    count_rows: RowCount
 
     def __call__(self, features: Any) -> Any:
         """Collate and count."""
         batch = self.collate(features)
-        if isinstance(batch, MutableMapping) and LOSS_ROWS not in batch and (rows := self.count(batch)) is not None:
-            batch[LOSS_ROWS] = rows
+        if isinstance(batch, MutableMapping) and LOSS_ROWS not in batch:
+            rows = self.count_rows(batch)
+            if rows is not None:
+                batch[LOSS_ROWS] = rows
         return batch

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.data_loader import DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -116,9 +115,9 @@ class MTPTrainer(Trainer):
 
     def _counting(self, loader: DataLoader) -> DataLoader:
         """Have a data loader count rows when it collates: after that, batches are on the device."""
-        # accelerate's other loader concatenates the batches of all ranks, which are of tensors alone, and cuts them.
-        if type(loader) is DataLoaderShard and self.model.loss == "linear":
-            inner = loader.base_dataloader
+        # accelerate's DataLoaderDispatcher concatenates the batches of all ranks, of tensors alone, and cuts them.
+        if type(loader).__name__ == "DataLoaderShard" and self.model.loss == "linear":
+            inner: Any = loader.base_dataloader  # type: ignore[attr-defined]
             if not isinstance(inner.collate_fn, CountingCollator):  # persistent workers keep their loader
                 inner.collate_fn = CountingCollator(inner.collate_fn, self.model.row_count)
         return loader

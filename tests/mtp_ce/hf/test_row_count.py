@@ -252,7 +252,7 @@ def test_trainer_counts_nothing_where_batches_are_cut_after_they_are_collated(tm
 def test_a_batch_keeps_the_count_that_it_comes_with_and_workers_hold_no_model(tmp_path, passed) -> None:
     first = trainer(wrap(), tmp_path, ROWS, dataloader_num_workers=1)
     collate = first.get_train_dataloader().base_dataloader.collate_fn
-    assert len(pickle.dumps(collate.count)) < 1000
+    assert len(pickle.dumps(collate.count_rows)) < 1000
     assert collate(ROWS[:2])["drop_dead_rows"] == sum(
         first.model.count_rows(labels=row["labels"][None]) for row in ROWS[:2]
     )

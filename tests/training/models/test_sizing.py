@@ -136,17 +136,17 @@ def test_half_precision_and_checkpointed_layers_keep_what_a_real_step_keeps(name
     assert found < whole / 4
 
 
-@pytest.mark.parametrize("heads", ["residual", "layer", "sequential"])
-def test_heads_that_recompute_hold_hardly_more_than_one(heads):
-    """Rows of 8192 tokens, the gradients of the heads that wait for backward included: 4 heads at most 1.5 x one."""
+@pytest.mark.parametrize(("heads", "saved"), [("residual", 1.05), ("layer", 1.9), ("sequential", 1.9)])
+def test_heads_that_recompute_hold_hardly_more_than_one(heads, saved):
+    """The gradients of the heads that wait for backward included: 4 heads at most 1.5 x one, behind 3 layers."""
 
     def held(horizon: int, **options: Any) -> int:
         model = on_meta(heads=heads, horizon=horizon, **options)
-        return saved_for_backward(model, 1, 8192, CPU) + horizon * 8192 * D * 4
+        return saved_for_backward(model, 32, S, CPU) + horizon * 32 * S * D * 4
 
-    one, all_saved, recomputed = held(1), held(4), held(4, activation_checkpointing=True)
-    assert recomputed < 1.2 * one
-    assert all_saved > (1.5 if heads != "residual" else 1.2) * one
+    one = held(1)
+    assert held(4) > saved * one
+    assert held(4, activation_checkpointing=True) < 1.15 * one
 
 
 def test_what_is_offloaded_leaves_the_device():
