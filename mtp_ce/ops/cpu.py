@@ -29,10 +29,14 @@ from mtp_ce.options import LossInputs, LossOptions
 # For each of at most 32 threads. A core has 1 to 2 MiB of L2; past half of that, sums slow down threefold.
 BLOCK_BYTES = 512 * 1024
 
-# exp(x) = exp2(x log2 e). Tensor.exp_ is MKL's where torch has it: on Intel 0.15 ns an element, but 8 to 14 where the
-# result underflows to 0 and 40 where it is denormal; on AMD 0.8 and 11 to 30. exp2_ is SLEEF's: 0.25, 0.25 and 3 on
-# Intel, with a pass for the factor in 0.08.
+# exp(x) = exp2(x log2 e). Tensor.exp_ is MKL's where torch has it: on Intel 0.15 ns an element, but 8 to 15 where the
+# result underflows to 0 and 35 or more where it is denormal; on AMD 0.8 and 11 to 30. exp2_ is SLEEF's: on Intel 0.25,
+# 0.25 and 3, and the pass for the factor takes 0.08.
 LOG2_E = 1 / math.log(2)
+# Where a row's log of the sum is below this, all but its largest entry may have denormal gradients, 10 times as slow:
+# backward replaces exponentials below 2^-100 by 0, in a pass of 0.1 ns an element.
+SURE = 1e-6
+LEAST_EXPONENT = -100.0
 
 
 class _Block(NamedTuple):
@@ -53,7 +57,7 @@ def _rows_by_head(row_mask: Tensor) -> tuple[Tensor, bytes]:
     B, S, H = row_mask.shape
     by_head = row_mask.permute(2, 0, 1).contiguous()
     head, position = by_head.view(H, B * S).nonzero(as_tuple=True)
-    # A copy of the memory, which bytes.find scans: a tenth of the host time of torch operations that find the runs.
+    # A copy of the memory, which bytes.find scans: torch takes 20 operations to find the runs of rows.
     return torch.add(head, position, alpha=H), ctypes.string_at(by_head.data_ptr(), by_head.numel())
 
 
@@ -128,8 +132,11 @@ def _load_difference(runs: list[Tensor], block: _Block, z: Tensor, maximum: Tens
     return z
 
 
-def _exp_(z: Tensor) -> Tensor:
-    return z.mul_(LOG2_E).exp2_()
+def _exp_(z: Tensor, *, flush: bool = False) -> Tensor:
+    z.mul_(LOG2_E)
+    if flush:
+        torch.threshold_(z, LEAST_EXPONENT, -math.inf)
+    return z.exp2_()
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
@@ -296,6 +303,7 @@ def backward(
     sizes = [block.size for block in blocks]
     buffer = row_max.new_empty(max(sizes, default=0), V)
     scale = g * torch.exp(-log_s) * (1 + 2 * options.z_loss * (maximum + log_s) if options.z_loss else 1)
+    flush = dtype == torch.float32 and bool((log_s < SURE).any())
     columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, options)))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
     for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
@@ -308,7 +316,7 @@ def backward(
         else:
             slope = _slope(_load(runs, block, z, options.softcap), options.softcap)
             z.sub_(maximum_)
-        dz = terms_.gradient(_exp_(z), y_, scale_, slope)
+        dz = terms_.gradient(_exp_(z, flush=flush), y_, scale_, slope)
         _copy(d_runs, _split_runs(dz, block))
     for block in _blocks(flags, b"\0", (B, S, H), most):
         for run in _runs(d_sequences[block.head], block):

@@ -45,10 +45,11 @@ def calls_of(run: Callable[[], Any]) -> Calls:
     return calls
 
 
-def step(dtype: torch.dtype, *, inplace: bool, rows: int = S, **options: Any) -> tuple[Calls, Calls]:
-    """Operations of a forward and a backward."""
+def step(dtype: torch.dtype, *, inplace: bool, rows: int = S, peak: float = 0.0) -> tuple[Calls, Calls]:
+    """Operations of a forward and a backward; `peak` is added to an entry of each row."""
     logits = torch.randn(B, rows, H, V, dtype=dtype)
-    inputs, given = LossInputs(torch.randint(V, (B, rows)), torch.rand(B, rows)), LossOptions(shift=0, **options)
+    logits[..., 7] += peak
+    inputs, given = LossInputs(torch.randint(V, (B, rows)), torch.rand(B, rows)), LossOptions(shift=0)
     heads = list(logits.unbind(2))
     d_heads = heads if inplace else [torch.empty_like(x) for x in heads]
     results: list[Any] = []
@@ -91,14 +92,19 @@ def test_the_passes_over_a_block_of_the_linear_path(dtype: torch.dtype) -> None:
     assert passes == (between if dtype == torch.float32 else ["copy_", *between, "copy_"])
 
 
+def test_a_sure_row_adds_the_pass_that_flushes_denormal_gradients() -> None:
+    """Multiplying denormal numbers takes 10 times as long: the exponent is cut off before exp2."""
+    _, backward = step(torch.float32, inplace=True, peak=95.0)
+    assert [name for name in backward.passes if name not in LABEL] == ["sub", "mul_", "threshold_", "exp2_", "mul_"]
+
+
 def test_few_rows_cost_few_calls() -> None:
     """With 32 rows of one head a step is as fast as eager only if little stands around the passes."""
     forward, backward = step(torch.float32, inplace=True, rows=32)
-    blocks = -(-32 // cpu._block_rows(V, torch.float32))
     around = len(forward.names) - len(forward.passes), len(backward.names) - len(backward.passes)
-    assert blocks <= 32
-    assert around[0] <= 60
-    assert around[1] <= 45
+    print(around)
+    assert around[0] <= 45
+    assert around[1] <= 40
 
 
 def test_statistics_cost_no_second_pass_for_top1() -> None:
