@@ -25,8 +25,10 @@ SWEPT_HORIZONS = (1, 2, 4, 8)
 # Of the sweeps: positions, dtype, and the model whose vocabulary the horizons are swept at.
 SWEEP = {"cpu": (32, "fp32", "Llama-2 7B"), "cuda": (2048, "bf16", "Llama-3 8B")}
 CPU_D, CPU_SWEEP_D = 512, 256
-# Measured by default at every shape of a CPU's summary; other providers at the first shape of a path.
+# Measured by default at every shape of a CPU's summary; other providers at the first shape of a path. Of logits also
+# the compiled loop: bf16 and few rows have their own ratio to it.
 ALWAYS = ("bare_products", "mtp_ce", "mtp_ce_inplace", "eager_loop")
+ALWAYS_LOGITS = (*ALWAYS, "compiled_loop")
 
 
 class Case(NamedTuple):
@@ -52,17 +54,18 @@ def summary(kind: str, path: str) -> tuple[Shape, ...]:
         model, dtype, S, few = "Llama-2 7B", "fp32", 512, 128
         others = {
             "linear": [(S, {"prompt": PROMPT}), (S // 2, {"dtype": "bf16"})],
-            "logits": [(S, {"dtype": "bf16"}), (few, {"prompt": PROMPT})],
+            "logits": [(S, {"dtype": "bf16"}), (32, {"H": 1}), (few, {"prompt": PROMPT})],
             "token_ce": [],
         }[path]
     else:
         model, dtype, S, few = "Qwen3 8B", "bf16", 2048, 2048
         others = [] if path == "token_ce" else [(S, {"prompt": PROMPT})]
     if path == "logits":
-        others += [(few, {"distribution": name}) for name in DISTRIBUTIONS[1:]]
+        dtypes = ("fp32", "bf16") if kind == "cpu" else (dtype,)
+        others += [(few, {"distribution": name, "dtype": each}) for name in DISTRIBUTIONS[1:] for each in dtypes]
     shapes = [shape_of(kind, path, model, S, 4, dtype)]
     for positions, more in others:
-        shapes.append(shape_of(kind, path, model, positions, 4, **{"dtype": dtype, **more}))  # type: ignore[arg-type]
+        shapes.append(shape_of(kind, path, model, positions, **{"H": 4, "dtype": dtype, **more}))  # type: ignore[arg-type]
     if (kind, path) == ("cuda", "linear"):
         shapes.append(shape_of(kind, path, "Qwen3 1.7B", 8192, 4, dtype))
     return tuple(shapes)
@@ -107,7 +110,8 @@ def cases(kind: str, full: bool) -> Iterator[Case]:
         swept = [provider for provider in PROVIDERS[path] if provider.swept]
         yield from _cases(main, PASSES[path], PROVIDERS[path] if full or kind == "cuda" else swept)
         if kind == "cpu" and not full:
-            swept = [BY_NAME[path][name] for name in ALWAYS if name in BY_NAME[path]]
+            always = ALWAYS_LOGITS if path == "logits" else ALWAYS
+            swept = [BY_NAME[path][name] for name in always if name in BY_NAME[path]]
         for shape in others:
             yield from _cases(shape, (MAIN_PASS[path],), swept)
     if not full:

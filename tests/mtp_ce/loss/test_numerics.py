@@ -79,6 +79,33 @@ def test_vocabulary_entries_of_minus_infinity(compare, draw, dtype, smoothing: f
         assert bool((got.d_logits[0][..., 10][got.stats.live] == 0).all())
 
 
+# What the entries of a row have added, but for every fourth, and the label's logit.
+UNLIKELY = {
+    "masked_vocabulary": (-1e4, 0.0),  # exp underflows to 0
+    "peaked": (0.0, 30.0),
+    "denormal": (0.0, 95.0),  # exp of all but the label is a denormal number
+    "denormal_when_scaled": (0.0, 78.0),  # those are only the gradients
+    "far_below": (-1e35, 0.0),
+}
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "label_smoothing": 0.1}, {"softcap": 200.0}])
+@pytest.mark.parametrize("name", UNLIKELY)
+def test_probabilities_near_the_least_number(compare, draw, name: str, dtype: torch.dtype, options: dict) -> None:
+    """Exponentials that underflow beside some that do not; a masked entry's gradient is exactly 0."""
+    added, peak = UNLIKELY[name]
+    V, masked = 300, torch.arange(300) % 4 != 0
+    logits, labels = draw.normal(1, 5, 2, V, scale=3), draw.integers(V // 4, 1, 5) * 4
+    logits[..., masked.to(logits.device)] += added
+    for h in range(2):
+        logits[0, torch.arange(4 - h), h, labels[0, 1 + h :]] += peak
+    got = compare(logits.to(dtype), labels, draw.uniform(1, 5), **options)
+    if added and not options:
+        assert bool((got.d_logits[0][..., masked.to(logits.device)] == 0).all())
+
+
 def test_a_label_of_minus_infinity_costs_infinity(compare, draw) -> None:
     """And its gradient is still p - 1 = -1 on the label: what torch says."""
     logits = draw.normal(1, 3, 1, 40)

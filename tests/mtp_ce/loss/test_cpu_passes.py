@@ -1,0 +1,115 @@
+"""The CPU path's operations: how often it passes over the logits, and how many calls a few rows cost.
+
+A pass costs time in proportion to the vocabulary, a call some microseconds: both are counted, since no time on a shared
+machine would hold what a change gained.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.ops import cpu
+from mtp_ce.options import LossInputs, LossOptions
+
+B, S, H, V = 1, 4, 1, 4096  # one block
+
+
+class Calls(TorchDispatchMode):
+    """Names of all operations, in order, and of those that take or return a tensor of V columns; views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.passes: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            name = func.overloadpacket.__name__
+            self.names.append(name)
+            leaves = tree_leaves((args, kwargs, result))
+            if any(isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == V for x in leaves):
+                self.passes.append(name)
+        return result
+
+
+def calls_of(run: Callable[[], Any]) -> Calls:
+    with Calls() as calls:
+        run()
+    return calls
+
+
+def step(dtype: torch.dtype, *, inplace: bool, rows: int = S, peak: float = 0.0) -> tuple[Calls, Calls]:
+    """Operations of a forward and a backward; `peak` is added to an entry of each row."""
+    logits = torch.randn(B, rows, H, V, dtype=dtype)
+    logits[..., 7] += peak
+    inputs, given = LossInputs(torch.randint(V, (B, rows)), torch.rand(B, rows)), LossOptions(shift=0)
+    heads = list(logits.unbind(2))
+    d_heads = heads if inplace else [torch.empty_like(x) for x in heads]
+    results: list[Any] = []
+
+    def forward() -> None:
+        results.append(cpu.forward(heads, inputs, given, with_top1=False, with_d_weights=False))
+        results.append(cpu.mean(results[0].out, results[0].valid, None, given)[1])
+
+    def backward() -> None:
+        d_loss = torch.ones(B, rows)
+        cpu.backward(d_loss, heads, d_heads, inputs, given, results[0].row_max, results[0].log_sum, results[1])
+
+    return calls_of(forward), calls_of(backward)
+
+
+LABEL = {"gather", "scatter_add_"}  # of one column
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_passes_over_a_block(dtype: torch.dtype, inplace: bool) -> None:
+    """No pass more than these; above all no exp, which is slow where it underflows."""
+    forward, backward = ([name for name in calls.passes if name not in LABEL] for calls in step(dtype, inplace=inplace))
+    assert forward == ["copy_", "amax", "sub_", "mul_", "exp2_", "sum"]
+    if dtype == torch.float32:  # read once, written where the gradient stays
+        assert backward == ["sub", "mul_", "exp2_", "mul_"]
+    else:
+        assert backward == ["copy_", "sub_", "mul_", "exp2_", "mul_", "copy_"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_passes_over_a_block_of_the_linear_path(dtype: torch.dtype) -> None:
+    """As a forward and a backward, with one exp2."""
+    logits, column = torch.randn(S, V, dtype=dtype), [torch.empty(S) for _ in range(3)]
+    rows = Rows(torch.randint(V, (S,), dtype=torch.int32), torch.rand(S) + 0.1, torch.ones(S, dtype=torch.bool))
+    results = RowResults(*column, None)
+    calls = calls_of(lambda: cpu.forward_backward(logits, rows, results, LossOptions(), gradient=True))
+    passes = [name for name in calls.passes if name not in LABEL]
+    between = ["amax", "sub_", "mul_", "exp2_", "sum", "mul_"]
+    assert passes == (between if dtype == torch.float32 else ["copy_", *between, "copy_"])
+
+
+def test_a_sure_row_adds_the_pass_that_flushes_denormal_gradients() -> None:
+    """Multiplying denormal numbers takes 10 times as long: the exponent is cut off before exp2."""
+    _, backward = step(torch.float32, inplace=True, peak=95.0)
+    assert [name for name in backward.passes if name not in LABEL] == ["sub", "mul_", "threshold_", "exp2_", "mul_"]
+
+
+def test_few_rows_cost_few_calls() -> None:
+    """With 32 rows of one head a step is as fast as eager only if little stands around the passes."""
+    forward, backward = step(torch.float32, inplace=True, rows=32)
+    around = len(forward.names) - len(forward.passes), len(backward.names) - len(backward.passes)
+    print(around)
+    assert around[0] <= 45
+    assert around[1] <= 40
+
+
+def test_statistics_cost_no_second_pass_for_top1() -> None:
+    """The maximum and its index come from one pass."""
+    logits = torch.randn(B, S, V)
+    inputs, given = LossInputs(torch.randint(V, (B, S))), LossOptions(shift=0)
+    calls = calls_of(lambda: cpu.forward([logits], inputs, given, with_top1=True, with_d_weights=False))
+    assert [name for name in calls.passes if "max" in name] == ["max"]
