@@ -269,8 +269,8 @@ def _evaluate(
         check_values(inputs, options, shape)
 
     if impl == "reference":
-        layer = [x if x is None else x.to(logits_dtype) for x in (unembed, bias)]
-        logits = [F.linear(head.to(logits_dtype), *layer) for head in split_heads(heads)]
+        unembed, bias = unembed.to(logits_dtype), None if bias is None else bias.to(logits_dtype)
+        logits = [F.linear(head.to(logits_dtype), unembed, bias) for head in split_heads(heads)]
         return reference_loss(logits, inputs, options)
 
     inputs, options = fold_normalizer(inputs, options)

@@ -349,10 +349,10 @@ def run_chunks(
         if d_bias is not None:
             d_bias += z.sum(0, dtype=total_dtype)
         g = z.to(unembed.dtype) if runs or call.with_d_unembed else z
-        for a, b in runs if d_hidden is not None else ():
-            if index is None:
+        for a, b in runs:
+            if d_hidden is not None and index is None:
                 torch.mm(g[a - start : b - start], unembed, out=d_hidden[a:b])
-            else:
+            elif d_hidden is not None and index is not None:
                 d_hidden.index_copy_(0, index[a:b], torch.mm(g[a - start : b - start], unembed))
         if d_unembed is not None:
             moves = chunk_rows.coefficient != 0
