@@ -69,45 +69,21 @@ class BackwardSettings(NamedTuple):
 
 
 @triton.jit
-def probability_gradient(x, factors, SETTINGS: tl.constexpr):
-    """d loss / d z of logits x where no label is, and z; fp32."""
-    row_max, log2_sum, scale, uniform, _on_label, softcap = factors
+def logit_gradient(x, offs_v, label, may_hold_label, factors, SETTINGS: tl.constexpr):
+    """d loss / d x for logits x at entries offs_v, which count from where `label` counts; fp32."""
+    row_max, log2_sum, scale, uniform, on_label, softcap = factors
     z = x
     if SETTINGS.HAS_SOFTCAP:
         z = soft_cap(x, softcap)
     dz = scale * tl.exp2((z - row_max) * LOG2_E - log2_sum)
     if not SETTINGS.PLAIN:
         dz -= uniform
-    return dz, z
-
-
-@triton.jit
-def through_softcap(dz, z, softcap, SETTINGS: tl.constexpr):
-    """d loss / d x from d loss / d z."""
+    if may_hold_label:
+        dz = tl.where(offs_v == label, dz - on_label, dz)
     if SETTINGS.HAS_SOFTCAP:
         slope = z * (1.0 / softcap)
         dz = dz * (1.0 - slope * slope)
     return dz
-
-
-@triton.jit
-def gradient_tile(row, grad_row, start, last, label_offset, factors, SETTINGS: tl.constexpr):
-    """Write the gradient of one tile of the body, of its part before `last`."""
-    STRIPS: tl.constexpr = SETTINGS.STRIPS
-    THREADS: tl.constexpr = SETTINGS.THREADS
-    VEC: tl.constexpr = SETTINGS.VEC
-    row_ptr, stride_v = row
-    grad_ptr, stride_gv = grad_row
-    offs_v, offs = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
-    _offs_v, grad_offs = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
-    mask_v = offs_v < last
-    x = tl.load(row_ptr + offs, mask=mask_v, other=0.0, eviction_policy=SETTINGS.EVICTION)
-    dz, z = probability_gradient(widened(x), factors, SETTINGS)
-    # One tile of the row holds the label: the only one that pays for the search.
-    if (label_offset >= start) & (label_offset < start + STRIPS * THREADS * VEC):
-        dz = tl.where(offs_v == label_offset, dz - factors[4], dz)
-    dx = through_softcap(dz, z, factors[5], SETTINGS).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + grad_offs, dx, mask=mask_v, eviction_policy=SETTINGS.EVICTION)
 
 
 @triton.jit
@@ -143,22 +119,27 @@ def write_row_gradient(
         # With other boundaries the stores at the loads' offsets are not aligned, and stay narrow.
         if SETTINGS.SAME_ALIGNMENT:
             grad_body_ptr = vector_ptr(grad_body_ptr)
-    body_row = body_ptr, stride_v
-    grad_body_row = grad_body_ptr, stride_gv
+    label_offset = label - lead
+    factors = row_max, log2_sum, scale, uniform, on_label, softcap
 
     if g != 0.0:
-        factors = row_max, log2_sum, scale, uniform, on_label, softcap
         for start_ in range(first, last, TILE):
             start = start_
             if SETTINGS.REVERSE:
                 start = first + (last - first - 1) // TILE * TILE - (start_ - first)
-            gradient_tile(body_row, grad_body_row, start, last, label - lead, factors, SETTINGS)
+            offs_v, offs = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
+            _offs_v, grad_offs = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
+            mask_v = offs_v < last
+            x = tl.load(body_ptr + offs, mask=mask_v, other=0.0, eviction_policy=SETTINGS.EVICTION)
+            # One tile of the row holds the label: the only one that pays for the search.
+            in_tile = (label_offset >= start) & (label_offset < start + TILE)
+            dx = logit_gradient(widened(x), offs_v, label_offset, in_tile, factors, SETTINGS)
+            dx = dx.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_body_ptr + grad_offs, dx, mask=mask_v, eviction_policy=SETTINGS.EVICTION)
         if HAS_EDGES:
             offs_e = edge_offsets(lead, body, V, VEC)
             x = tl.load(row_ptr + offs_e, mask=offs_e < edges_end, other=0.0).to(tl.float32)
-            dz, z = probability_gradient(x, factors, SETTINGS)
-            dz = tl.where(offs_e == label, dz - on_label, dz)
-            dx = through_softcap(dz, z, softcap, SETTINGS)
+            dx = logit_gradient(x, offs_e, label, True, factors, SETTINGS)
             tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < edges_end)
     else:
         for start in range(first, last, TILE):

@@ -155,9 +155,9 @@ def edge_offsets(lead, body, V, VEC: tl.constexpr):
 @triton.jit
 def soft_cap(z, cap):
     """cap * tanh(z / cap), good to 4 ulp everywhere; NaN for NaN."""
-    # tanh(y) = y N(y^2) / sqrt(D(y^2)), minimax of the relative error (8e-8) for |y| <= 8, beyond which fp32 has tanh(8).
-    # An exponential and a reciprocal take fewer instructions, but one special function more, of which there are few a
-    # clock, and cancel near 0, where most logits lie. No libdevice: every target runs the same code.
+    # tanh(y) = y N(y^2) / sqrt(D(y^2)), minimax of the relative error (8e-8) for |y| <= 8, beyond which tanh(8) is 1 to
+    # 4 ulp. An exponential and a reciprocal take fewer instructions, but one special function more, which bind, and
+    # cancel near 0, where most logits lie. No libdevice: every target runs the same code.
     y = tl.clamp(z * (1.0 / cap), -8.0, 8.0, propagate_nan=tl.PropagateNan.ALL)
     y2 = y * y
     numerator = (0.0032213066 * cap) * y2 + 0.132842721 * cap

@@ -29,9 +29,8 @@ def compiled(request):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # benchmarks/ is not installed.
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    run = subprocess.run(
-        [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", __file__, request.param], env=env, capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", __file__, request.param]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 
