@@ -32,6 +32,7 @@ import triton
 from benchmarks import report, results, sass
 from benchmarks.compiled import PLAIN, Launch, compiling, launch_chunk, launch_logits
 from mtp_ce.kernels import backward, forward, forward_backward
+from mtp_ce.kernels.tiles import FIRST_LOADS
 
 WRITTEN = ("sm_90", "sm_100")
 LOG = results.ROOT / "benchmarks" / "LOG.md"
@@ -43,8 +44,6 @@ WARP = 32
 SCHEDULERS = 4
 MUFU_LANES = 16
 ALU_LANES = 64
-# Dependent loads of a program before its first logits: labels, weights, what backward reads of the row.
-FIRST_LOADS = 3
 
 
 class Gpu(NamedTuple):
