@@ -336,8 +336,9 @@ def main(arguments: list[str]) -> None:
     """Print the table of a target, or write those of `WRITTEN` to the log's sections of this Triton."""
     if arguments == ["--write"]:
         for target in WRITTEN:
-            page, name = LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}-{target}"
-            LOG.write_text(report.replaced(page, name, "\n".join([*section(target), ""])), encoding="utf-8")
+            table = "\n".join([*section(target), ""])
+            page = report.replaced(LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}-{target}", table)
+            LOG.write_text(page, encoding="utf-8")
     else:
         print(*section(*arguments or ["sm_90"]), sep="\n")
 
