@@ -23,8 +23,8 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
-# Programs that a multiprocessor is taken to hold at once. Backward's are as many, forward's two or three.
-PROGRAMS_HELD = 8
+# Programs that a multiprocessor is taken to hold at once: backward's where they share rows; forward's are two or three.
+PROGRAMS_HELD = 6
 # Tiles of a split: with fewer a program spends longer on its labels than on its logits.
 LEAST_TILES = 2
 # Loads of a program before its first logits, each waiting for the last: labels, weights, what backward reads of a row.

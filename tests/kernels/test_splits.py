@@ -115,7 +115,7 @@ def test_statistics_of_shared_rows(impl, draw, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7, 19, 64])
-@pytest.mark.parametrize("programs", [1, 63, 256, 500, 1056, 1100, 4224, 10**6])
+@pytest.mark.parametrize("programs", [1, 63, 256, 500, 792, 1100, 3168, 10**6])
 def test_parts_are_whole_tiles_and_none_is_empty(impl, tiles: int, programs: int) -> None:
     """As many as fill 132 multiprocessors, or as the row has room for; one where whole rows fill every wave."""
     count = row_splits(programs, tiles * 4096 - 5, 4096, 132)
@@ -130,7 +130,7 @@ def test_parts_are_whole_tiles_and_none_is_empty(impl, tiles: int, programs: int
 
 
 def test_rows_are_shared_where_whole_ones_would_leave_a_wave_almost_empty(impl) -> None:
-    """1100 positions are 4 % more than 132 multiprocessors hold."""
+    """1100 positions are 1.4 times what 132 multiprocessors hold."""
     tiles = 37  # of backward at V 151936 in bf16
     count = row_splits(1100, tiles * 4096, 4096, 132)
     waves = -(-1100 * count // (PROGRAMS_HELD * 132))
