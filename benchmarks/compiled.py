@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from mtp_ce.kernels import backward, forward, forward_backward, mean, rows, scale
 from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.ops.logits import empty_gradient
 from mtp_ce.options import LossInputs, LossOptions
 
 TARGETS = {
@@ -108,7 +109,7 @@ def launch_logits(
     `changing` reads the numbers of the loss from a tensor.
     """
     B, S = logits.shape[:2]
-    d_logits = torch.empty_like(logits)
+    d_logits = empty_gradient(logits)
     heads, d_heads = (list(x.unbind(2)) if apart else [x] for x in (logits, d_logits))
     tokens, options = torch.zeros(B, S, dtype=torch.int64), LossOptions(weight_alignment="target", **loss)
     terms = torch.ones(4, dtype=torch.float64) if changing else None

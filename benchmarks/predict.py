@@ -1,7 +1,7 @@
 """Predicted times of the kernels on a GPU, from their machine code alone: nothing here is measured.
 
     python -m benchmarks.predict [sm_80 | sm_90 | sm_100]    print the table
-    python -m benchmarks.predict --write                     write that of sm_90 to benchmarks/LOG.md
+    python -m benchmarks.predict --write                     write those of sm_90 and sm_100 to benchmarks/LOG.md
 
 The launchers compile for the target on any machine (compiled.py); grid, tile and constants are those of the launch, and
 instructions, registers and shared memory those of the cubin (sass.py). A program's time on an SM is then the largest of
@@ -20,6 +20,7 @@ kernels' files, and the ceiling is those that must move, over the copy bandwidth
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from math import ceil
 from operator import add
@@ -29,9 +30,11 @@ import torch
 import triton
 
 from benchmarks import report, results, sass
-from benchmarks.compiled import Launch, compiling, launch_chunk, launch_logits
+from benchmarks.compiled import PLAIN, Launch, compiling, launch_chunk, launch_logits
 from mtp_ce.kernels import backward, forward, forward_backward
+from mtp_ce.kernels.tiles import FIRST_LOADS
 
+WRITTEN = ("sm_90", "sm_100")
 LOG = results.ROOT / "benchmarks" / "LOG.md"
 VOCABULARIES = (32000, 50257, 50304, 128256, 151936, 262144)
 DTYPE = torch.bfloat16
@@ -41,8 +44,6 @@ WARP = 32
 SCHEDULERS = 4
 MUFU_LANES = 16
 ALU_LANES = 64
-# Dependent loads of a program before its first logits: labels, weights, what backward reads of the row.
-FIRST_LOADS = 3
 
 
 class Gpu(NamedTuple):
@@ -74,6 +75,14 @@ class Problem(NamedTuple):
     H: int
     V: int
     chunk: bool = False
+    statistics: bool = False  # top1 too
+    softcap: float | None = None
+
+    @property
+    def variant(self) -> str:
+        """What is computed beside the plain loss."""
+        named = {"statistics": self.statistics, f"softcap {self.softcap or 0:g}": self.softcap is not None}
+        return "".join(f", {name}" for name, wanted in named.items() if wanted)
 
     @property
     def rows(self) -> int:
@@ -92,6 +101,13 @@ PROBLEMS = [
     Problem(256, 1, 151936),
     Problem(64, 4, 151936),
     Problem(256, 1, 151936, chunk=True),
+    *(Problem(2048, 4, V, statistics=True) for V in (32000, 151936)),
+    Problem(4096, 1, 151936, chunk=True, statistics=True),
+    # Gemma 2 has this vocabulary and this softcap, but for a few entries.
+    *(Problem(2048, 4, 262144, softcap=30.0, statistics=statistics) for statistics in (False, True)),
+    Problem(4096, 1, 262144, chunk=True, softcap=30.0),
+    # A few more positions than a device holds programs of backward.
+    *(Problem(1100, H, 151936) for H in (1, 4)),
 ]
 
 
@@ -245,10 +261,12 @@ def predictions(target: str, problems: list[Problem]) -> Iterator[Prediction]:
     """Yield a prediction for every kernel with a loop over the vocabulary, on every problem."""
     for problem in problems:
         with compiling(target, GPUS[target].sms) as launched:
+            loss = {**PLAIN, "softcap": problem.softcap}
             if problem.chunk:
-                launch_chunk(problem.S, problem.V, DTYPE)
+                launch_chunk(problem.S, problem.V, DTYPE, loss, extra=problem.statistics)
             else:
-                launch_logits(torch.empty(1, problem.S, problem.H, problem.V, dtype=DTYPE))
+                logits = torch.empty(1, problem.S, problem.H, problem.V, dtype=DTYPE)
+                launch_logits(logits, loss, extra=problem.statistics)
         for launch in launched:
             for case, least, moved in cases(launch.name, problem):
                 used = sass.resources(launch.kernel)
@@ -267,7 +285,7 @@ def table_row(one: Prediction) -> tuple[str, ...]:
     """Return the cells of a line."""
     problem, launch, gpu = one.problem, one.launch, one.gpu
     return (
-        launch.name.removesuffix("_kernel") + (f", {one.case}" if one.case else ""),
+        launch.name.removesuffix("_kernel") + problem.variant + (f", {one.case}" if one.case else ""),
         str(problem.V),
         str(problem.rows) if problem.chunk else f"{problem.S} x {problem.H}",
         f"{launch.programs} x {launch.threads}",
@@ -284,6 +302,18 @@ def table_row(one: Prediction) -> tuple[str, ...]:
     )
 
 
+def launch_microseconds(target: str, calls: int = 200) -> float:
+    """Return the host time of forward, mean and backward, as measured here: the least of `calls`, without a driver."""
+    logits = torch.empty(1, 4, 4, 512, dtype=DTYPE)
+    least = float("inf")
+    with compiling(target, GPUS[target].sms):
+        for _ in range(calls):
+            begun = time.perf_counter()
+            launch_logits(logits)
+            least = min(least, time.perf_counter() - begun)
+    return least * 1e6
+
+
 def section(target: str) -> Iterator[str]:
     """Yield the lines of the table."""
     gpu = GPUS[target]
@@ -294,14 +324,21 @@ def section(target: str) -> Iterator[str]:
         f"{gpu.clock / 1e9:g} GHz, a copy at {gpu.copy_bytes_per_s / 1e12:g} TB/s, {gpu.latency:g} clocks of latency."
     )
     yield ""
+    yield (
+        f"Host time, measured where this was written: {launch_microseconds(target):.0f} us for the launchers of "
+        "forward, mean and backward, with their allocations and Triton's own work, without the driver's."
+    )
+    yield ""
     yield from report.table(HEAD, map(table_row, predictions(target, PROBLEMS)))
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of a target, or write that of sm_90 to the log's section of this Triton."""
+    """Print the table of a target, or write those of `WRITTEN` to the log's sections of this Triton."""
     if arguments == ["--write"]:
-        page, name = LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}"
-        LOG.write_text(report.replaced(page, name, "\n".join([*section("sm_90"), ""])), encoding="utf-8")
+        for target in WRITTEN:
+            table = "\n".join([*section(target), ""])
+            page = report.replaced(LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}-{target}", table)
+            LOG.write_text(page, encoding="utf-8")
     else:
         print(*section(*arguments or ["sm_90"]), sep="\n")
 

@@ -39,6 +39,7 @@ from mtp_ce.kernels.online_softmax import (
     tile_offsets,
     vector_bounds,
     vector_ptr,
+    widened,
 )
 from mtp_ce.kernels.rows import Rule, pack_inputs, pick, row_coefficients, row_rule
 from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, backward_tile, processors, row_splits
@@ -68,28 +69,18 @@ class BackwardSettings(NamedTuple):
 
 
 @triton.jit
-def logit_gradient(
-    x,
-    offs_v,
-    label,
-    row_max,
-    log2_sum,
-    scale,
-    uniform,
-    on_label,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    PLAIN: tl.constexpr,
-):
+def logit_gradient(x, offs_v, label, may_hold_label, factors, SETTINGS: tl.constexpr):
     """d loss / d x for logits x at entries offs_v, which count from where `label` counts; fp32."""
+    row_max, log2_sum, scale, uniform, on_label, softcap = factors
     z = x
-    if HAS_SOFTCAP:
+    if SETTINGS.HAS_SOFTCAP:
         z = soft_cap(x, softcap)
     dz = scale * tl.exp2((z - row_max) * LOG2_E - log2_sum)
-    if not PLAIN:
+    if not SETTINGS.PLAIN:
         dz -= uniform
-    dz = tl.where(offs_v == label, dz - on_label, dz)
-    if HAS_SOFTCAP:
+    if may_hold_label:
+        dz = tl.where(offs_v == label, dz - on_label, dz)
+    if SETTINGS.HAS_SOFTCAP:
         slope = z * (1.0 / softcap)
         dz = dz * (1.0 - slope * slope)
     return dz
@@ -128,6 +119,8 @@ def write_row_gradient(
         # With other boundaries the stores at the loads' offsets are not aligned, and stay narrow.
         if SETTINGS.SAME_ALIGNMENT:
             grad_body_ptr = vector_ptr(grad_body_ptr)
+    label_offset = label - lead
+    factors = row_max, log2_sum, scale, uniform, on_label, softcap
 
     if g != 0.0:
         for start_ in range(first, last, TILE):
@@ -137,38 +130,16 @@ def write_row_gradient(
             offs_v, offs = tile_offsets(start, stride_v, STRIPS, THREADS, VEC)
             _offs_v, grad_offs = tile_offsets(start, stride_gv, STRIPS, THREADS, VEC)
             mask_v = offs_v < last
-            x = tl.load(body_ptr + offs, mask=mask_v, other=0.0, eviction_policy=SETTINGS.EVICTION).to(tl.float32)
-            dx = logit_gradient(
-                x,
-                offs_v,
-                label - lead,
-                row_max,
-                log2_sum,
-                scale,
-                uniform,
-                on_label,
-                softcap,
-                SETTINGS.HAS_SOFTCAP,
-                SETTINGS.PLAIN,
-            )
+            x = tl.load(body_ptr + offs, mask=mask_v, other=0.0, eviction_policy=SETTINGS.EVICTION)
+            # One tile of the row holds the label: the only one that pays for the search.
+            in_tile = (label_offset >= start) & (label_offset < start + TILE)
+            dx = logit_gradient(widened(x), offs_v, label_offset, in_tile, factors, SETTINGS)
             dx = dx.to(grad_ptr.dtype.element_ty)
             tl.store(grad_body_ptr + grad_offs, dx, mask=mask_v, eviction_policy=SETTINGS.EVICTION)
         if HAS_EDGES:
             offs_e = edge_offsets(lead, body, V, VEC)
             x = tl.load(row_ptr + offs_e, mask=offs_e < edges_end, other=0.0).to(tl.float32)
-            dx = logit_gradient(
-                x,
-                offs_e,
-                label,
-                row_max,
-                log2_sum,
-                scale,
-                uniform,
-                on_label,
-                softcap,
-                SETTINGS.HAS_SOFTCAP,
-                SETTINGS.PLAIN,
-            )
+            dx = logit_gradient(x, offs_e, label, True, factors, SETTINGS)
             tl.store(grad_ptr + offs_e, dx.to(grad_ptr.dtype.element_ty), mask=offs_e < edges_end)
     else:
         for start in range(first, last, TILE):
@@ -277,6 +248,7 @@ def launch_backward(
         loss_terms(options, inputs.terms),
         SETTINGS=BackwardSettings(row_rule(options, row_max.shape[-1]), gradient),
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
     )
 
 

@@ -228,7 +228,9 @@ def combine_kernel(
             split_max = tl.load(partial_ptr, mask=mask, other=float("-inf"))
             split_sum = tl.load(partial_ptr + field, mask=mask, other=0.0)
             row_max = tl.max(split_max, axis=0)
-            log_sum = tl.log(tl.sum(split_sum * scaled_exp(split_max, row_max), axis=0))
+            # Materialised before the sum over lanes, as in `online_softmax`; so is the total below.
+            scaled_sum = tl.where(split_max == float("-inf"), 0.0, split_sum * scaled_exp(split_max, row_max))
+            log_sum = tl.log(tl.sum(scaled_sum, axis=0))
             label_logit = tl.sum(tl.load(partial_ptr + 2 * field, mask=mask, other=0.0), axis=0)
             if SETTINGS.SMOOTH:
                 entries = tl.load(partial_ptr + 3 * field, mask=mask, other=0.0)
@@ -236,7 +238,7 @@ def combine_kernel(
                 total = tl.sum(tl.load(partial_ptr + 5 * field, mask=mask, other=0.0), axis=0)
                 # Every split has summed from a base of its own: move all totals to the base of the first.
                 base = tl.sum(tl.where(split == 0, split_base, 0.0), axis=0)
-                total += tl.sum(entries * (split_base - base), axis=0)
+                total += tl.sum(tl.where(mask, entries * (split_base - base), 0.0), axis=0)
                 above_mean = (label_logit - base) - total / V
             if results.top1 is not None:
                 split_argmax = tl.load(partial_ptr + 6 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
@@ -309,6 +311,7 @@ def launch_forward(
         terms,
         SETTINGS=ForwardSettings(rule, softmax, is_plain(options)),
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
     )
     if partials is not None:
         combine_kernel[(B * S,)](
@@ -322,6 +325,7 @@ def launch_forward(
             terms,
             SETTINGS=CombineSettings(rule, is_plain(options), smooth, power_of_2(num_splits)),
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return results
 

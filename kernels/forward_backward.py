@@ -128,6 +128,7 @@ def launch_forward_backward(
         loss_terms(options, terms),
         SETTINGS=ForwardBackwardSettings(softmax, second_pass if gradient else None, is_plain(options)),
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
     )
 
 

@@ -90,5 +90,6 @@ def launch_mean(
         RULE=row_rule(options, H),
         BLOCK_P=1024,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return loss, factor

@@ -246,5 +246,6 @@ def launch_rows(
             options.ignore_index,
             SETTINGS=RowsSettings(row_rule(options, H), with_d_weights),
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return values

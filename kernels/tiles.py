@@ -6,8 +6,8 @@ Shapes     (V, itemsize, warp size) -> Tile
 
 Algorithm  A thread owns VEC neighbours in each of STRIPS strips of a tile: STRIPS independent 128-bit loads in
            flight, and a reduction over strips and vectors never leaves the thread. The number of threads grows with
-           the row, so that a short row does not idle most of them. Where rows are too few to fill the device,
-           several programs share the tiles of a row (split-V).
+           the row, so that a short row does not idle most of them. Where rows are too few to fill the device, or fill
+           a little more than a wave of programs, several programs share the tiles of a row (split-V).
 
 Traffic    None.
 
@@ -23,10 +23,12 @@ import torch
 # CDNA waves are 64 wide; torch.version is a build constant, not a device query.
 WARP_SIZE = 64 if torch.version.hip else 32
 VECTOR_BYTES = 16
-# Programs for each multiprocessor: about as many as it holds at once.
-LEAST_PROGRAMS = 8
+# Programs that a multiprocessor is taken to hold at once: backward's where they share rows; forward's are two or three.
+PROGRAMS_HELD = 6
 # Tiles of a split: with fewer a program spends longer on its labels than on its logits.
 LEAST_TILES = 2
+# Loads of a program before its first logits, each waiting for the last: labels, weights, what backward reads of a row.
+FIRST_LOADS = 3
 
 
 class Tile(NamedTuple):
@@ -76,9 +78,19 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
 def row_splits(programs: int, V: int, tile: int, multiprocessors: int) -> int:
-    """Return how many programs share a row of V logits in tiles of `tile`; 1 where `programs` rows fill the device."""
+    """Return how many programs share a row of V logits in tiles of `tile`, where `programs` would not share any.
+
+    The number with the fewest steps one after the other: waves of programs times the tiles and first loads of one. A
+    wave that is almost empty takes as long as a full one, and so it is left only where its programs are short.
+    """
     tiles = -(-V // tile)
-    most = max(1, min(tiles // LEAST_TILES, -(-LEAST_PROGRAMS * multiprocessors // programs)))
+    held = max(1, PROGRAMS_HELD * multiprocessors)
+
+    def steps(splits: int) -> int:
+        return -(-programs * splits // held) * (-(-tiles // splits) + FIRST_LOADS)
+
+    best = min(range(1, max(1, tiles // LEAST_TILES) + 1), key=steps)
     # Splits of whole tiles, none of them empty.
-    return -(-tiles // -(-tiles // most))
+    return -(-tiles // -(-tiles // best))

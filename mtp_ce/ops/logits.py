@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_ce.kernels.tiles import VECTOR_BYTES
 from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
@@ -138,7 +139,25 @@ def reduce(
     return mean(out, valid, inputs.normalizer, options, inputs.terms)
 
 
-@operator(fake=lambda d_loss, logits, *_: [torch.empty_like(x) for x in logits])
+def empty_gradient(x: Tensor) -> Tensor:
+    """Return memory for a gradient whose rows stand against 16-byte boundaries as those of the logits do.
+
+    Kernels then load and store whole vectors at the same offsets. torch.empty_like packs the rows of a sliced
+    vocabulary (`logits[..., :50257]` of 50304), so that each of them would stand differently.
+    """
+    unit = VECTOR_BYTES // x.element_size()
+    lead = x.storage_offset() % unit
+    if x.stride(-1) != 1 or (lead == 0 and x.is_contiguous()):
+        return torch.empty_like(x)
+    strides, extent = list(x.stride()), x.shape[-1]
+    # The order of the dimensions in memory is kept; between rows stand fewer elements than a vector has.
+    for d in sorted(range(x.dim() - 1), key=strides.__getitem__):
+        strides[d] = extent + (strides[d] - extent) % unit
+        extent = strides[d] * x.shape[d]
+    return x.new_empty(lead + extent).as_strided(x.shape, strides, lead)
+
+
+@operator(fake=lambda d_loss, logits, *_: [empty_gradient(x) for x in logits])
 def logits_backward(
     d_loss: Tensor,  # [] or [B, S]
     logits: list[Tensor],
@@ -149,8 +168,8 @@ def logits_backward(
     factor: Tensor,
     impl: str,
 ) -> list[Tensor]:
-    """Return d loss / d logits, shaped like the logits."""
-    d_logits = [torch.empty_like(x) for x in logits]
+    """Return d loss / d logits, shaped and aligned like the logits."""
+    d_logits = [empty_gradient(x) for x in logits]
     _write_gradient(d_loss, logits, d_logits, inputs, options, (row_max, log_sum, factor), impl)
     return d_logits
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_ce import weighted_mtp_ce
 from mtp_ce.kernels import backward, forward
-from mtp_ce.kernels.tiles import LEAST_PROGRAMS, LEAST_TILES, row_splits
+from mtp_ce.kernels.tiles import LEAST_TILES, PROGRAMS_HELD, row_splits
 
 pytestmark = pytest.mark.parametrize("impl", ["triton"])
 # Of tiles of 4096 fp32 elements or 8192 bf16 ones: parts of unequal length, and an odd row at every alignment.
@@ -115,12 +115,23 @@ def test_statistics_of_shared_rows(impl, draw, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7, 19, 64])
-@pytest.mark.parametrize("programs", [1, 63, 500, 4223, 4224, 10**6])
+@pytest.mark.parametrize("programs", [1, 63, 256, 500, 792, 1100, 3168, 10**6])
 def test_parts_are_whole_tiles_and_none_is_empty(impl, tiles: int, programs: int) -> None:
-    """As many as fill 132 multiprocessors, or as the row has room for."""
+    """As many as fill 132 multiprocessors, or as the row has room for; one where whole rows fill every wave."""
     count = row_splits(programs, tiles * 4096 - 5, 4096, 132)
     each = -(-tiles // count)
     assert 1 <= count <= max(1, tiles // LEAST_TILES)
     assert each * (count - 1) < tiles <= each * count
-    if programs >= LEAST_PROGRAMS * 132:
+    held = PROGRAMS_HELD * 132
+    if programs % held == 0:
         assert count == 1
+    # Sharing never makes more steps, one after the other, than whole rows.
+    assert -(-programs * count // held) * each <= -(-programs // held) * tiles
+
+
+def test_rows_are_shared_where_whole_ones_would_leave_a_wave_almost_empty(impl) -> None:
+    """1100 positions are 1.4 times what 132 multiprocessors hold."""
+    tiles = 37  # of backward at V 151936 in bf16
+    count = row_splits(1100, tiles * 4096, 4096, 132)
+    waves = -(-1100 * count // (PROGRAMS_HELD * 132))
+    assert waves * -(-tiles // count) < 0.8 * 2 * tiles

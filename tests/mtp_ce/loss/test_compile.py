@@ -150,6 +150,7 @@ CHECKED: dict[str, dict[str, Any]] = {
     "list_of_half": {"listed": True, "dtype": torch.bfloat16},
     "target": {"target": True, "reduction": "sum"},
     "no_weights": {"weights": False},
+    "sliced": {"sliced": True, "dtype": torch.bfloat16},
     "empty": {"positions": 0},
 }
 
@@ -158,6 +159,8 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
     """Arguments of the loss, its forward, the two backward operators of the logits, and that of the weights."""
     positions = case.get("positions", 3)
     logits = draw.normal(1, positions, 2, 9, dtype=case.get("dtype", torch.float32))
+    if case.get("sliced"):
+        logits = torch.nn.functional.pad(logits, (3, 4))[..., 3:12]
     given = [x.contiguous() for x in logits.unbind(2)] if case.get("listed") else [logits]
     labels = draw.integers(9, 1, positions)
     weights = draw.uniform(1, positions) if case.get("weights", True) else None

@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 
 from mtp_ce import weighted_mtp_ce
+from mtp_ce.kernels.backward import same_alignment
+from mtp_ce.kernels.online_softmax import pack_heads
+from mtp_ce.ops.logits import empty_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,6 +120,40 @@ def shifted(draw, dtype: torch.dtype, past: int, width: int, V: int) -> Tensor:
     return memory[past:].view(1, 4, 1, width)[..., :V]
 
 
+MEMORY_SHAPE = (2, 4, 3, 1001)
+
+
+def memory_layouts(new) -> dict[str, Tensor]:
+    """Logits [B,S,H,V] of every kind of memory, made by new(*shape)."""
+    B, S, H, V = MEMORY_SHAPE
+    return {
+        "contiguous": new(B, S, H, V),
+        "heads_first": new(H, B, S, V).permute(1, 2, 0, 3),
+        "padded": new(B, S, H, V + 7)[..., :V],
+        "padded_heads_first": new(H, B, S, V + 7).permute(1, 2, 0, 3)[..., :V],
+        "without_first_entries": new(B, S, H, V + 3)[..., 3:],
+        "past_a_boundary": new(B * S * H * V + 5)[5:].view(B, S, H, V),
+        "every_other_position": new(B, 2 * S, H, V)[:, 1::2],
+        "expanded_over_heads": new(B, S, 1, V).expand(B, S, H, V),
+        "expanded_over_the_batch": new(1, S, H, V + 3)[..., 2:-1].expand(B, S, H, V),
+        "one_head": new(B, S, V + 1)[:, :, None, 1:].expand(B, S, H, V),
+    }
+
+
+def test_the_gradient_stands_against_16_bytes_as_the_logits_do() -> None:
+    """So that every row is loaded and stored in the same whole vectors; in rows of its own, hardly further apart."""
+    B, S, H, _ = MEMORY_SHAPE
+    for name, logits in memory_layouts(lambda *shape: torch.zeros(shape, dtype=torch.bfloat16)).items():
+        gradient = empty_gradient(logits)
+        assert gradient.shape == logits.shape, name
+        assert same_alignment(pack_heads([logits]), pack_heads([gradient]), 8), name
+        numbered = torch.arange(logits.numel()).view(logits.shape) % 256  # exact in bf16
+        assert torch.equal(gradient.copy_(numbered), numbered), name
+        assert gradient.untyped_storage().nbytes() <= 2 * logits.numel() + 16 * (B * S * H + B * S + B + 1), name
+        if name in ("contiguous", "heads_first"):
+            assert gradient.stride() == logits.stride(), name
+
+
 ALIGNMENTS = [(torch.float32, past) for past in range(4)] + [(torch.bfloat16, past) for past in range(8)]
 ROWS = [(507, 507), (520, 512), (1030, 1029)]
 
@@ -127,7 +164,7 @@ ROWS = [(507, 507), (520, 512), (1030, 1029)]
 def test_rows_at_every_alignment(draw, compare, dtype, past: int, width: int, V: int) -> None:
     """Bases at every place against 16 bytes, odd and even row strides; labels in the first and last elements.
 
-    A row is cut in front edge, body of whole vectors and back edge; the gradient, contiguous, is cut otherwise.
+    A row is cut in front edge, body of whole vectors and back edge.
     """
     labels = torch.tensor([[0, V - 1, 2, V - 2]], device=draw.integers(1, 1).device)
     options = {"z_loss": 0.01 * (past % 2), "label_smoothing": 0.1 * (past // 2 % 2)}

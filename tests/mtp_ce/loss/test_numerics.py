@@ -61,6 +61,17 @@ def test_a_softcap_near_zero_logits_keeps_their_digits(compare, draw) -> None:
     compare(draw.normal(1, 4, 2, 300, scale=1.0), draw.integers(300, 1, 4), softcap=1.8)
 
 
+@pytest.mark.parametrize("impl", ["triton"])  # the others call torch's tanh
+def test_a_softcap_keeps_the_digits_of_every_logit(impl, device) -> None:
+    """Relative error of c tanh(x/c) from 1e-30 to far beyond the cap: the log-sum-exp over one entry is its logit."""
+    sizes = torch.logspace(-30, 5, 36, device=device)
+    logits = torch.cat([sizes, -torch.linspace(1, 300, 24, device=device)]).view(1, -1, 1, 1)
+    labels = torch.zeros(logits.shape[:2], dtype=torch.int64, device=device)
+    _, stats = weighted_mtp_ce(logits, labels, shift=0, softcap=30.0, impl=impl, return_stats=True)
+    exact = 30 * torch.tanh(logits.double() / 30).flatten()
+    assert float((stats.lse.double().flatten() / exact - 1).abs().max()) < 5 * 2**-23
+
+
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
