@@ -149,6 +149,7 @@ def test_ranks_that_refuse_a_step_leave_when_the_first_has_said_so_everywhere(sm
     assert all(run.data.tags["stop.value"] in ("nan", "inf") for run in runs)
 
 
+@pytest.mark.slow  # torchrun, which it starts, is what the other tests start
 def test_accelerate_launch_trains_as_one_process_does(recipe, alone, same_training, tmp_path):
     """--multi_gpu makes it start torchrun, also where there is no GPU."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

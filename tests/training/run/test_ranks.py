@@ -253,15 +253,25 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def trained() -> dict[tuple[str, ...], Path]:
+    """Finished runs of one process by their overrides: several tests compare with the same one."""
+    return {}
+
+
 @pytest.fixture
-def alone(small, tmp_path, monkeypatch):
-    """Train in this process, with the overrides given; gives the folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def alone(small, trained, tmp_path_factory, monkeypatch):
+    """Train in this process, with the overrides given; gives the folder, which no test may change."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
     def run(overrides: list[str], folder: Path | None = None) -> Path:
-        folder = folder or tmp_path / "alone"
-        pipeline.train(small([*COMMON, *overrides]), folder, Console(quiet=True), resume=folder.exists())
-        return folder
+        if folder is None and tuple(overrides) in trained:
+            return trained[tuple(overrides)]
+        output = folder or tmp_path_factory.mktemp("alone") / "run"
+        pipeline.train(small([*COMMON, *overrides]), output, Console(quiet=True), resume=output.exists())
+        if folder is None:
+            trained[tuple(overrides)] = output
+        return output
 
     return run
 
