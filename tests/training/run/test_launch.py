@@ -131,6 +131,7 @@ def test_workers_that_torchrun_starts_again_go_on_with_the_run_they_began(recipe
     same_training(alone, folder, steps=5)
 
 
+@pytest.mark.slow  # tests/training/run/test_ranks.py refuses a step on two ranks without a tracker
 def test_ranks_that_refuse_a_step_leave_when_the_first_has_said_so_everywhere(small, finished_run, tmp_path):
     options = ["optimizer.lr=1e30", "tracking.kind=mlflow", f"tracking.uri={finished_run.database}"]
     (tmp_path / "slow.py").write_text(SLOW)
