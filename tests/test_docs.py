@@ -39,6 +39,8 @@ def test_the_tables_of_drafting_are_those_of_its_results_file():
     found = json.loads((ROOT / "docs" / "drafting.json").read_text(encoding="utf-8"))
     assert shown == "\n\n".join(f"{name}\n\n{length_table(one)}" for name, one in found.items())
     assert {len(one["seeds"]) for one in found.values()} == {3}
+    small = [one for name, one in found.items() if "SmolLM2" not in name]
+    assert len({(one["steps"], one["tokens_per_step"]) for one in small}) == 1, "the same budget for both targets"
     served = found["`targets: text`, SmolLM2-135M-Instruct"]
     changes = (spread(differences(served, arm, VLLM), "+") for arm in ("draft_rejection", "shuffled", "random_matched"))
     uniform = [result[VLLM] for result in served["results"]["uniform"]]
