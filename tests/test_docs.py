@@ -13,13 +13,14 @@ import pytest
 from pydantic import BaseModel, Field
 
 from mtp_ce.training.config.scorers.table import SCORERS
-from mtp_ce.training.report.comparison import comparison_table, length_table
+from mtp_ce.training.report.comparison import comparison_table, differences, length_table, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("recipe_docs", ROOT / "scripts" / "recipe_docs.py")
 recipe_docs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(recipe_docs)
 
+VLLM = "vllm/accepted_length"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,6 +39,15 @@ def test_the_tables_of_drafting_are_those_of_its_results_file():
     found = json.loads((ROOT / "docs" / "drafting.json").read_text(encoding="utf-8"))
     assert shown == "\n\n".join(f"{name}\n\n{length_table(one)}" for name, one in found.items())
     assert {len(one["seeds"]) for one in found.values()} == {3}
+    small = [one for name, one in found.items() if "SmolLM2" not in name]
+    assert len({(one["steps"], one["tokens_per_step"]) for one in small}) == 1, "the same budget for both targets"
+    served = found["`targets: text`, SmolLM2-135M-Instruct"]
+    changes = (spread(differences(served, arm, VLLM), "+") for arm in ("draft_rejection", "shuffled", "random_matched"))
+    uniform = [result[VLLM] for result in served["results"]["uniform"]]
+    assert f"| mean accepted length | {spread(uniform)} | {' | '.join(changes)} |\n" in page
+    for result in (result for results in served["results"].values() for result in results):
+        accepted = sum(result[f"vllm/accepted_{position}"] for position in (1, 2, 3))
+        assert result[VLLM] == 1 + accepted / result["vllm/drafts"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

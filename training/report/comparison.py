@@ -59,8 +59,8 @@ def comparison_table(comparison: dict[str, Any]) -> str:
         for h in range(heads):
             metric = f"{side}/ce_head_{h}"
             cells = [
-                _spread(_levels(comparison, baseline, metric)),
-                *(_spread(differences(comparison, arm, metric), "+") for arm in arms),
+                spread(_levels(comparison, baseline, metric)),
+                *(spread(differences(comparison, arm, metric), "+") for arm in arms),
             ]
             where = "all" if side == "val" else side
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
@@ -85,8 +85,8 @@ def length_table(comparison: dict[str, Any]) -> str:
         "| --- | ---: |" + " ---: |" * len(arms),
     ]
     for metric, where in ((LENGTH, "greedy text of the model"), (ESTIMATE, "held-out text, 1 + agree")):
-        changes = (_spread(differences(comparison, arm, metric), "+") for arm in arms)
-        lines.append(f"| {where} | {_spread(_levels(comparison, baseline, metric))} | " + " | ".join(changes) + " |")
+        changes = (spread(differences(comparison, arm, metric), "+") for arm in arms)
+        lines.append(f"| {where} | {spread(_levels(comparison, baseline, metric))} | " + " | ".join(changes) + " |")
     return "\n".join(lines)
 
 
@@ -121,8 +121,9 @@ def _draw(comparison: dict[str, Any], picture: Path) -> None:
     figure.savefig(picture)
 
 
-def _spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float], sign: str = "") -> str:
+    """Format the mean of one number for each seed, with their standard deviation."""
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.3f}{spread}"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.3f}{deviation}"
