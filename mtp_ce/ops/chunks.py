@@ -101,7 +101,7 @@ def chunks(matrices: list[Tensor], index: Tensor | None, size: int) -> Iterator[
     """Yield the rows of matrices [rows, D] one after the other, or those of index among them, `size` at a time."""
     if index is not None:
         whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        for rows in index.split(size):
+        for rows in index.split(size) if len(index) else ():  # split of no rows is one part of none
             yield whole.index_select(0, rows)
         return
     pending: list[Tensor] = []

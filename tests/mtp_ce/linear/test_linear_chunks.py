@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mtp_ce import token_ce, weighted_mtp_linear_ce
+from mtp_ce.ops.chunks import chunks
 
 B, S, H, D, V = 2, 7, 3, 16, 61
 N = B * S * H
@@ -52,6 +53,11 @@ def test_gradients_of_chunks_of_any_size_err_as_little_as_those_of_one(compare, 
         hidden, labels, weights, unembed=unembed, bias=draw.normal(V, dtype=dtype),
         chunk_bytes=rows * V * dtype.itemsize + dtype.itemsize - 1,
     )  # fmt: skip
+
+
+def test_no_selected_row_is_no_chunk() -> None:
+    """Not a chunk without rows, which has no maximum."""
+    assert list(chunks([torch.ones(3, D)], torch.empty(0, dtype=torch.int64), 2)) == []
 
 
 DROPS = ["auto", True, False, "exact", "one_more", N, 10 * N]

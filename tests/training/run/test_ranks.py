@@ -21,6 +21,7 @@ from rich.console import Console
 from torch.distributed import HashStore
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from mtp_ce.hf import head_loss
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.cli import train as cli
 from mtp_ce.training.config.schema import Recipe
@@ -459,13 +460,13 @@ def test_bf16_rounds_neither_the_weights_nor_what_the_loss_is_divided_by(small, 
     tokens = torch.randint(recipe.data.vocab_size, (2, 16))
     weights, positions = 1 + torch.arange(32).view(2, 16) / 4096, torch.tensor(257.0)
     given = []
-    usual = MTPWrapper._loss
+    usual = head_loss._linear
 
-    def spy(self, hidden, output, inputs, options):
+    def spy(output, call, hidden, inputs, options):
         given.append((hidden[0].dtype, output.weight.dtype, inputs.token_weights, inputs.normalizer))
-        return usual(self, hidden, output, inputs, options)
+        return usual(output, call, hidden, inputs, options)
 
-    monkeypatch.setattr(MTPWrapper, "_loss", spy)
+    monkeypatch.setattr(head_loss, "_linear", spy)
     with join_ranks(torch.device("cpu"), recipe.train) as ranks:
         ranks.shard(model, recipe.train)
         model(tokens, labels=tokens, token_weights=weights, num_items_in_batch=positions).loss.backward()
