@@ -27,9 +27,11 @@ import triton.language as tl
 from mtp_ce.kernels.online_softmax import (
     LOG2_E,
     Heads,
+    all_entries,
     edge_offsets,
     is_plain,
     loss_terms,
+    own_label,
     pack_heads,
     row_layout,
     row_of,
@@ -43,7 +45,7 @@ from mtp_ce.kernels.online_softmax import (
 )
 from mtp_ce.kernels.rows import Rule, pack_inputs, pick, row_coefficients, row_rule
 from mtp_ce.kernels.tiles import VECTOR_BYTES, WARP_SIZE, backward_tile, processors, row_splits
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 
 class GradientSettings(NamedTuple):
@@ -108,7 +110,7 @@ def write_row_gradient(
     if not SETTINGS.PLAIN:
         smoothing = term(terms.label_smoothing, terms.changing, 3)
         scale = g * (1.0 + 2.0 * term(terms.z_loss, terms.changing, 2) * (row_max + log_sum))
-        uniform = g * smoothing / V
+        uniform = g * smoothing / all_entries(V, terms)
         on_label = g * (1.0 - smoothing)
     lead, body = vector_bounds(row_ptr, V, VEC, ALIGNED)
     first, last, edges_end = split_bounds(body, V, split, num_splits, SETTINGS.SPLIT, TILE, VEC)
@@ -180,7 +182,10 @@ def backward_kernel(
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, _valid, _head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, S, V, ignore_index, RULE)
+    label, _valid, _head_coefficient, coefficient = row_coefficients(
+        rows, b, t, offs_h, S, all_entries(V, terms), ignore_index, RULE
+    )
+    label = own_label(label, V, terms)
     upstream = tl.load(d_loss_ptr + b * stride_ub + t * stride_us).to(tl.float32) * tl.load(factor_ptr)
 
     for h in tl.static_range(H):
@@ -213,9 +218,12 @@ def launch_backward(
     row_max: torch.Tensor,  # [B, S, H]
     log_sum: torch.Tensor,  # [B, S, H]
     factor: torch.Tensor,  # []
+    shard: VocabShard | None = None,
 ) -> None:
     """Write the gradient of every logit into d_logits."""
     B, S, *_, V = logits[0].shape
+    if V == 0:  # of a rank without entries
+        return
     heads, d_heads = pack_heads(logits), pack_heads(d_logits)
     aligned, vec = row_layout(heads, d_heads)
     tile = backward_tile(V, logits[0].element_size(), WARP_SIZE)
@@ -245,7 +253,7 @@ def launch_backward(
         S,
         V,
         options.ignore_index,
-        loss_terms(options, inputs.terms),
+        loss_terms(options, inputs.terms, shard),
         SETTINGS=BackwardSettings(row_rule(options, row_max.shape[-1]), gradient),
         num_warps=tile.num_warps,
         enable_fp_fusion=True,

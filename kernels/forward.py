@@ -12,7 +12,8 @@ Shapes     heads: logits of any strides, as in online_softmax.py; rows as in row
 Algorithm  One program owns a position. It computes its coefficients from H labels, then runs the online softmax of
            each head that counts. A row that is masked, or whose coefficient is 0, is not read (where d_row_weights
            are wanted: whose head coefficient is 0). Where positions are too few to fill the device, `num_splits`
-           programs share one, each with a range of every row's tiles; `combine_kernel` reduces their partial results.
+           programs share one, each with a range of every row's tiles; `combine_kernel` reduces their partial results,
+           or those of all ranks where the vocabulary is sharded.
 
 Traffic    valid rows * V * itemsize read once; 4 + 13 H bytes and more a position written. See `traffic`.
 
@@ -20,6 +21,7 @@ Numerics   Every sum in fp32. The maximum and the log of the sum are kept apart:
            and with it the gradient. A row of -inf everywhere has lse = -inf. A label outside [0, V) gives NaN.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,9 +31,11 @@ import triton.language as tl
 from mtp_ce.kernels.online_softmax import (
     INT32_MAX,
     SoftmaxSettings,
+    all_entries,
     is_plain,
     loss_terms,
     online_softmax,
+    own_label,
     pack_heads,
     row_layout,
     row_of,
@@ -39,14 +43,13 @@ from mtp_ce.kernels.online_softmax import (
     smoothing_loss,
     term,
 )
-from mtp_ce.kernels.results import ForwardResults
+from mtp_ce.kernels.results import ForwardResults, Partials
 from mtp_ce.kernels.rows import Rule, pack_inputs, pick, power_of_2, row_coefficients, row_rule
 from mtp_ce.kernels.tiles import WARP_SIZE, forward_tile, processors, row_splits
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
-# Partial results of one split for `combine_kernel`, a float each: maximum, sum, label logit, entries, base, total, and
-# argmax bit for bit.
-NUM_PARTIALS = 7
+# Partial results of one split, or one rank, for `combine_partials`.
+NUM_PARTIALS = len(Partials._fields)
 
 
 class ForwardSettings(NamedTuple):
@@ -109,6 +112,55 @@ def write_row_results(
 
 
 @triton.jit
+def store_partials(partial_ptr, field, partials, terms, SETTINGS: tl.constexpr):
+    """Write the partial results of `online_softmax`, `field` elements apart."""
+    row_max, row_sum, label_logit, entries, base, total, argmax = partials
+    tl.store(partial_ptr, row_max)
+    tl.store(partial_ptr + field, row_sum)
+    tl.store(partial_ptr + 2 * field, label_logit)
+    if SETTINGS.SMOOTH:
+        tl.store(partial_ptr + 3 * field, entries.to(tl.float32))
+        tl.store(partial_ptr + 4 * field, base)
+        tl.store(partial_ptr + 5 * field, total)
+    if SETTINGS.TOP1:
+        if terms.vocab_start is not None:
+            argmax += terms.vocab_start
+        tl.store(partial_ptr + 6 * field, argmax.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def combine_partials(
+    partial_ptr, field, num_splits, V, SMOOTH: tl.constexpr, TOP1: tl.constexpr, SPLIT_BLOCK: tl.constexpr
+):
+    """Maximum, log of the sum, label logit, label logit above the mean, argmax of a row from its partial results."""
+    split = tl.arange(0, SPLIT_BLOCK)
+    partial_ptr += split
+    mask = split < num_splits
+    split_max = tl.load(partial_ptr, mask=mask, other=float("-inf"))
+    split_sum = tl.load(partial_ptr + field, mask=mask, other=0.0)
+    row_max = tl.max(split_max, axis=0)
+    # Materialised before the sum over lanes, as in `online_softmax`; so is the total below.
+    scaled_sum = tl.where(split_max == float("-inf"), 0.0, split_sum * scaled_exp(split_max, row_max))
+    log_sum = tl.log(tl.sum(scaled_sum, axis=0))
+    label_logit = tl.sum(tl.load(partial_ptr + 2 * field, mask=mask, other=0.0), axis=0)
+    above_mean = 0.0
+    argmax = -1
+    if SMOOTH:
+        entries = tl.load(partial_ptr + 3 * field, mask=mask, other=0.0)
+        split_base = tl.load(partial_ptr + 4 * field, mask=mask, other=0.0)
+        total = tl.sum(tl.load(partial_ptr + 5 * field, mask=mask, other=0.0), axis=0)
+        # Every split has summed from a base of its own: move all totals to the base of the first.
+        base = tl.sum(tl.where(split == 0, split_base, 0.0), axis=0)
+        total += tl.sum(tl.where(mask, entries * (split_base - base), 0.0), axis=0)
+        above_mean = (label_logit - base) - total / V
+    if TOP1:
+        split_argmax = tl.load(partial_ptr + 6 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        argmax = tl.min(tl.where(mask & (split_max == row_max), split_argmax, INT32_MAX), axis=0)
+        argmax = tl.where(argmax == INT32_MAX, 0, argmax)
+    return row_max, log_sum, label_logit, above_mean, argmax
+
+
+@triton.jit
 def forward_kernel(
     heads,
     rows,
@@ -132,7 +184,10 @@ def forward_kernel(
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, valid, head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, S, V, ignore_index, RULE)
+    label, valid, head_coefficient, coefficient = row_coefficients(
+        rows, b, t, offs_h, S, all_entries(V, terms), ignore_index, RULE
+    )
+    label = own_label(label, V, terms)
     if not SPLIT:
         tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
 
@@ -157,17 +212,13 @@ def forward_kernel(
                 if SOFTMAX.SMOOTH:
                     above_mean = (label_logit - base) - total / V
             else:
-                partial_ptr = partials_ptr + r * num_splits + split
-                field = tl.num_programs(0).to(tl.int64) * H * num_splits
-                tl.store(partial_ptr, row_max)
-                tl.store(partial_ptr + field, row_sum)
-                tl.store(partial_ptr + 2 * field, label_logit)
-                if SETTINGS.softmax.SMOOTH:
-                    tl.store(partial_ptr + 3 * field, entries.to(tl.float32))
-                    tl.store(partial_ptr + 4 * field, base)
-                    tl.store(partial_ptr + 5 * field, total)
-                if results.top1 is not None:
-                    tl.store(partial_ptr + 6 * field, argmax.to(tl.float32, bitcast=True))
+                store_partials(
+                    partials_ptr + r * num_splits + split,
+                    tl.num_programs(0).to(tl.int64) * H * num_splits,
+                    (row_max, row_sum, label_logit, entries, base, total, argmax),
+                    terms,
+                    SOFTMAX,
+                )
         if not SPLIT:
             out += write_row_results(
                 results,
@@ -209,7 +260,6 @@ def combine_kernel(
         rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
     )
     tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
-    split = tl.arange(0, SPLIT_BLOCK)
     field = tl.num_programs(0).to(tl.int64) * H * num_splits
 
     out = 0.0
@@ -223,27 +273,15 @@ def combine_kernel(
         above_mean = 0.0
         argmax = -1
         if is_read(results, head_coefficient_h, coefficient_h):
-            partial_ptr = partials_ptr + r * num_splits + split
-            mask = split < num_splits
-            split_max = tl.load(partial_ptr, mask=mask, other=float("-inf"))
-            split_sum = tl.load(partial_ptr + field, mask=mask, other=0.0)
-            row_max = tl.max(split_max, axis=0)
-            # Materialised before the sum over lanes, as in `online_softmax`; so is the total below.
-            scaled_sum = tl.where(split_max == float("-inf"), 0.0, split_sum * scaled_exp(split_max, row_max))
-            log_sum = tl.log(tl.sum(scaled_sum, axis=0))
-            label_logit = tl.sum(tl.load(partial_ptr + 2 * field, mask=mask, other=0.0), axis=0)
-            if SETTINGS.SMOOTH:
-                entries = tl.load(partial_ptr + 3 * field, mask=mask, other=0.0)
-                split_base = tl.load(partial_ptr + 4 * field, mask=mask, other=0.0)
-                total = tl.sum(tl.load(partial_ptr + 5 * field, mask=mask, other=0.0), axis=0)
-                # Every split has summed from a base of its own: move all totals to the base of the first.
-                base = tl.sum(tl.where(split == 0, split_base, 0.0), axis=0)
-                total += tl.sum(tl.where(mask, entries * (split_base - base), 0.0), axis=0)
-                above_mean = (label_logit - base) - total / V
-            if results.top1 is not None:
-                split_argmax = tl.load(partial_ptr + 6 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
-                argmax = tl.min(tl.where(mask & (split_max == row_max), split_argmax, INT32_MAX), axis=0)
-                argmax = tl.where(argmax == INT32_MAX, 0, argmax)
+            row_max, log_sum, label_logit, above_mean, argmax = combine_partials(
+                partials_ptr + r * num_splits,
+                field,
+                num_splits,
+                V,
+                SETTINGS.SMOOTH,
+                results.top1 is not None,
+                SPLIT_BLOCK,
+            )
         out += write_row_results(
             results,
             r,
@@ -260,6 +298,12 @@ def combine_kernel(
     tl.store(results.out + p, out)
 
 
+def no_entries(partials: torch.Tensor) -> None:
+    """Set the partial results [7, ...] of a rank that holds no entry of the vocabulary."""
+    partials.zero_()
+    partials[0].fill_(float("-inf"))
+
+
 def launch_forward(
     logits: list[torch.Tensor],  # one [B, S, H, V], or H x [B, S, V]
     inputs: LossInputs,
@@ -267,8 +311,13 @@ def launch_forward(
     *,
     with_top1: bool,
     with_d_weights: bool,
+    shard: VocabShard | None = None,
+    gather: Callable[..., torch.Tensor] | None = None,
 ) -> ForwardResults:
-    """Return out, statistics, and what backward and d loss / d token_weights need."""
+    """Return out, statistics, and what backward and d loss / d token_weights need.
+
+    Where the logits are a `shard`, `gather` returns the partial results [7, N, ranks] of all ranks from [7, N].
+    """
     B, S, *_, V = logits[0].shape
     H = logits[0].shape[2] if logits[0].dim() == 4 else len(logits)
     new = logits[0].new_empty
@@ -284,9 +333,12 @@ def launch_forward(
     heads = pack_heads(logits)
     aligned, vec = row_layout(heads)
     tile = forward_tile(V, logits[0].element_size(), WARP_SIZE, options.softcap is not None)
-    num_splits = row_splits(B * S, V, tile.strips * tile.threads * vec, processors(inputs.labels.device))
-    partials = new((NUM_PARTIALS, B * S * H, num_splits), dtype=torch.float32) if num_splits > 1 else None
-    rows, rule, terms = pack_inputs(inputs), row_rule(options, H), loss_terms(options, inputs.terms)
+    num_splits = 1
+    if shard is None:
+        num_splits = row_splits(B * S, V, tile.strips * tile.threads * vec, processors(inputs.labels.device))
+    split = num_splits > 1 or shard is not None
+    partials = new((NUM_PARTIALS, B * S * H, num_splits), dtype=torch.float32) if split else None
+    rows, rule, terms = pack_inputs(inputs), row_rule(options, H), loss_terms(options, inputs.terms, shard)
     smooth = options.label_smoothing != 0
     softmax = SoftmaxSettings(
         HAS_SOFTCAP=options.softcap is not None,
@@ -296,23 +348,29 @@ def launch_forward(
         VEC=vec,
         STRIPS=tile.strips,
         THREADS=tile.threads,
-        SPLIT=num_splits > 1,
+        SPLIT=split,
         EVICTION="",
     )
-    forward_kernel[(B * S, num_splits)](
-        heads,
-        rows,
-        results,
-        partials,
-        num_splits,
-        S,
-        V,
-        options.ignore_index,
-        terms,
-        SETTINGS=ForwardSettings(rule, softmax, is_plain(options)),
-        num_warps=tile.num_warps,
-        enable_fp_fusion=True,
-    )
+    if V:
+        forward_kernel[(B * S, num_splits)](
+            heads,
+            rows,
+            results,
+            partials,
+            num_splits,
+            S,
+            V,
+            options.ignore_index,
+            terms,
+            SETTINGS=ForwardSettings(rule, softmax, is_plain(options)),
+            num_warps=tile.num_warps,
+            enable_fp_fusion=True,
+        )
+    elif partials is not None:
+        no_entries(partials)
+    if shard is not None and gather is not None and partials is not None:
+        partials = gather(partials.squeeze(2), smooth=smooth, with_top1=with_top1)
+        V, num_splits, terms = shard.vocab_size, shard.ranks, loss_terms(options, inputs.terms)
     if partials is not None:
         combine_kernel[(B * S,)](
             rows,

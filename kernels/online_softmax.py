@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from mtp_ce.kernels.tiles import VECTOR_BYTES
-from mtp_ce.options import LossOptions
+from mtp_ce.options import LossOptions, VocabShard
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INT32_MAX = tl.constexpr(2**31 - 1)
@@ -52,6 +52,8 @@ class Terms(NamedTuple):
     z_loss: Any
     label_smoothing: Any
     changing: Any  # [4], as `LossInputs.terms`: read instead of the numbers; None without
+    vocab_size: Any  # V of all ranks, where a row is one rank's part of it; else None, like the one below
+    vocab_start: Any  # the first entry of the part
 
 
 class SoftmaxSettings(NamedTuple):
@@ -74,6 +76,23 @@ def term(number, changing, INDEX: tl.constexpr):
     if changing is not None:
         number = tl.load(changing + INDEX).to(tl.float32)
     return number
+
+
+@triton.jit
+def all_entries(V, terms):
+    """The size of the vocabulary of which a row has V entries."""
+    if terms.vocab_size is not None:
+        V = terms.vocab_size
+    return V
+
+
+@triton.jit
+def own_label(label, V, terms):
+    """A label as an index of the row's V entries: V where another rank has it, -1 outside the vocabulary."""
+    if terms.vocab_start is not None:
+        own = label - terms.vocab_start
+        label = tl.where(label < 0, -1, tl.where((own >= 0) & (own < V), own, V))
+    return label
 
 
 @triton.jit
@@ -277,10 +296,11 @@ def online_softmax(row, V, label, split, num_splits, softcap, SETTINGS: tl.const
     return maximum, row_sum, label_logit, entries, base, total, argmax
 
 
-def loss_terms(options: LossOptions, changing: torch.Tensor | None) -> Terms:
+def loss_terms(options: LossOptions, changing: torch.Tensor | None, shard: VocabShard | None = None) -> Terms:
     """Return the numbers that the kernels take, and where those that change are read."""
     softcap = 1.0 if options.softcap is None else options.softcap
-    return Terms(softcap, options.z_loss, options.label_smoothing, changing)
+    vocabulary = (None, None) if shard is None else (shard.vocab_size, shard.vocab_start)
+    return Terms(softcap, options.z_loss, options.label_smoothing, changing, *vocabulary)
 
 
 def is_plain(options: LossOptions) -> bool:

@@ -18,6 +18,18 @@ class ForwardResults(NamedTuple):
     d_row_weights: Any  # d out / d w of each row
 
 
+class Partials(NamedTuple):
+    """Results of part of the entries of rows, as the kernels store and the ranks send them: a float each."""
+
+    maximum: Any
+    row_sum: Any  # of exp(z - maximum)
+    label_logit: Any  # 0 where another part holds the label
+    entries: Any  # their number; this and the two below with label smoothing
+    base: Any
+    total: Any  # of z - base
+    argmax: Any  # an integer, bit for bit
+
+
 class Rows(NamedTuple):
     """Rows of the linear path, or one chunk of them, before any logit is computed; [N] each."""
 

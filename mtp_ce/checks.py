@@ -14,6 +14,7 @@ from torch import Tensor
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.rows import check_labels
 from mtp_ce.options import CHANGES, INTEGERS, NUMBERS, TERMS, LossInputs, LossOptions, check_choice, read_terms
+from mtp_ce.vocabulary import is_dtensor
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MASKS = (torch.bool, *INTEGER_DTYPES)
@@ -24,12 +25,11 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def require_tensor(name: str, value: object) -> None:
-    """TypeError unless the value is a plain tensor."""
+def require_tensor(name: str, value: object, or_sharded: bool = False) -> None:
+    """TypeError unless the value is a plain tensor, or a DTensor where that may be."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; expected a torch.Tensor.")
-    # Recognised by its attributes: importing DTensor costs seconds that most callers never need.
-    if hasattr(value, "device_mesh") and hasattr(value, "placements"):
+    if not or_sharded and is_dtensor(value):
         local = "" if name in ("unembed", "bias") else f"{name}.to_local() (a shard by batch) or "
         raise TypeError(
             f"{name} is a DTensor; expected a plain tensor. Call the loss inside the sharded module's forward, where "
@@ -118,7 +118,7 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tu
     """Return hidden states as the operator takes them, and (B, S, H, V)."""
     heads, (B, S, H, D) = _check_heads("hidden", "D", hidden)
     first = heads[0]
-    require_tensor("unembed", unembed)
+    require_tensor("unembed", unembed, or_sharded=True)
     _require_values("unembed", unembed)
     if unembed.dim() != 2 or unembed.shape[1] != D:
         raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with D = {D} from hidden.")
@@ -127,7 +127,7 @@ def check_linear(hidden: Any, unembed: Any, bias: Any) -> tuple[list[Tensor], tu
         raise ValueError(f"unembed is {_shape(unembed)}; expected [V, D] with V and D of at least 1.")
     others = [("unembed", unembed)]
     if bias is not None:
-        require_tensor("bias", bias)
+        require_tensor("bias", bias, or_sharded=True)
         _require_values("bias", bias)
         if _shape(bias) != [V]:
             raise ValueError(f"bias is {_shape(bias)}; expected [V] = [{V}] from unembed.")
@@ -188,7 +188,7 @@ def check_chunking(
 def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], tuple[int, int, int, int]]:
     """Return the tensors as a list, and the sizes [B,S,H,`letter`] of all heads together."""
     if isinstance(value, Tensor):
-        require_tensor(name, value)
+        require_tensor(name, value, or_sharded=True)
         if value.dim() not in (3, 4):
             raise ValueError(
                 f"{name} is {_shape(value)}; expected [B, S, H, {letter}], [B, S, {letter}], or H tensors "
@@ -200,7 +200,7 @@ def _check_heads(name: str, letter: str, value: Any) -> tuple[list[Tensor], tupl
         heads = list(value)
         H = len(heads)
         for h, head in enumerate(heads):
-            require_tensor(f"{name}[{h}]", head)
+            require_tensor(f"{name}[{h}]", head, or_sharded=True)
             if head.dim() != 3:
                 raise ValueError(f"{name}[{h}] is {_shape(head)}; expected [B, S, {letter}], one tensor a head.")
             if head.shape != heads[0].shape or head.dtype != heads[0].dtype or head.device != heads[0].device:

@@ -23,7 +23,8 @@ from mtp_ce.loss import MTPLoss, MTPStats, reference_loss
 from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
 from mtp_ce.ops.linear import linear_loss
 from mtp_ce.ops.logits import split_heads
-from mtp_ce.options import CallOptions, LossInputs, LossOptions, fold_normalizer
+from mtp_ce.options import CallOptions, LossInputs, LossOptions, VocabShard, fold_normalizer
+from mtp_ce.vocabulary import local_layer, whole
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -263,11 +264,16 @@ def _evaluate(
     heads, shape = check_linear(hidden, unembed, bias)
     first = heads[0]
     check_inputs(first, shape, inputs, options, "hidden")
-    logits_dtype = check_chunking(*chunking, first.dtype, shape[3])
+    V = shape[3]
     impl = choose_impl(impl, first, "hidden")
     if validate:
         check_values(inputs, options, shape)
 
+    heads, unembed, bias, shard = local_layer(heads, unembed, bias) if impl != "reference" else (
+        [whole(x) for x in heads], whole(unembed), whole(bias), VocabShard(V)
+    )
+    first = heads[0]
+    logits_dtype = check_chunking(*chunking, first.dtype, shard.largest)
     if impl == "reference":
         unembed, bias = unembed.to(logits_dtype), None if bias is None else bias.to(logits_dtype)
         logits = [F.linear(head.to(logits_dtype), unembed, bias) for head in split_heads(heads)]
@@ -289,7 +295,7 @@ def _evaluate(
     )
     if first.dim() == 3 and len(heads) == 1:
         heads = [first[:, :, None]]
-    loss, ce, lse, live, top1 = linear_loss(heads, unembed, bias, inputs, options, call)
+    loss, ce, lse, live, top1 = linear_loss(heads, unembed, bias, inputs, options, call, shard)
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 
 

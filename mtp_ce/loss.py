@@ -32,6 +32,7 @@ from mtp_ce.options import (
     read_terms,
 )
 from mtp_ce.reference import reference_weighted_mtp_ce
+from mtp_ce.vocabulary import local_logits, whole
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -187,13 +188,14 @@ def weighted_mtp_ce(
         check_values(inputs, options, shape)
 
     if impl == "reference":
-        outcome = reference_loss(split_heads(heads), inputs, options)
+        outcome = reference_loss(split_heads([whole(x) for x in heads]), inputs, options)
         return outcome if return_stats else outcome.loss
 
+    heads, shard = local_logits(heads)
     inputs, options = fold_normalizer(inputs, options)
     with_d_weights = token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled()
     call = LogitsCall(return_stats, with_d_weights, inplace_backward, impl)
-    loss, *stats = logits_loss(heads, inputs, options, call)
+    loss, *stats = logits_loss(heads, inputs, options, call, shard)
     if not return_stats:
         return loss
     ce, row_max, log_sum, live, top1 = stats

@@ -130,6 +130,20 @@ class LossInputs(NamedTuple):
         return arguments
 
 
+class VocabShard(NamedTuple):
+    """The entries of the vocabulary that this process holds: all of them, or those of one rank."""
+
+    vocab_size: int  # V, of all ranks
+    vocab_start: int = 0  # the first entry held here
+    ranks: int = 1
+    group: str = ""  # the ranks' process group, by its name
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest shard, the first; the others may hold fewer, or none."""
+        return -(-self.vocab_size // self.ranks)
+
+
 def read_terms(inputs: LossInputs, options: LossOptions) -> tuple[LossInputs, LossOptions]:
     """Move the terms that are tensors into the options, as numbers, which waits for a GPU.
 

@@ -64,7 +64,7 @@ ARROWS = {
         "registry": set(),
     },
 }
-LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding", "next_token"}
+LOSS_MODULES = {"loss", "linear", "checks", "reference", "unembedding", "next_token", "vocabulary"}
 
 
 def sources(folder: str) -> list[Path]:

@@ -26,7 +26,8 @@ from torch import Tensor
 from mtp_ce.kernels.results import RowResults, Rows
 from mtp_ce.ops import cpu
 from mtp_ce.ops.rows import row_values
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.ops.shards import PendingSums, gather_partials
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 # Rows of a GPU's chunk begin at the boundaries of its vectors, and its products want rows by the tile.
 GPU_ROW_BYTES, GPU_ROWS = 16, 128
@@ -302,9 +303,12 @@ def run_chunks(
     terms: Tensor | None,  # [4], as in `LossInputs`
     options: LossOptions,
     call: LinearCall,
+    shard: VocabShard,
 ) -> tuple[RowResults, Gradients]:
     """Compute the results of the rows [N] and the gradients, chunk by chunk."""
     (V, D), device = unembed.shape, unembed.device
+    # The ranks exchange results chunk by chunk, so that their chunks have the same rows.
+    V_most = shard.largest
     index = select(rows.row_mask, call.drop)
     selected = rows if index is None else Rows(*(x[index] for x in rows))
     N, M = len(rows.label), len(selected.label)
@@ -314,9 +318,9 @@ def run_chunks(
 
     total_dtype = torch.promote_types(call.grad_dtype, unembed.dtype)
     dtypes = ChunkDtypes(call.logits_dtype, unembed.dtype, total_dtype if call.with_d_unembed else None)
-    most = most_rows(M, V, D, dtypes, device)
+    most = most_rows(M, V_most, D, dtypes, device)
     if call.chunk_bytes is not None:
-        most = call.chunk_bytes // (V * call.logits_dtype.itemsize)
+        most = call.chunk_bytes // (V_most * call.logits_dtype.itemsize)
     buffer = new_logits(unembed, rows_at_once(M, most, device), call.logits_dtype)
     wanted = wanted_rows(rows.row_mask, M, call)
     d_hidden = None
@@ -331,11 +335,8 @@ def run_chunks(
             d_unembed.zero_()
     d_bias = unembed.new_zeros(V, dtype=total_dtype) if call.with_d_bias else None
 
-    forward_backward: Callable[..., None] = cpu.forward_backward
-    if call.impl != "cpu":
-        from mtp_ce.kernels.forward_backward import launch_forward_backward
-
-        forward_backward = partial(launch_forward_backward, terms=terms)
+    forward_backward = _chunk_function(terms, call, shard)
+    sums = PendingSums(shard)
     start = 0
     for x in chunks([x.reshape(-1, D) for x in hidden], index, max(1, len(buffer))):
         span = slice(start, start + len(x))
@@ -350,10 +351,15 @@ def run_chunks(
             d_bias += z.sum(0, dtype=total_dtype)
         g = z.to(unembed.dtype) if runs or call.with_d_unembed else z
         for a, b in runs:
-            if d_hidden is not None and index is None:
-                torch.mm(g[a - start : b - start], unembed, out=d_hidden[a:b])
-            elif d_hidden is not None and index is not None:
-                d_hidden.index_copy_(0, index[a:b], torch.mm(g[a - start : b - start], unembed))
+            if d_hidden is None:
+                continue
+            to = None if index is None else index[a:b]
+            product = d_hidden[a:b] if to is None else new(b - a, D)
+            torch.mm(g[a - start : b - start], unembed, out=product)
+            if shard.ranks > 1:
+                sums.add(product, d_hidden, to)
+            elif to is not None:
+                d_hidden.index_copy_(0, to, product)
         if d_unembed is not None:
             moves = chunk_rows.coefficient != 0
             # A masked row of x, NaN or not, meets a gradient of zeros in this product, and 0 * NaN is not 0. A GPU is
@@ -363,6 +369,7 @@ def run_chunks(
             add_product(d_unembed, g.t(), x, start == 0)
         start += len(x)
 
+    sums.finish()
     # The chunk is freed before the sums are cast: the copy takes its room.
     buffer = z = g = unembed.new_empty(0)
     last_dtype = gradient_dtype(unembed.dtype, call.grad_dtype)
@@ -372,6 +379,20 @@ def run_chunks(
         top1 = None if results.top1 is None else results.top1.new_full((N,), -1).index_copy_(0, index, results.top1)
         results = RowResults(ce, row_loss, lse, top1)
     return results, Gradients(d_hidden, d_unembed, d_bias)
+
+
+def _chunk_function(terms: Tensor | None, call: LinearCall, shard: VocabShard) -> Callable[..., None]:
+    """Return what writes the results of a chunk's rows, and the gradient over its logits."""
+    of_ranks = shard if shard.ranks > 1 else None
+    if call.impl == "cpu":
+        return partial(cpu.forward_backward, shard=of_ranks)
+    from mtp_ce.kernels.forward_backward import launch_forward_backward
+
+    if of_ranks is None:
+        return partial(launch_forward_backward, terms=terms)
+    from mtp_ce.kernels.shards import launch_shard
+
+    return partial(launch_shard, terms=terms, shard=shard, gather=partial(gather_partials, shard=shard))
 
 
 def compute_rows(hidden: list[Tensor], V: int, inputs: LossInputs, options: LossOptions, call: LinearCall) -> AllRows:

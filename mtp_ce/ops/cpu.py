@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_ce.kernels.results import ForwardResults, RowResults, Rows
+from mtp_ce.kernels.results import ForwardResults, Partials, RowResults, Rows
 from mtp_ce.ops.rows import count_terms, row_values
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.ops.shards import gather_partials, merge
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 # For each of at most 32 threads. A core has 1 to 2 MiB of L2; past half of that, sums slow down threefold.
 BLOCK_BYTES = 512 * 1024
@@ -53,7 +54,7 @@ class _Block(NamedTuple):
 
 def _block_rows(V: int, dtype: torch.dtype) -> int:
     # A multiple of the threads: a reduction gives each of them whole rows.
-    return max(1, BLOCK_BYTES // (V * dtype.itemsize)) * min(32, torch.get_num_threads())
+    return max(1, BLOCK_BYTES // (max(1, V) * dtype.itemsize)) * min(32, torch.get_num_threads())
 
 
 def _rows_by_head(row_mask: Tensor) -> tuple[Tensor, bytes]:
@@ -177,6 +178,34 @@ class _Sums(NamedTuple):
     def split(self, sizes: list[int]) -> "Iterator[_Sums]":
         return (_Sums(*columns) for columns in zip(*(_split(column, sizes) for column in self), strict=True))
 
+    def over_ranks(self, mine: Tensor, entries: int, shard: VocabShard) -> "_Sums":
+        """Combine the statistics of this rank's entries with those of the others.
+
+        Args:
+            mine: [rows, 1], whether the label is one of the entries.
+            entries: their number.
+            shard: of this rank.
+        """
+        if not len(self.sums):
+            return self
+        nothing = torch.full_like(mine, entries == 0) | (self.maximum == float("-inf"))
+        maximum = self.maximum.masked_fill(nothing, float("-inf"))
+        columns = [maximum, self.sums.masked_fill(nothing, 0.0), torch.where(mine, self.z_label, 0.0)]
+        smooth, with_top1 = self.total is not None, self.argmax is not None
+        if self.total is not None:
+            total = self.total.masked_fill(nothing, float("-inf") if entries else 0.0)
+            columns += [torch.full_like(total, entries), maximum.masked_fill(nothing, 0.0), total]
+        else:
+            columns += [maximum] * 3
+        index = columns[0]
+        if self.argmax is not None:
+            index = (self.argmax + shard.vocab_start).to(torch.int32 if maximum.itemsize == 4 else torch.int64)
+        partials = torch.stack([*columns, index.view(maximum.dtype)]).squeeze(2)
+        gathered = gather_partials(partials, shard, smooth=smooth, with_top1=with_top1)
+        row = merge(Partials(*gathered), smooth=smooth, with_top1=with_top1)
+        argmax = None if row.argmax is None else row.argmax.long()
+        return _Sums(row.label_logit, row.maximum, row.row_sum, row.total, argmax)
+
     def log_sum(self) -> Tensor:
         """Replace the sums by their log. A row of -inf everywhere, whose sum is NaN, has log 0 = -inf."""
         return self.sums.masked_fill_(self.maximum == float("-inf"), 0.0).log_()
@@ -215,9 +244,11 @@ class _Terms(NamedTuple):
     uniform: Tensor | None  # of label smoothing
 
     @classmethod
-    def of(cls, g: Tensor, V: int, options: LossOptions) -> "_Terms":
+    def of(cls, g: Tensor, V: int, options: LossOptions, mine: Tensor | None = None) -> "_Terms":
+        """Of a vocabulary of V; where the label is not `mine`, another rank subtracts it."""
         e = options.label_smoothing
-        return cls(g * (e - 1), g * (e / V) if e else None)
+        on_label = g * (e - 1)
+        return cls(on_label if mine is None else torch.where(mine, on_label, 0.0), g * (e / V) if e else None)
 
     def split(self, sizes: list[int]) -> "Iterator[_Terms]":
         return (_Terms(*columns) for columns in zip(*(_split(column, sizes) for column in self), strict=True))
@@ -229,6 +260,15 @@ class _Terms(NamedTuple):
             dz.sub_(self.uniform)
         dz.scatter_add_(1, y, self.on_label)
         return dz if slope is None else dz.mul_(slope)
+
+
+def _own_labels(y: Tensor, V: int, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+    """Return labels [rows, 1] as indices of V local entries, and whether they are there; None: all are."""
+    if shard is None:
+        return y, None
+    own = y - shard.vocab_start
+    mine = (own >= 0) & (own < V)
+    return torch.where(mine, own, 0), mine
 
 
 def _slope(z: Tensor, softcap: float | None) -> Tensor | None:
@@ -243,6 +283,7 @@ def forward(
     *,
     with_top1: bool,
     with_d_weights: bool,
+    shard: VocabShard | None = None,
 ) -> ForwardResults:
     """Return out, statistics, and what backward and d loss / d token_weights need."""
     B, S, V = heads[0].shape
@@ -251,14 +292,16 @@ def forward(
     label, valid, head_coefficient, coefficient = row_values(inputs, options, H, dtype)
     index, flags = _rows_by_head((head_coefficient if with_d_weights else coefficient) != 0)
     blocks = _blocks(flags, b"\1", (B, S, H), _block_rows(V, dtype))
-    y = label.reshape(-1, 1).index_select(0, index)  # [rows, 1]
+    y, mine = _own_labels(label.reshape(-1, 1).index_select(0, index), V, shard)  # [rows, 1]
     sizes = [block.size for block in blocks]
     buffer = coefficient.new_empty(max(sizes, default=0), V)
     sums = _Sums.zeros(len(y), coefficient, smooth=options.label_smoothing != 0, with_top1=with_top1)
     sequences = _sequences(heads)
-    for block, y_, sums_ in zip(blocks, y.split(sizes), sums.split(sizes), strict=True):
+    for block, y_, sums_ in zip(blocks, y.split(sizes), sums.split(sizes), strict=True) if V else ():
         runs = _runs(sequences[block.head], block)
         _softmax_pass(_load(runs, block, buffer.narrow(0, 0, block.size), options.softcap), y_, sums_)
+    if shard is not None and mine is not None:
+        sums, V = sums.over_ranks(mine, V, shard), shard.vocab_size
     log_s = sums.log_sum()
     row_ce = (sums.maximum - sums.z_label) + log_s
     loss = sums.row_loss(row_ce, log_s, V, options)
@@ -303,9 +346,12 @@ def backward(
     row_max: Tensor,  # [B, S, H]
     log_sum: Tensor,  # [B, S, H]
     factor: Tensor,  # []
+    shard: VocabShard | None = None,
 ) -> None:
     """Write the gradient of every logit into d_heads."""
     (B, S, V), H = heads[0].shape, len(heads)
+    if V == 0:  # of a rank without entries
+        return
     dtype = _accumulator(heads[0])
     rows = row_values(inputs, options, H, dtype)
     upstream = (d_loss.to(dtype) * factor)[:, :, None]
@@ -318,9 +364,11 @@ def backward(
     y, maximum, log_s, g = (x.reshape(-1, 1).index_select(0, index) for x in (rows.label, row_max, log_sum, g))
     sizes = [block.size for block in blocks]
     buffer = row_max.new_empty(max(sizes, default=0), V)
+    y, mine = _own_labels(y, V, shard)
+    terms = _Terms.of(g, V if shard is None else shard.vocab_size, options, mine)
     scale = g * torch.exp(-log_s) * (1 + 2 * options.z_loss * (maximum + log_s) if options.z_loss else 1)
     flush = dtype == torch.float32 and bool((log_s < SURE).any())
-    columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, options)))
+    columns = (x.split(sizes) for x in (y, maximum, scale, terms))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
     for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
         runs, d_runs = (_runs(x[block.head], block) for x in (sequences, d_sequences))
@@ -346,29 +394,37 @@ def forward_backward(
     options: LossOptions,
     *,
     gradient: bool,
+    shard: VocabShard | None = None,
 ) -> None:
     """Write the results of the rows of a chunk, and with `gradient` the gradient over the logits."""
     V = logits.shape[1]
     dtype = _accumulator(logits)
-    y, c = rows.label.long()[:, None], rows.coefficient[:, None]
+    y, mine = _own_labels(rows.label.long()[:, None], V, shard)
+    c = rows.coefficient[:, None]
     with_top1 = results.top1 is not None
     sums = _Sums.zeros(len(logits), results.ce, smooth=options.label_smoothing != 0, with_top1=with_top1)
-    terms = _Terms.of(c, V, options)
-    blocks = logits.split(_block_rows(V, dtype))
+    terms = _Terms.of(c, V if shard is None else shard.vocab_size, options, mine)
+    blocks = logits.split(_block_rows(V, dtype)) if V else ()
     sizes = [len(block) for block in blocks]
-    buffer = None if logits.dtype == dtype else logits.new_empty(sizes[0], V, dtype=dtype)
-    columns = (x.split(sizes) for x in (y, c, sums, terms))
+    # Passes before those of the other ranks are known must leave the logits as they are.
+    buffer = logits.new_empty(max(sizes, default=0), V, dtype=dtype) if shard or logits.dtype != dtype else None
+    columns = (x.split(sizes) for x in (y, c, sums, terms)) if V else [()] * 4
     for block, y_, c_, sums_, terms_ in zip(blocks, *columns, strict=True):
         z = _cap(block if buffer is None else buffer.narrow(0, 0, len(block)).copy_(block), options.softcap)
-        slope = _slope(z, options.softcap) if gradient else None
+        slope = _slope(z, options.softcap) if gradient and shard is None else None
         e = _softmax_pass(z, y_, sums_)
-        if gradient:
+        if gradient and shard is None:
             scale = c_ / sums_.sums
             if options.z_loss:
                 scale *= 1 + 2 * options.z_loss * (sums_.maximum + sums_.sums.log())
             dz = terms_.gradient(e, y_, scale, slope)
             if buffer is not None:
                 block.copy_(dz)
+    if shard is not None and mine is not None:
+        sums = sums.over_ranks(mine, V, shard)
+        if gradient and V and buffer is not None:
+            _second_pass(blocks, buffer, (y, c, terms), sums, options)
+        V = shard.vocab_size
     log_s = sums.log_sum()
     row_ce = (sums.maximum - sums.z_label) + log_s
     loss = sums.row_loss(row_ce, log_s, V, options)
@@ -380,3 +436,23 @@ def forward_backward(
     masked = rows.coefficient == 0
     if gradient and bool(masked.any()):
         logits[masked] = 0.0
+
+
+def _second_pass(
+    blocks: Sequence[Tensor],
+    buffer: Tensor,
+    rows: tuple[Tensor, Tensor, _Terms],  # labels and coefficients [rows, 1], terms
+    sums: _Sums,
+    options: LossOptions,
+) -> None:
+    """Write the gradient over blocks of logits whose rows have entries on other ranks too."""
+    y, c, terms = rows
+    scale = c / sums.sums
+    if options.z_loss:
+        scale *= 1 + 2 * options.z_loss * (sums.maximum + sums.sums.log())
+    sizes = [len(block) for block in blocks]
+    columns = (x.split(sizes) for x in (y, sums.maximum, scale, terms))
+    for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
+        z = _cap(buffer.narrow(0, 0, len(block)).copy_(block), options.softcap)
+        slope = _slope(z, options.softcap)
+        block.copy_(terms_.gradient(_exp_(z.sub_(maximum_)), y_, scale_, slope))

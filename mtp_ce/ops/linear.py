@@ -30,7 +30,8 @@ from mtp_ce.ops.chunks import (
 from mtp_ce.ops.logits import device_guard, functions, input_gradients, reduce, weights_backward
 from mtp_ce.ops.register import Loss, differentiable, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import LossInputs, LossOptions, read_terms
+from mtp_ce.ops.shards import check_same_rows
+from mtp_ce.options import LossInputs, LossOptions, VocabShard, read_terms
 
 
 def _allocate_forward(
@@ -40,6 +41,7 @@ def _allocate_forward(
     inputs: LossInputs,
     options: LossOptions,
     call: LinearCall,
+    shard: VocabShard,
 ) -> tuple[Tensor, ...]:
     B, S = inputs.labels.shape
     H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
@@ -67,7 +69,7 @@ def _allocate_forward(
 
 
 def _computed_rows(
-    hidden: list[Tensor], unembed: Tensor, inputs: LossInputs, options: LossOptions, call: LinearCall
+    hidden: list[Tensor], inputs: LossInputs, options: LossOptions, call: LinearCall, shard: VocabShard
 ) -> tuple[int, int]:
     """Return the rows that the products take, and those of d_hidden.
 
@@ -80,7 +82,7 @@ def _computed_rows(
         M = N if call.drop < 0 else min(call.drop, N)
         call = call._replace(drop=KEEP_ALL)
     elif call.drop != KEEP_ALL:
-        row_mask = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows.row_mask
+        row_mask = compute_rows(hidden, shard.vocab_size, inputs, options, call).rows.row_mask
         M = int(row_mask.sum()) if call.drop == COUNT else min(call.drop, N)
     return M, sum(end - start for start, end in wanted_rows(row_mask, M, call))
 
@@ -92,11 +94,12 @@ def _count_forward(
     inputs: LossInputs,
     options: LossOptions,
     call: LinearCall,
+    shard: VocabShard,
 ) -> int:
     """Return 2 M V D for each product of M rows."""
     if options.reduction == "none":
         call = call.without_gradient()
-    M, wanted = _computed_rows(hidden, unembed, inputs, options, call)
+    M, wanted = _computed_rows(hidden, inputs, options, call, shard)
     return 2 * unembed.numel() * (M * (1 + call.with_d_unembed) + wanted)
 
 
@@ -108,18 +111,21 @@ def linear_forward(
     inputs: LossInputs,
     options: LossOptions,
     call: LinearCall,
+    shard: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [] or [B,S]; ce, lse, valid, top1, d_row_weights [B,S,H]; factor []; d_hidden, d_unembed, d_bias; scale [].
 
     The gradients times `scale` are those of the loss; none where reduction is "none". Empty: not wanted.
     """
-    labels, V = inputs.labels, unembed.shape[0]
+    labels, V, same = inputs.labels, shard.vocab_size, None
     B, S = labels.shape
     if call.impl == "cpu":
         inputs, options = read_terms(inputs, options)
     if labels.device.type == "cpu":
         H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
         check_labels(inputs, options, H, V)
+    if shard.ranks > 1:
+        same = check_same_rows(inputs, shard)
     with device_guard(labels.device):
         rows, valid, head_coefficient, coefficient = compute_rows(hidden, V, inputs, options, call)
         if options.reduction == "none":
@@ -131,7 +137,7 @@ def linear_forward(
             _, factor = reduce(mean, coefficient.new_zeros(B, S), valid, inputs, options)
             small, scale = fold_factor(rows.coefficient, factor, unembed.dtype)
             rows = rows._replace(coefficient=small)
-        results, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
+        results, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call, shard)
         ce, row_loss, lse = (from_row_order(x, hidden, B, S) for x in results[:3])
         out = torch.where(coefficient != 0, coefficient * row_loss, 0.0).sum(-1)
         d_row_weights = ce.new_empty(0)
@@ -142,6 +148,8 @@ def linear_forward(
             # Too small a number of rows is NaN: on a GPU an error would wait for the device.
             missed = rows.row_mask.sum() > call.drop
             loss, factor, scale = (torch.where(missed, float("nan"), x) for x in (loss, factor, scale))
+        if same is not None:
+            loss, factor, scale = (torch.where(same, x, float("nan")) for x in (loss, factor, scale))
     top1 = valid.new_empty(0, dtype=torch.int32)
     if results.top1 is not None:
         top1 = from_row_order(results.top1, hidden, B, S)
@@ -158,6 +166,7 @@ def _allocate_backward(
     options: LossOptions,
     factor: Tensor,
     call: LinearCall,
+    shard: VocabShard,
 ) -> tuple[Tensor, ...]:
     V, D = unembed.shape
     N = sum(x.numel() for x in hidden) // max(1, D)
@@ -175,10 +184,11 @@ def _count_backward(
     options: LossOptions,
     factor: Tensor,
     call: LinearCall,
+    shard: VocabShard,
 ) -> int:
     """Return 2 M V D for each product of M rows: the logits again, and the gradients."""
     call = call._replace(with_d_weights=False)
-    M, wanted = _computed_rows(hidden, unembed, inputs, options, call)
+    M, wanted = _computed_rows(hidden, inputs, options, call, shard)
     return 2 * unembed.numel() * (M * (1 + call.with_d_unembed) + wanted)
 
 
@@ -192,6 +202,7 @@ def linear_backward(
     options: LossOptions,
     factor: Tensor,
     call: LinearCall,
+    shard: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return d loss / d hidden [N,D], d unembed [V,D], d bias [V] in the dtypes of the inputs; empty: not wanted."""
     labels = inputs.labels
@@ -199,7 +210,7 @@ def linear_backward(
         inputs, options = read_terms(inputs, options)
     call = call._replace(with_top1=False, with_d_weights=False)
     with device_guard(labels.device):
-        rows = compute_rows(hidden, unembed.shape[0], inputs, options, call).rows
+        rows = compute_rows(hidden, shard.vocab_size, inputs, options, call).rows
         upstream = d_loss.to(factor.dtype).expand(labels.shape)
         H = rows.label.numel() // max(1, labels.numel())
         by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
@@ -210,7 +221,7 @@ def linear_backward(
         coefficient = torch.where(by_row == 0, 0.0, rows.coefficient * (by_row / most))
         coefficient, scale = fold_factor(coefficient, factor, unembed.dtype)
         rows = Rows(rows.label, coefficient, by_row != 0)
-        _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call)
+        _, gradients = run_chunks(hidden, unembed, bias, rows, inputs.terms, options, call, shard)
         d_hidden, d_unembed, d_bias = (
             unembed.new_empty(0) if x is None else scaled_(x, scale * most, unembed.dtype) for x in gradients
         )
@@ -238,13 +249,13 @@ class _LinearLoss(Loss):
     """The first five results of `linear_forward`, with the gradients of the loss, and an empty tensor."""
 
     @staticmethod
-    def forward(ctx: Any, options: LossOptions, call: LinearCall, n: int, *tensors: Any) -> Any:
+    def forward(ctx: Any, options: LossOptions, call: LinearCall, shard: VocabShard, n: int, *tensors: Any) -> Any:
         hidden, (unembed, bias, *others) = tensors[:n], tensors[n:]
         inputs = LossInputs(*others)
         loss, ce, lse, valid, top1, d_row_weights, factor, *gradients = linear_forward(
-            list(hidden), unembed, bias, *inputs, *options.values(), *call
+            list(hidden), unembed, bias, *inputs, *options.values(), *call, *shard
         )
-        ctx.options, ctx.call = options, call
+        ctx.options, ctx.call, ctx.shard = options, call, shard
         ctx.shapes, ctx.dtype = [x.shape for x in hidden], unembed.dtype
         # Not saved, but owned: the last backward takes them.
         ctx.gradients = gradients if options.reduction != "none" else None
@@ -265,7 +276,7 @@ class _LinearLoss(Loss):
         d_unembed, d_bias, d_weights, *d_hidden = once_differentiable(
             _linear_gradients, ctx, d_loss, *ctx.saved_tensors
         )
-        return None, None, None, *d_hidden, d_unembed, d_bias, *input_gradients(d_weights)
+        return None, None, None, None, *d_hidden, d_unembed, d_bias, *input_gradients(d_weights)
 
 
 def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
@@ -282,7 +293,9 @@ def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     if call.with_gradient:
         if ctx.gradients is None:
             *hidden, unembed, bias = layer
-            gradients = linear_backward(d_loss, hidden, unembed, bias, *inputs, *options.values(), factor, *call)
+            gradients = linear_backward(
+                d_loss, hidden, unembed, bias, *inputs, *options.values(), factor, *call, *ctx.shard
+            )
         else:
             *unscaled, scale = ctx.gradients
             upstream = d_loss.to(scale.dtype) * scale
@@ -314,6 +327,7 @@ def linear_loss(
     inputs: LossInputs,
     options: LossOptions,
     call: LinearCall,
+    shard: VocabShard,
 ) -> list[Tensor]:
     """Return loss, ce, lse, valid and top1 with the gradients of the loss; arguments as `linear_forward`."""
-    return [*_LinearLoss.apply(options, call, len(hidden), *hidden, unembed, bias, *inputs)[:5]]
+    return [*_LinearLoss.apply(options, call, shard, len(hidden), *hidden, unembed, bias, *inputs)[:5]]

@@ -7,7 +7,7 @@ A gradient has no derivative: differentiating twice raises. Arguments arrive che
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels, sum_by_token
-from mtp_ce.options import LossInputs, LossOptions, read_terms
+from mtp_ce.ops.shards import check_same_rows, gather_partials
+from mtp_ce.options import LossInputs, LossOptions, VocabShard, read_terms
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -50,12 +51,24 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def functions(impl: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def functions(
+    impl: str, shard: VocabShard | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Return forward, mean and backward of an implementation; Triton is imported only where it runs."""
+    sharded = shard is not None and shard.ranks > 1
     if impl == "cpu":
-        return cpu.forward, cpu.mean, cpu.backward
+        if not sharded:
+            return cpu.forward, cpu.mean, cpu.backward
+        return partial(cpu.forward, shard=shard), cpu.mean, partial(cpu.backward, shard=shard)
     forward, mean, backward = _triton_modules()
-    return forward.launch_forward, mean.launch_mean, backward.launch_backward
+    if not sharded:
+        return forward.launch_forward, mean.launch_mean, backward.launch_backward
+    gather = partial(gather_partials, shard=shard)
+    return (
+        partial(forward.launch_forward, shard=shard, gather=gather),
+        mean.launch_mean,
+        partial(backward.launch_backward, shard=shard),
+    )
 
 
 @cache
@@ -66,7 +79,9 @@ def _triton_modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     return forward, mean, backward
 
 
-def _allocate(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> Forward:
+def _allocate(
+    logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall, shard: VocabShard
+) -> Forward:
     B, S = logits[0].shape[:2]
     H = horizon(logits)
     dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
@@ -86,10 +101,12 @@ def _allocate(logits: list[Tensor], inputs: LossInputs, options: LossOptions, ca
     )
 
 
-def _trace_forward(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> Forward:
+def _trace_forward(
+    logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall, shard: VocabShard
+) -> Forward:
     if call.inplace_backward:
         check_memory(logits)
-    return _allocate(logits, inputs, options, call)
+    return _allocate(logits, inputs, options, call, shard)
 
 
 @operator(fake=_trace_forward)
@@ -98,6 +115,7 @@ def logits_forward(
     inputs: LossInputs,
     options: LossOptions,
     call: LogitsCall,
+    shard: VocabShard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss [] or [B,S]; ce, row_max, log_sum, valid, top1, d_row_weights [B,S,H]; factor []. Empty: not wanted.
 
@@ -109,18 +127,21 @@ def logits_forward(
         inputs, options = read_terms(inputs, options)
     device = inputs.labels.device
     if inputs.labels.numel() == 0:
-        results = _allocate(logits, inputs, options, call)
+        results = _allocate(logits, inputs, options, call, shard)
         results[0].zero_()
         results[-1].zero_()
         return results
-    forward, mean, _ = functions(call.impl)
+    forward, mean, _ = functions(call.impl, shard)
     if device.type == "cpu":
-        check_labels(inputs, options, horizon(logits), logits[0].shape[-1])
+        check_labels(inputs, options, horizon(logits), shard.vocab_size)
+    same = check_same_rows(inputs, shard) if shard.ranks > 1 else None
     with device_guard(device):
         out, ce, row_max, log_sum, valid, top1, d_row_weights = forward(
             heads, inputs, options, with_top1=call.with_top1, with_d_weights=call.with_d_weights
         )
         loss, factor = reduce(mean, out, valid, inputs, options)
+        if same is not None:
+            loss, factor = (torch.where(same, x, float("nan")) for x in (loss, factor))
     top1 = valid.new_empty(0, dtype=torch.int32) if top1 is None else top1
     d_row_weights = ce.new_empty(0) if d_row_weights is None else d_row_weights
     return loss, ce, row_max, log_sum, valid, top1, d_row_weights, factor
@@ -167,10 +188,11 @@ def logits_backward(
     log_sum: Tensor,
     factor: Tensor,
     impl: str,
+    shard: VocabShard,
 ) -> list[Tensor]:
     """Return d loss / d logits, shaped and aligned like the logits."""
     d_logits = [empty_gradient(x) for x in logits]
-    _write_gradient(d_loss, logits, d_logits, inputs, options, (row_max, log_sum, factor), impl)
+    _write_gradient(d_loss, logits, d_logits, inputs, options, (row_max, log_sum, factor), impl, shard)
     return d_logits
 
 
@@ -184,9 +206,10 @@ def logits_backward_(
     log_sum: Tensor,
     factor: Tensor,
     impl: str,
+    shard: VocabShard,
 ) -> None:
     """Overwrite the logits with d loss / d logits."""
-    _write_gradient(d_loss, logits, logits, inputs, options, (row_max, log_sum, factor), impl)
+    _write_gradient(d_loss, logits, logits, inputs, options, (row_max, log_sum, factor), impl, shard)
 
 
 def _write_gradient(
@@ -197,6 +220,7 @@ def _write_gradient(
     options: LossOptions,
     statistics: tuple[Tensor, Tensor, Tensor],  # row_max, log_sum, factor
     impl: str,
+    shard: VocabShard,
 ) -> None:
     labels = inputs.labels
     if labels.numel() == 0:
@@ -204,7 +228,7 @@ def _write_gradient(
     if impl == "cpu":
         logits, d_logits = split_heads(logits), split_heads(d_logits)
         inputs, options = read_terms(inputs, options)
-    _, _, backward = functions(impl)
+    _, _, backward = functions(impl, shard)
     with device_guard(labels.device):
         backward(d_loss.expand(labels.shape), logits, d_logits, inputs, options, *statistics)
 
@@ -241,13 +265,13 @@ class _LogitsLoss(Loss):
     """The loss of `logits_forward`, and where top1 is wanted also ce, row_max, log_sum, valid and top1."""
 
     @staticmethod
-    def forward(ctx: Any, options: LossOptions, call: LogitsCall, H: int, *tensors: Any) -> Any:
+    def forward(ctx: Any, options: LossOptions, call: LogitsCall, shard: VocabShard, H: int, *tensors: Any) -> Any:
         logits, inputs = tensors[:H], LossInputs(*tensors[H:])
-        *results, d_row_weights, factor = logits_forward(list(logits), *inputs, *options.values(), *call)
+        *results, d_row_weights, factor = logits_forward(list(logits), *inputs, *options.values(), *call, *shard)
         loss, _, row_max, log_sum, _, _ = results
         # The normalizer is in the factor.
         ctx.save_for_backward(*logits, *inputs[:-1], row_max, log_sum, factor, d_row_weights)
-        ctx.options, ctx.call, ctx.H = options, call, H
+        ctx.options, ctx.call, ctx.shard, ctx.H = options, call, shard, H
         ctx.set_materialize_grads(False)
         if not call.with_top1:
             return (loss,)
@@ -261,29 +285,31 @@ class _LogitsLoss(Loss):
         if ctx.call.inplace_backward and torch.is_grad_enabled():
             raise RuntimeError("inplace_backward has no second derivative; use inplace_backward=False.")
         d_weights, *d_logits = once_differentiable(_logits_gradients, ctx, d_loss, *ctx.saved_tensors)
-        return None, None, None, *d_logits, *input_gradients(d_weights)
+        return None, None, None, None, *d_logits, *input_gradients(d_weights)
 
 
 def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """Return the gradient of the token weights, and of each tensor of logits."""
     logits, inputs = list(saved[: ctx.H]), LossInputs(*saved[ctx.H : -4])
     *statistics, d_row_weights = saved[-4:]
-    options, call, d_weights = ctx.options, ctx.call, None
+    options, call, shard, d_weights = ctx.options, ctx.call, ctx.shard, None
     if call.with_d_weights:
         d_weights = weights_backward(
             d_loss, inputs.token_weights, d_row_weights, statistics[-1], options.shift, options.weight_alignment
         )
-    if not any(ctx.needs_input_grad[3 : 3 + ctx.H]):
+    if not any(ctx.needs_input_grad[4 : 4 + ctx.H]):
         return d_weights, *[None] * ctx.H
     if not call.inplace_backward:
-        d_logits = logits_backward(d_loss, logits, *inputs, *options.values(), *statistics, call.impl)
+        d_logits = logits_backward(d_loss, logits, *inputs, *options.values(), *statistics, call.impl, *shard)
         return d_weights, *d_logits
     logits = [x.detach() for x in logits]
-    logits_backward_(d_loss, logits, *inputs, *options.values(), *statistics, call.impl)
+    logits_backward_(d_loss, logits, *inputs, *options.values(), *statistics, call.impl, *shard)
     return d_weights, *logits
 
 
 @differentiable
-def logits_loss(logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall) -> list[Tensor]:
+def logits_loss(
+    logits: list[Tensor], inputs: LossInputs, options: LossOptions, call: LogitsCall, shard: VocabShard
+) -> list[Tensor]:
     """Return the loss, and where top1 is wanted ce, row_max, log_sum, valid and top1; arguments as `logits_forward`."""
-    return [*_LogitsLoss.apply(options, call, len(logits), *logits, *inputs)]
+    return [*_LogitsLoss.apply(options, call, shard, len(logits), *logits, *inputs)]
