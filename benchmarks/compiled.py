@@ -14,10 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mtp_ce.kernels import backward, forward, forward_backward, mean, rows, scale
+from mtp_ce.kernels import backward, forward, forward_backward, mean, rows, scale, shards
 from mtp_ce.kernels.results import RowResults, Rows
 from mtp_ce.ops.logits import empty_gradient
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -86,7 +86,7 @@ def compiling(target_name: str, multiprocessors: int = 1) -> Iterator[list[Launc
     driver.set_active(Named())
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for module in (forward, backward, forward_backward):
+        for module in (forward, backward, forward_backward, shards):
             own = {name: value for name, value in of_the_device.items() if hasattr(module, name)}
             patches.enter_context(mock.patch.multiple(module, **own))
         yield launched
@@ -120,17 +120,34 @@ def launch_logits(
 
 
 def launch_chunk(
-    R: int, V: int, dtype: torch.dtype, loss: dict[str, Any] = PLAIN, *, extra: bool = False, changing: bool = False
+    R: int,
+    V: int,
+    dtype: torch.dtype,
+    loss: dict[str, Any] = PLAIN,
+    *,
+    extra: bool = False,
+    changing: bool = False,
+    ranks: int = 1,
 ) -> None:
-    """Loss and gradient of a chunk of R rows, padded to whole vectors as the linear path pads them."""
+    """Loss and gradient of a chunk of R rows, padded to whole vectors as the linear path pads them.
+
+    With several ranks the V entries are those of the second.
+    """
     unit = 16 // dtype.itemsize
     logits_chunk = torch.empty(R, -(-V // unit) * unit, dtype=dtype)[:, :V]
     row = torch.zeros(R)
     results = RowResults(row, row, row, row.int() if extra else None)
     terms = torch.ones(4, dtype=torch.float64) if changing else None
-    forward_backward.launch_forward_backward(
-        logits_chunk, Rows(row.int(), row, row.bool()), results, LossOptions(**loss), gradient=True, terms=terms
-    )
+    of_row = Rows(row.int(), row, row.bool())
+    if ranks == 1:
+        forward_backward.launch_forward_backward(
+            logits_chunk, of_row, results, LossOptions(**loss), gradient=True, terms=terms
+        )
+        return
+    shards.launch_shard(
+        logits_chunk, of_row, results, LossOptions(**loss), gradient=True, terms=terms,
+        shard=VocabShard(ranks * V, V, ranks), gather=lambda partials, **_: partials.new_zeros(7, R, ranks),
+    )  # fmt: skip
 
 
 def launch_rows() -> None:

@@ -42,6 +42,12 @@ from mtp_ce.kernels.tiles import WARP_SIZE, Tile, backward_tile, forward_tile
 from mtp_ce.options import LossOptions, VocabShard
 
 
+class ShardPartialsSettings(NamedTuple):
+    """Compile-time constants of `shard_partials_kernel`."""
+
+    softmax: SoftmaxSettings
+
+
 class ShardGradientSettings(NamedTuple):
     """Compile-time constants of `shard_gradient_kernel`."""
 
@@ -54,13 +60,14 @@ class ShardGradientSettings(NamedTuple):
 @triton.jit
 def shard_partials_kernel(logits_ptr, stride_r, rows, partials_ptr, V, terms, SETTINGS: tl.constexpr):
     """Partial results of row r = program id."""
+    SOFTMAX: tl.constexpr = SETTINGS.softmax
     r = tl.program_id(0).to(tl.int64)
     if tl.load(rows.row_mask + r):
         label = own_label(tl.load(rows.label + r), V, terms)
         partials = online_softmax(
-            (logits_ptr + r * stride_r, 1), V, label, 0, 1, term(terms.softcap, terms.changing, 1), SETTINGS
+            (logits_ptr + r * stride_r, 1), V, label, 0, 1, term(terms.softcap, terms.changing, 1), SOFTMAX
         )
-        store_partials(partials_ptr + r, tl.num_programs(0).to(tl.int64), partials, terms, SETTINGS)
+        store_partials(partials_ptr + r, tl.num_programs(0).to(tl.int64), partials, terms, SOFTMAX)
 
 
 @triton.jit
@@ -68,6 +75,7 @@ def shard_gradient_kernel(
     logits_ptr, stride_r, rows, results, partials_ptr, ranks, V, terms, SETTINGS: tl.constexpr
 ):  # fmt: skip
     """Results and gradient of row r = program id."""
+    GRADIENT: tl.constexpr = SETTINGS.gradient
     r = tl.program_id(0).to(tl.int64)
     row = (logits_ptr + r * stride_r, 1)
     row_max = 0.0
@@ -88,7 +96,7 @@ def shard_gradient_kernel(
         )
         ce = (row_max - label_logit) + log_sum
         row_loss = ce
-        if not SETTINGS.gradient.PLAIN:
+        if not GRADIENT.PLAIN:
             lse = row_max + log_sum
             row_loss += term(terms.z_loss, terms.changing, 2) * lse * lse
             if SETTINGS.SMOOTH:
@@ -101,7 +109,7 @@ def shard_gradient_kernel(
         tl.store(results.top1 + r, argmax)
     if SETTINGS.WITH_GRADIENT:
         label = own_label(tl.load(rows.label + r), V, terms)
-        write_row_gradient(row, row, V, label, row_max, log_sum, g, 0, 1, terms, SETTINGS.gradient)
+        write_row_gradient(row, row, V, label, row_max, log_sum, g, 0, 1, terms, GRADIENT)
 
 
 def launch_shard(
@@ -153,7 +161,7 @@ def launch_shard(
             partials,
             V,
             numbers,
-            SETTINGS=softmax,
+            SETTINGS=ShardPartialsSettings(softmax),
             num_warps=first.num_warps,
             enable_fp_fusion=True,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ce.ops.memory import check_memory
+from mtp_ce.ops.memory import check_leaves, check_memory
 from mtp_ce.ops.rows import check_labels
 from mtp_ce.options import CHANGES, INTEGERS, NUMBERS, TERMS, LossInputs, LossOptions, check_choice, read_terms
 from mtp_ce.vocabulary import is_dtensor
@@ -351,13 +351,20 @@ def choose_impl(impl: str, first: Tensor, source: str = "logits") -> str:
     return impl
 
 
-def check_inplace(heads: list[Tensor], impl: str) -> None:
-    """ValueError where the gradient cannot overwrite the logits."""
+def check_inplace(heads: list[Tensor], entries: list[Tensor], impl: str) -> None:
+    """ValueError where the gradient cannot overwrite the logits.
+
+    Args:
+        heads: logits, as the caller passed them.
+        entries: the same, or this rank's entries of them.
+        impl: what runs.
+    """
     if impl == "reference":
         raise ValueError("inplace_backward is True; expected False with impl='reference', which has no such path.")
     # Under torch.compile tensors have neither a base nor an address: the operator checks them when it is traced.
     if not torch.compiler.is_compiling():
-        check_memory(heads)
+        check_leaves(heads)
+        check_memory(entries)
     if any(x.requires_grad for x in heads) and saved_tensors_are_hooked():
         raise ValueError(
             "inplace_backward is True under hooks for saved tensors, such as non-reentrant activation checkpointing; "

@@ -104,12 +104,14 @@ def weighted_mtp_linear_ce(
 
     Args:
         hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D] for H = 1; float32, bfloat16, float16 (float64 with
-            impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
-        unembed: [V, D], the weight of the output layer, of hidden's dtype (under torch.autocast both are cast).
+            impl "cpu" and "reference"). Head h predicts the token at t + shift + h. Beside a sharded unembed the same
+            on every rank, or DTensors Replicate().
+        unembed: [V, D], the weight of the output layer, of hidden's dtype (under torch.autocast both are cast). Or a
+            DTensor Shard(0), the vocabulary over the ranks of one mesh dimension; its gradient is sharded alike.
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
         token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
             Differentiable.
-        bias: [V], of hidden's dtype.
+        bias: [V], of hidden's dtype; sharded as unembed is.
         chunk_bytes: the most bytes of one chunk of logits. None: the rows of a chunk follow from D and the number of
             rows, as docs/loss.md explains.
         grad_dtype: dtype in which the gradients of unembed and bias are accumulated over chunks, before the cast to
@@ -194,7 +196,7 @@ def token_ce(
 
     Args:
         hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D], as in `weighted_mtp_linear_ce`.
-        unembed: [V, D].
+        unembed: [V, D], or a DTensor Shard(0).
         labels: [B, S] integers.
         shift: 1: labels are `input_ids`; 0: labels are already shifted.
         bias: [V].
@@ -264,15 +266,14 @@ def _evaluate(
     heads, shape = check_linear(hidden, unembed, bias)
     first = heads[0]
     check_inputs(first, shape, inputs, options, "hidden")
-    V = shape[3]
     impl = choose_impl(impl, first, "hidden")
     if validate:
         check_values(inputs, options, shape)
 
-    heads, unembed, bias, shard = local_layer(heads, unembed, bias) if impl != "reference" else (
-        [whole(x) for x in heads], whole(unembed), whole(bias), VocabShard(V)
-    )
-    first = heads[0]
+    if impl == "reference":
+        heads, unembed, bias, shard = [whole(x) for x in heads], whole(unembed), whole(bias), VocabShard(shape[3])
+    else:
+        heads, unembed, bias, shard = local_layer(heads, unembed, bias)
     logits_dtype = check_chunking(*chunking, first.dtype, shard.largest)
     if impl == "reference":
         unembed, bias = unembed.to(logits_dtype), None if bias is None else bias.to(logits_dtype)
@@ -294,7 +295,7 @@ def _evaluate(
         impl=impl,
     )
     if first.dim() == 3 and len(heads) == 1:
-        heads = [first[:, :, None]]
+        heads = [heads[0][:, :, None]]
     loss, ce, lse, live, top1 = linear_loss(heads, unembed, bias, inputs, options, call, shard)
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
 

@@ -27,6 +27,7 @@ from mtp_ce.options import (
     CommonOptions,
     LossInputs,
     LossOptions,
+    VocabShard,
     check_choice,
     fold_normalizer,
     read_terms,
@@ -123,7 +124,8 @@ def weighted_mtp_ce(
 
     Args:
         logits: [B, S, H, V], or H tensors [B, S, V], or [B, S, V] for H = 1; any strides; float32, bfloat16, float16
-            (float64 with impl "cpu" and "reference"). Head h predicts the token at t + shift + h.
+            (float64 with impl "cpu" and "reference"). Head h predicts the token at t + shift + h. Or DTensors
+            Shard(-1), the vocabulary over the ranks of one mesh dimension.
         labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
         token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
             Differentiable.
@@ -182,8 +184,9 @@ def weighted_mtp_ce(
     check_flags(inplace_backward=inplace_backward, validate=validate, return_stats=return_stats)
     check_inputs(heads[0], shape, inputs, options)
     impl = choose_impl(impl, heads[0])
+    entries, shard = ([], VocabShard(shape[3])) if impl == "reference" else local_logits(heads, inplace_backward)
     if inplace_backward:
-        check_inplace(heads, impl)
+        check_inplace(heads, entries, impl)
     if validate:
         check_values(inputs, options, shape)
 
@@ -191,11 +194,10 @@ def weighted_mtp_ce(
         outcome = reference_loss(split_heads([whole(x) for x in heads]), inputs, options)
         return outcome if return_stats else outcome.loss
 
-    heads, shard = local_logits(heads)
     inputs, options = fold_normalizer(inputs, options)
     with_d_weights = token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled()
     call = LogitsCall(return_stats, with_d_weights, inplace_backward, impl)
-    loss, *stats = logits_loss(heads, inputs, options, call, shard)
+    loss, *stats = logits_loss(entries, inputs, options, call, shard)
     if not return_stats:
         return loss
     ce, row_max, log_sum, live, top1 = stats

@@ -12,6 +12,7 @@ mtp_ce/ops/shards.py.
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from mtp_ce.options import VocabShard
 
@@ -30,8 +31,12 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def local_logits(heads: list[Tensor]) -> tuple[list[Tensor], VocabShard]:
+def local_logits(heads: list[Tensor], inplace: bool) -> tuple[list[Tensor], VocabShard]:
     """Return this rank's entries of logits [..., V], and which they are.
+
+    Args:
+        heads: plain tensors, or DTensors.
+        inplace: the gradient will overwrite the entries.
 
     Raises:
         ValueError: a layout that is not supported.
@@ -46,7 +51,12 @@ def local_logits(heads: list[Tensor]) -> tuple[list[Tensor], VocabShard]:
     shard = _shard_of(names[0], first, first.dim() - 1)
     for name, head in zip(names, heads, strict=True):
         _shard_of(name, head, head.dim() - 1)
-    return [_local(head) for head in heads], shard
+    entries = [_local(head) for head in heads]
+    for head, part in zip(heads, entries, strict=True):
+        if inplace and part.requires_grad:
+            # torch sees a write to the entries, and not that they are a DTensor's: whoever saved that must hear of it.
+            part.register_hook(lambda _, head=head: increment_version(head))
+    return entries, shard
 
 
 def local_layer(
@@ -93,7 +103,7 @@ def _local(tensor: Any) -> Any:
 
 def _shown(tensor: Any) -> str:
     names = tensor.device_mesh.mesh_dim_names or range(tensor.device_mesh.ndim)
-    return ", ".join(f"{p} over {name!r}" for p, name in zip(tensor.placements, names, strict=True))
+    return ", ".join(f"{p!r} over {name!r}" for p, name in zip(tensor.placements, names, strict=True))
 
 
 def _require_same_mesh(name: str, tensor: Any, other_name: str, other: Any) -> None:
@@ -119,7 +129,7 @@ def _shard_of(name: str, tensor: Any, dim: int) -> VocabShard:
             f"that share the vocabulary, such as mesh['tp']. {OUT_OF_FSDP.format(gathered)}"
         )
     (placement,) = tensor.placements
-    if not placement.is_shard(dim):
+    if not (placement.is_shard(dim) or placement.is_shard(dim - tensor.dim())):
         raise ValueError(
             f"{name} is a DTensor with {_shown(tensor)}; expected Shard({dim}), the vocabulary over the ranks, or a "
             f"plain tensor: {name}.redistribute(placements=[Shard({dim})]), or {gathered}."

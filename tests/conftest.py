@@ -505,3 +505,21 @@ def compare_all_fixture() -> Callable[..., Iterator[tuple[str, SimpleNamespace, 
 def compare_fixture(impl: str) -> Callable[..., SimpleNamespace]:
     """The function `compare` of this file, for `impl`."""
     return lambda *tensors, **options: compare(impl, *tensors, **options)
+
+
+@pytest.fixture(name="expect")
+def expect_fixture() -> Callable[..., SimpleNamespace]:
+    """The function `expect` of this file."""
+    return expect
+
+
+@pytest.fixture(name="assert_errs")
+def assert_errs_fixture() -> Callable[..., None]:
+    """The function `assert_errs_no_more_than_torch` of this file."""
+    return assert_errs_no_more_than_torch
+
+
+@pytest.fixture(name="draw_on")
+def draw_on_fixture() -> Callable[[torch.device], SimpleNamespace]:
+    """The function `draw_on` of this file."""
+    return draw_on

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 
-def check_memory(heads: list[Tensor]) -> None:
-    """ValueError where the logits are a leaf's memory, or where two of their rows share memory."""
+def check_leaves(heads: list[Tensor]) -> None:
+    """ValueError where the logits are a leaf's memory."""
     for x in heads:
         # A leaf may itself be a view, of memory that requires no gradient.
         if any(leaf is not None and leaf.is_leaf and leaf.requires_grad for leaf in (x, x._base)):
@@ -15,6 +15,12 @@ def check_memory(heads: list[Tensor]) -> None:
                 "inplace_backward is True and logits is a leaf that requires a gradient, or a view of one; expected "
                 "the output of a layer: the leaf's own values would be overwritten."
             )
+
+
+def check_memory(heads: list[Tensor]) -> None:
+    """ValueError where the logits are a leaf's memory, or where two of their rows share memory."""
+    check_leaves(heads)
+    for x in heads:
         if _overlaps(x):
             raise ValueError(
                 "inplace_backward is True and rows of logits share memory, as after expand or unfold; expected memory "

@@ -43,7 +43,7 @@ def test_every_launch_states_the_compiler_defaults_it_relies_on():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     ]
-    assert len(launches) == 6
+    assert len(launches) == 8
     for launch in launches:
         stated = {keyword.arg: ast.unparse(keyword.value) for keyword in launch.keywords}
         assert stated.get("enable_fp_fusion") == "True", ast.unparse(launch)
@@ -68,7 +68,7 @@ def test_every_hot_load_and_store_is_128_bits_wide_at_any_row_alignment(compiled
         terms = (0, 1) if kernel["target"] == "gfx942" and "changing" in kernel["layout"] else (0,)
         loads = [copy * (wide + again) + term for copy in copies for term in terms]
         assert kernel["wide_loads"] in loads, kernel
-        if kernel["name"] != "forward_kernel":
+        if kernel["name"] not in ("forward_kernel", "shard_partials_kernel"):
             # Gradients, and zeros where the head is dead.
             assert kernel["wide_stores"] == 2 * (again or wide), kernel
 
@@ -78,6 +78,7 @@ def test_rows_are_compiled_whole_and_shared(compiled):
     names = {(kernel["name"], kernel["shared"]) for kernel in compiled}
     assert {(name, shared) for name in ("forward_kernel", "backward_kernel") for shared in (False, True)} <= names
     assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
+    assert {("shard_partials_kernel", False), ("shard_gradient_kernel", False)} <= names
     (scaled,) = (kernel for kernel in compiled if kernel["name"] == "scale_kernel")
     assert scaled["wide_loads"] == scaled["wide_stores"] == 2, scaled
 
@@ -128,6 +129,8 @@ def main(target_name: str) -> None:
             compiled.launch_logits(logits, loss, apart=layout == "apart", **how)
             if H == 1 and layout in ("plain", "capped", "statistics", "capped changing"):
                 compiled.launch_chunk(2, V, dtype, loss, **how)
+                if V == 32000:
+                    compiled.launch_chunk(2, V, dtype, loss, **how, ranks=8)
             if not report:
                 compiled.launch_rows()
                 compiled.launch_scale(1000, 64, torch.bfloat16)

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
-from mtp_ce.kernels import backward, forward, forward_backward, scale
+from mtp_ce.kernels import backward, forward, forward_backward, scale, shards
+from mtp_ce.kernels.results import RowResults, Rows
+from mtp_ce.options import LossOptions, VocabShard
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in the interpreter, which a GPU run leaves off"
@@ -241,3 +243,38 @@ def test_a_scaled_gradient_is_read_and_written_once_and_not_at_all_under_a_scale
     moved = loads.sum() * dtype.itemsize, stores.sum() * dtype.itemsize
     assert moved == scale.traffic(N, dtype.itemsize, factor)
     assert factor == 1 or ((loads == 1).all() and (stores == 1).all())
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_rank_reads_its_entries_once_a_pass_and_has_the_results_of_one_process(meter, gradient):
+    """Both kernels of a chunk on one rank that holds all entries; a masked row is not read."""
+    R, V = 5, 1003
+    generator = torch.Generator().manual_seed(V)
+    whole = torch.randn(R, V, generator=generator)
+    mask = torch.tensor([True, True, False, True, True])
+    coefficient = torch.rand(R, generator=generator) * mask
+    rows = Rows(torch.randint(V, (R,), generator=generator, dtype=torch.int32), coefficient, mask)
+    options = LossOptions(label_smoothing=0.1, z_loss=1e-3)
+
+    def results() -> RowResults:
+        return RowResults(*(torch.full((R,), float("nan")) for _ in range(3)), torch.zeros(R, dtype=torch.int32))
+
+    expected, logits_of_one = results(), whole.clone()
+    forward_backward.launch_forward_backward(logits_of_one, rows, expected, options, gradient=gradient)
+    got, logits, sent = results(), whole.clone(), []
+
+    def gather(partials, **wanted):
+        sent.append(wanted)
+        return partials[:, :, None].clone()
+
+    meter.loaded.clear()
+    meter.stored.clear()
+    how = {"gradient": gradient, "shard": VocabShard(V, 0, 1, "no group"), "gather": gather}
+    shards.launch_shard(logits, rows, got, options, **how)
+    assert sent == [{"smooth": True, "with_top1": True}]
+    for ours, theirs in zip((*got, logits), (*expected, logits_of_one), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    loads, stores = meter.loads_of(logits), meter.stores_to(logits)
+    read, written = shards.traffic(int(mask.sum()), R, V, 4, gradient)
+    assert (loads.sum() * 4, stores.sum() * 4) == (read, written)
+    assert not loads[2].any()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtp_ce import token_ce, weighted_mtp_ce, weighted_mtp_linear_ce
 from mtp_ce.ops import linear as linear_ops
 from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 B, S, H, D, V = 2, 5, 3, 8, 37
 FEW = 4 * V * 4  # bytes of four rows of fp32 logits
@@ -249,16 +249,17 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
     chunk_bytes = case["rows"] * 9 * logits_dtype.itemsize if "rows" in case else None
     how = (chunk_bytes, case.get("drop", COUNT), case.get("grad_dtype", torch.float32), logits_dtype, impl)
     call = LinearCall(case.get("top1", True), weights is not None, *products, *how)
-    forward = (given, unembed, bias, *inputs, *options.values(), *call)
+    whole = VocabShard(9)
+    forward = (given, unembed, bias, *inputs, *options.values(), *call, *whole)
     loss, *_, factor, _, _, _, _ = linear_ops.linear_forward(*forward)
     upstream = torch.ones_like(loss)
-    backward = (upstream, given, unembed, bias, *inputs, *options.values(), factor, *call)
+    backward = (upstream, given, unembed, bias, *inputs, *options.values(), factor, *call, *whole)
     leaves = [[x.clone().requires_grad_(wanted) for x, wanted in zip(given, products[0], strict=True)]]
     leaves.append(unembed.clone().requires_grad_(products[1]))
     leaves.append(None if bias is None else bias.clone().requires_grad_(products[2]))
     if weights is not None:
         inputs = inputs._replace(token_weights=weights.clone().requires_grad_())
-    return (*leaves, *inputs, *options.values(), *call), forward, backward
+    return (*leaves, *inputs, *options.values(), *call, *whole), forward, backward
 
 
 @pytest.mark.parametrize(

@@ -443,20 +443,28 @@ def test_the_linear_path_has_nothing_to_overwrite() -> None:
 
 
 @pytest.fixture(scope="module")
-def shard() -> Iterator[Callable[[Tensor], Tensor]]:
-    """A tensor as a DTensor on a mesh of one process."""
+def shard() -> Iterator[Callable[..., Tensor]]:
+    """A tensor as a DTensor, replicated or as named, on a mesh of one process and one dimension or two."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    meshes = {
+        "tp": init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)),
+        "dp, tp": init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp")),
+    }
+    kinds: dict[Any, Any] = {"R": Replicate(), "P": Partial()} | {dim: Shard(dim) for dim in range(4)}
+
+    def placed(tensor: Tensor, *placements: int | str) -> Tensor:
+        mesh = meshes["dp, tp" if len(placements) == 2 else "tp"]
+        return DTensor.from_local(tensor, mesh, [kinds[p] for p in placements or "R"], run_check=False)
+
+    yield placed
     dist.destroy_process_group()
 
 
 TENSORS: dict[str, Callable[[], Tensor]] = {
-    "logits": lambda: f32(B, S, H, V),
     "labels": lambda: i64(B, S),
     "token_weights": lambda: f32(B, S),
     "head_weights": lambda: f32(H),
@@ -466,41 +474,64 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*TENSORS, "logits[1]"])
-def test_a_dtensor_is_refused_with_the_way_out(name: str, shard) -> None:
-    """Named, with the way out, for every tensor argument."""
-    if name == "logits[1]":
-        spoiled: dict[str, Any] = {"logits": [f32(B, S, V), shard(f32(B, S, V))]}
-    else:
-        spoiled = {name: shard(TENSORS[name]())}
-    with pytest.raises(TypeError, match=name.replace("[", r"\[") + r" is a DTensor; expected a plain tensor.*to_local"):
-        weighted_mtp_ce(**{**good(), **spoiled})
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_dtensor_of_what_belongs_to_the_batch_is_refused_with_the_way_out(name: str, linear: bool, shard) -> None:
+    """Named, with the way out."""
+    function, given = (weighted_mtp_linear_ce, good_linear()) if linear else (weighted_mtp_ce, good())
+    with pytest.raises(TypeError, match=rf"{name} is a DTensor; expected a plain tensor.*to_local"):
+        function(**{**given, name: shard(TENSORS[name]())})
 
 
-@pytest.mark.parametrize("name", [*(name for name in TENSORS if name != "logits"), "hidden", "hidden[1]"])
-def test_a_dtensor_on_the_linear_path_is_refused_with_the_way_out(name: str, shard) -> None:
-    """The same for what belongs to the batch."""
-    if name == "hidden[1]":
-        spoiled: dict[str, Any] = {"hidden": [f32(B, S, D), shard(f32(B, S, D))]}
-    else:
-        spoiled = {name: shard(f32(B, S, H, D) if name == "hidden" else TENSORS[name]())}
-    with pytest.raises(TypeError, match=name.replace("[", r"\[") + r" is a DTensor; expected a plain tensor.*to_local"):
-        weighted_mtp_linear_ce(**{**good_linear(), **spoiled})
+# Layouts: where each tensor is sharded, "R" replicated, "P" partial, None a plain tensor; then what the error says.
+LOGITS_LAYOUTS = {
+    "replicated": (("R",), r"logits is a DTensor with Replicate\(\) over 'tp'; expected Shard\(3\)"),
+    "partial": (("P",), r"logits is a DTensor with Partial\(sum\) over 'tp'; expected Shard\(3\)"),
+    "by batch": ((0,), r"Shard\(dim=0\) over 'tp'; expected Shard\(3\).*redistribute\(placements=\[Shard\(3\)\]\)"),
+    "two dimensions": ((0, 3), r"over 'dp', .* over 'tp'; expected Shard\(3\) on a mesh of one dimension"),
+}
+LAYER_LAYOUTS = {
+    "replicated": ((None, "R", None), r"unembed is a DTensor with Replicate\(\) over 'tp'; expected Shard\(0\).*full_"),
+    "by features": ((None, 1, None), r"unembed .*Shard\(dim=1\).*expected Shard\(0\)"),
+    "partial": ((None, "P", None), r"unembed .*Partial\(sum\).*expected Shard\(0\)"),
+    "two dimensions": ((None, ("R", 0), None), r"unembed .*expected Shard\(0\) on a mesh of one dimension.*mesh\['tp'\]"),
+    "plain bias": ((None, 0, None), "bias is a plain tensor and unembed is a DTensor; expected both as DTensors"),
+    "plain unembed": ((None, None, 0), r"bias is a DTensor and unembed is a plain tensor.*bias.full_tensor"),
+    "replicated bias": ((None, 0, "R"), r"bias is a DTensor with Replicate\(\).*expected Shard\(0\)"),
+    "another mesh": ((None, 0, (0, "R")), "bias is on .*expected one mesh"),
+    "hidden by sequence": ((1, 0, 0), r"hidden is a DTensor with Shard\(dim=1\).*expected Replicate\(\).*redistribute"),
+    "hidden alone": (("R", None, None), r"hidden is a DTensor and unembed is a plain tensor.*hidden.full_tensor"),
+}
 
 
-@pytest.mark.parametrize("name", ["unembed", "bias"])
-def test_a_sharded_parameter_is_refused_with_the_way_to_gather_it(name: str, shard) -> None:
-    """Inside the forward of its FSDP module, or gathered; a local shard of it is never right."""
-    spoiled = {name: shard(f32(V, D) if name == "unembed" else f32(V))}
-    with pytest.raises(TypeError, match=f"{name} is a DTensor; expected a plain tensor") as caught:
-        weighted_mtp_linear_ce(**{**good_linear(), **spoiled})
-    message = str(caught.value)
-    assert "inside the sharded module's forward" in message
-    assert f"{name}.full_tensor()" in message
-    assert "to_local" not in message
-    if name == "unembed":
-        with pytest.raises(TypeError, match="unembed is a DTensor"):
-            token_ce(**{**good_linear(), **spoiled})
+@pytest.mark.parametrize("name", LOGITS_LAYOUTS)
+def test_logits_that_are_not_sharded_over_the_vocabulary_are_refused(name: str, shard) -> None:
+    """With the placement that they have, and the one that is supported."""
+    placements, message = LOGITS_LAYOUTS[name]
+    with pytest.raises(ValueError, match=message):
+        weighted_mtp_ce(**{**good(), "logits": shard(f32(B, S, H, V), *placements)})
+
+
+def test_heads_are_all_sharded_or_none_is(shard) -> None:
+    """A list names the head."""
+    heads = [shard(f32(B, S, V), 2), f32(B, S, V)]
+    with pytest.raises(ValueError, match=r"logits\[1\] is a plain tensor and logits\[0\] is a DTensor"):
+        weighted_mtp_ce(**{**good(), "logits": heads})
+
+
+@pytest.mark.parametrize("name", LAYER_LAYOUTS)
+@pytest.mark.parametrize("function", [weighted_mtp_linear_ce, token_ce])
+def test_layers_that_are_not_sharded_over_the_vocabulary_are_refused(function: Any, name: str, shard) -> None:
+    """With the placement that they have, and the one that is supported; a local shard of another layout is wrong."""
+    layout, message = LAYER_LAYOUTS[name]
+    tensors = {"hidden": f32(B, S, H, D), "unembed": f32(V, D), "bias": f32(V)}
+    for (argument, tensor), placements in zip([*tensors.items()], layout, strict=True):
+        if placements is not None:
+            several = placements if isinstance(placements, tuple) else (placements,)
+            tensors[argument] = shard(tensor, *several)
+    with pytest.raises(ValueError, match=message) as caught:
+        function(tensors.pop("hidden"), tensors.pop("unembed"), i64(B, S), **tensors)
+    assert "to_local" not in str(caught.value)
 
 
 WITHOUT_INTERPRETER = """

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mtp_ce import WeightedMTPLoss, weighted_mtp_ce
 from mtp_ce.ops import logits as ops
-from mtp_ce.options import LossInputs, LossOptions
+from mtp_ce.options import LossInputs, LossOptions, VocabShard
 
 B, S, H, V = 2, 5, 3, 37
 
@@ -175,16 +175,17 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> list[tuple[Any,
         label_smoothing=case.get("smoothing", 0.0),
     )  # fmt: skip
     call = ops.LogitsCall(True, weights is not None, False, impl)
-    forward = (given, *inputs, *options.values(), *call)
+    whole = VocabShard(9)
+    forward = (given, *inputs, *options.values(), *call, *whole)
     results = ops.logits_forward(*forward)
     loss, _, row_max, log_sum, _, _, d_row_weights, factor = results
     d_loss = torch.ones_like(loss)
-    backward = (d_loss, given, *inputs, *options.values(), row_max, log_sum, factor, impl)
+    backward = (d_loss, given, *inputs, *options.values(), row_max, log_sum, factor, impl, *whole)
     of_weights = (d_loss, weights, d_row_weights, factor, 1, options.weight_alignment)
     leaves = [x.clone().requires_grad_() for x in given]
     if weights is not None:
         inputs = inputs._replace(token_weights=weights.clone().requires_grad_())
-    differentiated = (leaves, *inputs, *options.values(), *call)
+    differentiated = (leaves, *inputs, *options.values(), *call, *whole)
     return [differentiated, forward, backward, backward, *([] if weights is None else [of_weights])]
 
 
