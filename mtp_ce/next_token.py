@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtp_ce.linear import token_ce, weighted_mtp_linear_ce
 from mtp_ce.loss import MTPStats
 from mtp_ce.unembedding import Unembedding
+from mtp_ce.vocabulary import linear, whole
 
 # fp32 logits of one chunk of rows.
 ENTROPY_CHUNK_BYTES = 64 * 2**20
@@ -104,7 +105,7 @@ class NextToken(NamedTuple):
         return torch.where(rows, entropies.view(rows.shape), 0.0)
 
     def _entropies(self, hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden, self.unembed, self.bias).float()
+        logits = whole(linear(hidden, self.unembed, self.bias)).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return torch.special.entr(logits.softmax(-1)).sum(-1)

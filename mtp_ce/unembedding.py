@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mtp_ce.vocabulary import linear, whole
+
 # Gemma, NanoChat, Inkling 2; RecurrentGemma; xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Cohere; Falcon-H1.
@@ -104,8 +106,8 @@ class Unembedding(NamedTuple):
         return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:  # [..., D]
-        """Return logits [..., V]."""
-        logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)
+        """Return logits [..., V], gathered where the layer is sharded over ranks."""
+        logits: Tensor = whole(linear(self.scaled(hidden), self.weight, self.bias))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

@@ -11,7 +11,7 @@ mtp_ce/ops/shards.py.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from mtp_ce.options import VocabShard
@@ -29,6 +29,16 @@ def is_dtensor(value: object) -> bool:
 def whole(tensor: Any) -> Any:
     """Return a tensor with all its entries, gathered where it is a DTensor."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return hidden weight^T + bias, sharded over the vocabulary as the weight is; hidden is a plain tensor."""
+    if is_dtensor(weight):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+        hidden = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return nn.functional.linear(hidden, weight, bias)
 
 
 def local_logits(heads: list[Tensor], inplace: bool) -> tuple[list[Tensor], VocabShard]:

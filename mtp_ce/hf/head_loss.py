@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_ce.checks import check_head_weights, saved_tensors_are_hooked
 from mtp_ce.heads.protocol import FusedLoss, Heads, HeadsLoss
@@ -16,6 +16,7 @@ from mtp_ce.linear import weighted_mtp_linear_ce
 from mtp_ce.loss import MTPLoss, weighted_mtp_ce
 from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.unembedding import Unembedding
+from mtp_ce.vocabulary import linear
 
 
 class LossCall(NamedTuple):
@@ -59,7 +60,7 @@ def _linear(
 def _logits(
     output: Unembedding, call: LossCall, hidden: list[Tensor], inputs: LossInputs, options: LossOptions
 ) -> HeadsLoss:
-    logits = [nn.functional.linear(output.scaled(x), output.weight, output.bias) for x in hidden]
+    logits = [linear(output.scaled(x), output.weight, output.bias) for x in hidden]
     # Nothing else reads these logits, so the gradient may overwrite them, unless a surrounding activation checkpoint
     # keeps them.
     inplace = any(x.requires_grad for x in logits) and not saved_tensors_are_hooked()

@@ -403,8 +403,11 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
     )
     state, jobs, found = Ranks(folder, rank, ranks), json.loads((folder / "jobs.json").read_text()), {}
+    scenarios = SCENARIOS
+    if "module" in jobs:
+        scenarios = load(Path(__file__).with_name(jobs["module"])).SCENARIOS
     for name in jobs["scenarios"]:
-        found[name] = attempt(SCENARIOS[name], state)
+        found[name] = attempt(scenarios[name], state)
     for kind, impl, seed in jobs["cases"]:
         found[kind, impl, seed] = attempt(state.random, kind, impl, seed)
     torch.save(found, folder / f"{rank}.pt")

@@ -5,11 +5,7 @@ and ten times the cases, are slow tests. With few entries some ranks hold none, 
 the second half of the vocabulary.
 """
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,40 +25,13 @@ SCENARIOS = (
 SEEDS = {("linear", "cpu"): (60, 200), ("logits", "cpu"): (60, 200), ("linear", "triton"): (8, 60), ("logits", "triton"): (8, 60)}
 
 
-def start(ranks: int, slow: bool, folder: Path) -> list[dict[Any, Any]]:
-    """Run everything on so many ranks; return what each of them found."""
-    cases = [[*kind, seed] for kind, counts in SEEDS.items() for seed in range(counts[slow])]
-    (folder / "jobs.json").write_text(json.dumps({"scenarios": SCENARIOS, "cases": cases}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "ranks.py")]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=1800 if slow else 400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, said[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
-
-
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n}_ranks")
-def found(request, tmp_path_factory) -> SimpleNamespace:
+def found(request, start_ranks, tmp_path_factory) -> SimpleNamespace:
     """What all ranks found: `of(name)` is a list of results, one a rank."""
     slow = request.param > 2
-    by_rank = start(request.param, slow, tmp_path_factory.mktemp("ranks"))
-
-    def of(*key: Any) -> list[Any]:
-        results = [rank[key if len(key) > 1 else key[0]] for rank in by_rank]
-        for result in results:
-            assert not isinstance(result, str), result
-        return results
-
+    cases = [[*kind, seed] for kind, counts in SEEDS.items() for seed in range(counts[slow])]
+    jobs = {"scenarios": SCENARIOS, "cases": cases}
+    of = start_ranks(request.param, jobs, tmp_path_factory.mktemp("ranks"), 1800 if slow else 400)
     return SimpleNamespace(of=of, ranks=request.param, slow=slow)
 
 
@@ -101,16 +70,6 @@ def whole_results(kind: str, parts: list[dict[str, Any]]) -> SimpleNamespace:
 def same_bits(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal, NaN included."""
     return torch.equal(x.nan_to_num(12345.0), other.nan_to_num(12345.0)) and torch.equal(x.isnan(), other.isnan())
-
-
-@pytest.fixture(scope="module")
-def ranks_file() -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("ranks", HERE / "ranks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("kind", "impl"), SEEDS)
