@@ -16,9 +16,7 @@ from torch.autograd.graph import increment_version
 
 from mtp_ce.options import VocabShard
 
-OUT_OF_FSDP = (
-    "A parameter that FSDP shards is whole inside the forward of its module: call the loss there, or pass {}."
-)
+OUT_OF_FSDP = "A parameter that FSDP shards is whole inside the forward of its module: call the loss there, or pass {}."
 
 
 def is_dtensor(value: object) -> bool:
@@ -81,7 +79,8 @@ def local_layer(
         for name, other in (*_named(heads), ("bias", bias)):
             if is_dtensor(other):
                 raise ValueError(
-                    f"{name} is a DTensor and unembed is a plain tensor; expected both on one mesh, or {name}.full_tensor()."
+                    f"{name} is a DTensor and unembed is a plain tensor; expected both on one mesh, or "
+                    f"{name}.full_tensor()."
                 )
         return heads, unembed, bias, VocabShard(unembed.shape[0])
     shard = _shard_of("unembed", unembed, 0)
@@ -120,7 +119,8 @@ def _require_same_mesh(name: str, tensor: Any, other_name: str, other: Any) -> N
     if is_dtensor(tensor) != is_dtensor(other):
         plain, placed = (other_name, name) if is_dtensor(tensor) else (name, other_name)
         raise ValueError(
-            f"{plain} is a plain tensor and {placed} is a DTensor; expected both as DTensors on one mesh, or both plain."
+            f"{plain} is a plain tensor and {placed} is a DTensor; expected both as DTensors on one mesh, or both "
+            "plain."
         )
     if tensor.device_mesh != other.device_mesh:
         raise ValueError(

@@ -14,7 +14,7 @@ Algorithm  Every rank has the same rows (hidden states, labels, weights) and its
            from the rows alone (counts, normalizer, coefficients) is computed on every rank.
 
 Traffic    Sent for a row and rank: 3 numbers, 3 more with label smoothing, 1 more with top1; and D for d_hidden. Sent
-           for a call: 2 numbers, by which the ranks notice that their rows differ.
+           for a call: 3 numbers, by which the ranks notice that their rows differ.
 
 Numerics   In the dtype of the statistics. d_hidden is summed in its own dtype, as a column-parallel layer sums it.
 
@@ -38,9 +38,9 @@ def _group(shard: VocabShard) -> Any:
 
 def _gather(x: Tensor, shard: VocabShard) -> Tensor:
     """Return [ranks, ...]: x of every rank."""
-    gathered = x.new_empty(shard.ranks, *x.shape)
-    dist.all_gather_into_tensor(gathered, x, group=_group(shard))
-    return gathered
+    gathered = x.new_empty(shard.ranks * x.numel())  # flat, as gloo wants it
+    dist.all_gather_into_tensor(gathered, x.reshape(-1), group=_group(shard))
+    return gathered.view(shard.ranks, *x.shape)
 
 
 def gather_partials(partials: Tensor, shard: VocabShard, *, smooth: bool, with_top1: bool) -> Tensor:
@@ -120,14 +120,15 @@ def check_same_rows(inputs: LossInputs, shard: VocabShard) -> Tensor | None:
     ]
     values = torch.cat(numbers)
     place = torch.arange(1, len(values) + 1, device=values.device)
-    mine = torch.stack([(values * place).sum(), place.new_full((), inputs.labels.numel())])
+    sizes = (place.new_full((), size) for size in (inputs.labels.numel(), shard.vocab_size))
+    mine = torch.stack([(values * place).sum(), *sizes])
     same = (_gather(mine, shard) == mine).all()
     if mine.is_cuda:
         return same
     if not bool(same):
         raise ValueError(
-            "labels, token_weights, seq_lens or document_ids differ between the ranks that share the vocabulary; "
-            "expected the same batch on all of them. Parameters that FSDP shards are whole inside the forward of their "
+            "labels, token_weights, seq_lens, document_ids or V differ between the ranks that share the vocabulary; "
+            "expected the same on all of them. Parameters that FSDP shards are whole inside the forward of their "
             "module: call the loss there."
         )
     return None

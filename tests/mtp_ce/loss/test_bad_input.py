@@ -494,7 +494,10 @@ LAYER_LAYOUTS = {
     "replicated": ((None, "R", None), r"unembed is a DTensor with Replicate\(\) over 'tp'; expected Shard\(0\).*full_"),
     "by features": ((None, 1, None), r"unembed .*Shard\(dim=1\).*expected Shard\(0\)"),
     "partial": ((None, "P", None), r"unembed .*Partial\(sum\).*expected Shard\(0\)"),
-    "two dimensions": ((None, ("R", 0), None), r"unembed .*expected Shard\(0\) on a mesh of one dimension.*mesh\['tp'\]"),
+    "two dimensions": (
+        (None, ("R", 0), None),
+        r"unembed .*expected Shard\(0\) on a mesh of one dimension.*mesh\['tp'\]",
+    ),
     "plain bias": ((None, 0, None), "bias is a plain tensor and unembed is a DTensor; expected both as DTensors"),
     "plain unembed": ((None, None, 0), r"bias is a DTensor and unembed is a plain tensor.*bias.full_tensor"),
     "replicated bias": ((None, 0, "R"), r"bias is a DTensor with Replicate\(\).*expected Shard\(0\)"),

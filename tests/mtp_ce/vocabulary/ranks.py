@@ -6,10 +6,9 @@ returns, and in the place of both the text of an exception.
 
 import importlib.util
 import json
-import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -263,9 +262,9 @@ def retained_graph(ranks: Ranks) -> Any:
     twice = torch.autograd.grad(3 * loss, leaves)
     second = raised(
         lambda: torch.autograd.grad(
-            torch.autograd.grad(
-                weighted_mtp_linear_ce(*leaves[:2], case.labels), case.hidden_leaf, create_graph=True
-            )[0].sum(),
+            torch.autograd.grad(weighted_mtp_linear_ce(*leaves[:2], case.labels), case.hidden_leaf, create_graph=True)[
+                0
+            ].sum(),
             case.hidden_leaf,
         )
     )
@@ -320,8 +319,13 @@ def refused(ranks: Ranks) -> Any:
     case = ranks.batch()
     wide = case.labels.clone()
     wide[0, 3] = 11
-    uneven = DTensor.from_local(torch.ones(3 + ranks.rank, 5), ranks.mesh, [Shard(0)], run_check=False)
-    outside = (lambda loss: torch.func.grad(loss)(case.hidden))
+    held, mesh = case.unembed_shard.to_local().detach(), ranks.mesh
+    uneven = DTensor.from_local(
+        torch.ones(len(held) + 1, 5), mesh, [Shard(0)], run_check=False, shape=(11, 5), stride=(5, 1)
+    )
+    # As from_local infers V where ranks hold different numbers of entries.
+    of_another_V = DTensor.from_local(torch.ones(3 + ranks.rank, 5), mesh, [Shard(0)], run_check=False)
+    few = case.labels % 3
     return {
         "label": raised(lambda: weighted_mtp_ce(case.logits_shard, wide)),
         "label, linear": raised(lambda: weighted_mtp_linear_ce(case.hidden, case.unembed_shard, wide)),
@@ -331,9 +335,12 @@ def refused(ranks: Ranks) -> Any:
         "chunk_bytes": raised(
             lambda: weighted_mtp_linear_ce(case.hidden, case.unembed_shard, case.labels, chunk_bytes=8)
         ),
+        "of another V": raised(lambda: weighted_mtp_linear_ce(case.hidden, of_another_V, few)),
         "uneven": raised(lambda: weighted_mtp_linear_ce(case.hidden, uneven, case.labels)),
         "torch.func": raised(
-            lambda: outside(lambda hidden: weighted_mtp_linear_ce(hidden, case.unembed_shard, case.labels))
+            lambda: torch.func.grad(lambda hidden: weighted_mtp_linear_ce(hidden, case.unembed_shard, case.labels))(
+                case.hidden
+            )
         ),
     }
 
@@ -355,7 +362,7 @@ def peak_memory(ranks: Ranks) -> Any:
 
     from mtp_ce import weighted_mtp_linear_ce
 
-    case = ranks.batch(V=4096, S=64, D=32)
+    case = ranks.batch(V=8192, S=64, D=32)
     peaks = []
     for unembed in (case.unembed_shard, case.unembed.clone().requires_grad_()):
         leaf = case.hidden.clone().requires_grad_()

@@ -15,14 +15,20 @@ import torch
 from torch import Tensor
 
 from mtp_ce.loss import MTPStats
+from mtp_ce.ops.cpu import BLOCK_BYTES
 
 HERE = Path(__file__).resolve().parent
 SCENARIOS = (
     "all_rows_masked", "numbers_sent", "different_rows", "in_place", "retained_graph", "other_functions", "refused",
     "documented", "peak_memory", "compiled",
 )  # fmt: skip
-# (kind, impl) -> how many seeds in CI, and in the slow tier. The interpreter takes 20 times as long as the CPU's passes.
-SEEDS = {("linear", "cpu"): (60, 200), ("logits", "cpu"): (60, 200), ("linear", "triton"): (8, 60), ("logits", "triton"): (8, 60)}
+# How many seeds in CI, and in the slow tier. The interpreter takes 20 times as long as the passes of the CPU.
+SEEDS = {
+    ("linear", "cpu"): (60, 200),
+    ("logits", "cpu"): (60, 200),
+    ("linear", "triton"): (8, 60),
+    ("logits", "triton"): (8, 60),
+}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=lambda n: f"{n}_ranks")
@@ -40,7 +46,7 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def whole_results(kind: str, parts: list[dict[str, Any]]) -> SimpleNamespace:
-    """The results of all ranks as one process returns them; asserts that ranks which hold the same hold the same bits."""
+    """The results of all ranks as one process returns them; what several ranks hold has the same bits on each."""
     first = parts[0]
     got: dict[str, Any] = {}
     for name, value in first.items():
@@ -101,13 +107,13 @@ def test_all_rows_masked_give_a_loss_and_gradients_of_exactly_zero(found):
 
 
 def test_a_row_costs_at_most_seven_numbers_and_d_hidden(found):
-    """Against V / ranks logits for gathering them. A call adds two numbers, by which ranks notice that rows differ."""
+    """Against V / ranks logits for gathering them. A call adds three, by which ranks notice that rows differ."""
     for rank in found.of("numbers_sent"):
         rows, D = rank["rows"], rank["D"]
         for (impl, kind, name), sent in rank["counts"].items():
             gathered = [count for collective, count in sent if collective == "gather"]
             reduced = [count for collective, count in sent if collective == "reduce"]
-            assert gathered[0] == 2
+            assert gathered[0] == 3
             live = sum(gathered[1:]) // (3 if name == "plain" else 7)
             assert sum(gathered[1:]) == live * (3 if name == "plain" else 7)
             # The logits' path of the CPU leaves out rows without a target.
@@ -121,7 +127,7 @@ def test_ranks_with_different_batches_are_told_so(found):
     """Else a layer that FSDP shards, called outside of its forward, would return a loss of nothing."""
     for rank in found.of("different_rows"):
         for said in rank:
-            assert said.startswith("ValueError: labels, token_weights, seq_lens or document_ids differ")
+            assert said.startswith("ValueError: labels, token_weights, seq_lens, document_ids or V differ")
             assert "FSDP" in said
 
 
@@ -156,6 +162,7 @@ def test_what_one_process_refuses_all_ranks_refuse(found):
         assert "drop_dead_rows is 3" in rank["too few rows"]
         assert f"expected at least {-(-11 // found.ranks) * 4}, one row of logits" in rank["chunk_bytes"]
         assert "as torch.chunk divides them" in rank["uneven"]
+        assert "or V differ" in rank["of another V"]
         assert "inside a transform of torch.func" in rank["torch.func"]
 
 
@@ -166,10 +173,9 @@ def test_the_program_of_the_documentation_runs(found):
 
 
 def test_a_rank_holds_its_part_of_the_logits_and_of_the_gradient(found):
-    """Peak memory beside the hidden states' own falls with the ranks."""
+    """Peak memory falls with the ranks, but for the gradient of the hidden states and a block of rows."""
     for rank in found.of("peak_memory"):
-        shard, whole = (rank[name] - 2 * rank["hidden"] for name in ("shard", "whole"))
-        assert shard < 1.25 * whole / found.ranks, rank
+        assert rank["shard"] < rank["whole"] / found.ranks + rank["hidden"] + 2 * BLOCK_BYTES, rank
 
 
 def test_both_losses_compile_into_one_graph(found):
