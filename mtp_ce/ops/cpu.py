@@ -33,13 +33,12 @@ BLOCK_BYTES = 512 * 1024
 
 # exp(x) = exp2(x log2 e). Tensor.exp_ is MKL's where torch has it: on Intel 0.15 ns an element, but 8 to 15 where the
 # result underflows to 0 and 35 or more where it is denormal; on AMD 0.8 and 11 to 30. exp2_ is SLEEF's: on Intel 0.25,
-# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the blocks where nothing underflows, as
-# every 64th entry of their rows tells: a wrong guess costs time alone.
+# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the rows where nothing underflows, as every
+# 64th entry tells: a wrong guess costs time alone.
 LOG2_E = 1 / math.log(2)
 SAMPLED, UNDERFLOW = 64, -87.0
-# Where a row's log of the sum is below this, all but its largest entry may have denormal gradients, 10 times as slow:
-# backward replaces exponentials below 2^-100 by 0, in a pass of 0.1 ns an element.
-SURE = 1e-6
+# In the other rows exponentials below 2^-100 are 0, in a pass of 0.1 ns an element: beside a sum of at least 1 they are
+# nothing, and as gradients they would be denormal, 10 times as slow.
 LEAST_EXPONENT = -100.0
 
 
@@ -146,13 +145,17 @@ def prefers_exp() -> bool:
     return torch.backends.mkl.is_available() and "GenuineIntel" in processor
 
 
-def _exp_(z: Tensor, *, flush: bool = False) -> Tensor:
-    if prefers_exp() and not flush and z[:, ::SAMPLED].amin() > UNDERFLOW:
+def _exp_(z: Tensor) -> Tensor:
+    """Replace z [rows, V], none above 0, by exp(z). How a row is computed follows from that row alone."""
+    if z.dtype == torch.float64:
         return z.exp_()
-    z.mul_(LOG2_E)
-    if flush:
-        torch.threshold_(z, LEAST_EXPONENT, -math.inf)
-    return z.exp2_()
+    low = (z[:, ::SAMPLED].amin(1) < UNDERFLOW).nonzero().flatten()
+    if not len(low):
+        return z.exp_() if prefers_exp() else z.mul_(LOG2_E).exp2_()
+    if len(low) == len(z):
+        return torch.threshold_(z.mul_(LOG2_E), LEAST_EXPONENT, -math.inf).exp2_()
+    underflowing = _exp_(z.index_select(0, low))
+    return _exp_(z.index_fill_(0, low, 0.0)).index_copy_(0, low, underflowing)
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
@@ -319,7 +322,6 @@ def backward(
     sizes = [block.size for block in blocks]
     buffer = row_max.new_empty(max(sizes, default=0), V)
     scale = g * torch.exp(-log_s) * (1 + 2 * options.z_loss * (maximum + log_s) if options.z_loss else 1)
-    flush = dtype == torch.float32 and bool((log_s < SURE).any())
     columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, options)))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
     for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
@@ -332,7 +334,7 @@ def backward(
         else:
             slope = _slope(_load(runs, block, z, options.softcap), options.softcap)
             z.sub_(maximum_)
-        dz = terms_.gradient(_exp_(z, flush=flush), y_, scale_, slope)
+        dz = terms_.gradient(_exp_(z), y_, scale_, slope)
         _copy(d_runs, _split_runs(dz, block))
     for block in _blocks(flags, b"\0", (B, S, H), most):
         for run in _runs(d_sequences[block.head], block):

@@ -4,6 +4,7 @@ A pass costs time in proportion to the vocabulary, a call some microseconds: bot
 machine would hold what a change gained.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +99,29 @@ def test_the_passes_over_a_block(dtype: torch.dtype, inplace: bool, processor: b
 def test_rows_that_underflow_never_meet_exp(processor: bool) -> None:
     """It takes 50 times as long there, on any processor."""
     forward, backward = (passes_of(calls) for calls in step(torch.float32, inplace=True, peak=95.0))
-    assert forward == ["copy_", "amax", "sub_", "mul_", "exp2_", "sum"]
+    assert forward == ["copy_", "amax", "sub_", "mul_", "threshold_", "exp2_", "sum"]
     assert backward == ["sub", "mul_", "threshold_", "exp2_", "mul_"]
+
+
+@pytest.mark.parametrize("processor", [True, False], indirect=True)
+@pytest.mark.parametrize("low", [-95.0, -1e4, -math.inf, math.nan])
+def test_how_a_row_is_computed_follows_from_that_row_alone(processor: bool, low: float) -> None:
+    """Exponentials differ in their last bits, so a row must not choose them for its neighbours in a block."""
+    logits = torch.randn(B, S, H, V)
+    beside = logits.clone()
+    beside[:, 1, :, : V // 2] = low
+    inputs, given = LossInputs(torch.randint(V // 2, V, (B, S))), LossOptions(shift=0)
+    others = [0, 2, 3]
+    seen = []
+    for given_logits in (logits, beside):
+        heads = list(given_logits.unbind(2))
+        results = cpu.forward(heads, inputs, given, with_top1=False, with_d_weights=False)
+        d_heads = [torch.empty_like(x) for x in heads]
+        factor, log_sum = torch.ones(()), results.log_sum
+        cpu.backward(torch.ones(B, S), heads, d_heads, inputs, given, results.row_max, log_sum, factor)
+        seen.append([x[:, others] for x in (results.out, log_sum, *d_heads)])
+    for ours, theirs in zip(*seen, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("processor", [True, False], indirect=True)
