@@ -34,10 +34,10 @@ BLOCK_BYTES = 512 * 1024
 
 # exp(x) = exp2(x log2 e). Tensor.exp_ is MKL's where torch has it: on Intel 0.15 ns an element, but 8 to 15 where the
 # result underflows to 0 and 35 or more where it is denormal; on AMD 0.8 and 11 to 30. exp2_ is SLEEF's: on Intel 0.25,
-# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the rows where nothing underflows, as 64
-# entries and the largest tell before the first block: a wrong guess costs time alone.
+# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the rows where nothing underflows, as every
+# 512th entry and the largest tell before the first block: a wrong guess costs time alone.
 LOG2_E = 1 / math.log(2)
-SAMPLES, UNDERFLOW = 64, -87.0
+SAMPLED, UNDERFLOW = 512, -87.0
 # In the other rows exponentials below 2^-100 are 0, in a pass of 0.1 ns an element: beside a sum of at least 1 they are
 # nothing, and as gradients they would be denormal, 10 times as slow.
 LEAST_EXPONENT = -100.0
@@ -151,11 +151,6 @@ def _takes_exp2(dtype: torch.dtype) -> bool | None:
     return None if prefers_exp() and dtype != torch.float64 else dtype != torch.float64
 
 
-def _sampled(logits: Tensor) -> Tensor:
-    """About `SAMPLES` entries of each row of logits [..., V]."""
-    return logits[..., :: max(1, logits.shape[-1] // SAMPLES)]
-
-
 def _underflow(sample: Tensor, maximum: Tensor) -> list[bool]:
     """Whether exp would underflow in rows of these samples [rows, n] and this largest entry [rows, 1]."""
     return (sample < maximum + UNDERFLOW).any(1).tolist()
@@ -176,7 +171,7 @@ def _exp2_rows_of_heads(
     position, h = index // H, index % H
     counts = torch.bincount(h, minlength=H).tolist()
     rows = [*zip(heads, *(x.split(counts) for x in (position // S, position % S, y.squeeze(1))), strict=True)]
-    sample = _cap(torch.cat([_sampled(head)[b, t] for head, b, t, _ in rows]).float(), softcap)
+    sample = _cap(torch.cat([head[..., ::SAMPLED][b, t] for head, b, t, _ in rows]).float(), softcap)
     if maximum is None:
         label = _cap(torch.cat([head[b, t, y_] for head, b, t, y_ in rows]).float(), softcap)
         maximum = torch.maximum(sample.amax(1), label)[:, None]
@@ -192,7 +187,7 @@ def _exp2_rows_of_chunk(
     fixed = _takes_exp2(logits.dtype)
     if fixed is not None:
         return [fixed] * len(logits)
-    sample, label = (_cap(x.to(torch.float32, copy=True), softcap) for x in (_sampled(logits), logits.gather(1, y)))
+    sample, label = (_cap(x.to(torch.float32, copy=True), softcap) for x in (logits[:, ::SAMPLED], logits.gather(1, y)))
     return _underflow(sample, torch.maximum(sample.amax(1, keepdim=True), label))
 
 
@@ -315,10 +310,10 @@ def forward(
     blocks = _blocks(flags, b"\1", (B, S, H), _block_rows(V, dtype))
     y = label.reshape(-1, 1).index_select(0, index)  # [rows, 1]
     sizes = [block.size for block in blocks]
+    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, None, options.softcap), sizes)
     buffer = coefficient.new_empty(max(sizes, default=0), V)
     sums = _Sums.zeros(len(y), coefficient, smooth=options.label_smoothing != 0, with_top1=with_top1)
     sequences = _sequences(heads)
-    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, None, options.softcap), sizes)
     for block, y_, sums_, exp2_rows_ in zip(blocks, y.split(sizes), sums.split(sizes), exp2_rows, strict=True):
         runs = _runs(sequences[block.head], block)
         _softmax_pass(_load(runs, block, buffer.narrow(0, 0, block.size), options.softcap), y_, sums_, exp2_rows_)
@@ -380,9 +375,9 @@ def backward(
     blocks = _blocks(flags, b"\1", (B, S, H), most)
     y, maximum, log_s, g = (x.reshape(-1, 1).index_select(0, index) for x in (rows.label, row_max, log_sum, g))
     sizes = [block.size for block in blocks]
+    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, maximum, options.softcap), sizes)
     buffer = row_max.new_empty(max(sizes, default=0), V)
     scale = g * torch.exp(-log_s) * (1 + 2 * options.z_loss * (maximum + log_s) if options.z_loss else 1)
-    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, maximum, options.softcap), sizes)
     columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, options)))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
     for block, exp2_rows_, y_, maximum_, scale_, terms_ in zip(blocks, exp2_rows, *columns, strict=True):
