@@ -80,7 +80,8 @@ def test_rows_are_compiled_whole_and_shared(compiled):
     assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
     assert {("shard_partials_kernel", False), ("shard_gradient_kernel", False)} <= names
     (scaled,) = (kernel for kernel in compiled if kernel["name"] == "scale_kernel")
-    assert scaled["wide_loads"] == scaled["wide_stores"] == 2, scaled
+    # 4096 elements of 2 bytes for 8 warps, of 64 threads on AMD.
+    assert scaled["wide_loads"] == scaled["wide_stores"] == (1 if scaled["target"] == "gfx942" else 2), scaled
 
 
 def test_no_barrier_stands_between_tiles(compiled):
