@@ -180,7 +180,7 @@ def backward_kernel(
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, _valid, _head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, S, V, ignore_index, RULE)
+    label, _valid, _head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, V, ignore_index, RULE)
     upstream = tl.load(d_loss_ptr + b * stride_ub + t * stride_us).to(tl.float32) * tl.load(factor_ptr)
 
     for h in tl.static_range(H):

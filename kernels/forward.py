@@ -132,7 +132,7 @@ def forward_kernel(
     b = p // S
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
-    label, valid, head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, S, V, ignore_index, RULE)
+    label, valid, head_coefficient, coefficient = row_coefficients(rows, b, t, offs_h, V, ignore_index, RULE)
     if not SPLIT:
         tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
 
@@ -205,9 +205,7 @@ def combine_kernel(
     SPLIT_BLOCK: tl.constexpr = SETTINGS.SPLIT_BLOCK
     p = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, H_BLOCK)
-    _label, valid, head_coefficient, coefficient = row_coefficients(
-        rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
-    )
+    _label, valid, head_coefficient, coefficient = row_coefficients(rows, p // S, p % S, offs_h, V, ignore_index, RULE)
     tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
     split = tl.arange(0, SPLIT_BLOCK)
     field = tl.num_programs(0).to(tl.int64) * H * num_splits

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.next_token import NextToken
 from mtp_ce.ops.rows import count_terms, row_targets
-from mtp_ce.options import LossOptions
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.model import MTPConfig
 from mtp_ce.training.config.schema import Recipe
@@ -158,7 +158,7 @@ class Trainer:
         batch = self.rows.batch(rows[self.ranks.slice(train.batch_size)])
         count = loss_count(batch, self.recipe.model.mtp).to(self.device)
         self.ranks.add(count)
-        normalizer = count.clamp(min=1).to(torch.float32)
+        normalizer = torch.where(count > 0, count, 1).to(torch.float32)
 
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums, weights = self._accumulate(batch, normalizer)
@@ -189,7 +189,13 @@ class Trainer:
         size = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
         # Masked rows are left out of the loss, and their number is known before they are on the device.
         counts = [
-            self.model.count_rows(labels=x.labels, document_ids=x.document_ids, token_weights=x.token_weights)
+            self.model.count_rows(
+                input_ids=x.input_ids,
+                labels=x.labels,
+                document_ids=x.document_ids,
+                token_weights=x.token_weights,
+                left_halo=x.left_halo,
+            )
             for x in batch.split(size)
         ]
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
@@ -201,7 +207,7 @@ class Trainer:
             # The model calls this with its own heads, whose cross entropies and drafts a scorer may need.
             def weigh(current: NextToken, micro: Batch = micro, scored: list[TokenWeights] = scored) -> Tensor:
                 scored.append(self.weigh(micro, current))
-                return scored[0].weights
+                return micro.over_labels(scored[0].weights)
 
             out = self.model(
                 micro.input_ids,
@@ -209,6 +215,8 @@ class Trainer:
                 labels=micro.labels,
                 token_weights=weigh,
                 document_ids=micro.document_ids,
+                next_input_ids=micro.next_input_ids,
+                left_halo=micro.left_halo,
                 # FSDP averages gradients over the ranks, so each rank divides by N / ranks.
                 num_items_in_batch=normalizer / self.ranks.size,
                 drop_dead_rows=rows,
@@ -305,5 +313,8 @@ class Trainer:
 
 def loss_count(batch: Batch, mtp: MTPConfig) -> Tensor:
     """Count what the loss is a mean over, positions with a target or predicted tokens: 0-d, on the batch's device."""
-    _, _, valid = row_targets(batch.labels, None, batch.document_ids, H=mtp.horizon, shift=1, ignore_index=IGNORE)
-    return count_terms(valid, LossOptions(head_reduction=mtp.head_reduction))
+    options = LossOptions(head_reduction=mtp.head_reduction, left_halo=batch.left_halo, ignore_index=IGNORE)
+    inputs = LossInputs(batch.labels, document_ids=batch.document_ids)
+    _, _, valid = row_targets(inputs, options, batch.input_ids.shape[1], mtp.horizon)
+    count = count_terms(valid, options, inputs)
+    return count.float() if count.is_floating_point() else count

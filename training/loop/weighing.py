@@ -54,7 +54,8 @@ class Weighing:
     units: Mapping[str, str] = field(default_factory=dict)
 
     def weigh(self, batch: Batch, current: NextToken | None = None) -> TokenWeights:
-        """Compute the weights of a batch."""
+        """Compute the weights [B, S] of a batch; tokens beyond its rows are scored in the rows that hold them."""
+        batch = batch.without_halos()
         return self.scorer.run(
             batch.input_ids,
             batch.labels,
@@ -143,9 +144,11 @@ def stored(recipe: Recipe) -> Weigh:
 
     def weigh(batch: Batch, current: NextToken) -> TokenWeights:
         assert batch.token_weights is not None
-        weights, supervised = batch.token_weights, batch.labels != IGNORE
+        inner = batch.without_halos()
+        weights, supervised = inner.token_weights, inner.labels != IGNORE
+        assert weights is not None
         clipped = (weights <= low) | (weights >= high)
-        return TokenWeights(weights, WeightStatistics.of(weights, supervised, clipped))
+        return TokenWeights(batch.token_weights, WeightStatistics.of(weights, supervised, clipped))
 
     return weigh
 

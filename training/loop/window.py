@@ -66,7 +66,7 @@ class Window:
         there is nothing to divide by: a loss without a target, a head without rows, weights without a supervised token.
         """
         assert self.weights is not None
-        count, tokens = int(self.count), self.steps * self.step_tokens
+        count, tokens = float(self.count), self.steps * self.step_tokens
         weights, supervised = self.weights, int(self.weights.count)
 
         def of_weights(value: Tensor) -> float:
