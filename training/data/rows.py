@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Batch:
         return replace(self, labels=torch.full_like(self.labels, IGNORE))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
 
 
