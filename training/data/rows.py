@@ -31,13 +31,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of documents: four int64 tensors [B, S], and token weights if they were computed before training."""
+    """Rows of documents: four int64 tensors [B, S], token weights if they were computed before, and planted noise."""
 
     input_ids: Tensor
     labels: Tensor  # input_ids, unshifted, with -100 at what is not learnt
     document_ids: Tensor
     position_ids: Tensor
     token_weights: Tensor | None = None  # [B, S] fp32, of the token at the position
+    noise: Tensor | None = None  # [B, S] bool, whether the token at the position is planted noise; None: unknown
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
@@ -63,6 +64,7 @@ class Batch:
             document_ids=change(self.document_ids),
             position_ids=change(self.position_ids),
             token_weights=None if self.token_weights is None else change(self.token_weights),
+            noise=None if self.noise is None else change(self.noise),
         )
 
 
@@ -145,6 +147,7 @@ class PackedRows:
             document_ids=document_ids,
             position_ids=position_ids,
             token_weights=None if self.token_weights is None else self.token_weights[index] * is_token,
+            noise=None if documents.noise is None else (documents.noise[place] != 0) & is_token,
         )
 
     def in_order(self, batch_size: int, most: int | None = None) -> Iterator[Batch]:
