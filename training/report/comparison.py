@@ -8,11 +8,37 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Mean accepted length of drafts: as an engine counts it, and what the agreement of the heads on held-out text predicts.
 LENGTH, ESTIMATE = "val/accepted_length", "val/tokens_per_forward"
+
+
+# What is kept of the course of a training with planted noise.
+COURSE = ("train/noise_token_share", "train/noise_weight_share", "train/weight_ess", "train/clean_ess")
+
+
+def noise_course(metrics: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the course of the weights on noise, and its mean over all steps.
+
+    Args:
+        metrics: the metrics.jsonl of a training on a corpus with planted noise.
+
+    Returns:
+        The last step of every line and the numbers of the steps up to it, by name; and the means by name.
+    """
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if COURSE[0] in line]
+    steps = [line["step"] for line in lines]
+    counts = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    course = {"step": steps} | {name: [round(line[name], 4) for line in lines] for name in COURSE}
+    means = {name: sum(n * line[name] for n, line in zip(counts, lines, strict=True)) / steps[-1] for name in COURSE}
+    return course, means
 
 
 def write_comparison(comparison: dict[str, Any], output: Path) -> list[Path]:
@@ -66,6 +92,8 @@ def comparison_table(comparison: dict[str, Any]) -> str:
             lines.append(f"| {where} | {h} | " + " | ".join(cells) + " |")
     if LENGTH in first:
         lines += ["", length_table(comparison)]
+    if "course" in comparison:
+        lines += ["", noise_table(comparison)]
     lines += [
         "",
         f"Mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']:,} steps each.",
@@ -90,6 +118,42 @@ def length_table(comparison: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def noise_table(comparison: dict[str, Any]) -> str:
+    """Format what the weights of every arm are on planted noise, and how many tokens a step is worth.
+
+    Args:
+        comparison: the content of comparison.json.
+    """
+    arms = comparison["results"]
+    lines = ["| mean over all steps | " + " | ".join(arms) + " |", "| --- |" + " ---: |" * len(arms)]
+    names = (
+        "noise, share of the tokens",
+        "noise, share of the weight",
+        "effective sample size",
+        "of clean tokens alone",
+    )
+    for name, metric in zip(names, COURSE, strict=True):
+        lines.append(f"| {name} | " + " | ".join(spread(_levels(comparison, arm, metric)) for arm in arms) + " |")
+    return "\n".join(lines)
+
+
+def _draw_course(comparison: dict[str, Any], axes: Axes) -> None:
+    """Draw the share of the weight on noise over the steps, and its share of the tokens."""
+    from mtp_ce.training.report.plot import COLOURS
+
+    baseline, *arms = comparison["course"]
+    for colour, arm in zip(cycle(COLOURS), arms, strict=False):
+        for course in comparison["course"][arm]:
+            axes.plot(course["step"], course["train/noise_weight_share"], color=colour, linewidth=1, alpha=0.6)
+    for course in comparison["course"][baseline]:
+        axes.plot(course["step"], course["train/noise_weight_share"], color="black", linewidth=1, alpha=0.6)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_title(f"share of the weight on noise; black: {baseline}", loc="left")
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _draw(comparison: dict[str, Any], picture: Path) -> None:
     """Draw the differences to uniform weights, one point per seed."""
     # matplotlib writes a font cache on first import; a command that fails its checks writes nothing.
@@ -99,11 +163,19 @@ def _draw(comparison: dict[str, Any], picture: Path) -> None:
     first = comparison["results"][baseline][0]
     sides = [side for side in ("val", "documented") if f"{side}/ce_head_0" in first]
     heads = sum(metric.startswith("val/ce_head_") for metric in first)
-    figure = open_figure((4.6 * len(sides), 4.2))
-    panels = figure.subplots(1, len(sides), sharey=True, squeeze=False)[0]
+    course = "course" in comparison
+    figure = open_figure((4.6 * (len(sides) + course), 4.2))
+    panels = figure.subplots(1, len(sides) + course, squeeze=False)[0]
+    if course:
+        _draw_course(comparison, panels[-1])
+        panels = panels[:-1]
+    for axes in panels[1:]:
+        axes.sharey(panels[0])
+        axes.tick_params(labelleft=False)
+    apart = min(0.22, 0.9 / len(arms))
     for side, axes in zip(sides, panels, strict=True):
         for index, arm in enumerate(arms):
-            x = [h + (index - (len(arms) - 1) / 2) * 0.22 for h in range(heads)]
+            x = [h + (index - (len(arms) - 1) / 2) * apart for h in range(heads)]
             points = [differences(comparison, arm, f"{side}/ce_head_{h}") for h in range(heads)]
             for at, values in zip(x, points, strict=True):
                 axes.plot([at] * len(values), values, "o", color=COLOURS[index], markersize=4, alpha=0.5)

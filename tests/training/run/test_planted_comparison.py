@@ -1,0 +1,77 @@
+"""A comparison where noise is planted: who finds it, and what is reported of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from mtp_ce.training.report.comparison import COURSE, comparison_table, noise_table
+from mtp_ce.training.run import compare as module
+from mtp_ce.training.run.compare import compare
+
+TOKENS, WEIGHT, ESS, CLEAN = COURSE
+SCORED = ["rho1_excess", "rho1_excess-topk", "rho1_excess-sequence"]
+ARMS = ["uniform", *SCORED, "shuffled", "random_matched", "planted_truth", "filtered"]
+SHORT = [
+    "data.noise={kind: documents, share: 0.4}",
+    "scorer.scope=batch",
+    "reference.documents=all",
+    "reference.train.steps=60",
+    "reference.train.batch_size=8",
+    "train.steps=40",
+    "train.log_every=10",
+    "validation.rows=4",
+    "validation.decoding.prompts=0",
+]
+
+
+@pytest.fixture(scope="module")
+def compared(rho1, tmp_path_factory):
+    """Documents of noise, one seed; and the output folder."""
+    output = tmp_path_factory.mktemp("planted") / "out"
+    return compare(rho1(SHORT), output, 1, Console(quiet=True)), output
+
+
+def test_excess_loss_takes_weight_from_noise_and_its_controls_do_not(compared):
+    """In scope batch; in scope sequence a document that is all noise keeps its whole weight."""
+    found, _ = compared
+    assert list(found["results"]) == ARMS
+    share = {arm: found["results"][arm][0][WEIGHT] / found["results"][arm][0][TOKENS] for arm in ARMS[:-1]}
+    assert share["rho1_excess"] < 0.9
+    assert share["rho1_excess-topk"] < 0.9
+    for arm in ("uniform", "rho1_excess-sequence"):
+        assert share[arm] == pytest.approx(1, abs=0.02), arm
+    for arm in ("shuffled", "random_matched"):
+        assert share[arm] == pytest.approx(1, abs=0.1), arm
+    assert share["planted_truth"] < 0.05, "a batch that is all noise has weights, too"
+
+
+def test_documents_of_noise_are_filtered_by_the_loss_of_the_reference(compared):
+    found, _ = compared
+    assert found["results"]["filtered"][0][TOKENS] < 0.5 * found["results"]["uniform"][0][TOKENS]
+
+
+def test_the_course_and_its_mean_over_all_steps_are_in_the_results(compared):
+    found, output = compared
+    for arm in ARMS:
+        (course,), (result,) = found["course"][arm], found["results"][arm]
+        assert course["step"] == [1, 10, 20, 30, 40]
+        lines = [json.loads(line) for line in (output / f"{arm}-seed0" / "metrics.jsonl").read_text().splitlines()]
+        shown = [line[WEIGHT] for line in lines if WEIGHT in line]
+        assert course[WEIGHT] == pytest.approx(shown, abs=1e-4)
+        mean = (shown[0] + 9 * shown[1] + 10 * sum(shown[2:])) / 40
+        assert result[WEIGHT] == pytest.approx(mean)
+        assert result[CLEAN] <= result[ESS] + 1e-6
+    assert json.loads((output / "comparison.json").read_text()) == found
+    assert noise_table(found) in comparison_table(found)
+
+
+def test_no_arm_is_trained_twice(compared, rho1, tmp_path, monkeypatch):
+    found, _ = compared
+    monkeypatch.setattr(module, "fit", None)
+    monkeypatch.setattr(module, "best_predicted", None)
+    again = compare(rho1(SHORT), tmp_path / "again", 1, Console(quiet=True))
+    assert again["results"] == found["results"]
+    assert again["course"] == found["course"]
