@@ -225,7 +225,7 @@ class Trainer:
             out.loss.backward()
             loss += out.loss.detach()
             sums.add(out.stats)
-            if noise:
+            if noise and micro.noise is not None:
                 noise.add(scored[0].weights[:, 1:], micro.noise[:, 1:], out.stats.live[:, :-1, 0])
             statistics = scored[0].statistics
             weights = statistics if weights is None else weights.merge(statistics)

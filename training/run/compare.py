@@ -109,8 +109,9 @@ def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Rank
     with Tracking(recipe, output, partial(warn, out), on_error=ignore_sigterm) as tracking:
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
+        arms = _arms(recipe, recipes, inputs, models)
         for seed in comparison["seeds"]:
-            for arm in _arms(recipe, recipes, inputs, models):
+            for arm in arms:
                 finished = _run(arm, seed, inputs, models, output, tracking)
                 results = json.loads((finished / STAGE_FILE).read_text(encoding="utf-8"))["results"]
                 if recipe.data.noise:
