@@ -7,6 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
+from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.report.comparison import COURSE, comparison_table, noise_table
 from mtp_ce.training.run import compare as module
 from mtp_ce.training.run.compare import compare
@@ -75,3 +76,21 @@ def test_no_arm_is_trained_twice(compared, rho1, tmp_path, monkeypatch):
     again = compare(rho1(SHORT), tmp_path / "again", 1, Console(quiet=True))
     assert again["results"] == found["results"]
     assert again["course"] == found["course"]
+
+
+@pytest.mark.slow
+def test_the_study_of_all_kinds_in_two_minutes(tmp_path):
+    """The recipe as shipped, with a few steps; copies are told apart only once they are learned by heart."""
+    few = [
+        *("train.steps=12", "optimizer.warmup_steps=4", "train.log_every=4", "reference.train.steps=100"),
+        *("validation.rows=16", "validation.decoding.prompts=0", "train.device=cpu", "tracking.kind=none"),
+    ]
+    for noise in ("documents", "spans", "duplicates"):
+        found = compare(
+            load_recipe("planted", [*few, f"data.noise.kind={noise}"]), tmp_path / noise, 1, Console(quiet=True)
+        )
+        assert list(found["results"]) == ARMS
+        (ours,) = found["results"]["rho1_excess"]
+        assert 0.2 < ours[TOKENS] < 0.6
+        if noise != "duplicates":
+            assert ours[WEIGHT] < ours[TOKENS]
