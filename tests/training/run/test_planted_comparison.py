@@ -16,7 +16,8 @@ TOKENS, WEIGHT, ESS, CLEAN = COURSE
 SCORED = ["rho1_excess", "rho1_excess-topk", "rho1_excess-sequence"]
 ARMS = ["uniform", *SCORED, "shuffled", "random_matched", "planted_truth", "filtered"]
 SHORT = [
-    "data.noise={kind: documents, share: 0.4}",
+    # Of seven documents this seed chooses two, which hold about a third of the text.
+    "data.noise={kind: documents, share: 0.4, seed: 3}",
     "scorer.scope=batch",
     "reference.documents=all",
     "reference.train.steps=60",
@@ -35,8 +36,12 @@ def compared(rho1, tmp_path_factory):
     return compare(rho1(SHORT), output, 1, Console(quiet=True)), output
 
 
-def test_excess_loss_takes_weight_from_noise_and_its_controls_do_not(compared):
-    """In scope batch; in scope sequence a document that is all noise keeps its whole weight."""
+def test_excess_loss_takes_weight_from_noise_and_its_control_does_not(compared):
+    """In scope batch; in scope sequence a document that is all noise keeps its whole weight.
+
+    `shuffled` permutes within a document, which so keeps the little weight that scope batch gave it: of whole documents
+    `random_matched` is the control.
+    """
     found, _ = compared
     assert list(found["results"]) == ARMS
     share = {arm: found["results"][arm][0][WEIGHT] / found["results"][arm][0][TOKENS] for arm in ARMS[:-1]}
@@ -44,8 +49,9 @@ def test_excess_loss_takes_weight_from_noise_and_its_controls_do_not(compared):
     assert share["rho1_excess-topk"] < 0.9
     for arm in ("uniform", "rho1_excess-sequence"):
         assert share[arm] == pytest.approx(1, abs=0.02), arm
-    for arm in ("shuffled", "random_matched"):
-        assert share[arm] == pytest.approx(1, abs=0.1), arm
+    assert share["random_matched"] == pytest.approx(1, abs=0.1)
+    assert share["shuffled"] == pytest.approx(share["rho1_excess"], abs=0.1)
+    assert found["results"]["uniform"][0][TOKENS] > 0.2, "enough noise to be found"
     assert share["planted_truth"] < 0.05, "a batch that is all noise has weights, too"
 
 
