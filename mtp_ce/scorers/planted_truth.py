@@ -29,7 +29,7 @@ class PlantedTruth:
         labels: Tensor,  # [B, S]
         document_ids: Tensor | None = None,  # [B, S]
         *,
-        noise: Tensor | None,  # [B, S] bool
+        noise: Tensor | None = None,  # [B, S] bool
         **context: Any,
     ) -> TokenWeights:
         """Compute the weights of one batch.

@@ -29,11 +29,13 @@ class NoiseConfig(Group):
     @model_validator(mode="after")
     def _copies_reach_the_share(self) -> Self:
         if self.kind != "duplicates" and self.copies is not None:
-            raise ValueError(f"copies is {self.copies}, but kind {self.kind} copies nothing; give copies=null")
+            raise ValueError(
+                f"copies is {self.copies}, but kind {self.kind} copies nothing; give data.noise.copies=null"
+            )
         if self.fraction_of_documents > 1:
             raise ValueError(
                 f"share {self.share} of repeated tokens needs more than {self.copies_of_documents} copies of every "
-                "document; give a smaller share or more copies"
+                "document; give a smaller data.noise.share or more data.noise.copies"
             )
         return self
 
@@ -160,5 +162,5 @@ class DataConfig(Group):
             )
         if self.noise and (self.messages_field or self.prompt_field):
             field = "messages_field" if self.messages_field else "prompt_field"
-            raise ValueError(f"noise is given with {field}; it is planted in plain documents: give noise=null")
+            raise ValueError(f"noise is given with {field}; it is planted in plain documents: give data.noise=null")
         return self

@@ -174,7 +174,7 @@ class Recipe(Group):
         if self.scorer.reads_noise and self.data.noise is None:
             raise ValueError(
                 f"scorer {self.scorer.name} reads which tokens are planted noise, and data.noise is null; give "
-                "data.noise={kind: documents}, or another scorer"
+                "data.noise.kind=documents, or another scorer"
             )
         return self
 

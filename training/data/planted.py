@@ -48,7 +48,7 @@ def plant(corpus: Corpus, noise: NoiseConfig) -> Corpus:
     if noise.kind != "spans" and len(set(chosen)) < 2:
         raise RecipeError(
             f"data.noise.share {noise.share} chooses {sum(chosen)} of {len(chosen)} training documents for noise of "
-            f"kind {noise.kind}; expected some and not all: change the share or data.noise.seed, or give more documents"
+            f"kind {noise.kind}; expected some and not all: change data.noise.share or data.noise.seed"
         )
     # Index of the document, and whether this occurrence of it has noise.
     places: list[tuple[int, bool]] = []
