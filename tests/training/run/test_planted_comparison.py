@@ -88,7 +88,7 @@ def test_no_arm_is_trained_twice(compared, rho1, tmp_path, monkeypatch):
 def test_the_study_of_all_kinds_in_two_minutes(tmp_path):
     """The recipe as shipped, with a few steps; copies are told apart only once they are learned by heart."""
     few = [
-        *("train.steps=12", "optimizer.warmup_steps=4", "train.log_every=4", "reference.train.steps=100"),
+        *("train.steps=8", "optimizer.warmup_steps=4", "train.log_every=4", "reference.train.steps=100"),
         *("validation.rows=16", "validation.decoding.prompts=0", "train.device=cpu", "tracking.kind=none"),
     ]
     for noise in ("documents", "spans", "duplicates"):
