@@ -19,6 +19,7 @@ of an SM wait and work in step, and the last wave takes as long as a full one. B
 kernels' files, and the ceiling is those that must move, over the copy bandwidth.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -334,13 +335,17 @@ def section(target: str) -> Iterator[str]:
 
 def main(arguments: list[str]) -> None:
     """Print the table of a target, or write those of `WRITTEN` to the log's sections of this Triton."""
-    if arguments == ["--write"]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=main.__doc__)
+    parser.add_argument("target", nargs="?", choices=GPUS, default="sm_90")
+    parser.add_argument("--write", action="store_true", help=f"write {', '.join(WRITTEN)} to {LOG.name}")
+    options = parser.parse_args(arguments)
+    if options.write:
         for target in WRITTEN:
             table = "\n".join([*section(target), ""])
             page = report.replaced(LOG.read_text(encoding="utf-8"), f"triton-{triton.__version__}-{target}", table)
             LOG.write_text(page, encoding="utf-8")
     else:
-        print(*section(*arguments or ["sm_90"]), sep="\n")
+        print(*section(options.target), sep="\n")
 
 
 if __name__ == "__main__":

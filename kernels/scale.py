@@ -39,7 +39,7 @@ def launch_scale(x: torch.Tensor, scale: torch.Tensor) -> None:
     N = x.numel()
     if N:
         programs = min(-(-N // BLOCK_N), PROGRAMS * processors(x.device))
-        scale_kernel[(programs,)](x, scale, N, BLOCK_N=BLOCK_N, num_warps=8)
+        scale_kernel[(programs,)](x, scale, N, BLOCK_N=BLOCK_N, num_warps=8, enable_fp_fusion=True)
 
 
 def traffic(N: int, itemsize: int, scale: float) -> tuple[int, int]:

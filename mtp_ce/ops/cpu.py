@@ -18,6 +18,7 @@ import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +34,12 @@ BLOCK_BYTES = 512 * 1024
 
 # exp(x) = exp2(x log2 e). Tensor.exp_ is MKL's where torch has it: on Intel 0.15 ns an element, but 8 to 15 where the
 # result underflows to 0 and 35 or more where it is denormal; on AMD 0.8 and 11 to 30. exp2_ is SLEEF's: on Intel 0.25,
-# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the blocks where nothing underflows, as
-# every 64th entry of their rows tells: a wrong guess costs time alone.
+# 0.25 and 3, and the pass for the factor takes 0.08. So on Intel exp_ takes the rows where nothing underflows, as every
+# 512th entry and the largest tell before the first block: a wrong guess costs time alone.
 LOG2_E = 1 / math.log(2)
-SAMPLED, UNDERFLOW = 64, -87.0
-# Where a row's log of the sum is below this, all but its largest entry may have denormal gradients, 10 times as slow:
-# backward replaces exponentials below 2^-100 by 0, in a pass of 0.1 ns an element.
-SURE = 1e-6
+SAMPLED, UNDERFLOW = 512, -87.0
+# In the other rows exponentials below 2^-100 are 0, in a pass of 0.1 ns an element: beside a sum of at least 1 they are
+# nothing, and as gradients they would be denormal, 10 times as slow.
 LEAST_EXPONENT = -100.0
 
 
@@ -146,13 +146,70 @@ def prefers_exp() -> bool:
     return torch.backends.mkl.is_available() and "GenuineIntel" in processor
 
 
-def _exp_(z: Tensor, *, flush: bool = False) -> Tensor:
-    if prefers_exp() and not flush and z[:, ::SAMPLED].amin() > UNDERFLOW:
+def _takes_exp2(dtype: torch.dtype) -> bool | None:
+    """Return whether rows of logits of a dtype take exp2 in place of exp; None: as `_underflow` tells of each."""
+    return None if prefers_exp() and dtype != torch.float64 else dtype != torch.float64
+
+
+def _underflow(sample: Tensor, maximum: Tensor) -> list[bool]:
+    """Whether exp would underflow in rows of these samples [rows, n] and this largest entry [rows, 1]."""
+    return (sample < maximum + UNDERFLOW).any(1).tolist()
+
+
+def _exp2_rows_of_heads(
+    heads: list[Tensor],  # H x [B, S, V]
+    index: Tensor,  # [rows] of `_rows_by_head`
+    y: Tensor,  # [rows, 1]
+    maximum: Tensor | None,  # [rows, 1] of the capped logits; None: the largest of the sample and the label's
+    softcap: float | None,
+) -> list[bool]:
+    """Whether each row takes exp2 in place of exp."""
+    fixed = _takes_exp2(heads[0].dtype)
+    if fixed is not None:
+        return [fixed] * len(index)
+    H, S = len(heads), heads[0].shape[1]
+    position, h = index // H, index % H
+    counts = torch.bincount(h, minlength=H).tolist()
+    rows = [*zip(heads, *(x.split(counts) for x in (position // S, position % S, y.squeeze(1))), strict=True)]
+    sample = _cap(torch.cat([head[..., ::SAMPLED][b, t] for head, b, t, _ in rows]).float(), softcap)
+    if maximum is None:
+        label = _cap(torch.cat([head[b, t, y_] for head, b, t, y_ in rows]).float(), softcap)
+        maximum = torch.maximum(sample.amax(1), label)[:, None]
+    return _underflow(sample, maximum)
+
+
+def _exp2_rows_of_chunk(
+    logits: Tensor,  # [rows, V]
+    y: Tensor,  # [rows, 1]
+    softcap: float | None,
+) -> list[bool]:
+    """Whether each row takes exp2 in place of exp."""
+    fixed = _takes_exp2(logits.dtype)
+    if fixed is not None:
+        return [fixed] * len(logits)
+    sample, label = (_cap(x.to(torch.float32, copy=True), softcap) for x in (logits[:, ::SAMPLED], logits.gather(1, y)))
+    return _underflow(sample, torch.maximum(sample.amax(1, keepdim=True), label))
+
+
+def _by_block(marks: list[bool], sizes: list[int]) -> Iterator[list[int]]:
+    """Return the marked rows of each block."""
+    rows = iter(marks)
+    return ([i for i, marked in enumerate(islice(rows, size)) if marked] for size in sizes)
+
+
+def _exp2_(z: Tensor) -> Tensor:
+    return torch.threshold_(z.mul_(LOG2_E), LEAST_EXPONENT, -math.inf).exp2_()
+
+
+def _exp_(z: Tensor, exp2_rows: list[int]) -> Tensor:
+    """Replace z [rows, V], none above 0, by exp(z). How a row is computed follows from that row alone."""
+    if not exp2_rows:
         return z.exp_()
-    z.mul_(LOG2_E)
-    if flush:
-        torch.threshold_(z, LEAST_EXPONENT, -math.inf)
-    return z.exp2_()
+    if len(exp2_rows) == len(z):
+        return _exp2_(z)
+    rows = torch.tensor(exp2_rows)
+    underflowing = _exp2_(z.index_select(0, rows))
+    return z.index_fill_(0, rows, 0.0).exp_().index_copy_(0, rows, underflowing)
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
@@ -194,7 +251,7 @@ def _split(column: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
     return [None] * len(sizes) if column is None else column.split(sizes)
 
 
-def _softmax_pass(z: Tensor, y: Tensor, into: _Sums) -> Tensor:
+def _softmax_pass(z: Tensor, y: Tensor, into: _Sums, exp2_rows: list[int]) -> Tensor:
     """Compute the statistics of z [rows, V] with labels y [rows, 1]; z becomes exp(z - maximum)."""
     torch.gather(z, 1, y, out=into.z_label)
     if into.argmax is None:
@@ -204,7 +261,7 @@ def _softmax_pass(z: Tensor, y: Tensor, into: _Sums) -> Tensor:
     z.sub_(into.maximum)
     if into.total is not None:
         torch.sum(z, 1, keepdim=True, out=into.total)
-    torch.sum(_exp_(z), 1, keepdim=True, out=into.sums)
+    torch.sum(_exp_(z, exp2_rows), 1, keepdim=True, out=into.sums)
     return z
 
 
@@ -253,12 +310,13 @@ def forward(
     blocks = _blocks(flags, b"\1", (B, S, H), _block_rows(V, dtype))
     y = label.reshape(-1, 1).index_select(0, index)  # [rows, 1]
     sizes = [block.size for block in blocks]
+    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, None, options.softcap), sizes)
     buffer = coefficient.new_empty(max(sizes, default=0), V)
     sums = _Sums.zeros(len(y), coefficient, smooth=options.label_smoothing != 0, with_top1=with_top1)
     sequences = _sequences(heads)
-    for block, y_, sums_ in zip(blocks, y.split(sizes), sums.split(sizes), strict=True):
+    for block, y_, sums_, exp2_rows_ in zip(blocks, y.split(sizes), sums.split(sizes), exp2_rows, strict=True):
         runs = _runs(sequences[block.head], block)
-        _softmax_pass(_load(runs, block, buffer.narrow(0, 0, block.size), options.softcap), y_, sums_)
+        _softmax_pass(_load(runs, block, buffer.narrow(0, 0, block.size), options.softcap), y_, sums_, exp2_rows_)
     log_s = sums.log_sum()
     row_ce = (sums.maximum - sums.z_label) + log_s
     loss = sums.row_loss(row_ce, log_s, V, options)
@@ -317,12 +375,12 @@ def backward(
     blocks = _blocks(flags, b"\1", (B, S, H), most)
     y, maximum, log_s, g = (x.reshape(-1, 1).index_select(0, index) for x in (rows.label, row_max, log_sum, g))
     sizes = [block.size for block in blocks]
+    exp2_rows = _by_block(_exp2_rows_of_heads(heads, index, y, maximum, options.softcap), sizes)
     buffer = row_max.new_empty(max(sizes, default=0), V)
     scale = g * torch.exp(-log_s) * (1 + 2 * options.z_loss * (maximum + log_s) if options.z_loss else 1)
-    flush = dtype == torch.float32 and bool((log_s < SURE).any())
     columns = (x.split(sizes) for x in (y, maximum, scale, _Terms.of(g, V, options)))
     sequences, d_sequences = _sequences(heads), _sequences(d_heads)
-    for block, y_, maximum_, scale_, terms_ in zip(blocks, *columns, strict=True):
+    for block, exp2_rows_, y_, maximum_, scale_, terms_ in zip(blocks, exp2_rows, *columns, strict=True):
         runs, d_runs = (_runs(x[block.head], block) for x in (sequences, d_sequences))
         workspace = _workspace(d_runs, dtype)
         z = buffer.narrow(0, 0, block.size) if workspace is None else workspace
@@ -332,7 +390,7 @@ def backward(
         else:
             slope = _slope(_load(runs, block, z, options.softcap), options.softcap)
             z.sub_(maximum_)
-        dz = terms_.gradient(_exp_(z, flush=flush), y_, scale_, slope)
+        dz = terms_.gradient(_exp_(z, exp2_rows_), y_, scale_, slope)
         _copy(d_runs, _split_runs(dz, block))
     for block in _blocks(flags, b"\0", (B, S, H), most):
         for run in _runs(d_sequences[block.head], block):
@@ -357,11 +415,12 @@ def forward_backward(
     blocks = logits.split(_block_rows(V, dtype))
     sizes = [len(block) for block in blocks]
     buffer = None if logits.dtype == dtype else logits.new_empty(sizes[0], V, dtype=dtype)
+    exp2_rows = _by_block(_exp2_rows_of_chunk(logits, y, options.softcap), sizes)
     columns = (x.split(sizes) for x in (y, c, sums, terms))
-    for block, y_, c_, sums_, terms_ in zip(blocks, *columns, strict=True):
+    for block, exp2_rows_, y_, c_, sums_, terms_ in zip(blocks, exp2_rows, *columns, strict=True):
         z = _cap(block if buffer is None else buffer.narrow(0, 0, len(block)).copy_(block), options.softcap)
         slope = _slope(z, options.softcap) if gradient else None
-        e = _softmax_pass(z, y_, sums_)
+        e = _softmax_pass(z, y_, sums_, exp2_rows_)
         if gradient:
             scale = c_ / sums_.sums
             if options.z_loss:

@@ -43,7 +43,7 @@ def test_every_launch_states_the_compiler_defaults_it_relies_on():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     ]
-    assert len(launches) == 6
+    assert len(launches) == 7
     for launch in launches:
         stated = {keyword.arg: ast.unparse(keyword.value) for keyword in launch.keywords}
         assert stated.get("enable_fp_fusion") == "True", ast.unparse(launch)
@@ -79,7 +79,8 @@ def test_rows_are_compiled_whole_and_shared(compiled):
     assert {(name, shared) for name in ("forward_kernel", "backward_kernel") for shared in (False, True)} <= names
     assert {("combine_kernel", True), ("forward_backward_kernel", False), ("rows_kernel", False)} <= names
     (scaled,) = (kernel for kernel in compiled if kernel["name"] == "scale_kernel")
-    assert scaled["wide_loads"] == scaled["wide_stores"] == 2, scaled
+    # 4096 elements of 2 bytes for 8 warps, of 64 threads on AMD.
+    assert scaled["wide_loads"] == scaled["wide_stores"] == (1 if scaled["target"] == "gfx942" else 2), scaled
 
 
 def test_no_barrier_stands_between_tiles(compiled):

@@ -307,8 +307,8 @@ def _leave(
     try:
         code = answer(error)
     except BaseException:
-        print(f"{name_of(rank)} crashed:", file=sys.stderr)
-        traceback.print_exception(error)
+        # In one write: what other ranks print at the same time must not come between.
+        print(f"{name_of(rank)} crashed:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

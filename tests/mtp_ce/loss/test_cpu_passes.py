@@ -4,6 +4,7 @@ A pass costs time in proportion to the vocabulary, a call some microseconds: bot
 machine would hold what a change gained.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,10 +47,10 @@ def calls_of(run: Callable[[], Any]) -> Calls:
 
 
 def step(dtype: torch.dtype, *, inplace: bool, rows: int = S, peak: float = 0.0) -> tuple[Calls, Calls]:
-    """Operations of a forward and a backward; `peak` is added to an entry of each row."""
-    logits = torch.randn(B, rows, H, V, dtype=dtype)
-    logits[..., 7] += peak
-    inputs, given = LossInputs(torch.randint(V, (B, rows)), torch.rand(B, rows)), LossOptions(shift=0)
+    """Operations of a forward and a backward; `peak` is added to each label's logit."""
+    logits, labels = torch.randn(B, rows, H, V, dtype=dtype), torch.randint(V, (B, rows))
+    logits.scatter_add_(3, labels[:, :, None, None], torch.full((B, rows, H, 1), peak, dtype=dtype))
+    inputs, given = LossInputs(labels, torch.rand(B, rows)), LossOptions(shift=0)
     heads = list(logits.unbind(2))
     d_heads = heads if inplace else [torch.empty_like(x) for x in heads]
     results: list[Any] = []
@@ -66,7 +67,8 @@ def step(dtype: torch.dtype, *, inplace: bool, rows: int = S, peak: float = 0.0)
 
 
 LABEL = {"gather", "scatter_add_"}  # of one column
-EXP = {True: ["exp_"], False: ["mul_", "exp2_"]}  # by `prefers_exp`
+EXP2 = ["mul_", "threshold_", "exp2_"]
+EXP = {True: ["exp_"], False: EXP2}  # by `prefers_exp`
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +100,29 @@ def test_the_passes_over_a_block(dtype: torch.dtype, inplace: bool, processor: b
 def test_rows_that_underflow_never_meet_exp(processor: bool) -> None:
     """It takes 50 times as long there, on any processor."""
     forward, backward = (passes_of(calls) for calls in step(torch.float32, inplace=True, peak=95.0))
-    assert forward == ["copy_", "amax", "sub_", "mul_", "exp2_", "sum"]
-    assert backward == ["sub", "mul_", "threshold_", "exp2_", "mul_"]
+    assert forward == ["copy_", "amax", "sub_", *EXP2, "sum"]
+    assert backward == ["sub", *EXP2, "mul_"]
+
+
+@pytest.mark.parametrize("processor", [True, False], indirect=True)
+@pytest.mark.parametrize("low", [-95.0, -1e4, -math.inf, math.nan])
+def test_how_a_row_is_computed_follows_from_that_row_alone(processor: bool, low: float) -> None:
+    """Exponentials differ in their last bits, so a row must not choose them for its neighbours in a block."""
+    logits = torch.randn(B, S, H, V)
+    beside = logits.clone()
+    beside[:, 1, :, : V // 2] = low
+    inputs, given = LossInputs(torch.randint(V // 2, V, (B, S))), LossOptions(shift=0)
+    others = [0, 2, 3]
+    seen = []
+    for given_logits in (logits, beside):
+        heads = list(given_logits.unbind(2))
+        results = cpu.forward(heads, inputs, given, with_top1=False, with_d_weights=False)
+        d_heads = [torch.empty_like(x) for x in heads]
+        factor, log_sum = torch.ones(()), results.log_sum
+        cpu.backward(torch.ones(B, S), heads, d_heads, inputs, given, results.row_max, log_sum, factor)
+        seen.append([x[:, others] for x in (results.out, log_sum, *d_heads)])
+    for ours, theirs in zip(*seen, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("processor", [True, False], indirect=True)
@@ -119,8 +142,9 @@ def test_few_rows_cost_few_calls(processor: bool) -> None:
     """With 32 rows of one head a step is as fast as eager only if little stands around the passes."""
     forward, backward = step(torch.float32, inplace=True, rows=32)
     around = len(forward.names) - len(forward.passes), len(backward.names) - len(backward.passes)
-    assert around[0] <= 64
-    assert around[1] <= 48
+    most = (73, 50) if processor else (60, 44)
+    assert around[0] <= most[0]
+    assert around[1] <= most[1]
 
 
 def test_statistics_cost_no_second_pass_for_top1() -> None:
