@@ -15,7 +15,7 @@ of the weights on noise is part of the results.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import FrozenModels, build_weighing
 from mtp_ce.training.metrics.evaluation import Evaluation
 from mtp_ce.training.metrics.head_scores import HeadResult, validation_metrics
-from mtp_ce.training.report.comparison import comparison_table, noise_course, write_comparison
+from mtp_ce.training.report.comparison import FILTERED, comparison_table, noise_course, write_comparison
 from mtp_ce.training.run.evaluate import decode, load_checkpoint
 from mtp_ce.training.run.filtering import best_predicted
 from mtp_ce.training.run.fitting import fit
@@ -45,8 +45,6 @@ from mtp_ce.training.run.stage_cache import folder_digest, stage_key
 from mtp_ce.training.run.stages import STAGE_FILE, Stage, check_stages, run_stage, scoring_stages
 from mtp_ce.training.tracking.composite import Tracking
 from mtp_ce.training.tracking.jsonl import METRICS_FILE
-
-FILTERED = "filtered"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,13 @@ class Arm:
     filtered: bool = False
 
 
-def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None) -> dict[str, Any]:
+def compare(
+    recipe: Recipe,
+    output: Path,
+    seeds: int,
+    out: Console | None = None,
+    others: Mapping[str, Recipe] | None = None,
+) -> dict[str, Any]:
     """Train every arm on every seed, and write comparison.json, comparison.md and comparison.png.
 
     Finished trainings are reused from the stage cache, also those of an interrupted comparison.
@@ -76,21 +80,23 @@ def compare(recipe: Recipe, output: Path, seeds: int, out: Console | None = None
         output: folder to create; it must not exist.
         seeds: number of seeds.
         out: where to print; None means the terminal.
+        others: recipes of further arms by name, as in `Recipe.arms`.
 
     Returns:
         The content of comparison.json.
 
     Raises:
-        RecipeError: as `pipeline.train`, and if the scorer is uniform.
+        RecipeError: as `pipeline.train` and `Recipe.arms`.
         StepRefusedError, KeyboardInterrupt: as `pipeline.train`.
     """
     transformers_logging.disable_progress_bar()
     with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
-        return _compare(recipe, output, seeds, out or Console(), ranks)
+        return _compare(recipe, recipe.arms(others), output, seeds, out or Console(), ranks)
 
 
-def _compare(recipe: Recipe, output: Path, seeds: int, out: Console, ranks: Ranks) -> dict[str, Any]:
-    recipes = recipe.arms()
+def _compare(
+    recipe: Recipe, recipes: dict[str, Recipe], output: Path, seeds: int, out: Console, ranks: Ranks
+) -> dict[str, Any]:
     inputs = read_inputs(recipe, out, ranks)
     check_stages(recipe, inputs)
     make_folder(output, recipe)
