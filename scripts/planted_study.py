@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +52,7 @@ from mtp_ce.training.run.stages import scoring_stages
 from mtp_ce.training.tracking.composite import Tracking
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SEEDS = 5
 
 # A tenth of the documents to train on, so that the copies of one document meet within a training.
 KINDS = {
@@ -111,24 +115,28 @@ class AnnealedWeights:
 
 
 def main() -> None:
-    """Run the study, or a part of it, and write it to docs/ where it is whole."""
+    """Run the study and write it to docs/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="of noise (default: all, and write docs/)")
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    found: dict[str, Any] = {}
+    parser.parse_args()
+    # Trainings this small use one core better than two.
+    with ProcessPoolExecutor(min(len(KINDS), os.cpu_count() or 1), get_context("spawn")) as pool:
+        found = dict(zip(KINDS, pool.map(study, KINDS), strict=True))
+    write(found)
+
+
+def study(kind: str) -> dict[str, Any]:
+    """Run the comparison of one kind of noise."""
+    torch.set_num_threads(1)
+    same = ["tracking.kind=none", "train.device=cpu", *KINDS[kind]]
+    recipe = load_recipe("planted", same)
+    tries = TRIES if kind == "documents" else {}
+    others = {name: load_recipe("planted", [*same, *own]) for name, (own, _) in tries.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in arguments.kinds or KINDS:
-            same = ["tracking.kind=none", "train.device=cpu", *KINDS[kind]]
-            recipe = load_recipe("planted", same)
-            tries = TRIES if kind == "documents" else {}
-            others = {name: load_recipe("planted", [*same, *own]) for name, (own, _) in tries.items()}
-            found[kind] = compare(recipe, Path(folder) / kind, arguments.seeds, others=others)
-            if kind == "documents":
-                last = Path(folder) / kind / f"uniform-seed{recipe.seed}" / "model"
-                found[kind]["gradients"] = gradients(recipe, last, Path(folder) / "gradients")
-    if not arguments.kinds:
-        write(found)
+        found = compare(recipe, Path(folder) / kind, SEEDS, others=others)
+        if kind == "documents":
+            last = Path(folder) / kind / f"uniform-seed{recipe.seed}" / "model"
+            found["gradients"] = gradients(recipe, last, Path(folder) / "gradients")
+    return found
 
 
 def gradients(recipe: Recipe, trained: Path, folder: Path) -> dict[str, dict[str, float]]:
