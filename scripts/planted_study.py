@@ -2,9 +2,9 @@
 
 python scripts/planted_study.py
 
-Three comparisons of the recipe `planted` on five seeds, one for each kind of noise. The one with whole documents of
-noise has more arms, the tries that followed from first results, and the gradients of a step under each arm's weights.
-A finished training is reused from the stage cache, so the same command continues a study that was stopped.
+Comparisons of the recipe `planted` on five seeds, one for each kind of noise; the gradients of a step under the weights
+of each arm; the tries that followed from first results; and SmolLM2, which goes on learning where noise is planted. A
+finished training is reused from the stage cache, so the same command continues a study that was stopped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -52,13 +52,41 @@ from mtp_ce.training.run.stages import scoring_stages
 from mtp_ce.training.tracking.composite import Tracking
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SEEDS = 5
 
-# A tenth of the documents to train on, so that the copies of one document meet within a training.
-KINDS = {
-    "documents": [],
-    "spans": ["data.noise.kind=spans"],
-    "duplicates": ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"],
+
+class Study(NamedTuple):
+    """One comparison."""
+
+    recipe: str
+    overrides: Sequence[str] = ()
+    seeds: int = 5
+    only: Sequence[str] | None = None  # of the recipe's arms; None: all
+    tries: bool = False
+    gradients: bool = False
+
+
+# SmolLM2 and a reference from it, tuned on clean text.
+_SMOLLM2 = (
+    *("data.noise={kind: documents}", "data.sequence_length=64", "model.mtp.horizon=2"),
+    *("train.batch_size=4", "train.steps=40", "train.log_every=5", "validation.decoding.prompts=0"),
+    "scorer={name: rho1_excess, scope: batch}",
+    "reference={documents: all, train: {steps: 80, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
+)
+_FEW = ("uniform", "rho1_excess", "random_matched", "planted_truth", "filtered")
+
+STUDIES = {
+    "documents": Study("planted", gradients=True),
+    "spans": Study("planted", ["data.noise.kind=spans"]),
+    # A tenth of the documents to train on, so that the copies of one document meet within a training.
+    "duplicates": Study("planted", ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"]),
+    "tries": Study("planted", seeds=3, only=("uniform", "rho1_excess", "rho1_excess-topk"), tries=True),
+    "SmolLM2, detached": Study("smollm2", _SMOLLM2, seeds=2, only=_FEW),
+    "SmolLM2, joint": Study(
+        "smollm2",
+        [*_SMOLLM2, "model.mtp.trunk=joint", "optimizer.lr=5e-5", "optimizer.heads_lr=2e-3"],
+        seeds=2,
+        only=_FEW,
+    ),
 }
 
 # More arms for documents of noise: overrides, and what was expected before they were run.
@@ -119,23 +147,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     # Trainings this small use one core better than two.
-    with ProcessPoolExecutor(min(len(KINDS), os.cpu_count() or 1), get_context("spawn")) as pool:
-        found = dict(zip(KINDS, pool.map(study, KINDS), strict=True))
+    with ProcessPoolExecutor(min(len(STUDIES), os.cpu_count() or 1), get_context("spawn")) as pool:
+        found = dict(zip(STUDIES, pool.map(run, STUDIES), strict=True))
     write(found)
 
 
-def study(kind: str) -> dict[str, Any]:
-    """Run the comparison of one kind of noise."""
+def run(name: str) -> dict[str, Any]:
+    """Run one comparison, or find its trainings in the stage cache."""
     torch.set_num_threads(1)
-    same = ["tracking.kind=none", "train.device=cpu", *KINDS[kind]]
-    recipe = load_recipe("planted", same)
-    tries = TRIES if kind == "documents" else {}
-    others = {name: load_recipe("planted", [*same, *own]) for name, (own, _) in tries.items()}
+    study = STUDIES[name]
+    same = ["tracking.kind=none", "train.device=cpu", *study.overrides]
+    recipe = load_recipe(study.recipe, same)
+    tries = TRIES if study.tries else {}
+    others = {name: load_recipe(study.recipe, [*same, *own]) for name, (own, _) in tries.items()}
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(recipe, Path(folder) / kind, SEEDS, others=others)
-        if kind == "documents":
-            last = Path(folder) / kind / f"uniform-seed{recipe.seed}" / "model"
-            found["gradients"] = gradients(recipe, last, Path(folder) / "gradients")
+        output = Path(folder) / "comparison"
+        found = compare(recipe, output, study.seeds, others=others, only=study.only)
+        if study.gradients:
+            trained = output / f"uniform-seed{recipe.seed}" / "model"
+            found["gradients"] = gradients(recipe, trained, Path(folder) / "gradients")
     return found
 
 
@@ -199,25 +229,21 @@ def _steps(model: MTPWrapper, rows: PackedRows, weighing: Weighing, recipe: Reci
 def tables(found: dict[str, Any]) -> str:
     """Format the results as they stand in docs/weights.md."""
     lines = []
-    for kind, comparison in found.items():
-        tried = [name for name in comparison["results"] if name in TRIES]
-        own = {name: one for name, one in comparison["results"].items() if name not in TRIES}
-        lines += [f"`data.noise.kind: {kind}`", "", noise_table({**comparison, "results": own}), ""]
-        if tried:
-            lines += [_tries(comparison, tried), ""]
+    for name, comparison in found.items():
+        note = (
+            f"{name}: mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']} steps of "
+            f"{comparison['tokens_per_step']:,} tokens."
+        )
+        table = _tries(comparison) if STUDIES[name].tries else noise_table(comparison)
+        lines += [note, "", table, ""]
         if "gradients" in comparison:
-            lines += [_gradients(comparison["gradients"]), ""]
-    comparison = next(iter(found.values()))
-    lines.append(
-        f"Mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']} steps of "
-        f"{comparison['tokens_per_step']:,} tokens."
-    )
-    return "\n".join(lines)
+            lines += ["Gradients of uniform weights' model:", "", _gradients(comparison["gradients"]), ""]
+    return "\n".join(lines[:-1])
 
 
-def _tries(comparison: dict[str, Any], tried: list[str]) -> str:
+def _tries(comparison: dict[str, Any]) -> str:
     lines = ["| try | expected | head 0, nats | weight on noise | clean sample |", "| --- | --- | ---: | ---: | ---: |"]
-    for name in tried:
+    for name in TRIES:
         share, clean = (
             f"{statistics.fmean(result[metric] for result in comparison['results'][name]):.3f}"
             for metric in (WEIGHT_SHARE, CLEAN)
@@ -238,13 +264,14 @@ def _gradients(found: dict[str, dict[str, float]]) -> str:
 def write(found: dict[str, Any]) -> None:
     """Write planted.json, planted.png and the tables of weights.md."""
     (DOCS / "planted.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    arms = [len(one["results"]) for one in found.values()]
-    figure = open_figure((10, 0.9 * len(found) + 0.26 * sum(arms)))
-    panels = figure.subplots(len(found), 2, squeeze=False, width_ratios=(1.2, 1), height_ratios=arms)
-    for (left, right), (kind, comparison) in zip(panels, found.items(), strict=True):
+    shown = {name: one for name, one in found.items() if STUDIES[name].only is None}
+    arms = [len(one["results"]) for one in shown.values()]
+    figure = open_figure((10, 0.8 * len(shown) + 0.26 * sum(arms)))
+    panels = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1.2, 1), height_ratios=arms)
+    for (left, right), (name, comparison) in zip(panels, shown.items(), strict=True):
         draw_arms(comparison, left)
         draw_course(comparison, right)
-        left.set_title(f"data.noise.kind: {kind}", loc="left")
+        left.set_title(f"data.noise.kind: {name}", loc="left")
     figure.savefig(DOCS / "planted.png")
     page = DOCS / "weights.md"
     before, rest = page.read_text(encoding="utf-8").split("<!-- planted:begin -->\n")

@@ -15,7 +15,7 @@ of the weights on noise is part of the results.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -70,6 +70,7 @@ def compare(
     seeds: int,
     out: Console | None = None,
     others: Mapping[str, Recipe] | None = None,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train every arm on every seed, and write comparison.json, comparison.md and comparison.png.
 
@@ -81,6 +82,7 @@ def compare(
         seeds: number of seeds.
         out: where to print; None means the terminal.
         others: recipes of further arms by name, as in `Recipe.arms`.
+        only: the arms beside those; None means all. The first one is the baseline.
 
     Returns:
         The content of comparison.json.
@@ -91,11 +93,19 @@ def compare(
     """
     transformers_logging.disable_progress_bar()
     with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
-        return _compare(recipe, recipe.arms(others), output, seeds, out or Console(), ranks)
+        recipes = recipe.arms(others)
+        names = None if only is None else {*only, *(others or {})}
+        return _compare(recipe, recipes, names, output, seeds, out or Console(), ranks)
 
 
 def _compare(
-    recipe: Recipe, recipes: dict[str, Recipe], output: Path, seeds: int, out: Console, ranks: Ranks
+    recipe: Recipe,
+    recipes: dict[str, Recipe],
+    names: set[str] | None,
+    output: Path,
+    seeds: int,
+    out: Console,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     inputs = read_inputs(recipe, out, ranks)
     check_stages(recipe, inputs)
@@ -103,7 +113,7 @@ def _compare(
     say(out, f"output      {output}")
     comparison: dict[str, Any] = {
         "recipe": recipe.name,
-        "scorers": {name: arm.scorer.model_dump() for name, arm in recipes.items()},
+        "scorers": {},
         "steps": recipe.train.steps,
         "tokens_per_step": recipe.train.batch_size * inputs.row_length,
         "seeds": list(range(recipe.seed, recipe.seed + seeds)),
@@ -115,7 +125,8 @@ def _compare(
     with Tracking(recipe, output, partial(warn, out), on_error=ignore_sigterm) as tracking:
         tracking.artifact(output / RECIPE_FILE)
         models = scoring_stages(recipe, inputs, output, tracking)
-        arms = _arms(recipe, recipes, inputs, models)
+        arms = [arm for arm in _arms(recipe, recipes, inputs, models) if names is None or arm.name in names]
+        comparison["scorers"] |= {arm.name: arm.recipe.scorer.model_dump() for arm in arms}
         for seed in comparison["seeds"]:
             for arm in arms:
                 finished = _run(arm, seed, inputs, models, output, tracking)
