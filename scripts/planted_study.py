@@ -241,6 +241,19 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(lines[:-1])
 
 
+def summary(found: dict[str, Any]) -> str:
+    """Format the differences of head 0 of the arms that most studies have, a line for each study."""
+    arms = ("rho1_excess", "rho1_excess-sequence", "random_matched", "planted_truth", FILTERED)
+    titles = ["head 0, CE minus that of uniform weights", *arms]
+    lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * len(arms)]
+    for name, comparison in found.items():
+        if not STUDIES[name].tries:
+            here = [arm for arm in arms if arm in comparison["results"]]
+            cells = {arm: spread(differences(comparison, arm, "val/ce_head_0"), "+") for arm in here}
+            lines.append(f"| {name} | {' | '.join(cells.get(arm, '') for arm in arms)} |")
+    return "\n".join(lines)
+
+
 def _tries(comparison: dict[str, Any]) -> str:
     lines = ["| try | expected | head 0, nats | weight on noise | clean sample |", "| --- | --- | ---: | ---: | ---: |"]
     for name in TRIES:
@@ -274,9 +287,12 @@ def write(found: dict[str, Any]) -> None:
         left.set_title(f"data.noise.kind: {name}", loc="left")
     figure.savefig(DOCS / "planted.png")
     page = DOCS / "weights.md"
-    before, rest = page.read_text(encoding="utf-8").split("<!-- planted:begin -->\n")
-    after = rest.split("\n<!-- planted:end -->")[1]
-    page.write_text(f"{before}<!-- planted:begin -->\n{tables(found)}\n<!-- planted:end -->{after}", encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    for name, table in (("planted", tables(found)), ("summary", summary(found))):
+        before, rest = text.split(f"<!-- {name}:begin -->\n")
+        after = rest.split(f"\n<!-- {name}:end -->")[1]
+        text = f"{before}<!-- {name}:begin -->\n{table}\n<!-- {name}:end -->{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
