@@ -38,9 +38,9 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of documents, int64, and token weights if they were computed before training.
+    """Rows of documents, int64, token weights if they were computed before training, and planted noise.
 
-    T = left_halo + S + halo: labels, document ids and weights have the tokens before and after the row, too.
+    T = left_halo + S + halo: labels, document ids, weights and noise have the tokens before and after the row, too.
     """
 
     input_ids: Tensor  # [B, S]
@@ -48,6 +48,7 @@ class Batch:
     document_ids: Tensor  # [B, T]
     position_ids: Tensor  # [B, S]
     token_weights: Tensor | None = None  # [B, T] fp32, of the token at the position
+    noise: Tensor | None = None  # [B, T] bool, whether the token at the position is planted noise; None: unknown
     next_input_ids: Tensor | None = None  # [B, halo], the tokens after the row
     left_halo: int = 0
 
@@ -65,13 +66,14 @@ class Batch:
         return self._each(itemgetter(rows))
 
     def without_halos(self) -> Batch:
-        """Return the same rows with labels, document ids and weights of their own tokens alone."""
+        """Return the same rows with labels, document ids, weights and noise of their own tokens alone."""
         own = slice(self.left_halo, self.left_halo + self.input_ids.shape[1])
         return replace(
             self,
             labels=self.labels[:, own],
             document_ids=self.document_ids[:, own],
             token_weights=None if self.token_weights is None else self.token_weights[:, own],
+            noise=None if self.noise is None else self.noise[:, own],
             next_input_ids=None,
             left_halo=0,
         )
@@ -185,6 +187,7 @@ class PackedRows:
             document_ids=document_ids,
             position_ids=position_ids,
             token_weights=None if self.token_weights is None else self.token_weights[index] * is_token,
+            noise=None if documents.noise is None else (documents.noise[place] != 0) & is_token,
             next_input_ids=input_ids[:, before + self.row_length :] if after else None,
             left_halo=before,
         )

@@ -42,6 +42,7 @@ from mtp_ce.training.loop.ranks import Ranks, local
 from mtp_ce.training.loop.weighing import NEUTRAL_BOUND, Weigh
 from mtp_ce.training.loop.window import Window
 from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
+from mtp_ce.training.metrics.noise import NoiseSums
 from mtp_ce.training.metrics.sums import HeadSums
 
 # Allowed distance from 1 of the mean of a batch's token weights, which is a sum in fp32.
@@ -161,7 +162,7 @@ class Trainer:
         normalizer = torch.where(count > 0, count, 1).to(torch.float32)
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums, weights = self._accumulate(batch, normalizer)
+        loss, sums, weights, noise = self._accumulate(batch, normalizer)
         limit = self.recipe.optimizer.clip_norm
         norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
         loss, weights = self._combine_ranks(loss, weights)
@@ -173,18 +174,24 @@ class Trainer:
             count=count,
             sums=sums,
             weights=weights,
+            noise=noise,
             grad_norm=norm,
             lr=float(self.schedule.get_last_lr()[0]),
             seconds=time.perf_counter() - started,
         )
         self.schedule.step()
 
-    def _accumulate(self, batch: Batch, normalizer: Tensor) -> tuple[Tensor, HeadSums, WeightStatistics]:
-        """Accumulate gradients over the micro-batches of this rank; return loss, sums per head, weight statistics.
+    def _accumulate(
+        self, batch: Batch, normalizer: Tensor
+    ) -> tuple[Tensor, HeadSums, WeightStatistics, NoiseSums | None]:
+        """Accumulate gradients over the micro-batches of this rank.
 
         Args:
             batch: on the host.
             normalizer: [], N of the global batch.
+
+        Returns:
+            Loss, sums per head, weight statistics, and sums over planted noise, if it is known.
         """
         size = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
         # Masked rows are left out of the loss, and their number is known before they are on the device.
@@ -199,6 +206,7 @@ class Trainer:
             for x in batch.split(size)
         ]
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
+        noise = None if batch.noise is None else NoiseSums.zeros(self.device)
         weights: WeightStatistics | None = None
         loss = torch.zeros((), device=self.device)
         for micro, rows in zip(batch.to(self.device).split(size), counts, strict=True):
@@ -225,10 +233,15 @@ class Trainer:
             out.loss.backward()
             loss += out.loss.detach()
             sums.add(out.stats)
+            if noise and micro.noise is not None:
+                # Of the tokens that head 0 predicts in the row: its own ones but the first.
+                own = slice(micro.left_halo + 1, micro.left_halo + micro.input_ids.shape[1])
+                of_labels = micro.over_labels(scored[0].weights)
+                noise.add(of_labels[:, own], micro.noise[:, own], out.stats.live[:, :-1, 0])
             statistics = scored[0].statistics
             weights = statistics if weights is None else weights.merge(statistics)
         assert weights is not None
-        return loss, sums, weights
+        return loss, sums, weights, noise
 
     def _combine_ranks(self, loss: Tensor, weights: WeightStatistics) -> tuple[Tensor, WeightStatistics]:
         """Combine loss and weight statistics of all ranks; a signal on one rank stops all of them."""
