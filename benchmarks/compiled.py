@@ -151,11 +151,11 @@ def launch_chunk(
 
 
 def launch_rows() -> None:
-    """The rule of the linear path's rows, with everything that it can be given."""
+    """The rule of the linear path's rows, with everything that it can be given: 5 positions of 8 tokens."""
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     inputs = LossInputs(tokens, torch.ones(2, 8), torch.ones(4), torch.zeros(2, dtype=torch.int64), tokens)
-    options = LossOptions(weight_alignment="target")
-    rows.launch_rows(inputs, options, H=4, V=32000, by_head=True, with_d_weights=True)
+    options = LossOptions(weight_alignment="target", left_halo=2)
+    rows.launch_rows(inputs, options, (2, 5, 4), V=32000, by_head=True, with_d_weights=True)
 
 
 def launch_scale(V: int, D: int, dtype: torch.dtype) -> None:

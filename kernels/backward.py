@@ -183,7 +183,7 @@ def backward_kernel(
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
     label, _valid, _head_coefficient, coefficient = row_coefficients(
-        rows, b, t, offs_h, S, all_entries(V, terms), ignore_index, RULE
+        rows, b, t, offs_h, all_entries(V, terms), ignore_index, RULE
     )
     label = own_label(label, V, terms)
     upstream = tl.load(d_loss_ptr + b * stride_ub + t * stride_us).to(tl.float32) * tl.load(factor_ptr)

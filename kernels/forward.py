@@ -185,7 +185,7 @@ def forward_kernel(
     t = p % S
     offs_h = tl.arange(0, H_BLOCK)
     label, valid, head_coefficient, coefficient = row_coefficients(
-        rows, b, t, offs_h, S, all_entries(V, terms), ignore_index, RULE
+        rows, b, t, offs_h, all_entries(V, terms), ignore_index, RULE
     )
     label = own_label(label, V, terms)
     if not SPLIT:
@@ -256,9 +256,7 @@ def combine_kernel(
     SPLIT_BLOCK: tl.constexpr = SETTINGS.SPLIT_BLOCK
     p = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, H_BLOCK)
-    _label, valid, head_coefficient, coefficient = row_coefficients(
-        rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
-    )
+    _label, valid, head_coefficient, coefficient = row_coefficients(rows, p // S, p % S, offs_h, V, ignore_index, RULE)
     tl.store(results.valid + p * H + offs_h, valid, mask=offs_h < H)
     field = tl.num_programs(0).to(tl.int64) * H * num_splits
 

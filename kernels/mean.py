@@ -48,8 +48,8 @@ def mean_kernel(
         for h in tl.static_range(H):
             source = offs_p
             mask = offs_p < P
-            if RULE.OVER == "target":
-                # Head h predicts token p from here.
+            if COUNT and RULE.OVER == "target":
+                # Head h predicts token p from here. (The tokens of a slice are counted by the caller.)
                 source = offs_p - (RULE.SHIFT + h)
                 mask = mask & (offs_p % S >= RULE.SHIFT + h)
             counts |= tl.load(valid_ptr + source * H + h, mask=mask, other=0).to(tl.int32)

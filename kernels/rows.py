@@ -1,19 +1,21 @@
 """The rule of a row, as index arithmetic: the token that head h predicts from t, whether it counts, and how much.
 
-Math       target           = t + shift + h
-           valid            = target < len(b), label(target) != ignore_index, document(target) == document(t)
+Math       own, target      = left_halo + t, own + shift + h        indices of labels
+           valid            = target < len(b), label(target) != ignore_index, document(target) == document(own)
            head coefficient = valid * a_h / D         a_h = 1 by default
            D                = "live": sum of a_h over the position's valid heads; "horizon": H
-                              "target": sum of a_i over the heads i that predict the same token, each from t + h - i
+                              "target": sum of a_i over the heads i that predict the same token, from own + h - i
            row coefficient  = w * head coefficient        w = w[b,t], w[b,t,h] or w[b,target]
 
-Shapes     labels, document_ids [B,S]; token_weights [B,S] or [B,S,H]; head_weights [H]; seq_lens [B]; any strides
+Shapes     labels, document_ids [B,T], T >= left_halo + S; token_weights [B,S], [B,S,H], or [B,T] of the targets;
+           head_weights [H]; seq_lens [B]; any strides
            -> label, valid, head and row coefficient as vectors over the H heads of one position
 
 Algorithm  A position's H targets are read as one short vector straight from the caller's tensors. Nothing is
            rolled, padded or copied. `rows_kernel` writes the vectors to memory, for the linear path's chunks of rows.
            "target" allocates nothing either: label and length are the token's own, so head i predicts it unless
-           t + h - i lies before the sequence or in another document.
+           own + h - i lies before the labels or in another document. Positions of the halos count there, too: other
+           calls compute their rows.
 
 Traffic    Per position: H labels, H (or 1) weights, H + 1 document ids ("target": 2 H - 1 and more). Nothing of size V.
 
@@ -35,10 +37,11 @@ NO_STRIDES = (0, 0, 0)
 class RowInputs(NamedTuple):
     """The tensors of the rule (None where not given) and their strides in elements, as one kernel argument."""
 
-    labels: Any  # [B, S]
+    labels: Any  # [B, T]
     stride_lb: Any
     stride_ls: Any
-    token_weights: Any  # [B, S] or [B, S, H]
+    num_tokens: Any  # T
+    token_weights: Any  # [B, S], [B, S, H] or [B, T]
     stride_wb: Any
     stride_ws: Any
     stride_wh: Any
@@ -46,7 +49,7 @@ class RowInputs(NamedTuple):
     stride_a: Any
     seq_lens: Any  # [B]
     stride_n: Any
-    document_ids: Any  # [B, S]
+    document_ids: Any  # [B, T]
     stride_db: Any
     stride_ds: Any
 
@@ -55,10 +58,11 @@ class Rule(NamedTuple):
     """Compile-time constants of the rule."""
 
     SHIFT: int
+    LEFT_HALO: int
     H: int
     H_BLOCK: int  # H rounded up to a power of 2
     OVER: str  # head_reduction: what a head's weight is divided by
-    TARGET_WEIGHTS: bool  # [B, S] weights are those of the targets
+    TARGET_WEIGHTS: bool  # weights are those of the targets, [B, T]
 
 
 class RowOutputs(NamedTuple):
@@ -79,12 +83,12 @@ class RowsSettings(NamedTuple):
 
 
 @triton.jit
-def token_totals(rows, b, t, offs_h, valid, target, RULE: tl.constexpr):
-    """Sum of the weights of all heads that predict the same token as head h from t, [H_BLOCK]; 0 where not valid."""
+def token_totals(rows, b, own, offs_h, valid, target, RULE: tl.constexpr):
+    """Sum of the weights of all heads that predict the same token as head h from own, [H_BLOCK]; 0 where not valid."""
     total = tl.zeros([RULE.H_BLOCK], tl.float32)
     for i in tl.static_range(RULE.H):
         # Head i predicts the token from here. Rows of one token sum in one order, and so divide by the same bits.
-        source = t + offs_h - i
+        source = own + offs_h - i
         predicts = valid & (source >= 0)
         if rows.document_ids is not None:
             docs = rows.document_ids + b * rows.stride_db
@@ -103,7 +107,6 @@ def row_coefficients(
     b,
     t,
     offs_h,  # [H_BLOCK]
-    S,
     V,
     ignore_index,
     RULE: tl.constexpr,
@@ -111,17 +114,18 @@ def row_coefficients(
     """label (-1 if outside [0, V)), valid, head coefficient, row coefficient of position (b, t), each [H_BLOCK]."""
     SHIFT: tl.constexpr = RULE.SHIFT
     H: tl.constexpr = RULE.H
-    target = t + SHIFT + offs_h
-    length = S
+    own = t + RULE.LEFT_HALO
+    target = own + SHIFT + offs_h
+    length = rows.num_tokens
     if rows.seq_lens is not None:
-        # A length above S is the caller's mistake (validate=True names it), never an illegal read.
-        length = tl.minimum(tl.load(rows.seq_lens + b * rows.stride_n).to(tl.int64), S)
+        # A length above T is the caller's mistake (validate=True names it), never an illegal read.
+        length = tl.minimum(tl.load(rows.seq_lens + b * rows.stride_n).to(tl.int64), length)
     valid = (offs_h < H) & (target < length)
     label = tl.load(rows.labels + b * rows.stride_lb + target * rows.stride_ls, mask=valid, other=0).to(tl.int64)
     valid = valid & (label != ignore_index)
     if rows.document_ids is not None:
         docs = rows.document_ids + b * rows.stride_db
-        document = tl.load(docs + t * rows.stride_ds)
+        document = tl.load(docs + own * rows.stride_ds)
         valid = valid & (tl.load(docs + target * rows.stride_ds, mask=valid, other=0) == document)
 
     head_coefficient = valid.to(tl.float32)
@@ -131,7 +135,7 @@ def row_coefficients(
         head_coefficient = head_coefficient / H
     else:
         if RULE.OVER == "target":
-            total = token_totals(rows, b, t, offs_h, valid, target, RULE)
+            total = token_totals(rows, b, own, offs_h, valid, target, RULE)
         else:
             total = tl.sum(head_coefficient, axis=0)
         head_coefficient = head_coefficient / tl.where(total == 0.0, 1.0, total)
@@ -176,9 +180,7 @@ def rows_kernel(
     RULE: tl.constexpr = SETTINGS.rule
     p = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, H_BLOCK)
-    label, valid, head_coefficient, coefficient = row_coefficients(
-        rows, p // S, p % S, offs_h, S, V, ignore_index, RULE
-    )
+    label, valid, head_coefficient, coefficient = row_coefficients(rows, p // S, p % S, offs_h, V, ignore_index, RULE)
     offs = p * stride_p + offs_h.to(tl.int64) * stride_h
     mask = offs_h < H
     tl.store(values.label + offs, tl.where(valid, label, 0), mask=mask)
@@ -195,7 +197,7 @@ def pack_inputs(inputs: LossInputs) -> RowInputs:
     """Return the tensors of the rule with their strides."""
     labels, token_weights, head_weights, seq_lens, document_ids, *_ = inputs
     packed = (
-        labels, *labels.stride(),
+        labels, *labels.stride(), labels.shape[1],
         token_weights, *(NO_STRIDES if token_weights is None else (*token_weights.stride(), 0)[:3]),
         head_weights, 0 if head_weights is None else head_weights.stride(0),
         seq_lens, 0 if seq_lens is None else seq_lens.stride(0),
@@ -213,6 +215,7 @@ def row_rule(options: LossOptions, H: int) -> Rule:
     """Return the constants that these options compile to."""
     return Rule(
         SHIFT=options.shift,
+        LEFT_HALO=options.left_halo,
         H=H,
         H_BLOCK=power_of_2(H),
         OVER=options.head_reduction,
@@ -221,13 +224,18 @@ def row_rule(options: LossOptions, H: int) -> Rule:
 
 
 def launch_rows(
-    inputs: LossInputs, options: LossOptions, *, H: int, V: int, by_head: bool, with_d_weights: bool
+    inputs: LossInputs,
+    options: LossOptions,
+    shape: tuple[int, int, int],  # B, S, H
+    *,
+    V: int,
+    by_head: bool,
+    with_d_weights: bool,
 ) -> RowOutputs:
     """Return the rows of all positions, position by position or `by_head`."""
-    labels = inputs.labels
-    P = labels.numel()
-    S = labels.shape[1]
-    new = labels.new_empty
+    B, S, H = shape
+    P = B * S
+    new = inputs.labels.new_empty
     values = RowOutputs(
         label=new(P * H, dtype=torch.int32),
         coefficient=new(P * H, dtype=torch.float32),

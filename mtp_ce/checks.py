@@ -262,29 +262,42 @@ def check_inputs(
     """
     check_head_weights(inputs.head_weights, options)
     B, S, H, _ = shape
-    integers = {"labels": [B, S], "seq_lens": [B], "document_ids": [B, S]}
-    for name, expected in integers.items():
+    for name in ("labels", "seq_lens", "document_ids"):
         tensor = getattr(inputs, name)
         if tensor is None and name != "labels":
             continue
         require_tensor(name, tensor)
         if tensor.dtype not in INTEGER_DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; expected an integer dtype, such as torch.int64.")
-        if _shape(tensor) != expected:
-            # Formatted here only: a size in an f-string would pin it under torch.compile.
-            letters = "[B, S]" if len(expected) == 2 else "[B]"
-            raise ValueError(f"{name} is {_shape(tensor)}; expected {letters} = {expected} from {source}.")
+    labels, seq_lens, document_ids = inputs.labels, inputs.seq_lens, inputs.document_ids
+    # Formatted only where it fails: a size in an f-string would pin it under torch.compile.
+    if labels.dim() != 2 or labels.shape[0] != B or labels.shape[1] < options.left_halo + S:
+        least = "[B, S]" if options.left_halo == 0 else f"[B, left_halo {options.left_halo} + S]"
+        raise ValueError(
+            f"labels is {_shape(labels)}; expected {least} = {[B, options.left_halo + S]} from {source}, or more "
+            "tokens after those, which the last positions predict."
+        )
+    if seq_lens is not None and _shape(seq_lens) != [B]:
+        raise ValueError(f"seq_lens is {_shape(seq_lens)}; expected [B] = {[B]} from {source}.")
+    if document_ids is not None and document_ids.shape != labels.shape:
+        raise ValueError(f"document_ids is {_shape(document_ids)}; expected {_shape(labels)}, as labels.")
     token_weights, head_weights = inputs.token_weights, inputs.head_weights
     if token_weights is not None:
         require_tensor("token_weights", token_weights)
         if not (token_weights.is_floating_point() or token_weights.dtype in MASKS):
             raise TypeError(f"token_weights is {token_weights.dtype}; expected a floating dtype, or a mask of bools.")
-        if _shape(token_weights) not in ([B, S], [B, S, H]):
+        of_targets = options.weight_alignment == "target"
+        if of_targets and token_weights.dim() != 3 and token_weights.shape != labels.shape:
+            raise ValueError(
+                f"token_weights is {_shape(token_weights)}; expected {_shape(labels)}, as labels, for weights of the "
+                "targets."
+            )
+        if not of_targets and _shape(token_weights) not in ([B, S], [B, S, H]):
             raise ValueError(
                 f"token_weights is {_shape(token_weights)}; expected [B, S] = [{B}, {S}] or "
-                f"[B, S, H] = [{B}, {S}, {H}] from {source}."
+                f"[B, S, H] = [{B}, {S}, {H}] from {source}, for weights of the positions."
             )
-        if token_weights.dim() == 3 and options.weight_alignment == "target":
+        if token_weights.dim() == 3 and of_targets:
             raise ValueError(
                 f"weight_alignment is 'target' and token_weights is {_shape(token_weights)}; expected [B, S], or "
                 "weight_alignment='position': weights of one row each need no alignment."
@@ -385,11 +398,11 @@ def saved_tensors_are_hooked() -> bool:
 
 def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int, int, int]) -> None:
     """Check the values of the inputs, which synchronises with a GPU."""
-    _, S, H, V = shape
-    seq_lens, normalizer = inputs.seq_lens, inputs.normalizer
-    if seq_lens is not None and bool(((seq_lens < 0) | (seq_lens > S)).any()):
-        b = int(((seq_lens < 0) | (seq_lens > S)).nonzero()[0])
-        raise ValueError(f"seq_lens[{b}] is {int(seq_lens[b])}; expected a length in [0, S] = [0, {S}].")
+    B, S, H, V = shape
+    seq_lens, normalizer, T = inputs.seq_lens, inputs.normalizer, inputs.labels.shape[1]
+    if seq_lens is not None and bool(((seq_lens < 0) | (seq_lens > T)).any()):
+        b = int(((seq_lens < 0) | (seq_lens > T)).nonzero()[0])
+        raise ValueError(f"seq_lens[{b}] is {int(seq_lens[b])}; expected a length of labels, in [0, {T}].")
     for name, values in (("token_weights", inputs.token_weights), ("head_weights", inputs.head_weights)):
         if values is not None and not bool(values.isfinite().all()):
             index = (~values.isfinite()).nonzero()[0].tolist()
@@ -397,5 +410,5 @@ def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int
     if isinstance(normalizer, Tensor) and not bool(normalizer > 0):
         raise ValueError(f"normalizer is {normalizer.item()}; expected a number above 0.")
     read_terms(inputs, options)
-    if inputs.labels.numel():
-        check_labels(inputs, options, H, V)
+    if B * S:
+        check_labels(inputs, options, S, H, V)

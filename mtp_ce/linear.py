@@ -69,8 +69,8 @@ def weighted_mtp_linear_ce(
 def weighted_mtp_linear_ce(
     hidden: Float[Tensor, "B S H D"] | Sequence[Float[Tensor, "B S D"]],
     unembed: Float[Tensor, "V D"],
-    labels: Int[Tensor, "B S"],
-    token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | None = None,
+    labels: Int[Tensor, "B T"],
+    token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | Float[Tensor, "B T"] | None = None,
     *,
     bias: Float[Tensor, " V"] | None = None,
     chunk_bytes: int | None = None,
@@ -78,11 +78,12 @@ def weighted_mtp_linear_ce(
     logits_dtype: torch.dtype | None = None,
     drop_dead_rows: bool | int | Literal["auto"] = "auto",
     shift: int = 1,
+    left_halo: int = 0,
     weight_alignment: str = "position",
     head_reduction: str = "live",
     head_weights: Float[Tensor, " H"] | None = None,
     seq_lens: Int[Tensor, " B"] | None = None,
-    document_ids: Int[Tensor, "B S"] | None = None,
+    document_ids: Int[Tensor, "B T"] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Float[Tensor, ""] | None = None,
@@ -108,9 +109,10 @@ def weighted_mtp_linear_ce(
             on every rank, or DTensors Replicate().
         unembed: [V, D], the weight of the output layer, of hidden's dtype (under torch.autocast both are cast). Or a
             DTensor Shard(0), the vocabulary over the ranks of one mesh dimension; its gradient is sharded alike.
-        labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
-        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
-            Differentiable.
+        labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers. [B, T] with T > S where
+            the positions are a slice of a longer sequence, as in `weighted_mtp_ce`.
+        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones. With
+            weight_alignment="target" [B, T], as labels. Differentiable.
         bias: [V], of hidden's dtype; sharded as unembed is.
         chunk_bytes: the most bytes of one chunk of logits. None: the rows of a chunk follow from D and the number of
             rows, as docs/loss.md explains.
@@ -123,11 +125,12 @@ def weighted_mtp_linear_ce(
             small a number raises a ValueError on a CPU and returns NaN on a GPU. "auto": True on a CPU, False on
             a GPU.
         shift: as in `weighted_mtp_ce`, like all that follow.
+        left_halo: number of tokens of labels before position 0.
         weight_alignment: "position" or "target".
         head_reduction: "live", "horizon" or "target".
         head_weights: [H] constants.
-        seq_lens: [B] integers.
-        document_ids: [B, S] integers.
+        seq_lens: [B] integers, lengths of labels.
+        document_ids: [B, S] integers, [B, T] as labels.
         ignore_index: the label of tokens that are not targets.
         reduction: "mean", "sum" or "none".
         normalizer: a number or a 0-d tensor that replaces N.
@@ -160,9 +163,9 @@ def weighted_mtp_linear_ce(
         arXiv:2411.09009.
     """
     options = LossOptions(
-        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
-        reduction=reduction, loss_scale=number_of(loss_scale), softcap=number_of(softcap), z_loss=number_of(z_loss),
-        label_smoothing=number_of(label_smoothing),
+        shift=shift, left_halo=left_halo, weight_alignment=weight_alignment, head_reduction=head_reduction,
+        ignore_index=ignore_index, reduction=reduction, loss_scale=number_of(loss_scale),
+        softcap=number_of(softcap), z_loss=number_of(z_loss), label_smoothing=number_of(label_smoothing),
     )  # fmt: skip
     terms = pack_terms(hidden, loss_scale, softcap, z_loss, label_smoothing)
     inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, terms, normalizer)
@@ -176,13 +179,13 @@ def weighted_mtp_linear_ce(
 def token_ce(
     hidden: Float[Tensor, "B S H D"] | Sequence[Float[Tensor, "B S D"]],
     unembed: Float[Tensor, "V D"],
-    labels: Int[Tensor, "B S"],
+    labels: Int[Tensor, "B T"],
     *,
     shift: int = 1,
     bias: Float[Tensor, " V"] | None = None,
     softcap: float | Float[Tensor, ""] | None = None,
     seq_lens: Int[Tensor, " B"] | None = None,
-    document_ids: Int[Tensor, "B S"] | None = None,
+    document_ids: Int[Tensor, "B T"] | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -197,12 +200,12 @@ def token_ce(
     Args:
         hidden: [B, S, H, D], or H tensors [B, S, D], or [B, S, D], as in `weighted_mtp_linear_ce`.
         unembed: [V, D], or a DTensor Shard(0).
-        labels: [B, S] integers.
+        labels: [B, S] integers, or [B, S + halo] where the positions are a slice of a longer sequence.
         shift: 1: labels are `input_ids`; 0: labels are already shifted.
         bias: [V].
         softcap: c > 0: logits become c * tanh(logits / c).
-        seq_lens: [B] integers.
-        document_ids: [B, S] integers.
+        seq_lens: [B] integers, lengths of labels.
+        document_ids: integers, as long as labels.
         ignore_index: the label of tokens that are not targets.
         chunk_bytes: as in `weighted_mtp_linear_ce`.
         logits_dtype: as in `weighted_mtp_linear_ce`.
@@ -211,7 +214,8 @@ def token_ce(
         impl: "auto", "triton", "cpu" or "reference".
 
     Returns:
-        [B, S, H], or [B, S] for hidden [B, S, D]; float32 (float64 for float64 hidden); 0 where a row has no target.
+        [B, S, H], or [B, S] for hidden [B, S, D], of the positions that predict, however long labels are; float32
+        (float64 for float64 hidden); 0 where a row has no target.
 
     Raises:
         TypeError, ValueError, IndexError: as in `weighted_mtp_linear_ce`.

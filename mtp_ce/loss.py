@@ -90,15 +90,16 @@ def weighted_mtp_ce(
 
 def weighted_mtp_ce(
     logits: Float[Tensor, "B S H V"] | Sequence[Float[Tensor, "B S V"]],
-    labels: Int[Tensor, "B S"],
-    token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | None = None,
+    labels: Int[Tensor, "B T"],
+    token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | Float[Tensor, "B T"] | None = None,
     *,
     shift: int = 1,
+    left_halo: int = 0,
     weight_alignment: str = "position",
     head_reduction: str = "live",
     head_weights: Float[Tensor, " H"] | None = None,
     seq_lens: Int[Tensor, " B"] | None = None,
-    document_ids: Int[Tensor, "B S"] | None = None,
+    document_ids: Int[Tensor, "B T"] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Float[Tensor, ""] | None = None,
@@ -113,7 +114,7 @@ def weighted_mtp_ce(
 ) -> Tensor | MTPLoss:
     """Weighted cross entropy of H heads that predict the next H tokens, fused.
 
-        target(t,h) = t + shift + h
+        target(t,h) = left_halo + t + shift + h
         valid(b,t,h) = target < seq_lens[b], labels[b,target] != ignore_index, same document as t
         ce(b,t,h)    = logsumexp_v logits[b,t,h,v] - logits[b,t,h,labels[b,target]]            nats
         loss         = loss_scale / N * sum_{b,t} w[b,t] * mean_{h valid} ce(b,t,h)
@@ -126,18 +127,22 @@ def weighted_mtp_ce(
         logits: [B, S, H, V], or H tensors [B, S, V], or [B, S, V] for H = 1; any strides; float32, bfloat16, float16
             (float64 with impl "cpu" and "reference"). Head h predicts the token at t + shift + h. Or DTensors
             Shard(-1), the vocabulary over the ranks of one mesh dimension.
-        labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers.
-        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones.
-            Differentiable.
+        labels: [B, S] integers; with shift=1 the unshifted `input_ids`, as in transformers. [B, T] with T > S where
+            the positions are a slice of a longer sequence: `left_halo` tokens before position 0, the tokens at the S
+            positions, and a halo of tokens after them, which the last positions predict.
+        token_weights: [B, S] or [B, S, H], any float dtype, or a mask of bools or integers; None means ones. With
+            weight_alignment="target" [B, T], as labels. Differentiable.
         shift: 1: head 0 is the next-token head; 0: labels are already shifted; 2: extra heads only.
+        left_halo: number of tokens of labels before position 0. For head_reduction="target" alone, which counts the
+            heads that predict a token from there: H - 1, or as many as the sequence has.
         weight_alignment: "position": all heads at t use w[b,t]. "target": head h uses the weight of the token that
-            it predicts, w[b,target]. For [B, S] weights.
+            it predicts, w[b,target]. For weights of tokens, as long as labels.
         head_reduction: "live": divide by the number of valid heads. "horizon": divide by H. "target": divide by the
             number of heads that predict the same token, so that every token counts once; N then equals the
             `num_items_in_batch` of transformers' Trainer. For masked prompts.
         head_weights: [H] constants a: the mean over heads becomes sum a ce / sum a over valid heads.
-        seq_lens: [B] integers: tokens from index seq_lens[b] on are padding.
-        document_ids: [B, S] integers: a head never predicts a token of another document.
+        seq_lens: [B] integers: tokens of labels from index seq_lens[b] on are padding.
+        document_ids: [B, S] integers, [B, T] as labels: a head never predicts a token of another document.
         ignore_index: the label of tokens that are not targets.
         reduction: "mean"; "sum" (N = 1); "none": [B, S], loss_scale * w * mean over heads.
         normalizer: replaces N in "mean": a number, or a 0-d tensor on the logits' device. A global count here makes
@@ -175,9 +180,9 @@ def weighted_mtp_ce(
     """
     heads, shape = check_logits(logits)
     options = LossOptions(
-        shift=shift, weight_alignment=weight_alignment, head_reduction=head_reduction, ignore_index=ignore_index,
-        reduction=reduction, loss_scale=number_of(loss_scale), softcap=number_of(softcap), z_loss=number_of(z_loss),
-        label_smoothing=number_of(label_smoothing),
+        shift=shift, left_halo=left_halo, weight_alignment=weight_alignment, head_reduction=head_reduction,
+        ignore_index=ignore_index, reduction=reduction, loss_scale=number_of(loss_scale),
+        softcap=number_of(softcap), z_loss=number_of(z_loss), label_smoothing=number_of(label_smoothing),
     )  # fmt: skip
     terms = pack_terms(heads[0], loss_scale, softcap, z_loss, label_smoothing)
     inputs = LossInputs(labels, token_weights, head_weights, seq_lens, document_ids, terms, normalizer)
@@ -206,8 +211,9 @@ def weighted_mtp_ce(
 
 def reference_loss(heads: list[Tensor], inputs: LossInputs, options: LossOptions) -> MTPLoss:
     """Return the oracle's loss of H heads [B,S,V]; a broken label raises as in the other implementations."""
-    if inputs.labels.device.type == "cpu" and inputs.labels.numel():
-        check_labels(inputs, options, len(heads), heads[0].shape[-1])
+    B, S, V = heads[0].shape
+    if inputs.labels.device.type == "cpu" and B * S:
+        check_labels(inputs, options, S, len(heads), V)
     inputs, options = read_terms(inputs, options)
     loss, ce, live, lse, top1 = reference_weighted_mtp_ce(heads, **inputs.arguments(), **vars(options))
     return MTPLoss(loss, MTPStats(ce, live, lse, top1))
@@ -254,11 +260,11 @@ class WeightedMTPLoss(nn.Module):
     def forward(
         self,
         logits: Float[Tensor, "B S H V"] | Sequence[Float[Tensor, "B S V"]],
-        labels: Int[Tensor, "B S"],
-        token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | None = None,
+        labels: Int[Tensor, "B T"],
+        token_weights: Float[Tensor, "B S"] | Float[Tensor, "B S H"] | Float[Tensor, "B T"] | None = None,
         *,
         seq_lens: Int[Tensor, " B"] | None = None,
-        document_ids: Int[Tensor, "B S"] | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
         normalizer: float | Float[Tensor, ""] | None = None,
     ) -> Tensor | MTPLoss:
         """Return the loss of one batch; arguments as in `weighted_mtp_ce`."""

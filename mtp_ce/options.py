@@ -46,6 +46,7 @@ class LossOptions:
     """
 
     shift: int = 1
+    left_halo: int = 0
     weight_alignment: str = "position"
     head_reduction: str = "live"
     ignore_index: int = -100
@@ -60,6 +61,7 @@ class LossOptions:
         check_choice("head_reduction", self.head_reduction)
         check_choice("reduction", self.reduction)
         self._check_integer("shift", self.shift)
+        self._check_integer("left_halo", self.left_halo)
         self._check_integer("ignore_index", self.ignore_index)
         self._check_number("loss_scale", self.loss_scale)
         self._check_number("z_loss", self.z_loss)
@@ -69,6 +71,10 @@ class LossOptions:
         if self.shift < 0:
             raise ValueError(
                 f"shift is {self.shift}; expected 0 (labels shifted already), 1 (as in transformers) or more."
+            )
+        if self.left_halo < 0:
+            raise ValueError(
+                f"left_halo is {self.left_halo}; expected the number of tokens of labels before position 0, 0 or more."
             )
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap is {self.softcap}; expected a number above 0, or None for no cap.")
@@ -96,7 +102,7 @@ class LossOptions:
         """Return the values in the order of the fields, as the operators' schemas take them."""
         # Spelled out, since this runs twice in a call of the loss; a test compares it with the fields.
         return (
-            self.shift, self.weight_alignment, self.head_reduction, self.ignore_index, self.reduction,
+            self.shift, self.left_halo, self.weight_alignment, self.head_reduction, self.ignore_index, self.reduction,
             self.loss_scale, self.softcap, self.z_loss, self.label_smoothing,
         )  # fmt: skip
 
@@ -115,11 +121,11 @@ OPTION_NAMES = tuple(field.name for field in fields(LossOptions))
 class LossInputs(NamedTuple):
     """The tensors of one call beside logits or hidden states; None where not given."""
 
-    labels: Tensor  # [B, S] integers
-    token_weights: Tensor | None = None  # [B, S] or [B, S, H]
+    labels: Tensor  # [B, T] integers, T = left_halo + S + halo
+    token_weights: Tensor | None = None  # [B, S] or [B, S, H]; [B, T] where they are those of the targets
     head_weights: Tensor | None = None  # [H]
     seq_lens: Tensor | None = None  # [B]
-    document_ids: Tensor | None = None  # [B, S]
+    document_ids: Tensor | None = None  # [B, T]
     terms: Tensor | None = None  # [4] float64: all of `TERMS`, where one of them is a tensor
     normalizer: float | Tensor | None = None  # a number, or []
 
@@ -175,6 +181,7 @@ class CommonOptions(TypedDict, total=False):
     """Keyword arguments of both losses that hold for a whole run."""
 
     shift: int
+    left_halo: int
     weight_alignment: str
     head_reduction: str
     head_weights: Tensor | None

@@ -29,15 +29,16 @@ class _ZeroWeighted(torch.autograd.Function):
 
 def reference_weighted_mtp_ce(
     heads: Sequence[Tensor],  # H x [B, S, V]
-    labels: Tensor,  # [B, S]
-    token_weights: Tensor | None = None,  # [B, S] or [B, S, H]
+    labels: Tensor,  # [B, T], T = left_halo + S + halo
+    token_weights: Tensor | None = None,  # [B, S], [B, S, H], or [B, T] where they are those of the targets
     *,
     shift: int = 1,
+    left_halo: int = 0,
     weight_alignment: str = "position",
     head_reduction: str = "live",
     head_weights: Tensor | None = None,  # [H]
     seq_lens: Tensor | None = None,  # [B]
-    document_ids: Tensor | None = None,  # [B, S]
+    document_ids: Tensor | None = None,  # [B, T]
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -48,24 +49,26 @@ def reference_weighted_mtp_ce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, ce, valid, lse and top1 of the contract; all but the loss [B,S,H] and detached."""
     B, S, _V = heads[0].shape
-    H = len(heads)
+    H, T = len(heads), labels.shape[1]
     dtype = heads[0].dtype if heads[0].dtype == torch.float64 else torch.float32
     device = heads[0].device
     labels = labels.long()
     ce, lse = (torch.zeros(B, S, H, dtype=dtype, device=device) for _ in range(2))
     top1 = torch.full((B, S, H), -1, dtype=torch.int32, device=device)
-    valid = torch.zeros(B, S, H, dtype=torch.bool, device=device)
+    # Of every token of labels as a position; those of the halos are other calls'.
+    valid_of_all = torch.zeros(B, T, H, dtype=torch.bool, device=device)
     for h in range(H):
-        for t in range(S):
-            target = t + shift + h
-            if target >= S:
+        for p in range(T):
+            target = p + shift + h
+            if target >= T:
                 continue
             counts = labels[:, target] != ignore_index
             if seq_lens is not None:
                 counts = counts & (target < seq_lens)
             if document_ids is not None:
-                counts = counts & (document_ids[:, target] == document_ids[:, t])
-            valid[:, t, h] = counts
+                counts = counts & (document_ids[:, target] == document_ids[:, p])
+            valid_of_all[:, p, h] = counts
+    valid = valid_of_all[:, left_halo : left_halo + S]
 
     weights_need_gradient = token_weights is not None and token_weights.requires_grad
     losses: list[Tensor] = []  # one [B, S] a head: a_h * w * the row's loss, before the division
@@ -74,9 +77,9 @@ def reference_weighted_mtp_ce(
         w = torch.ones(B, S, dtype=dtype, device=device)
         if token_weights is not None:
             weights = token_weights.to(dtype) if token_weights.dim() == 2 else token_weights[:, :, h].to(dtype)
-            distance = shift + h
+            first = left_halo + shift + h
             if weight_alignment == "target":
-                w = torch.cat([weights[:, distance:], weights.new_zeros(B, min(distance, S))], dim=1)
+                w = torch.cat([weights[:, first : first + S], weights.new_zeros(B, S)], dim=1)[:, :S]
             else:
                 w = weights
         row_mask = valid[:, :, h] & (a[h] != 0)
@@ -89,7 +92,7 @@ def reference_weighted_mtp_ce(
         z = torch.where(zero[:, None], z.detach(), z)
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        y = labels[b, position + shift + h]
+        y = labels[b, left_halo + position + shift + h]
         logp = torch.log_softmax(z, dim=-1)
         row_ce = -logp.gather(1, y[:, None])[:, 0]
         row_lse = torch.logsumexp(z, dim=-1)
@@ -110,12 +113,14 @@ def reference_weighted_mtp_ce(
     count = valid.any(-1).sum()
     if head_reduction == "target":
         # By the token that is predicted: token j from position j - shift - h by head h.
-        predictions, total = (torch.zeros(B, S + shift + H, dtype=dtype, device=device) for _ in range(2))
+        predictions, total = (torch.zeros(B, T + shift + H, dtype=dtype, device=device) for _ in range(2))
         for h in range(H):
-            predictions[:, shift + h : shift + h + S] += valid[:, :, h]
-            total[:, shift + h : shift + h + S] += valid[:, :, h] * a[h]
-        count = (predictions > 0).sum()
-        denominator = torch.stack([total[:, shift + h : shift + h + S] for h in range(H)], dim=-1)
+            predictions[:, shift + h : shift + h + T] += valid_of_all[:, :, h]
+            total[:, shift + h : shift + h + T] += valid_of_all[:, :, h] * a[h]
+        first = left_halo + shift
+        of_rows = torch.stack([predictions[:, first + h : first + h + S] for h in range(H)], dim=-1)
+        count = (predictions > 0).sum() if T == S else (valid / of_rows.clamp(min=1)).sum()
+        denominator = torch.stack([total[:, first + h : first + h + S] for h in range(H)], dim=-1)
     elif head_reduction == "horizon":
         denominator = torch.full((B, S, 1), float(H), dtype=dtype, device=device)
     else:

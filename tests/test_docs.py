@@ -50,6 +50,19 @@ def test_the_tables_of_drafting_are_those_of_its_results_file():
         assert result[VLLM] == 1 + accepted / result["vllm/drafts"]
 
 
+def test_the_tables_of_planted_noise_are_those_of_their_results_file(monkeypatch):
+    """`python scripts/planted_study.py` writes them."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    study = importlib.import_module("planted_study")
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs" / "planted.json").read_text(encoding="utf-8"))
+    for name, table in (("planted", study.tables(found)), ("summary", study.summary(found))):
+        assert page.partition(f"<!-- {name}:begin -->\n")[2].partition(f"\n<!-- {name}:end -->")[0] == table
+    assert {name: len(one["seeds"]) for name, one in found.items()} == {
+        name: one.seeds for name, one in study.STUDIES.items()
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page):
     links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))

@@ -109,7 +109,7 @@ class LayerHeads(Heads):
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:  # [B, S, D]
         """Return H tensors [B, S, D]; the first one is `hidden` itself."""
         assert trunk is not None
-        call, norm, _ = trunk
+        call, norm = trunk.call, trunk.norm
 
         def head(layer: nn.Module, z: Tensor) -> Tensor:
             return norm(call.repeat(layer, z))

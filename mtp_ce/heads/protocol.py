@@ -70,6 +70,8 @@ class Heads(nn.Module):
         reads_checkpoint: whether `of_model` takes `stored`, the files of the model, and a horizon of None.
         stored_names: of the tensors that `module_tensors` returns.
         stored_in: the source that they were read from.
+        reads_next_tokens: whether head h reads the embedding of the token at t + h, so that labels beyond a row need
+            the tokens there, too: `TrunkPass.next_tokens`.
         layer_index: index of the decoder layer of the model whose call `TrunkPass` has; -1 is the last one.
         format: see `mtp_ce.heads.kinds.HeadKind`.
         file_metadata: metadata of the safetensors file.
@@ -92,6 +94,7 @@ class Heads(nn.Module):
     stored_in: str = ""
     format: ClassVar[int] = 1
     reads_last_layer: ClassVar[bool] = False
+    reads_next_tokens: ClassVar[bool] = False
     may_have_routers: ClassVar[bool] = False
     file_metadata: ClassVar[dict[str, str] | None] = {"format": "pt"}
 
@@ -150,6 +153,11 @@ class Heads(nn.Module):
         return self.horizon
 
     @property
+    def label_halo(self) -> int:
+        """How many tokens beyond a row its positions can be trained to predict: H, or 0 with a loss of one's own."""
+        return self.horizon if type(self).loss is Heads.loss else 0
+
+    @property
     def decoder_layers(self) -> Sequence[nn.Module]:
         """Layers of the model's own class: FSDP groups of their own, with attention of their own."""
         return ()
@@ -175,7 +183,7 @@ class Heads(nn.Module):
         Args:
             fused: the fused loss of hidden states.
             hidden: what `forward` returned.
-            inputs: labels [B, S], token weights [B, S] or [B, S, H] and the other tensors of the call.
+            inputs: labels [B, S], or longer by at most `label_halo`, token weights and the other tensors of the call.
             options: options of the loss.
         """
         return fused(hidden, inputs, options)

@@ -15,8 +15,8 @@ that a layer begins with what the model's last layer returned, up to scale.
 With `shared=True` one module serves all heads (`mtp_ce.heads.repeated`); otherwise every head has its own, which
 attends to its own past.
 
-At the end of a row there is no token t + h. Such rows have no target either, and causal attention keeps them from
-others.
+At the end of a row there is no token t + h, unless the call passes the tokens after it. Such rows have no target
+either, and causal attention keeps them from others.
 
 Source: arXiv:2412.19437, section 2.2; vLLM's mimo_mtp.py and qwen3_next_mtp.py, SGLang's deepseek_nextn.py, Megatron's
 multi_token_prediction.py and transformers' `MtpModel`, which all pass on the normed output.
@@ -57,6 +57,7 @@ class SequentialHeads(LayerHeads):
 
     kind = "sequential"
     can_share: ClassVar[bool] = True
+    reads_next_tokens: ClassVar[bool] = True
     layout: ModuleLayout = MODULE_LAYOUTS["mimo"]
     format: ClassVar[int] = KINDS["sequential"].format
 
@@ -78,6 +79,11 @@ class SequentialHeads(LayerHeads):
                 if gain is not None:
                     assert isinstance(hidden_norm, nn.RMSNorm)
                     hidden_norm.weight.copy_(gain)
+
+    @property
+    def label_halo(self) -> int:
+        """H; 2 of a module at several depths, whose draft at depth h takes the place of position t + h - 1."""
+        return min(self.horizon, 2) if self.shared else self.horizon
 
     def _check(self, model: Any) -> None:
         """Check a shared module at its second depth, too: that training computes what drafting does."""
@@ -103,9 +109,9 @@ class SequentialHeads(LayerHeads):
             return  # as in `LayerHeads._check`
         try:
             embedded = model.get_input_embeddings()(tokens)
-            first = self.layer_input(1, hidden, self.ahead_of(embedded, 1, call))
+            first = self.layer_input(1, hidden, self.ahead_of(embedded, 1, call, 3))
             _, passed = self.normed(1, call.repeat(layer, first), norm)
-            second = self.layer_input(2, passed, self.ahead_of(embedded, 2, call))
+            second = self.layer_input(2, passed, self.ahead_of(embedded, 2, call, 3))
             # The draft after two positions is the third one of a sequence, whatever the layer is made of.
             expected = call.repeat(layer, torch.cat([first[:, :2], second[:, 1:2]], 1))[:, 2]
             draft_positions(call, rotary, 1, 1)
@@ -129,10 +135,11 @@ class SequentialHeads(LayerHeads):
             horizon: 1 + the depths at which a single module runs, as engines draft with it; None means H.
         """
         assert trunk is not None
+        tokens = trunk.tokens if trunk.next_tokens is None else torch.cat([trunk.tokens, trunk.next_tokens], 1)
         outputs: list[Tensor] = [hidden]
         inputs: list[Tensor] = []  # of a single layer, at the depths before
         for h in range(1, self.horizon if horizon is None else horizon):
-            results = self.checkpointed(partial(self._head, h, trunk), trunk.tokens, hidden, *inputs)
+            results = self.checkpointed(partial(self._head, h, trunk), tokens, hidden, *inputs)
             read, hidden, output = results[0], results[1], results[-1]
             outputs.append(output)
             if len(self.layers) == 1:
@@ -145,11 +152,11 @@ class SequentialHeads(LayerHeads):
         Args:
             h: the head.
             trunk: of this forward.
-            tokens: [B, S, D], its embeddings.
+            tokens: [B, S, D] or more, its embeddings and those of the tokens after it.
             hidden: [B, S, D], what the layer reads of the head before.
             *before: inputs of a single layer at the depths before.
         """
-        read = self.layer_input(h, hidden, self.ahead_of(tokens, h, trunk.call))
+        read = self.layer_input(h, hidden, self.ahead_of(tokens, h, trunk.call, hidden.shape[1]))
         if before:
             check_takes_masks(self.config)
             z = repeat_at_depth(trunk.call, self.layers[0], [*before, read])
@@ -178,15 +185,17 @@ class SequentialHeads(LayerHeads):
         hidden = norm(z)
         return hidden, hidden if self.layout.passes_normed else z
 
-    def ahead_of(self, tokens: Tensor, h: int, call: LayerCall) -> Tensor:  # [B, S, D]
-        """Return the embeddings of the tokens at t + h, those beyond the row as zeros.
+    def ahead_of(self, tokens: Tensor, h: int, call: LayerCall, S: int) -> Tensor:  # [B, S, D]
+        """Return the embeddings of the tokens at t + h, those beyond the tokens as zeros.
 
         Args:
-            tokens: embeddings [B, S, D] of the tokens at t.
+            tokens: embeddings [B, S, D] of the tokens at t, and of those after them, where they are known.
             h: the head.
             call: the last layer's call, for its position_ids.
+            S: number of positions.
         """
-        ahead = F.pad(tokens[:, h:], (0, 0, 0, min(h, tokens.shape[1])))
+        ahead = tokens[:, h : h + S]
+        ahead = F.pad(ahead, (0, 0, 0, S - ahead.shape[1]))
         return self.mask_position_zero(ahead, call, 0) if h == 1 else ahead
 
     def mask_position_zero(self, ahead: Tensor, call: LayerCall, begin: int) -> Tensor:  # [B, S, D]

@@ -34,6 +34,11 @@ class TeacherForcedHeads(Heads):
         """One: all heads read the same rows of logits."""
         return 1
 
+    @property
+    def label_halo(self) -> int:
+        """One token: what comes after it is predicted from positions beyond the row."""
+        return 1
+
     def forward(self, hidden: Tensor, trunk: TrunkPass | None = None) -> list[Tensor]:
         """Return `hidden` in a list."""
         return [hidden]
@@ -41,7 +46,8 @@ class TeacherForcedHeads(Heads):
     @classmethod
     def count_rows(cls, rows: Tensor, shift: int) -> Tensor | None:
         """See `Heads.count_rows`: one row for every token that a head predicts."""
-        return sum_by_token(rows.int(), shift).count_nonzero()
+        # In its order the row of the token that shift skips to; none beyond the last position.
+        return sum_by_token(rows.int(), shift, rows.shape[1] + shift).count_nonzero()
 
     def loss(self, fused: FusedLoss, hidden: list[Tensor], inputs: LossInputs, options: LossOptions) -> HeadsLoss:
         """See `Heads.loss`.
@@ -51,11 +57,8 @@ class TeacherForcedHeads(Heads):
         """
         H, (states,), labels = self.horizon, hidden, inputs.labels
         check_inputs(states, (states.shape[0], states.shape[1], H, states.shape[2]), inputs, options, "hidden")
-        B, S = labels.shape
-        target, _, valid = row_targets(
-            labels, inputs.seq_lens, inputs.document_ids,
-            H=H, shift=options.shift, ignore_index=options.ignore_index,
-        )  # fmt: skip
+        B, S = states.shape[:2]
+        target, _, valid = row_targets(inputs, options, S, H)
         _, coefficient = row_coefficients(target, valid, inputs, options, torch.float32)
         # Row (t, h) has the logits of row (t + h, 0), which therefore collects the coefficients of up to H rows.
         weights = coefficient.new_zeros(B, S)
@@ -63,13 +66,14 @@ class TeacherForcedHeads(Heads):
             weights = weights + F.pad(coefficient[:, : S - h, h], (h, 0))
         summed = replace(options, weight_alignment="position", head_reduction="live", reduction="sum")
         loss, stats = fused(hidden, LossInputs(labels, weights), summed)
-        normalizer = count_terms(valid, options) if inputs.normalizer is None else inputs.normalizer
+        normalizer = count_terms(valid, options, inputs) if inputs.normalizer is None else inputs.normalizer
         if isinstance(normalizer, Tensor):
             # Without a valid row the sum is exactly 0, and so is the loss, even for a normalizer of 0.
             normalizer = torch.where(valid.any(), normalizer, 1)
         loss = loss / normalizer
         if stats is None:
             return HeadsLoss(loss, None)
-        source = (target - options.shift).clamp(min=0)  # [S, H], the position whose next token is the target
+        # [S, H], the position whose next token is the target.
+        source = (target - options.left_halo - options.shift).clamp(min=0)
         ce, lse = (torch.where(valid, x[:, source, 0], 0.0) for x in (stats.ce, stats.lse))
         return HeadsLoss(loss, MTPStats(ce, valid, lse, torch.where(valid, stats.top1[:, source, 0], -1)))

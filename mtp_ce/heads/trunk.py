@@ -50,6 +50,7 @@ class TrunkPass(NamedTuple):
     call: LayerCall
     norm: Callable[[Tensor], Tensor]  # the model's final norm
     tokens: Tensor  # [B, S, D], embeddings of the input tokens
+    next_tokens: Tensor | None = None  # [B, n, D], of the tokens after those, where the call has any
 
 
 def decoder_layers(model: Any) -> tuple[nn.ModuleList, nn.Module]:

@@ -17,7 +17,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils.generic import TransformersKwargs
 
 # Options of the loss that a call may set; the others are the model's (softcap) or the trainer's (shift, reduction).
-LOSS_OPTIONS = ("head_reduction", "ignore_index", "label_smoothing", "loss_scale", "z_loss")
+LOSS_OPTIONS = ("head_reduction", "ignore_index", "label_smoothing", "left_halo", "loss_scale", "z_loss")
 # Tensors of the loss that a call may pass under the names of `weighted_mtp_ce`.
 LOSS_INPUTS = ("head_weights", "seq_lens")
 # Which rows the linear path computes.
@@ -33,7 +33,7 @@ _OUTPUTS = ("output_attentions", "output_hidden_states")
 class LossArguments(NamedTuple):
     """What a call passes for the loss alone, by other names than the parameters of the wrapper's forward."""
 
-    targets: Tensor | None  # [B, S], labels
+    targets: Tensor | None  # [B, T], labels
     shift: int  # of the labels
     options: dict[str, Any]
     tensors: dict[str, Any]
@@ -54,6 +54,53 @@ class LossArguments(NamedTuple):
         )
         targets, shift = (labels, 1) if shift_labels is None else (shift_labels, 0)
         return cls(targets, shift, options, tensors, arguments.pop(LOSS_ROWS, None))
+
+    def _halo(self, S: int) -> int:
+        """Return how many tokens beyond S positions the labels have."""
+        assert self.targets is not None
+        return self.targets.shape[-1] - self.options.get("left_halo", 0) - S + 1 - self.shift
+
+    def check_halo(self, S: int, horizon: int, limit: int, what: str) -> None:
+        """Check that heads can be trained to predict all tokens beyond S positions.
+
+        Args:
+            S: number of positions.
+            horizon: H.
+            limit: how many they can; H means any number.
+            what: limits them, for the message.
+
+        Raises:
+            ValueError: there are more.
+        """
+        halo = self._halo(S)
+        # Labels that are shifted already are one token ahead without a halo.
+        if self.targets is not None and limit < horizon and halo > max(limit, 1 - self.shift):
+            raise ValueError(
+                f"{'labels' if self.shift else 'shift_labels'} is {list(self.targets.shape)} for {S} positions, with "
+                f"{halo} tokens beyond them; expected at most {limit} with {what} and horizon {horizon}: others are "
+                "predicted from beyond the inputs."
+            )
+
+    def check_next_tokens(self, S: int, horizon: int, next_input_ids: Tensor | None, what: str) -> None:
+        """Check that a call passes the tokens that heads read before they predict those beyond S positions.
+
+        Args:
+            S: number of positions.
+            horizon: H.
+            next_input_ids: [B, n], the tokens.
+            what: reads them, for the message.
+
+        Raises:
+            ValueError: they are missing, or too few.
+        """
+        halo = self._halo(S)
+        needed = min(horizon, halo) - 1
+        if needed > 0 and (next_input_ids is None or next_input_ids.shape[1] < needed):
+            found = None if next_input_ids is None else list(next_input_ids.shape)
+            raise ValueError(
+                f"next_input_ids is {found} with labels of {halo} tokens beyond the inputs; expected the {needed} "
+                f"tokens after input_ids, [B, {needed}], which {what} reads before it predicts."
+            )
 
     def refuse(self, **others: Any) -> None:
         """Check that a call without labels has nothing for the loss.

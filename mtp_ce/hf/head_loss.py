@@ -73,9 +73,10 @@ def _logits(
 
 @torch.no_grad()
 def trunk_targets(hidden: Tensor, output: Unembedding, inputs: LossInputs, options: LossOptions) -> Tensor:
-    """Return labels [B, S] with head 0's most likely token in the place of every target.
+    """Return labels [B, T] with head 0's most likely token in the place of every target.
 
-    A head then learns what the trunk would write after the text up to there: hard distillation of its own output.
+    A head then learns what the trunk would write after the text up to there: hard distillation of its own output. What
+    it would write in places that none of these positions predicts with head 0 is not known: they are no targets.
 
     Args:
         hidden: [B, S, D], of head 0.
@@ -85,15 +86,21 @@ def trunk_targets(hidden: Tensor, output: Unembedding, inputs: LossInputs, optio
     """
     rows = LossInputs(inputs.labels, seq_lens=inputs.seq_lens, document_ids=inputs.document_ids)
     plain = LossOptions(
-        shift=options.shift, ignore_index=options.ignore_index, softcap=options.softcap, reduction="sum"
+        shift=options.shift,
+        left_halo=options.left_halo,
+        ignore_index=options.ignore_index,
+        softcap=options.softcap,
+        reduction="sum",
     )
     stats = _linear(output, LossCall(linear=True, with_stats=True), [hidden], rows, plain).stats
     assert stats is not None
     top1 = stats.top1[:, :, 0]
     labels = inputs.labels.clone()
-    of_target, S = labels[:, options.shift :], labels.shape[1]  # what head 0 predicts at positions 0, 1, ...
-    predicted = top1[:, : S - options.shift]
+    first = options.left_halo + options.shift
+    of_target = labels[:, first : first + hidden.shape[1]]  # what head 0 predicts at positions 0, 1, ...
+    predicted = top1[:, : of_target.shape[1]]
     of_target.copy_(torch.where(predicted >= 0, predicted.to(labels.dtype), of_target))
+    labels[:, first + hidden.shape[1] :] = options.ignore_index
     return labels
 
 

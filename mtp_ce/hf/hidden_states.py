@@ -16,7 +16,12 @@ from mtp_ce.hf.router_loss import routed, wants_router_loss
 
 
 def head_hidden_states(
-    model: Any, heads: Heads, inputs: dict[str, Any], joint: bool, horizon: int | None = None
+    model: Any,
+    heads: Heads,
+    inputs: dict[str, Any],
+    joint: bool,
+    horizon: int | None = None,
+    next_input_ids: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Run the trunk once and the heads on it.
 
@@ -26,6 +31,7 @@ def head_hidden_states(
         inputs: arguments of the model's forward.
         joint: whether the heads' gradient reaches the trunk.
         horizon: of this call, for one module that runs at any depth; None means that of the heads.
+        next_input_ids: [B, n], the tokens after those of the inputs.
 
     Returns:
         The hidden states [B, S, D] of the heads, and the balancing loss [] of the model's routers where the call or the
@@ -43,10 +49,13 @@ def head_hidden_states(
         with torch.set_grad_enabled(trains), observed(layers[heads.layer_index]) as call:
             hidden, router_loss = _run(model, inputs, balances)
             tokens = inputs.get("inputs_embeds")
+            embed = causal.get_input_embeddings()
             if tokens is None:
-                tokens = causal.get_input_embeddings()(inputs["input_ids"])
+                tokens = embed(inputs["input_ids"])
+            next_tokens = None if next_input_ids is None else embed(next_input_ids)
         depths = {} if horizon is None else {"horizon": horizon}
-        outputs: list[Tensor] = heads(hidden, TrunkPass(call, norm if joint else _detached(norm), tokens), **depths)
+        trunk = TrunkPass(call, norm if joint else _detached(norm), tokens, next_tokens)
+        outputs: list[Tensor] = heads(hidden, trunk, **depths)
     else:
         with torch.set_grad_enabled(trains):
             hidden, router_loss = _run(model, inputs, balances)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtp_ce.heads.protocol import Heads
 from mtp_ce.ops.rows import count_terms
-from mtp_ce.options import LossOptions
+from mtp_ce.options import LossInputs, LossOptions
 
 # Names of the coefficient, in the model or in its configuration.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -55,18 +55,18 @@ def coefficient(causal: Any) -> float:
     )
 
 
-def normalized_fraction(live: Tensor, normalizer: Tensor | float | None, options: LossOptions) -> Tensor | float:
+def normalized_fraction(live: Tensor, inputs: LossInputs, options: LossOptions) -> Tensor | float:
     """Return the factor of one micro-batch: its own N divided by the whole batch's, 0 without a valid row.
 
     Args:
         live: [B, S, H] bool, the valid rows.
-        normalizer: N of the whole batch; None where this is all of it.
+        inputs: of the loss, with N of the whole batch as the normalizer, or None where this is all of it.
         options: of the loss.
     """
-    if normalizer is None:
+    if inputs.normalizer is None:
         return 1
-    own = count_terms(live, options)
-    return own / torch.where(own == 0, 1, normalizer)
+    own = count_terms(live, options, inputs)
+    return own / torch.where(own == 0, 1, inputs.normalizer)
 
 
 def routed(causal: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -46,19 +46,32 @@ class RowCount(NamedTuple):
         labels, weights, documents = call.targets, others.get("token_weights"), others.get("document_ids")
         if labels is None or labels.dim() != 2:
             return None
-        if documents is None:
-            documents = packed_documents(labels.shape, others.get("position_ids"), others.get("cu_seq_lens_q"))
-        if not isinstance(weights, Tensor):  # computed from the heads, in forward
-            weights = None
-        of_rows = [x for x in (weights, documents) if x is not None]
-        if any(x.shape[:2] != labels.shape or x.requires_grad for x in of_rows):
-            return None  # forward refuses them, or reads rows of weight 0, too
         alignment = others.get("weight_alignment", "target")
         options = replace(self.options, shift=call.shift, weight_alignment=alignment, **call.options)
+        S = positions_of(labels, options.left_halo, others)
+        if documents is None:
+            documents = packed_documents(labels.shape, S, others.get("position_ids"), others.get("cu_seq_lens_q"))
+        if not isinstance(weights, Tensor):  # computed from the heads, in forward
+            weights = None
+        # Forward refuses other shapes, and reads rows of weight 0, too, where weights require a gradient.
+        if documents is not None and documents.shape != labels.shape:
+            return None
+        if weights is not None:
+            length = labels.shape[1] if alignment == "target" else S
+            if weights.shape[:2] != (len(labels), length) or weights.requires_grad:
+                return None
         inputs = LossInputs(labels, weights, seq_lens=call.tensors.get("seq_lens"), document_ids=documents)
-        rows = row_values(inputs, options, self.horizon, torch.float32).coefficient != 0
+        rows = row_values(inputs, options, S, self.horizon, torch.float32).coefficient != 0
         count = self.heads.count_rows(rows, options.shift)
         return None if count is None else -(-int(count) // self.multiple) * self.multiple
+
+
+def positions_of(labels: Tensor, left_halo: int, arguments: Mapping[str, Any]) -> int:
+    """Return S of a call: the length of its inputs, or else of the labels without `left_halo`."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(x := arguments.get(name), Tensor):
+            return x.shape[1]
+    return labels.shape[1] - left_halo
 
 
 class CountingCollator(NamedTuple):

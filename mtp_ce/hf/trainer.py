@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from mtp_ce.hf.arguments import LossArguments
 from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
 from mtp_ce.hf.head_metrics import HeadMeans
 from mtp_ce.hf.heads_lr import separate_heads
@@ -38,6 +39,7 @@ from mtp_ce.hf.trainer_arguments import (
 )
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.ops.rows import count_terms
+from mtp_ce.options import LossInputs, LossOptions
 
 
 class MTPTrainer(Trainer):
@@ -139,17 +141,28 @@ class MTPTrainer(Trainer):
         sums = self._trained if self.model.training else self._evaluated
         sums.add_heads(outputs["stats"], outputs.get("aux_loss"))
         if self._has_token_metrics:
-            next_labels = labels if shifted else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            S = outputs["stats"].ce.shape[1]
+            first = inputs.get("left_halo", 0) + int(not shifted)
+            next_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, first : first + S]
             sums.add_tokens(outputs["stats"], next_labels, outputs["entropy"])
             if self.model.training:
                 mask = inputs.get("attention_mask")
-                self._tokens += labels.numel() if mask is None else mask.sum()
+                self._tokens += next_labels.numel() if mask is None else mask.sum()
         if not self.model.training:
-            own = count_terms(outputs["stats"].live, replace(self.model.loss_options, shift=int(not shifted)))
+            own = count_terms(outputs["stats"].live, *self._loss_of(inputs))
             self._add_eval_loss(loss, own, num_items_in_batch)
         # Without what only logs read.
         kept = {name: value for name, value in outputs.items() if name not in ("stats", "entropy")}
         return (loss, MTPOutput(**kept)) if return_outputs else loss
+
+    def _loss_of(self, inputs: dict[str, Any]) -> tuple[LossOptions, LossInputs]:
+        """Return the options and tensors of a batch's loss that decide which tokens are predicted."""
+        arguments = dict(inputs)
+        call = LossArguments.take(arguments.pop("labels", None), arguments)
+        assert call.targets is not None
+        options = replace(self.model.loss_options, shift=call.shift, **call.options)
+        seq_lens, document_ids = call.tensors.get("seq_lens"), arguments.get("document_ids")
+        return options, LossInputs(call.targets, seq_lens=seq_lens, document_ids=document_ids)
 
     def _add_eval_loss(self, loss: Tensor, own: Tensor, num_items: Tensor | int | None) -> None:
         """Add a loss that is divided by `num_items`, or without by the loss's own count [] of its terms."""

@@ -146,8 +146,9 @@ def check_parallelism(parallelism: Any, gpus: int, horizon: int) -> None:
         size = getattr(parallelism, name, 1)
         if size > 1:
             raise ValueError(
-                f"{name} of parallelism_config is {size}; expected 1 with {horizon} heads: a rank has a part of each "
-                "sequence, and the heads would have no targets beyond its end."
+                f"{name} of parallelism_config is {size}; expected 1 with {horizon} heads: transformers cuts labels as "
+                "it cuts tokens, and the heads would have no targets beyond a rank's part. The wrapper itself takes "
+                "longer labels, in a training loop of your own."
             )
 
 

@@ -29,7 +29,7 @@ from mtp_ce.hf.head_loss import LossCall, fixed_head_weights, fused_loss, loss_n
 from mtp_ce.hf.hidden_states import head_hidden_states
 from mtp_ce.hf.output import MTPOutput
 from mtp_ce.hf.router_loss import coefficient, normalized_fraction, wants_router_loss
-from mtp_ce.hf.row_count import RowCount
+from mtp_ce.hf.row_count import RowCount, positions_of
 from mtp_ce.next_token import NextToken
 from mtp_ce.ops.chunks import GPU_ROWS
 from mtp_ce.options import LossInputs, LossOptions
@@ -201,11 +201,12 @@ class MTPWrapper(WrapperFiles):
         input_ids: Tensor | None = None,  # [B, S]
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,  # [B, S]
-        labels: Tensor | None = None,  # [B, S]
-        token_weights: Tensor | Callable[[NextToken], Tensor] | None = None,  # [B, S] or [B, S, H]
-        document_ids: Tensor | None = None,  # [B, S]
+        labels: Tensor | None = None,  # [B, S], or [B, T] with a halo
+        token_weights: Tensor | Callable[[NextToken], Tensor] | None = None,  # like labels, or [B, S, H]
+        document_ids: Tensor | None = None,  # like labels
         num_items_in_batch: Tensor | int | None = None,
         *,
+        next_input_ids: Tensor | None = None,  # [B, n]
         weight_alignment: Literal["target", "position"] = "target",
         return_logits: bool = False,
         return_stats: bool = False,
@@ -218,10 +219,14 @@ class MTPWrapper(WrapperFiles):
             input_ids: the tokens.
             attention_mask: as the model takes it. Packed rows need none, but position_ids.
             position_ids: a document begins wherever they restart, and no head predicts across its border.
-            labels: `input_ids`, unshifted, with -100 at tokens that are not trained on.
+            labels: `input_ids`, unshifted, with -100 at tokens that are not trained on. They may go on beyond the
+                inputs, [B, S + halo], where those are a slice of a longer sequence or a row of a packed text: the last
+                positions then have targets, too. With `left_halo` of the loss they begin that many tokens before.
             token_weights: weights of the tokens at these positions; None means ones. With shift_labels they are shifted
                 as those are. Or a function that computes them from this forward's own heads, for scorers.
             document_ids: borders of packed documents; None takes them from cu_seq_lens_q or position_ids.
+            next_input_ids: the tokens after `input_ids`, for heads that read the tokens before their targets, such as
+                "sequential": halo - 1 of them, at most H - 1. Other heads ignore them.
             num_items_in_batch: what the sum of the loss is divided by; None means the predicted tokens of this batch,
                 or the positions with a target for another `head_reduction` than "target".
             weight_alignment: "target": a weight belongs to the predicted token; "position": to the position that
@@ -230,18 +235,19 @@ class MTPWrapper(WrapperFiles):
             return_stats: whether to return per-head statistics.
             return_entropy: whether to return the entropy of head 0's distribution, which reads its logits once more.
             **arguments: of the loss, by their names in `weighted_mtp_ce`: head_reduction, head_weights, seq_lens,
-                ignore_index, label_smoothing, loss_scale, z_loss, and drop_dead_rows, see `count_rows`. shift_labels
-                [B, S] replace labels: they are shifted by one already, as transformers' sequence parallelism makes
-                them. (They are no parameters, because Trainer evaluates only batches that have every parameter with
-                "label" in its name.) All others are for the model; cu_seq_lens_q, for flash attention, also sets the
-                borders of documents.
+                ignore_index, label_smoothing, left_halo, loss_scale, z_loss, and drop_dead_rows, see `count_rows`.
+                shift_labels [B, S] replace labels: they are shifted by one already, as transformers' sequence
+                parallelism makes them. (They are no parameters, because Trainer evaluates only batches that have every
+                parameter with "label" in its name.) All others are for the model; cu_seq_lens_q, for flash attention,
+                also sets the borders of documents.
 
         Returns:
             `MTPOutput`, or the model's own output where there are no labels; a tuple where `return_dict=False`.
 
         Raises:
             TypeError: as the loss; or an argument that neither the wrapper nor its model reads.
-            ValueError: as the loss; both labels and shift_labels; or arguments of the loss without labels.
+            ValueError: as the loss; both labels and shift_labels; arguments of the loss without labels; a halo that
+                these heads can't be trained on, or without the tokens or borders of documents that are in it.
         """
         call = LossArguments.take(labels, arguments)
         inputs: dict[str, Any] = {
@@ -253,15 +259,20 @@ class MTPWrapper(WrapperFiles):
         normalizer = loss_normalizer(num_items_in_batch, call.targets)
         if call.targets is None:
             call.refuse(
-                token_weights=token_weights, document_ids=document_ids, return_stats=return_stats or None,
-                return_entropy=return_entropy or None,
+                token_weights=token_weights, document_ids=document_ids, next_input_ids=next_input_ids,
+                return_stats=return_stats or None, return_entropy=return_entropy or None,
             )  # fmt: skip
             self._model_arguments.check_own(arguments)
             return self.model(**inputs)
-        hidden, router_loss = self._hidden_states(**inputs)
+        S = positions_of(call.targets, call.options.get("left_halo", 0), inputs)
+        what = "targets='trunk'" if self.targets == "trunk" else f"heads={self.kind!r}"
+        call.check_halo(S, self.horizon, self.label_halo, what)
+        if self.heads.reads_next_tokens:
+            call.check_next_tokens(S, self.horizon, next_input_ids, what)
+        if document_ids is None and call.targets.dim() == 2:
+            document_ids = packed_documents(call.targets.shape, S, position_ids, arguments.get("cu_seq_lens_q"))
+        hidden, router_loss = self._hidden_states(next_input_ids=next_input_ids, **inputs)
         output = Unembedding.of(self.causal)
-        if document_ids is None:
-            document_ids = packed_documents(call.targets.shape, position_ids, arguments.get("cu_seq_lens_q"))
         weights = token_weights(self._next_token(hidden, output)) if callable(token_weights) else token_weights
         options = replace(
             self.loss_options, shift=call.shift, weight_alignment=weight_alignment, softcap=output.softcap,
@@ -277,7 +288,7 @@ class MTPWrapper(WrapperFiles):
         loss, stats = self.heads.loss(fused, hidden, loss_inputs, options)
         entropy = None
         if stats is not None and router_loss is not None:
-            fraction = normalized_fraction(stats.live, normalizer, options)
+            fraction = normalized_fraction(stats.live, loss_inputs, options)
             loss = loss + fraction * coefficient(self.causal) * router_loss.to(loss)
         if stats is not None and return_entropy:
             entropy = self._next_token(hidden, output).entropy(stats.live[:, :, 0])
@@ -289,6 +300,15 @@ class MTPWrapper(WrapperFiles):
             entropy=entropy,
         )
         return result if self._returns_dict(inputs) else result.to_tuple()
+
+    @property
+    def label_halo(self) -> int:
+        """How many tokens beyond the inputs labels may have: H for most heads, as far as any of them predicts.
+
+        Less where rows beyond the inputs would be needed: 1 with "teacher_forcing" or targets="trunk", 2 with shared
+        modules, 0 with heads that have a loss of their own.
+        """
+        return min(self.heads.label_halo, 1) if self.targets == "trunk" else self.heads.label_halo
 
     @property
     def row_count(self) -> RowCount:
@@ -304,7 +324,8 @@ class MTPWrapper(WrapperFiles):
 
         Args:
             **arguments: of forward, on the host: labels or shift_labels, token_weights, document_ids, position_ids,
-                cu_seq_lens_q, seq_lens, ignore_index. Others are ignored.
+                cu_seq_lens_q, seq_lens, ignore_index, left_halo; input_ids where labels have a halo. Others are
+                ignored.
 
         Returns:
             An upper bound, on a GPU a multiple of the rows of a tile; None with `loss="logits"`, heads with a loss of
@@ -326,12 +347,14 @@ class MTPWrapper(WrapperFiles):
         return self._hidden_states(horizon, **inputs)[0]
 
     # Separate from the public method, around which FSDP gathers parameters: in forward they are gathered already.
-    def _hidden_states(self, horizon: int | None = None, **inputs: Any) -> tuple[list[Tensor], Tensor | None]:
+    def _hidden_states(
+        self, horizon: int | None = None, next_input_ids: Tensor | None = None, **inputs: Any
+    ) -> tuple[list[Tensor], Tensor | None]:
         self._model_arguments.check_base(inputs)
         inputs.setdefault("use_cache", False)
         if not self._returns_dict(inputs):
             inputs["return_dict"] = True
-        return head_hidden_states(self.model, self.heads, inputs, self.trunk == "joint", horizon)
+        return head_hidden_states(self.model, self.heads, inputs, self.trunk == "joint", horizon, next_input_ids)
 
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         requested = inputs.get("return_dict")

@@ -86,6 +86,12 @@ class AllRows(NamedTuple):
     coefficient: Tensor
 
 
+def positions(hidden: list[Tensor]) -> tuple[int, int, int]:
+    """Return (B, S, H) of one tensor [B,S,H,D], or of H tensors [B,S,D]."""
+    B, S = hidden[0].shape[:2]
+    return B, S, hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+
+
 def in_row_order(x: Tensor, hidden: list[Tensor]) -> Tensor:
     """Return [B,S,H] as [N]: position by position where hidden is one tensor, head by head where it is several."""
     return x.reshape(-1) if len(hidden) == 1 else x.permute(2, 0, 1).reshape(-1)
@@ -397,19 +403,20 @@ def _chunk_function(terms: Tensor | None, call: LinearCall, shard: VocabShard) -
 
 def compute_rows(hidden: list[Tensor], V: int, inputs: LossInputs, options: LossOptions, call: LinearCall) -> AllRows:
     """Return everything that is known of the rows before any logit."""
-    H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+    B, S, H = positions(hidden)
     if call.impl == "triton":
         from mtp_ce.kernels.rows import launch_rows
 
-        outputs = launch_rows(inputs, options, H=H, V=V, by_head=len(hidden) > 1, with_d_weights=call.with_d_weights)
-        B, S = inputs.labels.shape
+        outputs = launch_rows(
+            inputs, options, (B, S, H), V=V, by_head=len(hidden) > 1, with_d_weights=call.with_d_weights
+        )
         valid, head_coefficient, coefficient = (
             from_row_order(x, hidden, B, S) for x in (outputs.valid, outputs.head_coefficient, outputs.coefficient)
         )
         rows = Rows(outputs.label, outputs.coefficient, outputs.row_mask)
         return AllRows(rows, valid, head_coefficient, coefficient)
     dtype = torch.float64 if hidden[0].dtype == torch.float64 else torch.float32
-    label, valid, head_coefficient, coefficient = row_values(inputs, options, H, dtype)
+    label, valid, head_coefficient, coefficient = row_values(inputs, options, S, H, dtype)
     broken = valid & ((label < 0) | (label >= V))
     head_coefficient, coefficient = (
         torch.where(broken & (x != 0), float("nan"), x) for x in (head_coefficient, coefficient)

@@ -347,7 +347,7 @@ def forward(
     B, S, V = heads[0].shape
     H = len(heads)
     dtype = _accumulator(heads[0])
-    label, valid, head_coefficient, coefficient = row_values(inputs, options, H, dtype)
+    label, valid, head_coefficient, coefficient = row_values(inputs, options, S, H, dtype)
     index, flags = _rows_by_head((head_coefficient if with_d_weights else coefficient) != 0)
     blocks = _blocks(flags, b"\1", (B, S, H), _block_rows(V, dtype))
     y, mine = _own_labels(label.reshape(-1, 1).index_select(0, index), V, shard)  # [rows, 1]
@@ -388,11 +388,10 @@ def mean(
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return loss and factor, 0-d; both exactly 0 where no row is valid."""
-    count = count_terms(valid, options)
-    empty = count == 0
+    empty = ~valid.any()
     N = normalizer
     if N is None:
-        N = count if options.reduction == "mean" else out.new_ones(())
+        N = count_terms(valid, options) if options.reduction == "mean" else out.new_ones(())
     factor = torch.where(empty, 0.0, options.loss_scale / torch.where(empty, 1, N).to(out.dtype))
     return torch.where(empty, 0.0, out.sum() * factor), factor
 
@@ -413,7 +412,7 @@ def backward(
     if V == 0:  # of a rank without entries
         return
     dtype = _accumulator(heads[0])
-    rows = row_values(inputs, options, H, dtype)
+    rows = row_values(inputs, options, S, H, dtype)
     upstream = (d_loss.to(dtype) * factor)[:, :, None]
     # Where the upstream gradient is 0 the row is masked too, also if its own loss is Inf.
     masked = (rows.coefficient == 0) | (upstream == 0)

@@ -24,6 +24,7 @@ from mtp_ce.ops.chunks import (
     gradient_dtype,
     in_row_order,
     largest,
+    positions,
     run_chunks,
     wanted_rows,
 )
@@ -43,8 +44,7 @@ def _allocate_forward(
     call: LinearCall,
     shard: VocabShard,
 ) -> tuple[Tensor, ...]:
-    B, S = inputs.labels.shape
-    H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
+    B, S, H = positions(hidden)
     V, D = unembed.shape
     dtype = torch.float64 if unembed.dtype == torch.float64 else torch.float32
     last = gradient_dtype(unembed.dtype, call.grad_dtype)
@@ -75,8 +75,8 @@ def _computed_rows(
 
     All of them where only the values of tensors that have none tell.
     """
-    H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
-    M = N = inputs.labels.numel() * H
+    B, S, H = positions(hidden)
+    M = N = B * S * H
     row_mask = inputs.labels  # of the device; its values are read where rows are dropped
     if isinstance(inputs.labels, FakeTensor):
         M = N if call.drop < 0 else min(call.drop, N)
@@ -118,12 +118,11 @@ def linear_forward(
     The gradients times `scale` are those of the loss; none where reduction is "none". Empty: not wanted.
     """
     labels, V, same = inputs.labels, shard.vocab_size, None
-    B, S = labels.shape
+    B, S, H = positions(hidden)
     if call.impl == "cpu":
         inputs, options = read_terms(inputs, options)
     if labels.device.type == "cpu":
-        H = hidden[0].shape[2] if len(hidden) == 1 else len(hidden)
-        check_labels(inputs, options, H, V)
+        check_labels(inputs, options, S, H, V)
     if shard.ranks > 1:
         same = check_same_rows(inputs, shard)
     with device_guard(labels.device):
@@ -211,9 +210,9 @@ def linear_backward(
     call = call._replace(with_top1=False, with_d_weights=False)
     with device_guard(labels.device):
         rows = compute_rows(hidden, shard.vocab_size, inputs, options, call).rows
-        upstream = d_loss.to(factor.dtype).expand(labels.shape)
-        H = rows.label.numel() // max(1, labels.numel())
-        by_row = in_row_order(upstream[:, :, None].expand(*labels.shape, H), hidden)
+        B, S, H = positions(hidden)
+        upstream = d_loss.to(factor.dtype).expand(B, S)
+        by_row = in_row_order(upstream[:, :, None].expand(B, S, H), hidden)
         # The upstream gradient of a masked row may be Inf.
         by_row = torch.where(rows.coefficient == 0, 0.0, by_row)
         # The largest upstream gradient stays out of the products, as a scalar one does in forward.
@@ -288,8 +287,9 @@ def _linear_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     d_unembed = d_bias = d_weights = None
     if call.with_d_weights:
         d_weights = weights_backward(
-            d_loss, inputs.token_weights, d_row_weights, factor, options.shift, options.weight_alignment
-        )
+            d_loss, inputs.token_weights, d_row_weights, factor,
+            options.left_halo + options.shift, options.weight_alignment,
+        )  # fmt: skip
     if call.with_gradient:
         if ctx.gradients is None:
             *hidden, unembed, bias = layer

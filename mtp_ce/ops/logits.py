@@ -18,7 +18,7 @@ from mtp_ce.kernels.tiles import VECTOR_BYTES
 from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
-from mtp_ce.ops.rows import check_labels, sum_by_token
+from mtp_ce.ops.rows import check_labels, count_terms, sum_by_token
 from mtp_ce.ops.shards import check_same_rows, gather_partials
 from mtp_ce.options import LossInputs, LossOptions, VocabShard, read_terms
 
@@ -126,14 +126,15 @@ def logits_forward(
         heads = split_heads(logits)
         inputs, options = read_terms(inputs, options)
     device = inputs.labels.device
-    if inputs.labels.numel() == 0:
+    B, S = logits[0].shape[:2]
+    if B * S == 0:
         results = _allocate(logits, inputs, options, call, shard)
         results[0].zero_()
         results[-1].zero_()
         return results
     forward, mean, _ = functions(call.impl, shard)
     if device.type == "cpu":
-        check_labels(inputs, options, horizon(logits), shard.vocab_size)
+        check_labels(inputs, options, S, horizon(logits), shard.vocab_size)
     same = check_same_rows(inputs, shard) if shard.ranks > 1 else None
     with device_guard(device):
         out, ce, row_max, log_sum, valid, top1, d_row_weights = forward(
@@ -155,9 +156,13 @@ def reduce(
         if inputs.terms is None:
             return out.mul_(options.loss_scale), out.new_full((), options.loss_scale)
         return out.mul_(inputs.terms[0]), inputs.terms[0].to(out.dtype)
+    normalizer = inputs.normalizer
+    counts_tokens = options.reduction == "mean" and options.head_reduction == "target"
+    if normalizer is None and counts_tokens and inputs.labels.shape != out.shape:
+        normalizer = count_terms(valid, options, inputs)
     if inputs.terms is None:
-        return mean(out, valid, inputs.normalizer, options)
-    return mean(out, valid, inputs.normalizer, options, inputs.terms)
+        return mean(out, valid, normalizer, options)
+    return mean(out, valid, normalizer, options, inputs.terms)
 
 
 def empty_gradient(x: Tensor) -> Tensor:
@@ -222,24 +227,24 @@ def _write_gradient(
     impl: str,
     shard: VocabShard,
 ) -> None:
-    labels = inputs.labels
-    if labels.numel() == 0:
+    B, S = logits[0].shape[:2]
+    if B * S == 0:
         return
     if impl == "cpu":
         logits, d_logits = split_heads(logits), split_heads(d_logits)
         inputs, options = read_terms(inputs, options)
     _, _, backward = functions(impl, shard)
-    with device_guard(labels.device):
-        backward(d_loss.expand(labels.shape), logits, d_logits, inputs, options, *statistics)
+    with device_guard(inputs.labels.device):
+        backward(d_loss.expand(B, S), logits, d_logits, inputs, options, *statistics)
 
 
 @operator(fake=lambda d_loss, token_weights, *_: token_weights.new_empty(token_weights.shape))
 def weights_backward(
     d_loss: Tensor,  # [] or [B, S]
-    token_weights: Tensor,  # [B, S] or [B, S, H]
+    token_weights: Tensor,  # [B, S] or [B, S, H]; [B, T] where they are those of the targets
     d_row_weights: Tensor,  # [B, S, H]
     factor: Tensor,  # []
-    shift: int,
+    first: int,  # index of the token that head 0 predicts from position 0
     weight_alignment: str,
 ) -> Tensor:
     """Return d loss / d token_weights: the gradients of a weight's rows, summed."""
@@ -250,7 +255,7 @@ def weights_backward(
     if token_weights.dim() == 3:
         d_weights = by_row
     elif weight_alignment == "target":
-        d_weights = sum_by_token(by_row, shift)
+        d_weights = sum_by_token(by_row, first, token_weights.shape[1])
     else:
         d_weights = by_row.sum(-1)
     return d_weights.to(token_weights.dtype, copy=True)
@@ -295,8 +300,9 @@ def _logits_gradients(ctx: Any, d_loss: Tensor, *saved: Any) -> tuple[Tensor | N
     options, call, shard, d_weights = ctx.options, ctx.call, ctx.shard, None
     if call.with_d_weights:
         d_weights = weights_backward(
-            d_loss, inputs.token_weights, d_row_weights, statistics[-1], options.shift, options.weight_alignment
-        )
+            d_loss, inputs.token_weights, d_row_weights, statistics[-1],
+            options.left_halo + options.shift, options.weight_alignment,
+        )  # fmt: skip
     if not any(ctx.needs_input_grad[4 : 4 + ctx.H]):
         return d_weights, *[None] * ctx.H
     if not call.inplace_backward:

@@ -81,7 +81,7 @@ def _main(argv: Sequence[str] | None) -> int:
     # Checked before anything imports them, and without importing them.
     if missing := missing_packages():
         return _complain(missing, EXIT_USAGE)
-    from mtp_ce.training.config.recipe import load_recipe, to_yaml
+    from mtp_ce.training.config.recipe import load_arms, load_recipe, to_yaml
     from mtp_ce.training.data.reader import find_corpus
     from mtp_ce.training.models.sources import find_sources
     from mtp_ce.training.run.folder import RECIPE_FILE, check_same, finished, pending_report
@@ -93,6 +93,8 @@ def _main(argv: Sequence[str] | None) -> int:
             raise RecipeError("--seeds belongs to train-mtp compare; a single run takes the override seed=N")
         if arguments.resume and comparing:
             raise RecipeError("--resume belongs to a run; train-mtp compare reuses what it has finished by itself")
+        if arguments.arm and not comparing:
+            raise RecipeError("--arm belongs to train-mtp compare; a single run takes the override itself")
         recipes, overrides = sort_out(arguments.what[1:] if comparing else arguments.what)
         if len(recipes) > 1:
             raise RecipeError(f"expected one recipe and overrides a.b=c, got {' and '.join(map(repr, recipes))}")
@@ -102,9 +104,11 @@ def _main(argv: Sequence[str] | None) -> int:
             raise RecipeError(f"--resume {arguments.resume} uses the run's own recipe; leave out '{recipes[0]}'")
         resumed = run_to_resume(arguments.resume, arguments.output)
         default = str(resumed / RECIPE_FILE) if resumed else DEFAULT_RECIPE
-        recipe = load_recipe(recipes[0] if recipes else default, overrides)
+        name = recipes[0] if recipes else default
+        recipe = load_recipe(name, overrides)
+        arms = load_arms(name, overrides, arguments.arm)
         if comparing:
-            recipe.arms()
+            recipe.arms(arms)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise RecipeError("compare runs in one process; start it without torchrun")
         if arguments.print_config:
@@ -121,12 +125,14 @@ def _main(argv: Sequence[str] | None) -> int:
         find_corpus(recipe.data)
         find_sources(recipe)
         seeds = (arguments.seeds or 3) if comparing else None
-        return _run(recipe, output, dry_run=arguments.dry_run, seeds=seeds, resume=resumed is not None)
+        return _run(recipe, output, arms, dry_run=arguments.dry_run, seeds=seeds, resume=resumed is not None)
     except RecipeError as error:
         return _complain(str(error), EXIT_USAGE)
 
 
-def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resume: bool) -> int:
+def _run(
+    recipe: Recipe, output: Path, arms: dict[str, Recipe], *, dry_run: bool, seeds: int | None, resume: bool
+) -> int:
     # Torch and transformers load here, after all cheap checks.
     if dry_run:
         from mtp_ce.training.run.dry_run import dry_run as print_dry_run
@@ -141,7 +147,7 @@ def _run(recipe: Recipe, output: Path, *, dry_run: bool, seeds: int | None, resu
     with terminate_in_order():
         try:
             if seeds:
-                compare(recipe, output, seeds)
+                compare(recipe, output, seeds, others=arms)
             else:
                 train(recipe, output, resume=resume, answer=answer)
         except BaseException as error:
@@ -226,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train-mtp",
         usage="train-mtp [compare] [recipe] [a.b=c ...] [--dry-run] [--print-config] [--output DIR] "
-        "[--resume auto|DIR] [--seeds N] [--version]",
+        "[--resume auto|DIR] [--seeds N] [--arm 'a.b=c ...'] [--version]",
         description="Train a language model with multi-token prediction heads from one recipe.",
         epilog=_EPILOG.format(recipes=recipes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -264,6 +270,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds", type=_seeds, metavar="N", help="number of seeds that compare trains every scorer on (default: 3)"
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'a.b=c ...'",
+        help="one more scorer for compare: overrides of the recipe's scorer, such as scorer.temperature=2.0; may be "
+        "given several times",
     )
     return parser
 

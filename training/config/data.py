@@ -10,6 +10,62 @@ from mtp_ce.registry import is_class_path
 from mtp_ce.training.config.group import Group
 
 
+class NoiseConfig(Group):
+    """Noise planted in the training text, to measure what a scorer does with it; held-out text stays clean."""
+
+    kind: Literal["documents", "spans", "duplicates"] = Field(
+        default="documents",
+        description="documents: whole documents of permuted tokens; spans: permuted spans of 16 tokens in every "
+        "document; duplicates: documents that occur several times",
+    )
+    share: float = Field(
+        default=0.4, gt=0, lt=1, description="expected fraction of the training tokens that are noise, or repeated"
+    )
+    copies: int | None = Field(
+        default=None, ge=2, description="how often a duplicated document occurs, for kind duplicates; null: 8"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="which tokens are noise, and their order")
+
+    @model_validator(mode="after")
+    def _copies_reach_the_share(self) -> Self:
+        if self.kind != "duplicates" and self.copies is not None:
+            raise ValueError(
+                f"copies is {self.copies}, but kind {self.kind} copies nothing; give data.noise.copies=null"
+            )
+        if self.fraction_of_documents > 1:
+            raise ValueError(
+                f"share {self.share} of repeated tokens needs more than {self.copies_of_documents} copies of every "
+                "document; give a smaller data.noise.share or more data.noise.copies"
+            )
+        return self
+
+    def describe(self) -> str:
+        """Return a few words on the noise, for the terminal."""
+        what = {
+            "documents": "whole documents of permuted tokens",
+            "spans": "permuted spans in every document",
+            "duplicates": f"documents that occur {self.copies_of_documents} times",
+        }
+        return what[self.kind]
+
+    @property
+    def copies_of_documents(self) -> int:
+        """How often a chosen document occurs."""
+        return (self.copies or 8) if self.kind == "duplicates" else 1
+
+    @property
+    def fraction_of_documents(self) -> float:
+        """Fraction of the documents that are chosen: all for spans, and for duplicates those whose repeats make share.
+
+        share = f (copies - 1) / (1 + f (copies - 1))
+        """
+        if self.kind == "spans":
+            return 1.0
+        if self.kind == "documents":
+            return self.share
+        return self.share / ((1 - self.share) * (self.copies_of_documents - 1))
+
+
 class DataConfig(Group):
     """The text, its split and its tokens."""
 
@@ -64,6 +120,9 @@ class DataConfig(Group):
         min_length=1,
         description="validation text, named like corpus, all of which is then trained on; null: holdout_fraction",
     )
+    noise: NoiseConfig | None = Field(
+        default=None, description="noise planted in the training text, for experiments; null: none"
+    )
     tokenizer: str | None = Field(
         default=None,
         min_length=1,
@@ -101,4 +160,7 @@ class DataConfig(Group):
             raise ValueError(
                 "messages_field and prompt_field are given; a row is either a chat, or prompt and completion"
             )
+        if self.noise and (self.messages_field or self.prompt_field):
+            field = "messages_field" if self.messages_field else "prompt_field"
+            raise ValueError(f"noise is given with {field}; it is planted in plain documents: give data.noise=null")
         return self

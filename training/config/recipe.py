@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -62,6 +63,35 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if is_s3(name_or_path):
         refuse_class_paths(tree, name_or_path)
     return _validate(Recipe, tree, overrides)
+
+
+def load_arms(name_or_path: str, overrides: Sequence[str], arms: Sequence[str]) -> dict[str, Recipe]:
+    """Read the recipes of the arms that a comparison has beside its own.
+
+    Args:
+        name_or_path: as in `load_recipe`.
+        overrides: of all arms.
+        arms: the overrides of each arm in one text, as in a shell.
+
+    Returns:
+        The recipe of every arm, by a name that is made of its overrides and can be a folder.
+
+    Raises:
+        RecipeError: as `load_recipe`; or an arm has no override, an open quote, or is given twice.
+    """
+    found = {}
+    for arm in arms:
+        try:
+            own = shlex.split(arm)
+        except ValueError as error:
+            raise RecipeError(f"--arm {arm}: {error}") from None
+        if not own:
+            raise RecipeError("--arm is empty; expected overrides of the scorer, such as scorer.temperature=2.0")
+        name = re.sub(r"[^\w.=,+-]+", "_", ",".join(override.removeprefix("scorer.") for override in own))
+        if name in found:
+            raise RecipeError(f"--arm {name} is given twice")
+        found[name] = load_recipe(name_or_path, [*overrides, *own])
+    return found
 
 
 def load_evaluation(run: Path | None, overrides: Sequence[str] = ()) -> EvaluationRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ from mtp_ce.training.config.frozen import CriticConfig, FrozenModel, FrozenModel
 from mtp_ce.training.config.group import Group
 from mtp_ce.training.config.loop import CheckpointConfig, OptimizerConfig, TrainConfig
 from mtp_ce.training.config.model import ModelConfig, PretrainedModelConfig
-from mtp_ce.training.config.scorers.options import ScorerConfig
+from mtp_ce.training.config.scorers.options import ScoreConfig, ScorerConfig
 from mtp_ce.training.config.scorers.table import CONTROLS, SCORERS, AnyScorer
 from mtp_ce.training.config.scorers.uniform import UniformScorerConfig
 from mtp_ce.training.config.tracking import TrackingConfig
@@ -170,6 +171,15 @@ class Recipe(Group):
         return self
 
     @model_validator(mode="after")
+    def _scorer_has_its_noise(self) -> Self:
+        if self.scorer.reads_noise and self.data.noise is None:
+            raise ValueError(
+                f"scorer {self.scorer.name} reads which tokens are planted noise, and data.noise is null; give "
+                "data.noise.kind=documents, or another scorer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_can_be_precomputed(self) -> Self:
         if not self.precompute_weights:
             return self
@@ -210,17 +220,49 @@ class Recipe(Group):
             models.append(FrozenModel(option.rpartition(".")[2], f"scorer.{option}", source, "language model"))
         return models
 
-    def arms(self) -> dict[str, Recipe]:
-        """Return the recipe with each scorer of a comparison: uniform, its own, and the controls of it.
+    def arms(self, others: Mapping[str, Recipe] | None = None) -> dict[str, Recipe]:
+        """Return the recipe with each scorer of a comparison: uniform, its own, the controls of it, and others.
+
+        Where noise is planted, also its own in the other mode and in another scope, and the truth.
+
+        Args:
+            others: recipes of further arms by name, which differ from this one in their scorer.
 
         Raises:
-            RecipeError: its own scorer is uniform.
+            RecipeError: its own scorer is uniform; another arm differs in more than its scorer, needs a model that
+                this one has not, or has the name of one of its own.
         """
         if not self.scorer.weighted:
             raise RecipeError("compare needs a recipe whose scorer is not uniform, such as 'rho1'")
         scored = self.scorer.scored_by
-        scorers: list[ScorerConfig] = [UniformScorerConfig(), scored]
-        scorers += [load_class(name, SCORERS, "name")(name=name, of=scored) for name in CONTROLS]
+        scorers: dict[str, ScorerConfig] = {"uniform": UniformScorerConfig(), scored.label: scored}
+        if self.data.noise and isinstance(scored, ScoreConfig):
+            mode: Any = "topk" if scored.mode == "softmax" else "softmax"
+            scope: Any = "batch" if scored.scope == "sequence" else "sequence"
+            scorers[f"{scored.label}-{mode}"] = scored.model_copy(update={"mode": mode})
+            scorers[f"{scored.label}-{scope}"] = scored.model_copy(update={"scope": scope})
+        scorers |= {name: load_class(name, SCORERS, "name")(name=name, of=scored) for name in CONTROLS}
+        if self.data.noise:
+            scorers["planted_truth"] = load_class("planted_truth", SCORERS, "name")(name="planted_truth")
+        for name, other in (others or {}).items():
+            self._check_arm(name, other, scorers)
+            scorers[name] = other.scorer
         validation = self.validation.model_copy(update={"every": None, "at_start": False})
         same = {"precompute_weights": False, "validation": validation}
-        return {scorer.label: self.model_copy(update={**same, "scorer": scorer}) for scorer in scorers}
+        return {name: self.model_copy(update={**same, "scorer": scorer}) for name, scorer in scorers.items()}
+
+    def _check_arm(self, name: str, other: Recipe, arms: Mapping[str, ScorerConfig]) -> None:
+        """Check one more arm of a comparison.
+
+        Raises:
+            RecipeError: as `arms`.
+        """
+        if other.model_copy(update={"scorer": self.scorer}) != self:
+            raise RecipeError(f"--arm {name} changes more than the scorer; give it overrides of scorer alone")
+        if name in arms:
+            raise RecipeError(f"--arm {name} has the name of an arm that every comparison has; give overrides a.b=c")
+        if missing := [model.key for model in other.frozen_models() if model not in self.frozen_models()]:
+            raise RecipeError(
+                f"--arm {name} needs {' and '.join(missing)}, which the recipe's scorer {self.scorer.name} does not; "
+                "compare a recipe that has it"
+            )

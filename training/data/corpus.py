@@ -8,9 +8,23 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Generic, TypeVar, overload
+from typing import Generic, NamedTuple, TypeVar, overload
 
 T = TypeVar("T")
+
+
+class Planted(NamedTuple):
+    """What is planted in one document.
+
+    Attributes:
+        kind: as in the recipe's `data.noise`.
+        share: fraction of its tokens that are noise.
+        seed: decides which, and their order.
+    """
+
+    kind: str
+    share: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -22,12 +36,14 @@ class Document:
         text: the whole text, or the completion where there is a prompt, or a chat as `chat.to_text` writes it.
         prompt: text before it that has no labels; None where every token has one.
         chat: whether the text is a chat, which the tokenizer's chat template renders.
+        planted: the noise in its tokens; None: none.
     """
 
     path: str
     text: str
     prompt: str | None = None
     chat: bool = False
+    planted: Planted | None = None
 
     @property
     def fingerprint(self) -> int:
@@ -76,6 +92,7 @@ class Corpus:
         digest: hash of every path, text, prompt and side of the split; cache keys contain it.
         characters: length of both sides together.
         shared: how many of the skipped ones are left out because validation reads them.
+        planted: whether there is noise in the training documents.
     """
 
     train: Sequence[Document]
@@ -84,6 +101,7 @@ class Corpus:
     digest: str
     characters: int = 0
     shared: int = 0
+    planted: bool = False
 
 
 class Excluded:

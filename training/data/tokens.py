@@ -6,6 +6,8 @@
                                                                          tokens at the beginning without a label
     learnt    |  0 0 0 1 1 1 0|                                     uint8, 1 byte a token, where documents are
                                                                          chats: whether a token has a label
+    noise     |  0 1 1 1 1 1 0|                                     uint8, 1 byte a token, where noise is planted:
+                                                                         whether a token is noise
 
 A mapped array is on disk until it is read, and its pages are evicted when memory is needed. So the memory of a run
 does not grow with its corpus.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -28,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_ce.training.data.chat import chat_template, encode_chat
 from mtp_ce.training.data.corpus import Corpus, Document
+from mtp_ce.training.data.planted import planted_tokens
 from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.storage.atomic import CHUNK, LazyFile
 from mtp_ce.training.storage.cache import cache_folder, cached, discard
@@ -51,6 +55,7 @@ class DocumentTokens(Sequence[Tensor]):
         offsets: [n] int64, how much later each document begins in `tokens`; None where `tokens` is the concatenation.
         prompts: [n] int64, number of tokens at the beginning without a label; None: none.
         learnt: [N] uint8, like `tokens`, whether a token has a label; None: all that are in no prompt.
+        noise: [N] uint8, like `tokens`, whether a token is planted noise; None: unknown.
         counts: how often each token is a label, [V] or shorter.
         file: verifies what is read of `tokens`; None where they are in memory.
     """
@@ -63,6 +68,7 @@ class DocumentTokens(Sequence[Tensor]):
         offsets: Tensor | None = None,
         prompts: Tensor | None = None,
         learnt: Tensor | None = None,
+        noise: Tensor | None = None,
         counts: Tensor | None = None,
         file: LazyFile | None = None,
     ) -> None:
@@ -72,6 +78,7 @@ class DocumentTokens(Sequence[Tensor]):
         self.offsets = offsets
         self.prompts = prompts
         self.learnt = learnt
+        self.noise = noise
         self.counts = counts
 
     @classmethod
@@ -125,7 +132,9 @@ class DocumentTokens(Sequence[Tensor]):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         offsets = begins - starts[:-1] + (0 if self.offsets is None else self.offsets[chosen])
         prompts = None if self.prompts is None else self.prompts[chosen]
-        return DocumentTokens(self.tokens, starts, offsets=offsets, prompts=prompts, learnt=self.learnt, file=self.file)
+        return DocumentTokens(
+            self.tokens, starts, offsets=offsets, prompts=prompts, learnt=self.learnt, noise=self.noise, file=self.file
+        )
 
     def longer_than(self, tokens: int) -> int:
         """Count the documents of more than `tokens` tokens."""
@@ -160,7 +169,7 @@ def tokenise(
     def make(aside: Path) -> None:
         for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
             (aside / side).mkdir()
-            _encode(documents, tokenizer, aside / side, progress)
+            _encode(documents, tokenizer, aside / side, progress, planted=corpus.planted and side == "train")
 
     folder = cached(cache_folder() / "tokens" / key, make, lazy=True)
     return TokenisedCorpus(train=_mapped(folder, "train"), held_out=_mapped(folder, "held_out"))
@@ -220,6 +229,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     progress: Callable[[int], None],
+    planted: bool,
 ) -> None:
     """Write the arrays of one side."""
     counts = np.zeros(len(tokenizer), dtype=np.int64)
@@ -229,11 +239,16 @@ def _encode(
         (folder / "starts").open("wb") as starts,
         (folder / "prompts").open("wb") as prompts,
         (folder / "learnt").open("wb") as learnt,
+        (folder / "noise").open("wb") if planted else nullcontext() as noise,
     ):
         starts.write(np.zeros(1, dtype=np.int64).tobytes())
         for chunk in _chunks(documents):
             prompted, chat = chunk[0].prompt is not None, chunk[0].chat
             encoded = _encode_chunk(chunk, tokenizer)
+            if noise:
+                pairs = [planted_tokens(ids, d.planted) for ids, d in zip(encoded.ids, chunk, strict=True)]
+                encoded = encoded._replace(ids=[ids for ids, _ in pairs])
+                noise.write(np.concatenate([is_noise for _, is_noise in pairs]).tobytes())
             ends = end + np.cumsum([len(document) for document in encoded.ids], dtype=np.int64)
             end = int(ends[-1])
             tokens.write(np.concatenate(encoded.ids).tobytes())
@@ -249,6 +264,8 @@ def _encode(
             progress(len(chunk))
     (folder / "counts").write_bytes(counts.tobytes())
     summary = {"documents": len(documents), "tokens": end, "counts": len(counts), "prompted": prompted, "chat": chat}
+    if planted:
+        summary["planted"] = True
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -276,13 +293,15 @@ def _mapped(folder: Path, side: str) -> DocumentTokens:
         raise RecipeError(f"cache entry {folder} is damaged ({reason}); start again, and it is made again")
 
     # The other arrays are small beside the tokens, or are read as a whole anyway.
-    for name in ("starts", "prompts", "learnt", "counts"):
+    planted = bool(summary.get("planted"))
+    for name in ("starts", "prompts", "learnt", "counts", *(["noise"] if planted else [])):
         LazyFile(folder, f"{side}/{name}", refuse).check(None)
     return DocumentTokens(
         array("tokens", summary["tokens"], torch.int32),
         array("starts", summary["documents"] + 1),
         prompts=array("prompts", summary["documents"]) if summary["prompted"] else None,
         learnt=array("learnt", summary["tokens"], torch.uint8) if summary.get("chat") else None,
+        noise=array("noise", summary["tokens"], torch.uint8) if planted else None,
         counts=array("counts", summary["counts"]),
         file=LazyFile(folder, f"{side}/tokens", refuse),
     )

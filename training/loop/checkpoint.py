@@ -241,6 +241,11 @@ def read_checkpoint(folder: Path, decided: Mapping[str, Any]) -> Checkpoint:
     if other := sorted(name for name in wanted.keys() | theirs.keys() if wanted.get(name) != theirs.get(name)):
         if other == ["inputs"] and (change := _changed(theirs.get("inputs"), wanted.get("inputs"))):
             raise CheckpointError(f"checkpoint {folder} was trained on another {change}")
+        if other == ["rows.halos"] and "rows.halos" not in theirs:
+            raise CheckpointError(
+                f"checkpoint {folder} is of a version whose packed rows lose the targets at their end; finish the run "
+                "with that version, or start it again"
+            )
         differences = ", ".join(f"{name} {theirs.get(name)} instead of {wanted.get(name)}" for name in other[:3])
         raise CheckpointError(f"checkpoint {folder} belongs to another run: {differences}")
     try:

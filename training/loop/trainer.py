@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.next_token import NextToken
 from mtp_ce.ops.rows import count_terms, row_targets
-from mtp_ce.options import LossOptions
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.scorers.weights import TokenWeights, WeightStatistics
 from mtp_ce.training.config.model import MTPConfig
 from mtp_ce.training.config.schema import Recipe
@@ -42,6 +42,7 @@ from mtp_ce.training.loop.ranks import Ranks, local
 from mtp_ce.training.loop.weighing import NEUTRAL_BOUND, Weigh
 from mtp_ce.training.loop.window import Window
 from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
+from mtp_ce.training.metrics.noise import NoiseSums
 from mtp_ce.training.metrics.sums import HeadSums
 
 # Allowed distance from 1 of the mean of a batch's token weights, which is a sum in fp32.
@@ -158,10 +159,10 @@ class Trainer:
         batch = self.rows.batch(rows[self.ranks.slice(train.batch_size)])
         count = loss_count(batch, self.recipe.model.mtp).to(self.device)
         self.ranks.add(count)
-        normalizer = count.clamp(min=1).to(torch.float32)
+        normalizer = torch.where(count > 0, count, 1).to(torch.float32)
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums, weights = self._accumulate(batch, normalizer)
+        loss, sums, weights, noise = self._accumulate(batch, normalizer)
         limit = self.recipe.optimizer.clip_norm
         norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
         loss, weights = self._combine_ranks(loss, weights)
@@ -173,26 +174,39 @@ class Trainer:
             count=count,
             sums=sums,
             weights=weights,
+            noise=noise,
             grad_norm=norm,
             lr=float(self.schedule.get_last_lr()[0]),
             seconds=time.perf_counter() - started,
         )
         self.schedule.step()
 
-    def _accumulate(self, batch: Batch, normalizer: Tensor) -> tuple[Tensor, HeadSums, WeightStatistics]:
-        """Accumulate gradients over the micro-batches of this rank; return loss, sums per head, weight statistics.
+    def _accumulate(
+        self, batch: Batch, normalizer: Tensor
+    ) -> tuple[Tensor, HeadSums, WeightStatistics, NoiseSums | None]:
+        """Accumulate gradients over the micro-batches of this rank.
 
         Args:
             batch: on the host.
             normalizer: [], N of the global batch.
+
+        Returns:
+            Loss, sums per head, weight statistics, and sums over planted noise, if it is known.
         """
         size = self.recipe.train.micro_batch_size or self.recipe.train.batch_size
         # Masked rows are left out of the loss, and their number is known before they are on the device.
         counts = [
-            self.model.count_rows(labels=x.labels, document_ids=x.document_ids, token_weights=x.token_weights)
+            self.model.count_rows(
+                input_ids=x.input_ids,
+                labels=x.labels,
+                document_ids=x.document_ids,
+                token_weights=x.token_weights,
+                left_halo=x.left_halo,
+            )
             for x in batch.split(size)
         ]
         sums = HeadSums.zeros(self.recipe.model.mtp.horizon, self.device)
+        noise = None if batch.noise is None else NoiseSums.zeros(self.device)
         weights: WeightStatistics | None = None
         loss = torch.zeros((), device=self.device)
         for micro, rows in zip(batch.to(self.device).split(size), counts, strict=True):
@@ -201,7 +215,7 @@ class Trainer:
             # The model calls this with its own heads, whose cross entropies and drafts a scorer may need.
             def weigh(current: NextToken, micro: Batch = micro, scored: list[TokenWeights] = scored) -> Tensor:
                 scored.append(self.weigh(micro, current))
-                return scored[0].weights
+                return micro.over_labels(scored[0].weights)
 
             out = self.model(
                 micro.input_ids,
@@ -209,6 +223,8 @@ class Trainer:
                 labels=micro.labels,
                 token_weights=weigh,
                 document_ids=micro.document_ids,
+                next_input_ids=micro.next_input_ids,
+                left_halo=micro.left_halo,
                 # FSDP averages gradients over the ranks, so each rank divides by N / ranks.
                 num_items_in_batch=normalizer / self.ranks.size,
                 drop_dead_rows=rows,
@@ -217,10 +233,15 @@ class Trainer:
             out.loss.backward()
             loss += out.loss.detach()
             sums.add(out.stats)
+            if noise and micro.noise is not None:
+                # Of the tokens that head 0 predicts in the row: its own ones but the first.
+                own = slice(micro.left_halo + 1, micro.left_halo + micro.input_ids.shape[1])
+                of_labels = micro.over_labels(scored[0].weights)
+                noise.add(of_labels[:, own], micro.noise[:, own], out.stats.live[:, :-1, 0])
             statistics = scored[0].statistics
             weights = statistics if weights is None else weights.merge(statistics)
         assert weights is not None
-        return loss, sums, weights
+        return loss, sums, weights, noise
 
     def _combine_ranks(self, loss: Tensor, weights: WeightStatistics) -> tuple[Tensor, WeightStatistics]:
         """Combine loss and weight statistics of all ranks; a signal on one rank stops all of them."""
@@ -305,5 +326,8 @@ class Trainer:
 
 def loss_count(batch: Batch, mtp: MTPConfig) -> Tensor:
     """Count what the loss is a mean over, positions with a target or predicted tokens: 0-d, on the batch's device."""
-    _, _, valid = row_targets(batch.labels, None, batch.document_ids, H=mtp.horizon, shift=1, ignore_index=IGNORE)
-    return count_terms(valid, LossOptions(head_reduction=mtp.head_reduction))
+    options = LossOptions(head_reduction=mtp.head_reduction, left_halo=batch.left_halo, ignore_index=IGNORE)
+    inputs = LossInputs(batch.labels, document_ids=batch.document_ids)
+    _, _, valid = row_targets(inputs, options, batch.input_ids.shape[1], mtp.horizon)
+    count = count_terms(valid, options, inputs)
+    return count.float() if count.is_floating_point() else count

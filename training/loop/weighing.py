@@ -46,21 +46,25 @@ class Weighing:
         frozen: a model whose losses take the place of those of the model in training; None: no such model.
         reads_current: whether the scorer gets the model in training, where `frozen` is None.
         units: unit of each number that the scorer explains its weights with.
+        reads_noise: whether the scorer gets the truth about planted noise.
     """
 
     scorer: Scorer
     frozen: PreTrainedModel | None = None
     reads_current: bool = True
     units: Mapping[str, str] = field(default_factory=dict)
+    reads_noise: bool = False
 
     def weigh(self, batch: Batch, current: NextToken | None = None) -> TokenWeights:
-        """Compute the weights of a batch."""
+        """Compute the weights [B, S] of a batch; tokens beyond its rows are scored in the rows that hold them."""
+        batch = batch.without_halos()
         return self.scorer.run(
             batch.input_ids,
             batch.labels,
             batch.document_ids,
             position_ids=batch.position_ids,
             current=self._current(batch, current),
+            **({"noise": batch.noise} if self.reads_noise else {}),
         )
 
     def explain(self, batch: Batch, current: NextToken | None = None) -> dict[str, Tensor]:
@@ -97,29 +101,37 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
     Raises:
         RecipeError: a frozen model has a parameter that is not finite.
     """
-
-    def load(role: FrozenModel, folder: Path) -> PreTrainedModel:
-        kind = role.kind
-        with refuse_unloadable(role.key, role.source or str(folder)):
-            model: PreTrainedModel = MODEL_CLASSES[kind].from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False
-            )
-        _check_finite(role, folder, model)
-        hold_in_precision(model, recipe.train.precision)
-        frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
-        if kind == "language model":
-            Unembedding.checked(frozen)  # before it is sharded, and for the current model too
-        ranks.shard_frozen(frozen)
-        return frozen
-
-    scorer = recipe.scorer
-    models = {model.role: load(model, folders[model.role]) for model in recipe.frozen_models()}
+    scorer, precision = recipe.scorer, recipe.train.precision
+    models = {m.role: load_frozen(m, folders[m.role], precision, device) for m in recipe.frozen_models()}
+    for model in models.values():
+        ranks.shard_frozen(model)
     return Weighing(
         scorer.build(models, recipe.seed),
         frozen=models.get("current"),
         reads_current=scorer.reads_current,
         units=scorer.scored_by.units,
+        reads_noise=scorer.reads_noise,
     )
+
+
+def load_frozen(
+    role: FrozenModel, folder: Path, precision: Literal["fp32", "bf16"], device: torch.device
+) -> PreTrainedModel:
+    """Load a frozen model on a device.
+
+    Raises:
+        RecipeError: it can't be loaded, or has a parameter that is not finite.
+    """
+    with refuse_unloadable(role.key, role.source or str(folder)):
+        model: PreTrainedModel = MODEL_CLASSES[role.kind].from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
+    _check_finite(role, folder, model)
+    hold_in_precision(model, precision)
+    frozen: PreTrainedModel = nn.Module.to(model, device).eval().requires_grad_(False)
+    if role.kind == "language model":
+        Unembedding.checked(frozen)  # before it is sharded, and for the current model too
+    return frozen
 
 
 def _check_finite(role: FrozenModel, folder: Path, model: PreTrainedModel) -> None:
@@ -143,9 +155,11 @@ def stored(recipe: Recipe) -> Weigh:
 
     def weigh(batch: Batch, current: NextToken) -> TokenWeights:
         assert batch.token_weights is not None
-        weights, supervised = batch.token_weights, batch.labels != IGNORE
+        inner = batch.without_halos()
+        weights, supervised = inner.token_weights, inner.labels != IGNORE
+        assert weights is not None
         clipped = (weights <= low) | (weights >= high)
-        return TokenWeights(weights, WeightStatistics.of(weights, supervised, clipped))
+        return TokenWeights(batch.token_weights, WeightStatistics.of(weights, supervised, clipped))
 
     return weigh
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtp_ce.scorers.weights import WeightStatistics
 from mtp_ce.training.loop.ranks import Ranks
+from mtp_ce.training.metrics.noise import NoiseSums
 from mtp_ce.training.metrics.sums import HeadSums
 
 
@@ -23,6 +24,7 @@ class Window:
         sums: cross entropies of this rank, per head.
         ranks: the ranks over which `sums` are reduced when they are read.
         step_tokens: tokens of one step, over all ranks.
+        noise: of this rank, where noise is planted; None: unknown.
     """
 
     sums: HeadSums
@@ -35,6 +37,7 @@ class Window:
     count: Tensor | int = 0
     grad_norm: Tensor | float = 0.0
     weights: WeightStatistics | None = None
+    noise: NoiseSums | None = None
 
     def add(
         self,
@@ -43,6 +46,7 @@ class Window:
         count: Tensor,  # [], what the loss is a mean over
         sums: HeadSums,
         weights: WeightStatistics,
+        noise: NoiseSums | None,
         grad_norm: Tensor,  # []
         lr: float,
         seconds: float,
@@ -56,6 +60,8 @@ class Window:
         self.grad_norm = grad_norm
         self.weights = weights if self.weights is None else self.weights.merge(weights)
         self.sums.merge(sums)
+        if noise:
+            self.noise = noise if self.noise is None else NoiseSums(self.noise.sums + noise.sums)
 
     def metrics(self) -> dict[str, float]:
         """Read everything to the host, under the names that trackers show.
@@ -66,13 +72,13 @@ class Window:
         there is nothing to divide by: a loss without a target, a head without rows, weights without a supervised token.
         """
         assert self.weights is not None
-        count, tokens = int(self.count), self.steps * self.step_tokens
+        count, tokens = float(self.count), self.steps * self.step_tokens
         weights, supervised = self.weights, int(self.weights.count)
 
         def of_weights(value: Tensor) -> float:
             return float(value) if supervised else math.nan
 
-        self.ranks.add(self.sums.ce, self.sums.rows)
+        self.ranks.add(self.sums.ce, self.sums.rows, *([self.noise.sums] if self.noise else []))
         return {
             "train/loss": float(self.loss) / count if count else math.nan,
             "train/ce_mean": self.sums.ce_mean(),
@@ -83,6 +89,7 @@ class Window:
             "train/weight_ess": of_weights(weights.ess),
             "train/weight_clipped_ratio": of_weights(weights.clipped / weights.count),
             "train/weight_neutral_ratio": of_weights(weights.neutral / weights.count),
+            **(self.noise.metrics() if self.noise else {}),
             "train/valid_token_ratio": count / tokens,
             "optim/lr": self.lr,
             "optim/grad_norm": float(self.grad_norm),

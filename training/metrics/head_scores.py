@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.ops.rows import row_targets
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.training.data.rows import IGNORE, Batch
 from mtp_ce.unembedding import Unembedding
 
@@ -74,7 +75,8 @@ def score_heads(
     for batch in batches:
         sums = sums.to(batch.labels.device)
         hidden = model.head_hidden_states(input_ids=batch.input_ids, position_ids=batch.position_ids)
-        _, label, valid = row_targets(batch.labels, None, batch.document_ids, H=H, shift=1, ignore_index=IGNORE)
+        inputs = LossInputs(batch.labels, document_ids=batch.document_ids)
+        _, label, valid = row_targets(inputs, LossOptions(ignore_index=IGNORE), batch.input_ids.shape[1], H)
         output = Unembedding.of(model.causal)  # gathered on a sharded model only after a forward
         scores = [_score(output, x, label[..., h], valid[..., h]) for h, x in enumerate(hidden)]
         if len(scores) < H:  # one hidden state serves all heads: head h's rows are head 0's, h positions later

@@ -58,6 +58,8 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     corpus, addresses = _corpus(recipe), _addresses(recipe)
     say(out, f"recipe      {recipe.name}: {recipe.description}")
     say(out, f"corpus      {corpus}")
+    if data.noise:
+        say(out, f"noise       {data.noise.share:.1%} of the tokens to train on: {data.noise.describe()}")
     for key, (source, kind) in sources_of(recipe).items():
         say(out, f"source      {key}: {kind} {source}")
     for key, address in addresses.items():

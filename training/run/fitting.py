@@ -75,10 +75,13 @@ def fit(
     say(inputs.console, f"model       {parameters(model)}; on {where}")
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)
+    rows = rows.with_halos(*label_halos(model))
     ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
-    together = {"ranks": ranks.size} if recipe.scorer.depends_on_batch else {}
+    together: dict[str, Any] = {"ranks": ranks.size} if recipe.scorer.depends_on_batch else {}
+    if any(rows.halos):
+        together["rows.halos"] = list(rows.halos)
     checkpoints = Checkpoints(
         folder / CHECKPOINTS,
         decided=decided_by(recipe) | together | {"inputs": [*inputs.digests, inputs.row_length, len(rows)]},
@@ -153,6 +156,19 @@ def fit(
 
         ranks.lead(save)
     return trainer, results
+
+
+def label_halos(model: MTPWrapper) -> tuple[int, int]:
+    """Return how many tokens before and after a packed row its labels have, so that no target is lost at its end.
+
+    With head_reduction "target" a token is divided by all heads that predict it, from the row before, too, and counts
+    once in the text. Where the heads can't predict the whole halo, its first token is left, which this row predicts
+    alone.
+    """
+    halo, H = model.label_halo, model.horizon
+    if model.loss_options.head_reduction != "target":
+        return 0, halo
+    return (H - 1, H) if halo == H else (0, min(halo, 1))
 
 
 def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:

@@ -43,7 +43,12 @@ _NOT_DECIDED = {"name", "description", "validation", "checkpoint", "tracking"}
 # Paths may differ; their contents are hashed with the inputs of a checkpoint.
 _PLACES = {"data.corpus", "data.reader", "data.tokenizer", "model.source"}
 # Keys that runs of earlier versions lack, at the values with which those versions trained.
-_ADDED = {"model.mtp.head_reduction": "live", "model.mtp.shared": False, "model.mtp.targets": "text"}
+_ADDED = {
+    "model.mtp.head_reduction": "live",
+    "model.mtp.shared": False,
+    "model.mtp.targets": "text",
+    "data.noise": None,
+}
 
 
 def decided_by(recipe: Recipe) -> dict[str, Any]:

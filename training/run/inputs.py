@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from mtp_ce.training.config.schema import EvaluationRecipe, Recipe
 from mtp_ce.training.console import patience, say
 from mtp_ce.training.data.chat import chat_template
 from mtp_ce.training.data.corpus import Corpus, texts
+from mtp_ce.training.data.planted import plant
 from mtp_ce.training.data.reader import read_corpus
 from mtp_ce.training.data.rows import PackedRows, PaddedRows
 from mtp_ce.training.data.tokenizer import load_tokenizer, read_tokenizer
@@ -53,6 +54,7 @@ class Inputs:
         ranks: the ranks of the run.
         packing: how documents become rows.
         resumed: whether the run was begun by an earlier process.
+        before_noise: the same inputs without the planted noise; None where none is planted.
     """
 
     console: Console
@@ -67,6 +69,12 @@ class Inputs:
     ranks: Ranks
     packing: Literal["packed", "padded"] = "packed"
     resumed: bool = False
+    before_noise: Inputs | None = None
+
+    @property
+    def clean(self) -> Inputs:
+        """The inputs without planted noise: what a reference and a critic are trained on."""
+        return replace(self.before_noise, resumed=self.resumed) if self.before_noise else self
 
     def rows(self, documents: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None) -> PackedRows:
         """Pack or pad documents into rows."""
@@ -191,19 +199,30 @@ def _inputs(
     model_folders: dict[str, Path],
     ranks: Ranks,
 ) -> Inputs:
+    clean = None
+    if data.noise:
+        quiet = Console(quiet=True)
+        without = data.model_copy(update={"noise": None})
+        clean = _inputs(quiet, device, without, corpus, tokenizer, vocab_size, model_folders, ranks)
+        clean = replace(clean, console=console)
+        corpus = plant(corpus, data.noise)
     tokens = tokenise(corpus, tokenizer, _progress(console, "tokenized", len(corpus.train) + len(corpus.held_out)))
     for side, documents in (("to train on", tokens.train), ("held out", tokens.held_out)):
         _check_labels(side, documents)
     train, held_out = tokens.train.token_count, tokens.held_out.token_count
     say(console, f"tokens      {train:,} to train on, {held_out:,} held out, {len(tokenizer):,} entries")
+    if data.noise and tokens.train.noise is not None:
+        noise = float(tokens.train.noise.count_nonzero()) / train
+        say(console, f"noise       {noise:.1%} of the tokens to train on: {data.noise.describe()}")
     if data.packing == "padded":
         longer = tokens.train.longer_than(data.sequence_length)
         say(console, f"rows        {longer:,} of {len(tokens.train):,} documents cut at {data.sequence_length} tokens")
     unigram = unigram_cross_entropy(tokens, vocab_size)
     S = data.sequence_length
     return Inputs(
-        console, device, corpus, tokenizer, tokens, unigram, model_folders, S, vocab_size, ranks, data.packing
-    )
+        console, device, corpus, tokenizer, tokens, unigram, model_folders, S, vocab_size, ranks, data.packing,
+        before_noise=clean,
+    )  # fmt: skip
 
 
 def _named_tokenizer(recipe: Recipe, model_folders: dict[str, Path], vocab_size: int) -> PreTrainedTokenizerFast | None:

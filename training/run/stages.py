@@ -59,7 +59,7 @@ def check_stages(recipe: Recipe, inputs: Inputs) -> None:
     """
     trained = {model.role for model in recipe.frozen_models() if model.source is None}
     if "reference" in trained and recipe.reference:
-        documents_of(recipe.reference, inputs)
+        documents_of(recipe.reference, inputs.clean)
 
 
 def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Tracking) -> FrozenModels:
@@ -70,7 +70,7 @@ def scoring_stages(recipe: Recipe, inputs: Inputs, output: Path, tracking: Track
     return {
         model.role: inputs.model_folders[model.key]
         if model.source
-        else TRAINING_STAGES[model.role](sized, inputs, output, tracking) / "model"
+        else TRAINING_STAGES[model.role](sized, inputs.clean, output, tracking) / "model"
         for model in recipe.frozen_models()
     }
 
@@ -87,6 +87,7 @@ def reference_recipe(recipe: Recipe) -> Recipe:
             "name": "reference",
             "description": f"next-token model of the {stage.documents} files",
             "seed": stage.seed,
+            "data": recipe.data.model_copy(update={"noise": None}),
             "model": sizes.model_copy(update={"mtp": next_token}),
             "scorer": UniformScorerConfig(),
             "precompute_weights": False,

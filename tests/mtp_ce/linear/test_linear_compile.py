@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {
         "softcap": 5.0, "z_loss": 0.01, "label_smoothing": 0.1, "weight_alignment": "target", "loss_scale": 0.5,
-        "head_reduction": "target",
+        "head_reduction": "target", "left_halo": 1,
         "chunk_bytes": FEW,
     },
     "none": {"reduction": "none", "head_reduction": "horizon", "shift": 0},
@@ -81,6 +81,8 @@ def test_compiled_is_eager(impl, draw, backend: str, options: str) -> None:
     """Loss, statistics and all gradients bit for bit, between operations that are compiled around the loss."""
 
     def step(x: Tensor, u: Tensor, bias: Tensor, y: Tensor, w: Tensor) -> Any:
+        if options == "everything":  # positions in the midst of the labels
+            x = x[:, 1:-1]
         return weighted_mtp_linear_ce(x * 2, u, y, w, bias=bias, impl=impl, return_stats=True, **OPTIONS[options])
 
     data = batch(draw)
@@ -216,6 +218,7 @@ CHECKED: dict[str, dict[str, Any]] = {
     "list_of_half": {"listed": True, "dtype": torch.bfloat16, "drop": KEEP_ALL},
     "wide_logits": {"dtype": torch.bfloat16, "logits": torch.float32, "rows": 2},
     "wide_logits_fp16": {"dtype": torch.float16, "logits": torch.float32},
+    "halo": {"target": True, "left_halo": 1, "tensors": True, "rows": 2},
     "target_and_bound": {"target": True, "reduction": "sum", "drop": 5, "rows": 2},
     "hidden_frozen": {"products": ([False], True, False), "weights": False},
     "one_head_frozen": {"products": ([False, True], True, True), "listed": True},
@@ -232,15 +235,18 @@ def operator_arguments(draw, impl: str, case: dict[str, Any]) -> tuple[tuple[Any
     hidden, unembed = draw.normal(1, positions, 2, 5, dtype=dtype), draw.normal(9, 5, dtype=dtype)
     given = [x.contiguous() for x in hidden.unbind(2)] if case.get("listed") else [hidden]
     bias = draw.normal(9, dtype=dtype) if case.get("bias", True) else None
-    labels = draw.integers(9, 1, positions)
-    weights = draw.uniform(1, positions) if case.get("weights", True) else None
+    left = case.get("left_halo", 0)
+    tokens = positions + 3 * left
+    labels = draw.integers(9, 1, tokens)
+    weights = draw.uniform(1, tokens) if case.get("weights", True) else None
     inputs = LossInputs(labels, weights)
     if case.get("tensors"):
-        inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, positions))
+        inputs = LossInputs(labels, weights, draw.uniform(2), draw.integers(4, 1), draw.integers(2, 1, tokens))
     if case.get("changing"):
         inputs = inputs._replace(terms=draw.uniform(4, dtype=torch.float64) / 2)
     options = LossOptions(
         weight_alignment="target" if case.get("target") else "position", reduction=case.get("reduction", "mean"),
+        head_reduction="target" if left else "live", left_halo=left,
         loss_scale=0.5, softcap=case.get("softcap"), z_loss=case.get("z_loss", 0.0),
         label_smoothing=case.get("smoothing", 0.0),
     )  # fmt: skip
@@ -397,6 +403,8 @@ def test_the_flop_counter_counts_three_products_a_computed_row(impl, draw) -> No
     for options, count in expected:
         assert products_of(lambda options=options: call(**options)) == count, options
     assert products_of(lambda: token_ce(x, u, labels, impl=impl, drop_dead_rows=False)) == N
+    # Of the positions alone, of which two stand before the last of the labels.
+    assert products_of(lambda: token_ce(x[:, :-2], u, labels, impl=impl, drop_dead_rows=False)) == N - 2 * B * H
     heads = [head.detach().requires_grad_(h > 0) for h, head in enumerate(x.unbind(2))]
     some = functools.partial(weighted_mtp_linear_ce, heads, u.detach(), labels, impl=impl)
     assert products_of(lambda: some(drop_dead_rows=False).backward()) == N + B * S * (H - 1)

@@ -96,6 +96,7 @@ WRONG_TYPES: dict[str, Row] = {
     "normalizer_text": ("normalizer is str; expected", lambda: {"normalizer": "mean"}),
     "normalizer_bool": ("normalizer is bool; expected", lambda: {"normalizer": True}),
     "shift_float": ("shift is float; expected an int", lambda: {"shift": 1.0}),
+    "left_halo_float": ("left_halo is float; expected an int", lambda: {"left_halo": 2.0}),
     "shift_bool": ("shift is bool; expected an int", lambda: {"shift": True}),
     "shift_tensor": ("shift is Tensor; expected", lambda: {"shift": i64()}),
     "ignore_index_float": ("ignore_index is float; expected", lambda: {"ignore_index": -100.0}),
@@ -125,10 +126,22 @@ WRONG_SHAPES: dict[str, Row] = {
     "no_vocabulary_in_a_list": ("logits is ... V = 0; expected", lambda: {"logits": [f32(B, S, 0)]}),
     "labels_1d": ("labels is [5]; expected [B, S] = [2, 5]", lambda: {"labels": i64(S)}),
     "labels_of_another_batch": ("labels is [3, 5]; expected", lambda: {"labels": i64(B + 1, S)}),
-    "labels_of_another_length": ("labels is [2, 6]; expected", lambda: {"labels": i64(B, S + 1)}),
+    "short_labels": ("labels is [2, 4]; expected [B, S] = [2, 5] ... or more", lambda: {"labels": i64(B, S - 1)}),
+    "labels_without_left_halo": (
+        "labels is [2, 6]; expected [B, left_halo 2 + S] = [2, 7]",
+        lambda: {"labels": i64(B, S + 1), "left_halo": 2},
+    ),
     "labels_by_head": ("labels is [2, 5, 3]; expected", lambda: {"labels": i64(B, S, H)}),
     "weights_by_sequence": ("token_weights is [2]; expected", lambda: {"token_weights": f32(B)}),
     "weights_of_another_length": ("token_weights is [2, 4]; expected", lambda: {"token_weights": f32(B, S - 1)}),
+    "position_weights_with_a_halo": (
+        "token_weights is [2, 7]; expected [B, S] = [2, 5] or ... weights of the positions",
+        lambda: {"labels": i64(B, S + 2), "token_weights": f32(B, S + 2)},
+    ),
+    "target_weights_without_a_halo": (
+        "token_weights is [2, 5]; expected [2, 7], as labels, for weights of the targets",
+        lambda: {"labels": i64(B, S + 2), "token_weights": f32(B, S), "weight_alignment": "target"},
+    ),
     "weights_of_another_horizon": ("token_weights is ... [2, 5, 3]", lambda: {"token_weights": f32(B, S, H + 1)}),
     "weights_by_vocabulary": ("token_weights is ... expected", lambda: {"token_weights": f32(B, S, H, V)}),
     "head_weights_too_many": ("head_weights is [4]; expected [H] = [3]", lambda: {"head_weights": f32(H + 1)}),
@@ -136,7 +149,11 @@ WRONG_SHAPES: dict[str, Row] = {
     "head_weights_0d": ("head_weights is []; expected [H]", lambda: {"head_weights": f32()}),
     "seq_lens_2d": ("seq_lens is [2, 1]; expected [B] = [2]", lambda: {"seq_lens": i64(B, 1)}),
     "seq_lens_of_another_batch": ("seq_lens is [3]; expected", lambda: {"seq_lens": i64(B + 1)}),
-    "document_ids_1d": ("document_ids is [5]; expected [B, S] = [2, 5]", lambda: {"document_ids": i64(S)}),
+    "document_ids_1d": ("document_ids is [5]; expected [2, 5], as labels", lambda: {"document_ids": i64(S)}),
+    "document_ids_without_a_halo": (
+        "document_ids is [2, 5]; expected [2, 6], as labels",
+        lambda: {"labels": i64(B, S + 1), "document_ids": i64(B, S)},
+    ),
     "loss_scale_1d": ("loss_scale is [1]; expected a 0-d tensor or a number", lambda: {"loss_scale": f32(1)}),
     "softcap_by_token": ("softcap is [2, 5]; expected a 0-d tensor", lambda: {"softcap": f32(B, S)}),
     "normalizer_1d": ("normalizer is [1]; expected a 0-d tensor", lambda: {"normalizer": f32(1)}),
@@ -144,6 +161,7 @@ WRONG_SHAPES: dict[str, Row] = {
 
 WRONG_VALUES: dict[str, Row] = {
     "shift_negative": ("shift is -1; expected", lambda: {"shift": -1}),
+    "left_halo_negative": ("left_halo is -1; expected", lambda: {"left_halo": -1}),
     "softcap_0": ("softcap is 0.0; expected a number above 0", lambda: {"softcap": 0.0}),
     "softcap_negative": ("softcap is -30.0; expected", lambda: {"softcap": -30.0}),
     "softcap_nan": ("softcap is nan; expected", lambda: {"softcap": NAN}),
@@ -417,9 +435,9 @@ def test_validation_finds_a_label_that_is_no_class(impl: str, device: torch.devi
 def test_a_mistake_is_refused_for_an_empty_batch_too() -> None:
     """B = 0 takes the same checks."""
     with pytest.raises(ValueError, match="labels is"):
-        weighted_mtp_ce(f32(0, S, H, V), i64(0, S + 1))
+        weighted_mtp_ce(f32(0, S, H, V), i64(0, S - 1))
     with pytest.raises(ValueError, match="labels is"):
-        weighted_mtp_linear_ce(f32(0, S, H, D), f32(V, D), i64(0, S + 1))
+        weighted_mtp_linear_ce(f32(0, S, H, D), f32(V, D), i64(0, S - 1))
     with pytest.raises(ValueError, match="unembed is"):
         token_ce(f32(B, 0, H, D), f32(V, D + 1), i64(B, 0))
 

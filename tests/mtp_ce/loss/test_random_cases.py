@@ -96,18 +96,20 @@ def draw_tokens(
     rng: random.Random, draw, B: int, S: int, H: int, V: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Labels below V // 2 and weights; every option that is a tensor is added to `options`."""
-    labels = draw.integers(max(V // 2, 1), B, S)
+    left, halo = rng.choice([(0, 0)] * 7 + [(0, 1), (0, H), (0, H + 3), (1, 0), (H - 1, H), (H, 1), (2, 2)])
+    options["left_halo"], T = left, left + S + halo
+    labels = draw.integers(max(V // 2, 1), B, T)
     device = labels.device
     if rng.random() < 0.6:
         share = rng.choice([0.1, 0.2, 0.3, 0.5]) if rng.random() < 0.95 else 1.0
-        labels[draw.uniform(B, S) - 0.1 < share] = options["ignore_index"]
+        labels[draw.uniform(B, T) - 0.1 < share] = options["ignore_index"]
     if rng.random() < 0.3:
-        options["document_ids"] = draw.integers(2, B, S, dtype=rng.choice([torch.int64, torch.int32]))
+        options["document_ids"] = draw.integers(2, B, T, dtype=rng.choice([torch.int64, torch.int32]))
         if rng.random() < 0.7:
             options["document_ids"] = options["document_ids"].sort(dim=1).values
     if rng.random() < 0.3:
-        shortest = 0 if rng.random() < 0.2 else (S + 1) // 2
-        options["seq_lens"] = draw.integers(S + 1, B, low=shortest, dtype=rng.choice([torch.int64, torch.int32]))
+        shortest = 0 if rng.random() < 0.2 else (T + 1) // 2
+        options["seq_lens"] = draw.integers(T + 1, B, low=shortest, dtype=rng.choice([torch.int64, torch.int32]))
     options["head_reduction"] = rng.choice(["live", "live", "horizon", "target", "target"])
     if options["head_reduction"] != "horizon" and rng.random() < 0.3:
         options["head_weights"] = torch.tensor([1.0, 0.25, 0.0, 2.0, 0.5][:H], device=device)
@@ -121,7 +123,8 @@ def draw_tokens(
         )
     else:
         options["upstream"] = rng.choice([None, None, -0.5, 3.0])
-    weights = draw_weights(rng, draw, B, S, H, options["weight_alignment"])
+    alignment = options["weight_alignment"]
+    weights = draw_weights(rng, draw, B, T if alignment == "target" else S, H, alignment)
     options["weights_gradient"] = rng.random() < 0.6
     labels = labels.to(rng.choice([torch.int64, torch.int64, torch.int32, torch.int16]))
     return labels if rng.random() < 0.7 else labels.T.contiguous().T, weights
@@ -214,6 +217,13 @@ def draw_linear_case(seed: int, draw) -> SimpleNamespace:
     return SimpleNamespace(given=hidden, labels=labels, weights=weights, options=options)
 
 
+def halos(case: SimpleNamespace) -> set[str]:
+    """Which halos the labels of a case have."""
+    S = case.given.shape[1] if isinstance(case.given, Tensor) else case.given[0].shape[1]
+    left = case.options["left_halo"]
+    return {name for name, size in (("left_halo", left), ("halo", case.labels.shape[1] - left - S)) if size}
+
+
 def check(function: Any, draw_one: Any, seed: int, compare_all) -> None:
     """All results of a case by their errors, and in some cases the loss of a call that wants nothing else."""
     for impl, case, got in compare_all(lambda draw: draw_one(seed, draw)):
@@ -247,6 +257,8 @@ def test_the_cases_reach_every_corner(impl, draw, function, draw_one) -> None:
         assert sum(name in case.options for case in cases) >= 20, name
     for name in ("head_reduction", "softcap", "z_loss", "label_smoothing", "shift", "ignore_index", "loss_scale"):
         assert len({case.options[name] for case in cases}) >= 3, name
+    for sizes in ({"left_halo", "halo"}, {"halo"}, {"left_halo"}):
+        assert sum(halos(case) == sizes for case in cases) >= 10, sizes
     live, chunked = [], 0
     for case in cases:
         options = {name: value for name, value in case.options.items() if name not in NOT_OF_THE_CALL}

@@ -88,6 +88,22 @@ MISTAKES = {
     "seeds of a single run": (["tiny", "--seeds", "3"], ["--seeds belongs to train-mtp compare"]),
     "no seeds": (["compare", "--seeds", "0"], ["'0' is not a positive number of seeds"]),
     "nothing to compare": (["compare", "tiny"], ["compare needs a recipe whose scorer is not uniform"]),
+    "an arm of a single run": (["rho1", "--arm", "scorer.eps=0"], ["--arm belongs to train-mtp compare"]),
+    "an empty arm": (["compare", "--arm", " "], ["--arm is empty; expected overrides of the scorer"]),
+    "an arm with an open quote": (["compare", "--arm", "scorer.eps='0"], ["--arm scorer.eps='0: No closing quotation"]),
+    "an arm of another recipe": (
+        ["compare", "--arm", "optimizer.lr=1e-3"],
+        ["--arm optimizer.lr=1e-3 changes more than the scorer"],
+    ),
+    "an arm given twice": (
+        ["compare", "--arm", "scorer.eps=0", "--arm", "scorer.eps=0.0 scorer.w_max=2", "--arm", "scorer.eps=0"],
+        ["--arm eps=0 is given twice"],
+    ),
+    "an arm that needs another model": (
+        ["compare", "--arm", "scorer.current=./empty"],
+        ["--arm current=._empty needs scorer.current, which the recipe's scorer rho1_excess does not"],
+    ),
+    "an arm with a wrong key": (["compare", "--arm", "scorer.epsilon=0"], ["scorer.epsilon"]),
     "sizes that don't fit": (["model.kv_heads=3"], ["kv_heads 3 does not divide"]),
     "horizon longer than a row": (
         ["model.mtp.horizon=300"],
@@ -192,6 +208,7 @@ def test_help_is_readable_and_needs_no_extra(missing, tmp_path):
         "examples",
         "compare",
         "--seeds",
+        "--arm",
     ):
         assert words in answer.stdout
     assert answer.stdout.endswith("IMPORTED\n")

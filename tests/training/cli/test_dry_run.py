@@ -90,7 +90,9 @@ def test_a_scorer_and_its_models_are_part_of_the_cost(dry):
     reference = 2 * 8192 * 128 + 4 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 128
     assert f"scoring {reference * 4 / 1e6:.1f} MB" in weighted["memory"]
     assert "600 steps of 8" in weighted["reference"]
-    critic = dry(load_recipe("critic"))
+    critic = dry(load_recipe("critic", ["data.noise.share=0.25"]))
+    assert "25.0% of the tokens to train on: whole documents of permuted tokens" in critic["noise"]
+    assert "noise" not in weighted
     assert "500 steps of 16" in critic["critic"]
     assert f"scoring {(reference - 8192 * 128) * 4 / 1e6:.1f} MB" in critic["memory"]
 

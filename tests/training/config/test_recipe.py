@@ -97,6 +97,11 @@ def test_the_budget_of_a_reference_is_its_own():
         (["scorer.name=draft_rejection", "precompute_weights=true"], "draft_rejection needs the losses or drafts"),
         (["scorer.name=draft_rejection", "model.mtp.kind=teacher_forcing"], "needs heads that draft.*teacher_forcing"),
         (["scorer={name: shuffled, of: {name: draft_rejection}}", "model.mtp.horizon=1"], "draft.* with horizon 1"),
+        (["data.noise.copies=3"], r"copies is 3, but kind documents copies nothing; give data\.noise\.copies=null"),
+        (["data.noise={kind: duplicates, share: 0.6, copies: 2}"], "0.6 of repeated tokens needs more than 2 copies"),
+        (["data.noise={share: 1.0}"], r"data\.noise\.share.*less than 1"),
+        (["data.noise={}", "data.messages_field=m"], "noise is given with messages_field"),
+        (["scorer.name=planted_truth"], r"planted_truth reads which tokens are planted noise.*data\.noise is null"),
         (["model.mtp.targets=trunk"], "targets trunk with trunk joint would train the trunk on its own output"),
     ],
 )

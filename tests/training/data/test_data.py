@@ -9,6 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from mtp_ce.ops.rows import count_terms, row_targets
+from mtp_ce.options import LossInputs, LossOptions
 from mtp_ce.training.data import rows as module
 from mtp_ce.training.data import tokens
 from mtp_ce.training.data.corpus import texts
@@ -51,6 +53,54 @@ def test_positions_begin_again_at_every_document_and_every_row():
         [0, 1, 2, 3, 4],
         [0, 1, 2, 0, 1],
     ]
+
+
+def test_labels_with_a_halo_go_on_into_the_rows_beside():
+    """The inputs stay what they are. Before the text and after it nothing is a label, in documents of their own."""
+    plain = PackedRows(documents(7, 1, 1, 5, 9), row_length=5, pad_id=PAD)
+    every = torch.arange(len(plain))
+    alone, batch = plain.batch(every), plain.with_halos(2, 3).batch(every)
+    assert torch.equal(batch.input_ids, alone.input_ids)
+    assert torch.equal(batch.position_ids, alone.position_ids)
+    assert batch.left_halo == 2
+    assert batch.labels[0].tolist() == [-100, -100, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch.document_ids[0].tolist() == [-1, -1, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert batch.labels[3].tolist() == [13, 14, 15, 16, 17, 18, 19, 20, 21, 22]
+    assert batch.labels[4].tolist() == [18, 19, 20, 21, 22, -100, -100, -100, -100, -100]
+    assert batch.document_ids[4].tolist() == [4, 4, 4, 4, 4, 5, 5, 5, 5, 5]
+    assert batch.next_input_ids.tolist() == [[5, 6, 7], [10, 11, 12], [15, 16, 17], [20, 21, 22], [PAD] * 3]
+    own = batch.without_halos()
+    for name, value in vars(alone).items():
+        assert value is None or torch.equal(torch.as_tensor(getattr(own, name)), torch.as_tensor(value)), name
+    weights = batch.over_labels(torch.full((5, 5), 0.5))
+    assert weights[0].tolist() == [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("H", [1, 4, 7])  # 7: more than a row
+def test_packed_rows_with_halos_lose_no_target(H: int):
+    """Every head has the rows that it has of the documents alone, and N under "target" is their predicted tokens."""
+    lengths = (7, 1, 1, 5, 9, 30, 2)
+    plain = PackedRows(documents(*lengths), row_length=5, pad_id=PAD)
+    rows = plain.with_halos(H - 1, H)
+    found, count, lost = torch.zeros(H, dtype=torch.int64), 0.0, 0
+    for batch in rows.in_order(3):
+        inputs = LossInputs(batch.labels, document_ids=batch.document_ids)
+        options = LossOptions(left_halo=batch.left_halo, head_reduction="target")
+        _, _, valid = row_targets(inputs, options, 5, H)
+        found += valid.sum((0, 1))
+        count += float(count_terms(valid, options, inputs))
+        own = batch.without_halos()
+        _, _, valid = row_targets(LossInputs(own.labels, document_ids=own.document_ids), LossOptions(), 5, H)
+        lost += int(valid[:, :, 0].sum())
+    assert found.tolist() == [sum(max(0, n - 1 - h) for n in lengths) for h in range(H)]
+    assert count == pytest.approx(sum(n - 1 for n in lengths))
+    assert lost < found[0]
+
+
+def test_padded_rows_have_no_halos():
+    """What was cut off is no target."""
+    rows = PaddedRows(documents(7, 1, 5), row_length=5, pad_id=PAD)
+    assert next(rows.with_halos(2, 3).in_order(3)).labels.shape == (3, 5)
 
 
 def test_rows_that_fit_exactly_need_no_padding():

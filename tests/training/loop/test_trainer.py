@@ -24,10 +24,11 @@ from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedE
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.loop import trainer as loop
 from mtp_ce.training.loop.trainer import Trainer, loss_count
-from mtp_ce.training.loop.weighing import Weighing
+from mtp_ce.training.loop.weighing import Weighing, stored
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model
 from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.run.fitting import label_halos
 
 
 def make_trainer(recipe: Recipe, log, **parts) -> Trainer:
@@ -65,18 +66,61 @@ class Log(list):
 FEW = ["train.steps=4", "train.log_every=1", "validation.every=null", "data.vocab_size=300"]
 
 
-@pytest.mark.parametrize(("micro_batch_size", "head_reduction"), [(1, "live"), (2, "target"), (4, "live")])
-def test_micro_batches_add_up_to_the_batch(small, micro_batch_size, head_reduction):
+@pytest.mark.parametrize(
+    ("micro_batch_size", "head_reduction", "halos"),
+    [(1, "live", (0, 0)), (2, "target", (0, 0)), (4, "live", (0, 3)), (1, "target", (2, 3))],
+)
+def test_micro_batches_add_up_to_the_batch(small, micro_batch_size, head_reduction, halos):
     """Rows with few targets count by their targets: a mean of micro-batch means would drift at once."""
     whole, parts = Log(), Log()
     options = [*FEW, f"model.mtp.head_reduction={head_reduction}"]
-    make_trainer(small(options), whole).fit()
-    make_trainer(small([*options, f"train.micro_batch_size={micro_batch_size}"]), parts).fit()
+    for log, more in ((whole, []), (parts, [f"train.micro_batch_size={micro_batch_size}"])):
+        trainer = make_trainer(small([*options, *more]), log)
+        trainer.rows = trainer.rows.with_halos(*halos)
+        trainer.fit()
     assert whole.series("train/weight_mean") == parts.series("train/weight_mean")
     for name in ("train/loss", "train/ce_mean", "train/ce_head_2", "optim/grad_norm", "val/ce_head_0"):
         for (step, expected), (same_step, value) in zip(whole.series(name), parts.series(name), strict=True):
             assert step == same_step
             assert value == pytest.approx(expected, rel=2e-5), name
+
+
+@pytest.mark.parametrize("kind", ["residual", "sequential"])
+def test_a_step_on_rows_with_halos_trains_on_every_target(small, kind):
+    """Of the step's rows, each head has those of the text beyond them, too; a scorer weighs what it can see."""
+    seen = []
+    trainer = make_trainer(small([*FEW, f"model.mtp.kind={kind}"]), Log())
+    halos = label_halos(trainer.model)
+    trainer.rows = trainer.rows.with_halos(*halos)
+    assert halos == (0, 3)
+    original = trainer._accumulate
+
+    def accumulate(batch, normalizer):
+        loss, sums, weights = original(batch, normalizer)
+        seen.append((batch, sums.rows.tolist(), float(normalizer)))
+        return loss, sums, weights
+
+    trainer._accumulate = accumulate
+    trainer.fit()
+    for batch, rows, normalizer in seen:
+        documents, own = batch.document_ids, batch.document_ids[:, : batch.input_ids.shape[1]]
+        S = own.shape[1]
+        is_label = batch.labels != IGNORE
+        wanted = [(documents[:, 1 + h : 1 + h + S] == own) & is_label[:, 1 + h : 1 + h + S] for h in range(3)]
+        assert rows == [int(head.sum()) for head in wanted]
+        assert normalizer == int(torch.stack(wanted).any(0).sum())
+
+
+def test_stored_weights_of_the_tokens_beyond_a_row_are_theirs(small):
+    """Not the neutral ones of tokens that nothing has scored; statistics count every token in its own row alone."""
+    recipe = small(FEW)
+    rows = make_trainer(recipe, Log()).rows.with_halos(0, 3)
+    rows.token_weights = torch.linspace(0.5, 1.5, len(rows.tokens))
+    batch = rows.batch(torch.arange(4))
+    found = stored(recipe)(batch, None)
+    assert torch.equal(found.weights, batch.token_weights)
+    assert torch.equal(found.weights[0, -3:], rows.token_weights[64:67])
+    assert int(found.statistics.count) == int((batch.without_halos().labels != IGNORE).sum())
 
 
 @pytest.mark.parametrize("stored", [False, True])

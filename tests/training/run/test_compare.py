@@ -111,18 +111,22 @@ def test_mlflow_nests_the_trainings_below_the_comparison(compared, finished_run)
 
 
 def test_a_comparison_that_was_interrupted_goes_on_where_it_stopped(compared, rho1, tmp_path, monkeypatch):
-    """Every training of the two seeds is there; only the third seed's are made."""
+    """Every training of the two seeds is there; only the third seed's are made, and those of another arm."""
     found, _ = compared
+    sharp = rho1([REFERENCE, "scorer.temperature=0.3"])
     trained = []
     fit = module.fit
 
     def count(recipe, *rest):
-        trained.append((recipe.scorer.name, recipe.seed))
+        trained.append(("sharp" if recipe.scorer == sharp.scorer else recipe.scorer.name, recipe.seed))
         return fit(recipe, *rest)
 
     monkeypatch.setattr(module, "fit", count)
-    again = compare(rho1([REFERENCE]), tmp_path / "again", 3, Console(quiet=True))
-    assert trained == [(arm, 2) for arm in ARMS]
+    again = compare(rho1([REFERENCE]), tmp_path / "again", 3, Console(quiet=True), {"sharp": sharp})
+    assert trained == [("sharp", 0), ("sharp", 1), *((arm, 2) for arm in ARMS), ("sharp", 2)]
+    assert again["results"]["sharp"] != again["results"]["rho1_excess"]
+    assert again["scorers"]["sharp"]["temperature"] == 0.3
+    assert (tmp_path / "again" / "sharp-seed2" / "stage.json").exists()
     assert {arm: again["results"][arm][:2] for arm in ARMS} == found["results"]
 
 

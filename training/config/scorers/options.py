@@ -69,6 +69,11 @@ class ScorerConfig(Group):
         return False
 
     @property
+    def reads_noise(self) -> bool:
+        """Whether `run` gets `noise` [B, S] bool, the truth about noise that `data.noise` plants."""
+        return False
+
+    @property
     def depends_on_batch(self) -> bool:
         """Whether the weights of a row depend on the other rows of the forward, on this rank or on all."""
         return False

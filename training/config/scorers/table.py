@@ -23,7 +23,12 @@ CONTROLS = {
     "random_matched": f"{_PACKAGE}.controls:RandomMatchedConfig",
 }
 
-SCORERS = {"uniform": f"{_PACKAGE}.uniform:UniformScorerConfig", **SCORED, **CONTROLS}
+SCORERS = {
+    "uniform": f"{_PACKAGE}.uniform:UniformScorerConfig",
+    **SCORED,
+    **CONTROLS,
+    "planted_truth": f"{_PACKAGE}.planted_truth:PlantedTruthConfig",
+}
 
 # Types of fields: the options of any scorer, and of one with scores of its own.
 AnyScorer = Annotated[SerializeAsAny[ScorerConfig], Choice(ScorerConfig, SCORERS)]
