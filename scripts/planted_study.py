@@ -37,10 +37,10 @@ from mtp_ce.training.report.comparison import (
     CLEAN,
     FILTERED,
     WEIGHT_SHARE,
+    arms_table,
     differences,
     draw_arms,
     draw_course,
-    noise_table,
     spread,
 )
 from mtp_ce.training.report.plot import open_figure
@@ -61,33 +61,9 @@ class Study(NamedTuple):
     overrides: Sequence[str] = ()
     seeds: int = 5
     only: Sequence[str] | None = None  # of the recipe's arms; None: all
-    tries: bool = False
+    others: Mapping[str, Sequence[str]] | None = None  # overrides of further arms by name
     gradients: bool = False
 
-
-# SmolLM2 and a reference from it, tuned on clean text.
-_SMOLLM2 = (
-    *("data.noise={kind: documents}", "data.sequence_length=64", "model.mtp.horizon=2"),
-    *("train.batch_size=4", "train.steps=40", "train.log_every=5", "validation.decoding.prompts=0"),
-    "scorer={name: rho1_excess, scope: batch}",
-    "reference={documents: all, train: {steps: 80, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
-)
-_FEW = ("uniform", "rho1_excess", "random_matched", "planted_truth", "filtered")
-
-STUDIES = {
-    "documents": Study("planted", gradients=True),
-    "spans": Study("planted", ["data.noise.kind=spans"]),
-    # A tenth of the documents to train on, so that the copies of one document meet within a training.
-    "duplicates": Study("planted", ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"]),
-    "tries": Study("planted", seeds=3, only=("uniform", "rho1_excess", "rho1_excess-topk"), tries=True),
-    "SmolLM2, detached": Study("smollm2", _SMOLLM2, seeds=2, only=_FEW),
-    "SmolLM2, joint": Study(
-        "smollm2",
-        [*_SMOLLM2, "model.mtp.trunk=joint", "optimizer.lr=5e-5", "optimizer.heads_lr=2e-3"],
-        seeds=2,
-        only=_FEW,
-    ),
-}
 
 # More arms for documents of noise: overrides, and what was expected before they were run.
 TRIES = {
@@ -105,6 +81,42 @@ TRIES = {
     "rho1 to uniform": (
         ["scorer={name: 'planted_study:Annealed', of: {name: rho1_excess, scope: batch}, end: uniform}"],
         "ends on noise: loses to constant weights",
+    ),
+}
+
+# SmolLM2 and a reference from it, tuned on clean text.
+_SMOLLM2 = (
+    *("data.noise={kind: documents}", "data.sequence_length=64", "model.mtp.horizon=2"),
+    *("train.batch_size=4", "train.steps=30", "train.log_every=5", "validation.decoding.prompts=0"),
+    "scorer={name: rho1_excess, scope: batch}",
+    "reference={documents: all, train: {steps: 60, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
+)
+_FEW = ("uniform", "rho1_excess", "random_matched", "planted_truth", "filtered")
+
+STUDIES = {
+    "documents": Study("planted", gradients=True),
+    "spans": Study("planted", ["data.noise.kind=spans"]),
+    # A tenth of the documents to train on, so that the copies of one document meet within a training.
+    "duplicates": Study("planted", ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"]),
+    "tries": Study(
+        "planted",
+        seeds=3,
+        only=("uniform", "rho1_excess", "rho1_excess-topk"),
+        others={name: overrides for name, (overrides, _) in TRIES.items()},
+    ),
+    "no noise": Study(
+        "planted",
+        ["data.noise=null"],
+        seeds=3,
+        only=("uniform", "rho1_excess"),
+        others={"rho1_excess-topk": ["scorer.mode=topk"], "rho1_excess-sequence": ["scorer.scope=sequence"]},
+    ),
+    "SmolLM2, detached": Study("smollm2", _SMOLLM2, seeds=2, only=_FEW),
+    "SmolLM2, joint": Study(
+        "smollm2",
+        [*_SMOLLM2, "model.mtp.trunk=joint", "optimizer.lr=5e-5", "optimizer.heads_lr=2e-3"],
+        seeds=2,
+        only=_FEW,
     ),
 }
 
@@ -158,8 +170,7 @@ def run(name: str) -> dict[str, Any]:
     study = STUDIES[name]
     same = ["tracking.kind=none", "train.device=cpu", *study.overrides]
     recipe = load_recipe(study.recipe, same)
-    tries = TRIES if study.tries else {}
-    others = {name: load_recipe(study.recipe, [*same, *own]) for name, (own, _) in tries.items()}
+    others = {name: load_recipe(study.recipe, [*same, *own]) for name, own in (study.others or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "comparison"
         found = compare(recipe, output, study.seeds, others=others, only=study.only)
@@ -234,7 +245,7 @@ def tables(found: dict[str, Any]) -> str:
             f"{name}: mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']} steps of "
             f"{comparison['tokens_per_step']:,} tokens."
         )
-        table = _tries(comparison) if STUDIES[name].tries else noise_table(comparison)
+        table = _tries(comparison) if name == "tries" else arms_table(comparison)
         lines += [note, "", table, ""]
         if "gradients" in comparison:
             lines += ["Gradients of uniform weights' model:", "", _gradients(comparison["gradients"]), ""]
@@ -247,7 +258,7 @@ def summary(found: dict[str, Any]) -> str:
     titles = ["head 0, CE minus that of uniform weights", *arms]
     lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * len(arms)]
     for name, comparison in found.items():
-        if not STUDIES[name].tries:
+        if name != "tries":
             here = [arm for arm in arms if arm in comparison["results"]]
             cells = {arm: spread(differences(comparison, arm, "val/ce_head_0"), "+") for arm in here}
             lines.append(f"| {name} | {' | '.join(cells.get(arm, '') for arm in arms)} |")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mtp_ce.training.config.recipe import load_recipe
-from mtp_ce.training.report.comparison import COURSE, comparison_table, noise_table
+from mtp_ce.training.report.comparison import COURSE, arms_table, comparison_table
 from mtp_ce.training.run import compare as module
 from mtp_ce.training.run.compare import compare
 
@@ -72,7 +72,7 @@ def test_the_course_and_its_mean_over_all_steps_are_in_the_results(compared):
         assert result[WEIGHT] == pytest.approx(mean)
         assert result[CLEAN] <= result[ESS] + 0.02, "the first tokens of documents count in the second alone"
     assert json.loads((output / "comparison.json").read_text()) == found
-    assert comparison_table(found).startswith(noise_table(found))
+    assert comparison_table(found).startswith(arms_table(found))
 
 
 def test_the_table_has_a_line_for_each_arm(compared):
