@@ -90,7 +90,7 @@ _SMOLLM2 = (
     "scorer={name: rho1_excess, scope: batch}",
     "reference={documents: all, train: {steps: 60, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
 )
-_FEW = ("uniform", "rho1_excess", "random_matched", "filtered")
+_FEW = ("uniform", "rho1_excess", "random_matched")
 
 STUDIES = {
     "documents": Study("planted", quarters=True),
