@@ -2,9 +2,10 @@
 
 python scripts/planted_study.py
 
-Comparisons of the recipe `planted` on five seeds, one for each kind of noise; the gradients of a step under the weights
-of each arm; the tries that followed from first results; and SmolLM2, which goes on learning where noise is planted. A
-finished training is reused from the stage cache, so the same command continues a study that was stopped.
+Comparisons of the recipe `planted` on five seeds, one for each kind of noise; what each arm learned of tokens that the
+reference predicts well or badly; the tries that followed from first results; and SmolLM2, which goes on learning where
+noise is planted. A finished training is reused from the stage cache, so the same command continues a study that was
+stopped.
 """
 
 from __future__ import annotations
@@ -24,32 +25,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.next_token import NextToken
 from mtp_ce.scorers.weights import Scorer, TokenWeights, WeightStatistics
 from mtp_ce.training.config.recipe import load_recipe
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.config.scorers.controls import ControlConfig
-from mtp_ce.training.data.rows import PackedRows, rows_of_step
-from mtp_ce.training.loop.weighing import Weighing, build_weighing
+from mtp_ce.training.data.rows import Batch
 from mtp_ce.training.report.comparison import (
     CLEAN,
     FILTERED,
     WEIGHT_SHARE,
+    arms_table,
     differences,
     draw_arms,
     draw_course,
-    noise_table,
     spread,
 )
 from mtp_ce.training.report.plot import open_figure
 from mtp_ce.training.run.compare import compare
 from mtp_ce.training.run.evaluate import load_checkpoint
-from mtp_ce.training.run.filtering import best_predicted
 from mtp_ce.training.run.inputs import read_inputs
-from mtp_ce.training.run.stages import scoring_stages
-from mtp_ce.training.tracking.composite import Tracking
+from mtp_ce.training.run.stage_cache import StageKind, cached_stage
+from mtp_ce.training.run.stages import STAGE_FILE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -61,33 +60,9 @@ class Study(NamedTuple):
     overrides: Sequence[str] = ()
     seeds: int = 5
     only: Sequence[str] | None = None  # of the recipe's arms; None: all
-    tries: bool = False
-    gradients: bool = False
+    others: Mapping[str, Sequence[str]] | None = None  # overrides of further arms by name
+    quarters: bool = False
 
-
-# SmolLM2 and a reference from it, tuned on clean text.
-_SMOLLM2 = (
-    *("data.noise={kind: documents}", "data.sequence_length=64", "model.mtp.horizon=2"),
-    *("train.batch_size=4", "train.steps=40", "train.log_every=5", "validation.decoding.prompts=0"),
-    "scorer={name: rho1_excess, scope: batch}",
-    "reference={documents: all, train: {steps: 80, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
-)
-_FEW = ("uniform", "rho1_excess", "random_matched", "planted_truth", "filtered")
-
-STUDIES = {
-    "documents": Study("planted", gradients=True),
-    "spans": Study("planted", ["data.noise.kind=spans"]),
-    # A tenth of the documents to train on, so that the copies of one document meet within a training.
-    "duplicates": Study("planted", ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"]),
-    "tries": Study("planted", seeds=3, only=("uniform", "rho1_excess", "rho1_excess-topk"), tries=True),
-    "SmolLM2, detached": Study("smollm2", _SMOLLM2, seeds=2, only=_FEW),
-    "SmolLM2, joint": Study(
-        "smollm2",
-        [*_SMOLLM2, "model.mtp.trunk=joint", "optimizer.lr=5e-5", "optimizer.heads_lr=2e-3"],
-        seeds=2,
-        only=_FEW,
-    ),
-}
 
 # More arms for documents of noise: overrides, and what was expected before they were run.
 TRIES = {
@@ -108,8 +83,45 @@ TRIES = {
     ),
 }
 
-# Batches of the gradient of all clean tokens, and of single steps that are compared with it.
-BATCHES = 32
+# SmolLM2 and a reference from it, tuned on clean text.
+_SMOLLM2 = (
+    *("data.noise={kind: documents}", "data.sequence_length=64", "model.mtp.horizon=2"),
+    *("train.batch_size=4", "train.steps=24", "train.log_every=4", "validation.decoding.prompts=0"),
+    "scorer={name: rho1_excess, scope: batch}",
+    "reference={documents: all, train: {steps: 60, batch_size: 4, log_every: 10}, optimizer: {lr: 5.0e-5}}",
+)
+_FEW = ("uniform", "rho1_excess", "random_matched")
+
+STUDIES = {
+    "documents": Study("planted", quarters=True),
+    "spans": Study("planted", ["data.noise.kind=spans"], quarters=True),
+    # A tenth of the documents to train on, so that the copies of one document meet within a training.
+    "duplicates": Study("planted", ["data.noise.kind=duplicates", "data.holdout_fraction=0.9", "data.noise.seed=3"]),
+    "tries": Study(
+        "planted",
+        seeds=3,
+        only=("uniform", "rho1_excess", "rho1_excess-topk"),
+        others={name: overrides for name, (overrides, _) in TRIES.items()},
+    ),
+    "no noise": Study(
+        "planted",
+        ["data.noise=null"],
+        seeds=3,
+        only=("uniform", "rho1_excess"),
+        others={"rho1_excess-topk": ["scorer.mode=topk"], "rho1_excess-sequence": ["scorer.scope=sequence"]},
+        quarters=True,
+    ),
+    "SmolLM2, detached": Study("smollm2", _SMOLLM2, seeds=2, only=_FEW),
+    "SmolLM2, joint": Study(
+        "smollm2",
+        [*_SMOLLM2, "model.mtp.trunk=joint", "optimizer.lr=5e-5", "optimizer.heads_lr=2e-3"],
+        seeds=2,
+        only=_FEW,
+    ),
+}
+
+# Held-out rows of the diagnostic.
+ROWS = 96
 
 
 class Annealed(ControlConfig):
@@ -158,72 +170,55 @@ def run(name: str) -> dict[str, Any]:
     study = STUDIES[name]
     same = ["tracking.kind=none", "train.device=cpu", *study.overrides]
     recipe = load_recipe(study.recipe, same)
-    tries = TRIES if study.tries else {}
-    others = {name: load_recipe(study.recipe, [*same, *own]) for name, (own, _) in tries.items()}
+    others = {name: load_recipe(study.recipe, [*same, *own]) for name, own in (study.others or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "comparison"
         found = compare(recipe, output, study.seeds, others=others, only=study.only)
-        if study.gradients:
-            trained = output / f"uniform-seed{recipe.seed}" / "model"
-            found["gradients"] = gradients(recipe, trained, Path(folder) / "gradients")
+        if study.quarters:
+            found["quarters"] = quarters(recipe, found, output)
     return found
 
 
-def gradients(recipe: Recipe, trained: Path, folder: Path) -> dict[str, dict[str, float]]:
-    """Compare the gradient of a step under each arm's weights with that of many clean tokens.
+def quarters(recipe: Recipe, comparison: dict[str, Any], output: Path) -> dict[str, list[list[float]]]:
+    """Return head 0's cross entropy on held-out tokens, in quarters by that of the reference, nats.
 
     Args:
         recipe: of the comparison.
-        trained: the model of its first arm, whose gradients are taken.
-        folder: to create, for stages.
+        comparison: its results.
+        output: its folder.
 
     Returns:
-        By arm: `cosine` of the angle between the two, mean over `BATCHES` steps; `alignment`, the cosine of the mean
-        of the steps; and the mean `norm` of a step.
+        By arm, for each seed, the means of the four quarters, from the tokens that the reference predicts best to those
+        that it predicts worst; of the reference itself, one list.
     """
-    out = Console(quiet=True)
-    inputs = read_inputs(recipe, out)
-    folder.mkdir()
-    with Tracking(recipe, folder, lambda _: None) as tracking:
-        models = scoring_stages(recipe, inputs, folder, tracking)
-    model = load_checkpoint(str(trained), trained).train()
-    recipes = recipe.arms()
-    rows = {name: inputs.rows(inputs.tokens.train) for name in recipes}
-    recipes[FILTERED] = recipes["uniform"]
-    assert recipe.data.noise
-    rows[FILTERED] = inputs.rows(best_predicted(recipe, inputs, models, 1 - recipe.data.noise.share))
-    clean = inputs.clean.rows(inputs.clean.tokens.train)
-    uniform = build_weighing(recipes["uniform"], models, inputs.device)
-    # Steps far from those of the clean gradient: another seed.
-    target = torch.stack(_steps(model, clean, uniform, recipe, seed=1_000_001)).mean(0)
-    found = {}
-    for name, arm in recipes.items():
-        weighing = build_weighing(arm, models, inputs.device)
-        steps = torch.stack(_steps(model, rows[name], weighing, recipe, seed=1_000_002))
-        cosines = nn.functional.cosine_similarity(steps, target[None])
-        found[name] = {
-            "cosine": float(cosines.mean()),
-            "alignment": float(nn.functional.cosine_similarity(steps.mean(0), target, dim=0)),
-            "norm": float(steps.norm(dim=1).mean()),
-        }
+    inputs = read_inputs(recipe, Console(quiet=True))
+    rows = inputs.rows(inputs.tokens.held_out)
+
+    def token_ce(kind: StageKind, stage: str) -> Tensor:
+        key = json.loads((output / stage / STAGE_FILE).read_text(encoding="utf-8"))["key"]
+        folder = cached_stage(kind, key)
+        assert folder is not None
+        model = load_checkpoint(stage, folder / "model").eval()
+        return torch.cat([_next_token_ce(model.causal, rows.batch(r)) for r in torch.arange(ROWS).split(16)])
+
+    reference = token_ce("reference", "reference")
+    quarter = torch.bucketize(reference, torch.quantile(reference, torch.tensor([0.25, 0.5, 0.75])))
+
+    def means(ce: Tensor) -> list[float]:
+        return [round(float(ce[quarter == q].mean()), 4) for q in range(4)]
+
+    found = {"reference": [means(reference)]}
+    for arm in comparison["results"]:
+        found[arm] = [means(token_ce("main", f"{arm}-seed{seed}")) for seed in comparison["seeds"]]
     return found
 
 
-def _steps(model: MTPWrapper, rows: PackedRows, weighing: Weighing, recipe: Recipe, seed: int) -> list[Tensor]:
-    """Return the gradients [parameters] of the first steps of a training, all at one state of the model."""
-    found = []
-    for step in range(BATCHES):
-        batch = rows.batch(rows_of_step(step, recipe.train.batch_size, len(rows), seed))
-        model.zero_grad(set_to_none=True)
-        model(
-            batch.input_ids,
-            position_ids=batch.position_ids,
-            labels=batch.labels,
-            document_ids=batch.document_ids,
-            token_weights=lambda current, batch=batch: weighing.weigh(batch, current).weights,
-        ).loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    return found
+@torch.no_grad()
+def _next_token_ce(model: Any, batch: Batch) -> Tensor:
+    """Return the cross entropies of the tokens that are predicted, [tokens], in nats."""
+    current = NextToken.of(model, batch.input_ids, batch.position_ids)
+    ce = current.token_ce(batch.labels, document_ids=batch.document_ids)
+    return ce[ce.isfinite()]
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -234,10 +229,10 @@ def tables(found: dict[str, Any]) -> str:
             f"{name}: mean ± standard deviation over {len(comparison['seeds'])} seeds; {comparison['steps']} steps of "
             f"{comparison['tokens_per_step']:,} tokens."
         )
-        table = _tries(comparison) if STUDIES[name].tries else noise_table(comparison)
+        table = _tries(comparison) if name == "tries" else arms_table(comparison)
         lines += [note, "", table, ""]
-        if "gradients" in comparison:
-            lines += ["Gradients of uniform weights' model:", "", _gradients(comparison["gradients"]), ""]
+        if "quarters" in comparison:
+            lines += [_quarters(comparison["quarters"]), ""]
     return "\n".join(lines[:-1])
 
 
@@ -247,7 +242,8 @@ def summary(found: dict[str, Any]) -> str:
     titles = ["head 0, CE minus that of uniform weights", *arms]
     lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * len(arms)]
     for name, comparison in found.items():
-        if not STUDIES[name].tries:
+        # A detached trunk's head 0 is not trained.
+        if name not in ("tries", "SmolLM2, detached"):
             here = [arm for arm in arms if arm in comparison["results"]]
             cells = {arm: spread(differences(comparison, arm, "val/ce_head_0"), "+") for arm in here}
             lines.append(f"| {name} | {' | '.join(cells.get(arm, '') for arm in arms)} |")
@@ -266,11 +262,17 @@ def _tries(comparison: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _gradients(found: dict[str, dict[str, float]]) -> str:
-    lines = ["| gradient of | cosine, one step | cosine, mean step | norm |", "| --- | ---: | ---: | ---: |"]
-    for name, one in found.items():
-        norm = one["norm"] / found["uniform"]["norm"]
-        lines.append(f"| {name} | {one['cosine']:.3f} | {one['alignment']:.3f} | {norm:.2f} |")
+def _quarters(found: dict[str, list[list[float]]]) -> str:
+    titles = ["head 0, tokens that the reference predicts", "best", "well", "badly", "worst"]
+    lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * 4]
+    for arm, seeds in found.items():
+        values = [statistics.fmean(column) for column in zip(*seeds, strict=True)]
+        if arm in ("reference", "uniform"):
+            cells = [arm, *(f"{value:.2f}" for value in values)]
+        else:
+            base = [statistics.fmean(column) for column in zip(*found["uniform"], strict=True)]
+            cells = [f"{arm} - uniform", *(f"{x - y:+.3f}" for x, y in zip(values, base, strict=True))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

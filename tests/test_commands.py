@@ -74,6 +74,7 @@ ELSEWHERE = {
     "uv run --group bench pytest benchmarks --benchmark-only": ("tests/test_benchmarks.py", "pytest"),
     "bash benchmarks/gpu_suite.sh": ("tests/test_benchmarks.py", "gpu_suite.sh"),
     "python -m benchmarks.report": ("tests/test_benchmark_report.py", 'load("report")'),
+    "python scripts/planted_study.py": ("tests/training/run/test_planted_comparison.py", "planted_study"),
     "python -m benchmarks.predict": ("tests/test_predict.py", 'load("predict")'),
     "train-mtp smollm2 model.source=my/glm": (
         "tests/training/run/test_carried_module.py",

@@ -258,9 +258,15 @@ class Recipe(Group):
             RecipeError: as `arms`.
         """
         if other.model_copy(update={"scorer": self.scorer}) != self:
-            raise RecipeError(f"--arm {name} changes more than the scorer; give it overrides of scorer alone")
+            raise RecipeError(
+                f"--arm {name} changes more than the scorer; expected overrides of the scorer alone, such as "
+                "scorer.temperature=2.0"
+            )
         if name in arms:
-            raise RecipeError(f"--arm {name} has the name of an arm that every comparison has; give overrides a.b=c")
+            raise RecipeError(
+                f"--arm {name} has the name of an arm of every comparison; expected overrides of the scorer, such as "
+                "scorer.temperature=2.0"
+            )
         if missing := [model.key for model in other.frozen_models() if model not in self.frozen_models()]:
             raise RecipeError(
                 f"--arm {name} needs {' and '.join(missing)}, which the recipe's scorer {self.scorer.name} does not; "

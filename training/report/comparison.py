@@ -70,7 +70,7 @@ def _levels(comparison: dict[str, Any], arm: str, metric: str) -> list[float]:
 def comparison_table(comparison: dict[str, Any]) -> str:
     """Format a comparison as a Markdown table: levels of uniform weights, differences of the other arms.
 
-    Heads that draft have a second table, of their mean accepted length. Where noise is planted, `noise_table` is all.
+    Heads that draft have a second table, of their mean accepted length. Where noise is planted, `arms_table` is all.
 
     Args:
         comparison: the content of comparison.json.
@@ -79,7 +79,7 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     seeds = comparison["seeds"]
     note = f"Mean ± standard deviation over {len(seeds)} seeds; {comparison['steps']:,} steps each."
     if "course" in comparison:
-        return f"{noise_table(comparison)}\n\n{note}"
+        return f"{arms_table(comparison)}\n\n{note}"
     heads = len(_head_metrics(comparison))
     lines = [
         f"| held-out files | head | {baseline}, CE in nats | "
@@ -118,29 +118,26 @@ def length_table(comparison: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def noise_table(comparison: dict[str, Any]) -> str:
-    """Format a comparison with planted noise, one line for each arm: cross entropies, and what its weights are.
+def arms_table(comparison: dict[str, Any]) -> str:
+    """Format a comparison of many arms, a line for each: cross entropies on all held-out files, and weights on noise.
 
     Args:
         comparison: the content of comparison.json.
     """
-    baseline, *arms = comparison["results"]
+    baseline = next(iter(comparison["results"]))
     metrics = _head_metrics(comparison)
-    heads = [f"head {h}" for h in range(len(metrics))]
-    titles = ["held-out CE in nats", *heads, "noise in tokens", "in weight", "clean sample"]
+    noise = [TOKEN_SHARE, WEIGHT_SHARE, CLEAN] if "course" in comparison else []
+    titles = ["held-out CE in nats", *(f"head {h}" for h in range(len(metrics)))]
+    titles += ["noise in tokens", "in weight", "clean sample"] if noise else []
     lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
-    for arm in (baseline, *arms):
-        ce = (
-            spread(_levels(comparison, arm, metric))
-            if arm == baseline
-            else spread(differences(comparison, arm, metric), "+")
-            for metric in metrics
-        )
-        shares = (
-            f"{statistics.fmean(_levels(comparison, arm, metric)):.3f}" for metric in (TOKEN_SHARE, WEIGHT_SHARE, CLEAN)
-        )
-        name = arm if arm == baseline else f"{arm} - {baseline}"
-        lines.append(f"| {' | '.join([name, *ce, *shares])} |")
+    for arm in comparison["results"]:
+        if arm == baseline:
+            cells = [arm, *(spread(_levels(comparison, arm, metric)) for metric in metrics)]
+        else:
+            changes = (spread(differences(comparison, arm, metric), "+") for metric in metrics)
+            cells = [f"{arm} - {baseline}", *changes]
+        cells += [f"{statistics.fmean(_levels(comparison, arm, metric)):.3f}" for metric in noise]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

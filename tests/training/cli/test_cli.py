@@ -79,7 +79,10 @@ MISTAKES = {
         ["reference: neither source nor train is given"],
     ),
     "a reference with too few steps": (["reference.train.steps=30"], ["reference.train.steps 30", "warmup_steps"]),
-    "weights before training by a model in training": (["precompute_weights=true"], ["scorer.current"]),
+    "weights before training by a model in training": (
+        ["precompute_weights=true", "scorer.scope=sequence"],
+        ["scorer.current"],
+    ),
     "weights before training that need the batch": (
         ["precompute_weights=true", "scorer={name: rho1_excess, current: ./empty, scope: batch}"],
         ["depend on what else is in the batch"],

@@ -93,7 +93,10 @@ def test_the_budget_of_a_reference_is_its_own():
         (["train.steps=null", "train.max_tokens=600"], r"warmup_steps 30 is not below train\.steps 2"),
         (["critic={train: {batch_size: 4, steps: 50, max_tokens: 5}}"], "a critic is trained on pairs"),
         (["data.prompt_field=p"], "prompt_field is given without completion_field"),
-        (["precompute_weights=true", "scorer.current=x", "data.packing=padded"], "don't hold every token"),
+        (
+            ["precompute_weights=true", "scorer.current=x", "scorer.scope=sequence", "data.packing=padded"],
+            "don't hold every token",
+        ),
         (["scorer.name=draft_rejection", "precompute_weights=true"], "draft_rejection needs the losses or drafts"),
         (["scorer.name=draft_rejection", "model.mtp.kind=teacher_forcing"], "needs heads that draft.*teacher_forcing"),
         (["scorer={name: shuffled, of: {name: draft_rejection}}", "model.mtp.horizon=1"], "draft.* with horizon 1"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mtp_ce.training.config.recipe import load_recipe
-from mtp_ce.training.report.comparison import COURSE, comparison_table, noise_table
+from mtp_ce.training.report.comparison import COURSE, arms_table, comparison_table
 from mtp_ce.training.run import compare as module
 from mtp_ce.training.run.compare import compare
 
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS, WEIGHT, ESS, CLEAN = COURSE
 SCORED = ["rho1_excess", "rho1_excess-topk", "rho1_excess-sequence"]
 ARMS = ["uniform", *SCORED, "shuffled", "random_matched", "planted_truth", "filtered"]
@@ -72,7 +74,7 @@ def test_the_course_and_its_mean_over_all_steps_are_in_the_results(compared):
         assert result[WEIGHT] == pytest.approx(mean)
         assert result[CLEAN] <= result[ESS] + 0.02, "the first tokens of documents count in the second alone"
     assert json.loads((output / "comparison.json").read_text()) == found
-    assert comparison_table(found).startswith(noise_table(found))
+    assert comparison_table(found).startswith(arms_table(found))
 
 
 def test_the_table_has_a_line_for_each_arm(compared):
@@ -105,18 +107,29 @@ def test_no_arm_is_trained_twice(compared, rho1, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_study_of_all_kinds_in_two_minutes(tmp_path):
-    """The recipe as shipped, with a few steps; copies are told apart only once they are learned by heart."""
+def test_the_study_of_all_kinds_in_two_minutes(monkeypatch):
+    """The study as documented, with a few steps; copies are told apart only once they are learned by heart."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    study = importlib.import_module("planted_study")
+    monkeypatch.setattr(study.torch, "set_num_threads", lambda threads: None)
     few = [
         *("train.steps=8", "optimizer.warmup_steps=4", "train.log_every=4", "reference.train.steps=100"),
-        *("validation.rows=16", "validation.decoding.prompts=0", "train.device=cpu", "tracking.kind=none"),
+        "validation.rows=16",
     ]
+    results = {}
     for noise in ("documents", "spans", "duplicates"):
-        found = compare(
-            load_recipe("planted", [*few, f"data.noise.kind={noise}"]), tmp_path / noise, 1, Console(quiet=True)
-        )
-        assert list(found["results"]) == ARMS
+        arms = ARMS if noise == "documents" else ["uniform", "rho1_excess", "random_matched"]
+        whole = study.STUDIES[noise]
+        small = whole._replace(overrides=[*whole.overrides, *few], seeds=1, only=arms)
+        monkeypatch.setitem(study.STUDIES, noise, small)
+        found = results[noise] = study.run(noise)
+        assert list(found["results"]) == arms
         (ours,) = found["results"]["rho1_excess"]
-        assert 0.2 < ours[TOKENS] < 0.6
+        assert 0.2 < ours[TOKENS] < 0.7
         if noise != "duplicates":
             assert ours[WEIGHT] < ours[TOKENS]
+            assert list(found["quarters"]) == ["reference", *arms]
+            (reference,) = found["quarters"]["reference"]
+            assert reference == sorted(reference)
+    assert study.tables(results).count("| uniform |") == 5, "three comparisons, two of them in quarters"
+    assert study.summary(results).count("\n") == 1 + len(results)

@@ -254,7 +254,7 @@ def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run
     reference = AutoModelForCausalLM.from_pretrained(weighted_run.folder / "reference" / "model")
     rows = inputs.rows(inputs.tokens.train)
     batch = rows.batch(rows_of_step(0, recipe.train.batch_size, len(rows), recipe.seed))
-    _, statistics = Rho1ExcessScorer(reference).run(
+    _, statistics = Rho1ExcessScorer(reference, **recipe.scorer.normalization()).run(
         batch.input_ids, batch.labels, batch.document_ids,
         position_ids=batch.position_ids, current=NextToken.of(model.causal, batch.input_ids, batch.position_ids),
     )  # fmt: skip
