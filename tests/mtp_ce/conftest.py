@@ -1,6 +1,11 @@
-"""What tests of memory share: a watch on every allocation and product, and memory that starts as NaN."""
+"""What tests share: a watch on allocations and products, memory that starts as NaN, and the start of gloo ranks."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::matmul", "aten::linear")
+RANKS = Path(__file__).resolve().parent / "vocabulary/ranks.py"
 
 
 @pytest.fixture
@@ -51,3 +57,32 @@ def poisoned_memory(device: torch.device) -> Iterator[None]:
     assert bool(torch.empty_like(torch.zeros(3, device=device)).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def start(ranks: int, jobs: dict[str, Any], folder: Path, timeout: int) -> Callable[..., list[Any]]:
+    """Run scenarios and cases on so many ranks; return what looks up the results of all of them by name."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    process = subprocess.Popen(
+        [sys.executable, str(RANKS), str(ranks), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        said = process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said[-3000:]
+    by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+    def of(*key: Any) -> list[Any]:
+        results = [rank[key if len(key) > 1 else key[0]] for rank in by_rank]
+        for result in results:
+            assert not isinstance(result, str), result
+        return results
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., Callable[..., list[Any]]]:
+    """The function `start` of this file."""
+    return start

@@ -1,6 +1,6 @@
-"""One rank of the tests beside this file: `python ranks.py RANK RANKS FOLDER` runs what FOLDER/jobs.json lists.
+"""Ranks on gloo: `python ranks.py RANKS FOLDER` runs on all of them what FOLDER/jobs.json lists.
 
-Every rank writes its results to FOLDER/<rank>.pt: of a random case the tensors by name, of a scenario what its function
+One process imports, and forks the ranks: models of transformers take 15 seconds to import. Every rank writes its results to FOLDER/<rank>.pt: of a random case the tensors by name, of a scenario what its function
 returns, and in the place of both the text of an exception.
 """
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.multiprocessing import start_processes
 
 TESTS = Path(__file__).resolve().parents[2]
 
@@ -404,15 +405,19 @@ def compiled(ranks: Ranks) -> Any:
     return found
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
+def main(ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    jobs = json.loads((folder / "jobs.json").read_text())
+    scenarios = load(Path(__file__).parent / jobs["module"]).SCENARIOS if "module" in jobs else SCENARIOS
+    start_processes(run, (ranks, folder, jobs, scenarios), nprocs=ranks, start_method="fork")
+
+
+def run(rank: int, ranks: int, folder: Path, jobs: dict[str, Any], scenarios: dict[str, Callable[..., Any]]) -> None:
+    """What one rank runs."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
     )
-    state, jobs, found = Ranks(folder, rank, ranks), json.loads((folder / "jobs.json").read_text()), {}
-    scenarios = SCENARIOS
-    if "module" in jobs:
-        scenarios = load(Path(__file__).with_name(jobs["module"])).SCENARIOS
+    state, found = Ranks(folder, rank, ranks), {}
     for name in jobs["scenarios"]:
         found[name] = attempt(scenarios[name], state)
     for kind, impl, seed in jobs["cases"]:
@@ -430,4 +435,4 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,41 @@
+"""A sequence that is cut over 4 gloo ranks: with halos the loss, statistics and gradients are those of one process.
+
+The scenarios are those of context_ranks.py, on models of transformers whose attention gathers keys and values.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCENARIOS = ("slices", "other_heads", "rank_without_targets")
+
+
+@pytest.fixture(scope="module")
+def found(start_ranks, tmp_path_factory) -> Any:
+    """What all ranks found: `found(name)` is a list of results, one a rank."""
+    module = Path(__file__).with_name("context_ranks.py")
+    jobs = {"module": str(module), "scenarios": SCENARIOS, "cases": []}
+    return start_ranks(4, jobs, tmp_path_factory.mktemp("context"), 300)
+
+
+def assert_same_step(case: Any, alone: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Loss, every statistic and every gradient; some rows are masked, and others not."""
+    if case == "teacher_forcing":  # rows of heads whose position is in the next slice are counted there
+        alone["stats"], shared["stats"] = {"live": alone["stats"]["live"]}, {"live": alone["stats"]["live"]}
+    named = {"loss": (shared["loss"], alone["loss"])}
+    named |= {f"stats {name}": (shared["stats"][name], x) for name, x in alone["stats"].items()}
+    named |= {f"gradient of {name}": (shared["gradients"][name], x) for name, x in alone["gradients"].items()}
+    assert shared["gradients"].keys() == alone["gradients"].keys()
+    assert 0 < alone["stats"]["live"].float().mean() < 1
+    assert sum(bool(x.any()) for x in alone["gradients"].values()) >= 4
+    for name, (got, expected) in named.items():
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{case}, {n}: {m}")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_slices_of_four_ranks_are_the_whole(found, scenario: str) -> None:
+    """Contiguous and in zig-zag, documents cut anywhere, more heads than a slice has positions, every kind of head."""
+    for case, (alone, shared) in found(scenario)[0].items():
+        assert_same_step(case, alone, shared)
