@@ -74,6 +74,22 @@ def positions_of(labels: Tensor, left_halo: int, arguments: Mapping[str, Any]) -
     return labels.shape[1] - left_halo
 
 
+def own_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the labels of a batch without halos, as Trainer counts them in `num_items_in_batch`.
+
+    A token in the halo of one slice is a token of another: slices then count what the whole has, the tokens that head 0
+    predicts from their positions.
+    """
+    others = dict(batch)
+    call = LossArguments.take(others.pop("labels", None), others)
+    if not isinstance(call.targets, Tensor) or call.targets.dim() != 2:
+        return batch
+    first = call.options.get("left_halo", 0)
+    end = first + positions_of(call.targets, first, others) + call.shift  # Trainer skips the first of labels
+    own = {"labels": call.targets[:, first:end]}
+    return own if call.shift else {**own, "shift_labels": own["labels"]}
+
+
 class CountingCollator(NamedTuple):
     """A data collator whose batches have their `drop_dead_rows` beside them."""
 

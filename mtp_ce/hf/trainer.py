@@ -28,7 +28,7 @@ from mtp_ce.hf.checkpoint import checkpoint_to_resume, load_into
 from mtp_ce.hf.head_metrics import HeadMeans
 from mtp_ce.hf.heads_lr import separate_heads
 from mtp_ce.hf.output import MTPOutput
-from mtp_ce.hf.row_count import CountingCollator
+from mtp_ce.hf.row_count import CountingCollator, own_labels
 from mtp_ce.hf.saved_heads import SavedHeads
 from mtp_ce.hf.trainer_arguments import (
     check_arguments,
@@ -123,6 +123,11 @@ class MTPTrainer(Trainer):
             if not isinstance(inner.collate_fn, CountingCollator):  # persistent workers keep their loader
                 inner.collate_fn = CountingCollator(inner.collate_fn, self.model.row_count)
         return loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Count the tokens that are predicted from the positions of these batches: those of halos are others'."""
+        count: Tensor | int | None = super()._get_num_items_in_batch(list(map(own_labels, batch_samples)), device)
+        return count
 
     def compute_loss(
         self,
@@ -225,13 +230,14 @@ class MTPTrainer(Trainer):
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the labels of rows that repeat others, with which the last batch gives every rank the same number."""
-        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        name = "shift_labels" if "shift_labels" in inputs else "labels"
+        state, labels = self.accelerator.gradient_state, inputs.get(name)
         if labels is None or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return inputs
         # A row of several, flattened for flash attention, may hold some that repeat: those stay.
         size = self.args.eval_batch_size if "cu_seq_lens_q" in inputs else len(labels)
         row = torch.arange(len(labels), device=labels.device) + self.accelerator.process_index * size
-        return {**inputs, "labels": torch.where((row < state.remainder)[:, None], labels, -100)}
+        return {**inputs, name: torch.where((row < state.remainder)[:, None], labels, -100)}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train; arguments as Trainer's.
@@ -247,6 +253,9 @@ class MTPTrainer(Trainer):
         """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, sharded=sharded)
+        if not sharded and self.model_wrapped is self.model:
+            # accelerate returns a model that `evaluate` has prepared as it is, and every rank would train by itself.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(checkpoint, *arguments, **options)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -4,8 +4,10 @@ A slice is a row of the batch. In the contiguous layout a rank has one slice of 
 each end, so that its batch is twice as large.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
 
-from mtp_ce import MTPWrapper
+from mtp_ce import MTPTrainer, MTPWrapper
 
 V, B, L = 31, 2, 16
 SIZES = {
@@ -81,9 +83,9 @@ def order_of_keys(layout: str, ranks: int) -> Tensor:
     return torch.cat([torch.arange(start, start + n) for starts, n in found for start in starts])
 
 
-def draw(documents: str, masked: slice) -> SimpleNamespace:
+def draw(documents: str, masked: slice, seed: int = 1) -> SimpleNamespace:
     """Whole sequences, every token of a weight."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(V, (B, L), generator=generator)
     labels = tokens.clone()
     labels[:, masked] = -100
@@ -95,21 +97,27 @@ def draw(documents: str, masked: slice) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def inputs_of(text: SimpleNamespace, starts: list[int], n: int, left: int, halo: int, keys: Tensor) -> dict[str, Any]:
+def inputs_of(
+    text: SimpleNamespace, starts: list[int], n: int, left: int, halo: int, keys: Tensor, shifted: bool = False
+) -> dict[str, Any]:
     """A rank's arguments of the wrapper's forward."""
 
     def cut(x: Tensor, before: int = 0, after: int = 0, value: int = 0) -> Tensor:
         padded = F.pad(x, (before, after), value=value)
         return torch.cat([padded[:, start : start + before + n + after] for start in starts])
 
+    def cut_labels(x: Tensor, value: int) -> Tensor:
+        moved = F.pad(x[:, 1:], (0, 1), value=value) if shifted else x
+        return cut(moved, left, halo - shifted, value)
+
     after = [F.pad(text.tokens, (0, halo))[:, start + n : start + n + halo - 1] for start in starts]
     return {
         "input_ids": cut(text.tokens),
         "position_ids": cut(text.positions),
         "attention_mask": torch.cat([text.attends[:, start : start + n, keys] for start in starts])[:, None],
-        "labels": cut(text.labels, left, halo, -100),
-        "document_ids": cut(text.ids, left, halo, -1),
-        "token_weights": cut(text.weights, left, halo),
+        "shift_labels" if shifted else "labels": cut_labels(text.labels, -100),
+        "document_ids": cut_labels(text.ids, -1),
+        "token_weights": cut_labels(text.weights, 0),
         "next_input_ids": torch.cat(after),
         "left_halo": left,
     }
@@ -213,6 +221,82 @@ def other_heads(ranks: Any) -> Any:
 @scenario
 def rank_without_targets(ranks: Any) -> Any:
     """The tokens that a rank's positions predict are masked: it has no row, and joins what others send in backward."""
-    return {
-        heads: compare(ranks, "contiguous", "one", heads, 3, masked=slice(5, 11)) for heads in ("residual", "sequential")
-    }
+    masked = slice(5, 11)
+    return {heads: compare(ranks, "contiguous", "one", heads, 3, masked=masked) for heads in ("residual", "sequential")}
+
+
+STEPS, ACCUMULATION, RATE = 2, 2, 0.5
+
+
+@scenario
+def trainer(ranks: Any) -> Any:
+    """MTPTrainer on a data set of slices, beside plain SGD on the whole."""
+    here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.ranks, "LOCAL_WORLD_SIZE": ranks.ranks}
+    os.environ.update({name: str(value) for name, value in here.items()})
+    cases = (("contiguous", "residual", False), ("zig_zag", "sequential", False), ("contiguous", "residual", True))
+    return {case: train(ranks, *case) for case in cases}
+
+
+def train(ranks: Any, layout: str, heads: str, shifted: bool) -> Any:
+    H = 3
+    documents = "one" if shifted else "over_three_ranks"
+    texts = [draw(documents, slice(5, 7 + 2 * seed), seed) for seed in range(STEPS * ACCUMULATION)]
+    name = "shift_labels" if shifted else "labels"
+    rows: list[dict[str, Tensor]] = []
+    keys = order_of_keys(layout, ranks.ranks)
+    for text in texts:  # in the order in which accelerate deals out batches
+        for rank in range(ranks.ranks):
+            starts, n = starts_of(layout, rank, ranks.ranks)
+            inputs = inputs_of(text, starts, n, H - 1, H, keys, shifted)
+            del inputs["left_halo"]
+            rows += [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
+    size = len(starts) * B
+    arguments = TrainingArguments(
+        str(Path(ranks.folder) / "trainer"), max_steps=STEPS, gradient_accumulation_steps=ACCUMULATION,
+        per_device_train_batch_size=size, per_device_eval_batch_size=size, train_sampling_strategy="sequential",
+        optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, label_names=[name],
+    )  # fmt: skip
+    build.cache_clear()
+    wrapper = build("gathered", heads, H)
+    trained = MTPTrainer(
+        model=wrapper, args=arguments, train_dataset=rows, eval_dataset=rows,
+        data_collator=lambda features: {**default_data_collator(features), "left_halo": H - 1},
+    )  # fmt: skip
+    if heads == "residual":  # which must not keep the ranks from adding up their gradients after it
+        trained.evaluate()
+    trained.train()
+    shared: dict[str, Any] = {"eval": trained.evaluate()["eval_loss"]}
+    shared |= {"losses": [log["loss"] for log in trained.state.log_history if "loss" in log]}
+    shared["ce"] = [log["ce_head_1"] for log in trained.state.log_history if "ce_head_1" in log]
+    shared["parameters"] = {x: y.detach() for x, y in wrapper.named_parameters()}
+    return None if ranks.rank else (by_hand(texts, build("sdpa", heads, H)), shared)
+
+
+def by_hand(texts: list[SimpleNamespace], wrapper: MTPWrapper) -> dict[str, Any]:
+    """The same numbers from whole sequences in one process."""
+    count = [int((text.labels[:, 1:] != -100).sum()) for text in texts]
+    found: dict[str, Any] = {"losses": [], "ce": []}
+
+    def run(text: SimpleNamespace, items: int) -> Any:
+        inputs = inputs_of(text, [0], L, 0, 0, torch.arange(L)) | {"next_input_ids": None}
+        return wrapper(**inputs, num_items_in_batch=items, return_stats=True)
+
+    for step in range(STEPS):
+        batch = range(step * ACCUMULATION, (step + 1) * ACCUMULATION)
+        wrapper.zero_grad()
+        outputs = [run(texts[i], sum(count[j] for j in batch)) for i in batch]
+        loss = sum(output.loss for output in outputs)
+        loss.backward()
+        ce, read = (
+            torch.cat([x[:, :, 1] for x in columns])
+            for columns in zip(*((output.stats.ce, output.stats.top1 >= 0) for output in outputs), strict=True)
+        )
+        found["losses"].append(loss.item())
+        found["ce"].append(float(ce.sum() / read.sum()))
+        with torch.no_grad():
+            for parameter in wrapper.parameters():
+                parameter -= RATE * (0 if parameter.grad is None else parameter.grad)
+    with torch.no_grad():
+        found["eval"] = sum(float(run(text, sum(count)).loss) for text in texts)
+    return found | {"parameters": {x: y.detach() for x, y in wrapper.named_parameters()}}

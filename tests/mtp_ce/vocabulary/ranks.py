@@ -1,7 +1,8 @@
 """Ranks on gloo: `python ranks.py RANKS FOLDER` runs on all of them what FOLDER/jobs.json lists.
 
-One process imports, and forks the ranks: models of transformers take 15 seconds to import. Every rank writes its results to FOLDER/<rank>.pt: of a random case the tensors by name, of a scenario what its function
-returns, and in the place of both the text of an exception.
+One process imports, and forks the ranks: models of transformers take 15 seconds to import. Every rank writes its
+results to FOLDER/<rank>.pt: of a random case the tensors by name, of a scenario what its function returns, and in the
+place of both the text of an exception.
 """
 
 import importlib.util
