@@ -146,9 +146,9 @@ def check_parallelism(parallelism: Any, gpus: int, horizon: int) -> None:
         size = getattr(parallelism, name, 1)
         if size > 1:
             raise ValueError(
-                f"{name} of parallelism_config is {size}; expected 1 with {horizon} heads: transformers cuts labels as "
-                "it cuts tokens, and the heads would have no targets beyond a rank's part. The wrapper itself takes "
-                "longer labels, in a training loop of your own."
+                f"{name} of parallelism_config is {size}; expected 1 with {horizon} heads: labels are cut as tokens "
+                "are, and the heads would have no targets beyond a rank's part. MTPTrainer without parallelism_config "
+                "trains on a data set of slices whose labels have a halo (docs/heads.md, Hugging Face's trainers)."
             )
 
 

@@ -21,7 +21,7 @@ from mtp_ce import MTPTrainer, MTPWrapper
 
 V, B, L = 31, 2, 16
 SIZES = {
-    "vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }  # fmt: skip
 # Over four ranks of 4 positions: one; borders on those of the ranks; one from the first rank to the last, and one from
@@ -58,11 +58,10 @@ def gathered(
     pieces = attention_mask.shape[-1] // key.shape[2]
     slices = pieces // dist.get_world_size()
 
-    def whole(x: Tensor) -> Tensor:  # [C B, heads, n, d] -> [C B, heads, L, d], in the order of `order_of_keys`
-        return torch.cat(AllGather.apply(x).chunk(pieces), 2).repeat(slices, 1, 1, 1)
-
+    pairs = torch.cat([key, value], -1)  # [C B, heads, n, 2 d] -> [B, heads, L, 2 d], in the order of `order_of_keys`
+    whole = torch.cat(AllGather.apply(pairs).chunk(pieces), 2).repeat(slices, 1, 1, 1)
     output = F.scaled_dot_product_attention(
-        query, whole(key), whole(value), attention_mask, scale=scaling, enable_gqa=True
+        query, *whole.chunk(2, -1), attn_mask=attention_mask, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -154,11 +153,11 @@ def together(ranks: Any, found: dict[str, Any], layout: str) -> dict[str, Any]:
     dist.all_reduce(sums)
     loss, *gradients = sums.split([1, *(x.numel() for x in found["gradients"].values())])
     order = order_of_keys(layout, ranks.ranks).argsort()
-    stats = {}
-    for name, x in found["stats"].items():
-        parts = [torch.empty_like(x) for _ in range(ranks.ranks)]
-        dist.all_gather(parts, x.contiguous())
-        stats[name] = torch.cat([piece for part in parts for piece in part.split(B)], 1)[:, order]
+    rows = torch.stack([x.double() for x in found["stats"].values()], -1)
+    parts = rows.new_empty(ranks.ranks * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(parts, rows)
+    columns = torch.cat(parts.split(B), 1)[:, order].unbind(-1)
+    stats = {name: x.to(like.dtype) for (name, like), x in zip(found["stats"].items(), columns, strict=True)}
     named = zip(found["gradients"].items(), gradients, strict=True)
     return {"loss": loss[0], "stats": stats, "gradients": {name: x.view_as(like) for (name, like), x in named}}
 
@@ -196,7 +195,7 @@ def slices(ranks: Any) -> Any:
         (layout, documents, heads, H): compare(ranks, layout, documents, heads, H)
         for layout in ("contiguous", "zig_zag")
         for documents in DOCUMENTS
-        for heads, H in (("residual", 6), ("sequential", 3), ("sequential", 6))
+        for heads, H in (("residual", 3), ("sequential", 6))
     }
 
 
@@ -233,7 +232,7 @@ def trainer(ranks: Any) -> Any:
     """MTPTrainer on a data set of slices, beside plain SGD on the whole."""
     here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.ranks, "LOCAL_WORLD_SIZE": ranks.ranks}
     os.environ.update({name: str(value) for name, value in here.items()})
-    cases = (("contiguous", "residual", False), ("zig_zag", "sequential", False), ("contiguous", "residual", True))
+    cases = (("contiguous", "residual", False), ("zig_zag", "sequential", True))
     return {case: train(ranks, *case) for case in cases}
 
 
