@@ -1,9 +1,16 @@
-"""AdamW and its learning rate schedule."""
+"""AdamW, its learning rate schedule, and the clipping of gradients."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
@@ -29,10 +36,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
         for embedding in (part.get_input_embeddings(), part.get_output_embeddings())
         if embedding is not None
     }
-    groups: dict[tuple[bool, bool], list[Parameter]] = {}
+    # torch updates the parameters of a group at once, which DTensors of two meshes can't be.
+    groups: dict[tuple[bool, bool, int], list[Parameter]] = {}
     for name, parameter in model.named_parameters():  # tied parameters appear once
         matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-        groups.setdefault((name.startswith("heads."), matrix), []).append(parameter)
+        groups.setdefault((name.startswith("heads."), matrix, _mesh_dims(parameter)), []).append(parameter)
     # The trunk's group comes first, because the logged learning rate is that of the first group.
     return AdamW(
         [
@@ -41,7 +49,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
                 "lr": config.heads_lr if config.heads_lr and head else config.lr,
                 "weight_decay": config.weight_decay if matrix else 0.0,
             }
-            for (head, matrix), parameters in sorted(groups.items(), key=lambda group: group[0])
+            for (head, matrix, _), parameters in sorted(groups.items(), key=lambda group: group[0])
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -58,3 +66,44 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) ->
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup_steps, steps, min_lr_rate=config.final_lr_ratio
     )
+
+
+def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> Tensor:
+    """Scale gradients so that their norm is at most `limit`; all ranks that share parameters call this together.
+
+    Args:
+        parameters: sharded over a mesh, some over one of its dimensions only, or not.
+        limit: the largest norm; None changes nothing.
+
+    Returns:
+        [], the L2 norm of the whole gradient before.
+    """
+    by_mesh: dict[int, list[Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(_mesh_dims(parameter), []).append(parameter)
+    norms = [_norm(group) for group in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if limit is not None:
+        for group in by_mesh.values():
+            clip_grads_with_norm_(group, limit, norm)
+    return norm
+
+
+def _norm(parameters: list[Parameter]) -> Tensor:
+    """Return the norm of gradients that are sharded over one mesh: [], the same bits on every rank of it."""
+    gradients: list[Any] = [x.grad for x in parameters]
+    if not isinstance(gradients[0], DTensor):
+        return get_total_norm(gradients)
+    mine = get_total_norm([x.to_local() for x in gradients])
+    squares = mine.double() ** 2
+    # torch's own sum over a mesh of two dimensions warns that its order may differ between ranks.
+    mesh = gradients[0].device_mesh
+    for dim in range(mesh.ndim):
+        dist.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt().to(mine.dtype)
+
+
+def _mesh_dims(parameter: Tensor) -> int:
+    """Over how many dimensions of the mesh a parameter is sharded: all, or those of FSDP."""
+    return parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0

@@ -79,7 +79,7 @@ def fit(
     ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
-    together: dict[str, Any] = {"ranks": ranks.size} if recipe.scorer.depends_on_batch else {}
+    together: dict[str, Any] = {"ranks": ranks.data_size} if recipe.scorer.depends_on_batch else {}
     if any(rows.halos):
         together["rows.halos"] = list(rows.halos)
     checkpoints = Checkpoints(

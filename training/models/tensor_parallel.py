@@ -1,0 +1,117 @@
+"""Tensor parallelism: every layer, and the vocabulary, over the ranks of a mesh, by torch's styles.
+
+    q, k, v, gate, up    ColwiseParallel    a rank computes some of the outputs, those of its attention heads
+    o, down              RowwiseParallel    from some of the inputs; the products are summed over the ranks
+    embedding            RowwiseParallel    some tokens of the vocabulary; the others' rows are zero, and summed
+    output layer         ColwiseParallel    the same tokens; the loss reads the layer, a DTensor, and gathers no logits
+
+What else a layer has, such as norms, every rank computes alike, and small heads too. Which matrices of a decoder layer
+take which style is the plan that transformers has for the architecture; the layers of heads take that of the trunk's.
+
+Source: arXiv:1909.08053. The styles: torch.distributed.tensor.parallel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from mtp_ce.heads.trunk import decoder_layers
+from mtp_ce.hf.wrapper import MTPWrapper
+from mtp_ce.training.errors import RecipeError
+
+# The dimension of a weight that is sharded, by transformers' name of the style.
+STYLES = {"colwise": 0, "rowwise": 1}
+
+_OF_LAYERS = "layers.*."
+# Sizes of a configuration that the ranks divide.
+_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def layer_plan(model: MTPWrapper, ranks: int) -> dict[str, str]:
+    """Return the style of each matrix of a decoder layer, by its name in the layer.
+
+    Args:
+        model: the model, not sharded.
+        ranks: the number of ranks that share a layer.
+
+    Raises:
+        RecipeError: the ranks can't share the layers of this architecture, or of these sizes.
+    """
+    config: Any = model.causal.config.get_text_config()
+    what = f"train.tensor_parallel is {ranks}, but"
+    whole = config.base_model_tp_plan or {}
+    plan = {name.removeprefix(_OF_LAYERS): style for name, style in whole.items() if name.startswith(_OF_LAYERS)}
+    architecture = type(model.causal).__name__
+    if not plan:
+        raise RecipeError(f"{what} transformers has no plan for the layers of {architecture}; give 1")
+    for name, style in plan.items():
+        if style not in STYLES:
+            known = " and ".join(STYLES)
+            raise RecipeError(f"{what} {name} of {architecture} is {style} in its plan, which takes {known}; give 1")
+    for name in _SIZES:
+        size = getattr(config, name, ranks)
+        if size % ranks:
+            raise RecipeError(f"{what} {name} of {architecture} is {size}; give a number that divides it")
+    return plan
+
+
+def sharded_dims(model: MTPWrapper, ranks: int) -> dict[str, int]:
+    """Return the dimension over which each parameter that ranks share is sharded, by name.
+
+    Args:
+        model: the model, not sharded.
+        ranks: the number of ranks that share a layer.
+
+    Raises:
+        RecipeError: as `layer_plan`.
+    """
+    plan = layer_plan(model, ranks)
+    layers = {id(layer) for layer in _layers(model)}
+    dims: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        if id(module) in layers:
+            for name, style in plan.items():
+                matrix = module.get_submodule(name)
+                dims[f"{prefix}.{name}.weight"] = STYLES[style]
+                if style == "colwise" and getattr(matrix, "bias", None) is not None:
+                    dims[f"{prefix}.{name}.bias"] = 0
+        elif module in (model.causal.get_input_embeddings(), model.causal.get_output_embeddings()):
+            dims |= {f"{prefix}.{name}": 0 for name, _ in module.named_parameters()}
+    return dims
+
+
+def share_layers(model: MTPWrapper, mesh: DeviceMesh) -> None:
+    """Shard the layers of a model and its vocabulary over a mesh of one dimension, whose ranks hold equal copies.
+
+    Raises:
+        RecipeError: as `layer_plan`.
+    """
+    of_matrices: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan = {name: of_matrices[style]() for name, style in layer_plan(model, mesh.size()).items()}
+    for layer in _layers(model):
+        parallelize_module(layer, mesh, plan, src_data_rank=None)
+    embedding: Any = model.causal.get_input_embeddings()
+    output: Any = model.causal.get_output_embeddings()
+    tied = output.weight is embedding.weight
+    parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
+    parallelize_module(output, mesh, ColwiseParallel(), src_data_rank=None)
+    if tied:
+        output.weight = embedding.weight
+
+
+def local_shape(shape: torch.Size, dim: int | None, ranks: int) -> torch.Size:
+    """Return the shape of the largest shard."""
+    sizes = list(shape)
+    if dim is not None:
+        sizes[dim] = -(-sizes[dim] // ranks)
+    return torch.Size(sizes)
+
+
+def _layers(model: MTPWrapper) -> list[nn.Module]:
+    return [*decoder_layers(model.causal)[0], *model.heads.decoder_layers]
