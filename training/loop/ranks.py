@@ -13,6 +13,7 @@ shards what each of them has over the groups. "Data rank" is then the number of 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import sys
@@ -48,6 +49,9 @@ from mtp_ce.training.interrupt import Stop, ignore_sigterm, stop_on_signal
 from mtp_ce.training.models.tensor_parallel import share_layers
 
 T = TypeVar("T")
+
+# Every rank would warn that a parameter sharded over both dimensions of a mesh is gathered in two steps.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 # Timeout of gloo collectives in which ranks wait for the work of rank 0, such as training a critic.
 LONGEST_WAIT = timedelta(hours=12)
@@ -292,8 +296,8 @@ def join_ranks(
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     shared = train.tensor_parallel
-    if size == 1 and shared > 1:
-        raise _not_divisible(size, shared)
+    if size == 1:
+        check_groups(size, shared)
     if size == 1 and train.precision == "fp32" and not train.cpu_offload:
         yield ALONE
         return
@@ -308,8 +312,7 @@ def join_ranks(
         dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(LONGEST_WAIT)
     try:
         with stop_on_signal() if size > 1 else nullcontext(Stop()) as stop:
-            if size % shared:
-                raise _not_divisible(size, shared)
+            check_groups(size, shared)
             if shared == 1:
                 mesh = init_device_mesh(device.type, (size,))
             else:
@@ -325,11 +328,17 @@ def join_ranks(
         dist.destroy_process_group()
 
 
-def _not_divisible(size: int, shared: int) -> RecipeError:
-    return RecipeError(
-        f"train.tensor_parallel {shared} does not divide the {size} rank{'s' if size > 1 else ''} of this run; start a "
-        f"multiple of {shared}, such as torchrun --nproc-per-node {shared}"
-    )
+def check_groups(size: int, shared: int) -> None:
+    """Check that ranks can be divided into groups of those that share the layers.
+
+    Raises:
+        RecipeError: they can't.
+    """
+    if size % shared:
+        raise RecipeError(
+            f"train.tensor_parallel {shared} does not divide the {size} rank{'s' if size > 1 else ''} of this run; "
+            f"start a multiple of {shared}, such as torchrun --nproc-per-node {shared}"
+        )
 
 
 def _leave(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
@@ -61,31 +60,6 @@ def layer_plan(model: MTPWrapper, ranks: int) -> dict[str, str]:
     return plan
 
 
-def sharded_dims(model: MTPWrapper, ranks: int) -> dict[str, int]:
-    """Return the dimension over which each parameter that ranks share is sharded, by name.
-
-    Args:
-        model: the model, not sharded.
-        ranks: the number of ranks that share a layer.
-
-    Raises:
-        RecipeError: as `layer_plan`.
-    """
-    plan = layer_plan(model, ranks)
-    layers = {id(layer) for layer in _layers(model)}
-    dims: dict[str, int] = {}
-    for prefix, module in model.named_modules():
-        if id(module) in layers:
-            for name, style in plan.items():
-                matrix = module.get_submodule(name)
-                dims[f"{prefix}.{name}.weight"] = STYLES[style]
-                if style == "colwise" and getattr(matrix, "bias", None) is not None:
-                    dims[f"{prefix}.{name}.bias"] = 0
-        elif module in (model.causal.get_input_embeddings(), model.causal.get_output_embeddings()):
-            dims |= {f"{prefix}.{name}": 0 for name, _ in module.named_parameters()}
-    return dims
-
-
 def share_layers(model: MTPWrapper, mesh: DeviceMesh) -> None:
     """Shard the layers of a model and its vocabulary over a mesh of one dimension, whose ranks hold equal copies.
 
@@ -105,12 +79,35 @@ def share_layers(model: MTPWrapper, mesh: DeviceMesh) -> None:
         output.weight = embedding.weight
 
 
-def local_shape(shape: torch.Size, dim: int | None, ranks: int) -> torch.Size:
-    """Return the shape of the largest shard."""
-    sizes = list(shape)
-    if dim is not None:
-        sizes[dim] = -(-sizes[dim] // ranks)
-    return torch.Size(sizes)
+def keep_share(model: MTPWrapper, ranks: int) -> None:
+    """Shrink a model on the meta device to the largest part that one of the ranks has.
+
+    Raises:
+        RecipeError: as `layer_plan`.
+    """
+    dims = _sharded_dims(model, ranks)
+    for name, parameter in model.named_parameters():  # tied parameters appear once
+        if name in dims:
+            shape = list(parameter.shape)
+            shape[dims[name]] = -(-shape[dims[name]] // ranks)
+            parameter.data = parameter.data.new_empty(shape)
+
+
+def _sharded_dims(model: MTPWrapper, ranks: int) -> dict[str, int]:
+    """Return the dimension over which each parameter that ranks share is sharded, by name."""
+    plan = layer_plan(model, ranks)
+    layers = {id(layer) for layer in _layers(model)}
+    dims: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        if id(module) in layers:
+            for name, style in plan.items():
+                matrix = module.get_submodule(name)
+                dims[f"{prefix}.{name}.weight"] = STYLES[style]
+                if style == "colwise" and getattr(matrix, "bias", None) is not None:
+                    dims[f"{prefix}.{name}.bias"] = 0
+        elif module in (model.causal.get_input_embeddings(), model.causal.get_output_embeddings()):
+            dims |= {f"{prefix}.{name}": 0 for name, _ in module.named_parameters()}
+    return dims
 
 
 def _layers(model: MTPWrapper) -> list[nn.Module]:

@@ -72,6 +72,8 @@ def fit(
     nn.Module.to(model, inputs.device)
     ranks = inputs.ranks
     where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
+    if ranks.tensor_parallel > 1:
+        where = f"{where}, {ranks.tensor_parallel} of which share the layers"
     say(inputs.console, f"model       {parameters(model)}; on {where}")
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)
