@@ -23,7 +23,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.next_token import NextToken
@@ -81,7 +81,7 @@ class Trainer:
     model: MTPWrapper
     weigh: Weigh
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     rows: PackedRows
     held_out: PackedRows
     device: torch.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from mtp_ce.training.config.loop import OptimizerConfig
@@ -58,7 +58,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     )
 
 
-def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LRScheduler:
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LambdaLR:
     """Return a linear warm-up and a cosine decay to `final_lr_ratio * lr`, with transformers' counting of steps.
 
     The first step of a warm-up has a learning rate of 0, and the last step one slightly above the end of the cosine.
@@ -66,6 +66,20 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) ->
     return get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup_steps, steps, min_lr_rate=config.final_lr_ratio
     )
+
+
+def resume_schedule(schedule: LambdaLR, state: Mapping[str, Any]) -> None:
+    """Go on with a schedule, and the learning rates of its optimizer, from what `state_dict` returned.
+
+    How many groups the parameters have depends on how they are sharded, so learning rates are computed anew.
+    """
+    last = [
+        base * factor(state["last_epoch"]) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    own = {name: schedule.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
+    schedule.load_state_dict({**state, **own, "_last_lr": last})
+    for group, lr in zip(schedule.optimizer.param_groups, last, strict=True):
+        group["lr"] = lr
 
 
 def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> Tensor:

@@ -26,7 +26,7 @@ from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import Weigh
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model, checkpoint_activations
-from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule, resume_schedule
 from mtp_ce.training.models.saved import save_model
 from mtp_ce.training.run.folder import decided_by
 from mtp_ce.training.run.inputs import Inputs
@@ -189,9 +189,7 @@ def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
 def _resume(trainer: Trainer, checkpoint: Checkpoint, run: Tracking) -> None:
     """Restore step, schedule, validations and metrics file; model and optimizer are loaded already."""
     trainer.done = checkpoint.step
-    trainer.schedule.load_state_dict(checkpoint.notes["schedule"])
-    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-        group["lr"] = lr
+    resume_schedule(trainer.schedule, checkpoint.notes["schedule"])
     validations = checkpoint.notes["validations"]
     trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
     # Earlier versions stored no hash.
