@@ -5,9 +5,9 @@
 Memory is what `train-mtp --dry-run` prints. Received in a step, by a GPU, with d data ranks and groups of t that share
 the layers, one row of T tokens a GPU, t rows a group, one after the other:
 
-    FSDP     t * 8 P / t * (d - 1) / d                       P parameters: 2 bytes in forward, 2 in backward, 4 of gradient
-    sums     t * (4 L + 1 + H) * 2 T D * 2 (t - 1) / t       of hidden states in L layers, of the embedding, of H gradients
-    loss     t * 12 T H * (t - 1)                            3 numbers of every row from each other rank
+    FSDP     t * 8 P / t * (d - 1) / d                     P parameters: 2 bytes in each pass, 4 of gradient
+    sums     t * (4 L + 1 + H) * 2 T D * 2 (t - 1) / t     of hidden states in L layers and the embedding, H gradients
+    loss     t * 12 T H * (t - 1)                          3 numbers of every row from each other rank
 """
 
 from __future__ import annotations

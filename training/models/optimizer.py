@@ -92,32 +92,38 @@ def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> Tens
     Returns:
         [], the L2 norm of the whole gradient before.
     """
-    by_mesh: dict[int, list[Parameter]] = {}
+    alike: dict[tuple[int, tuple[int, ...]], list[Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_mesh.setdefault(_mesh_dims(parameter), []).append(parameter)
-    norms = [_norm(group) for group in by_mesh.values()]
+            alike.setdefault((_mesh_dims(parameter), _sharded_dims(parameter)), []).append(parameter)
+    norms = [_norm(group, dims) for (_, dims), group in alike.items()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if limit is not None:
-        for group in by_mesh.values():
+        for group in alike.values():
             clip_grads_with_norm_(group, limit, norm)
     return norm
 
 
-def _norm(parameters: list[Parameter]) -> Tensor:
-    """Return the norm of gradients that are sharded over one mesh: [], the same bits on every rank of it."""
+def _norm(parameters: list[Parameter], dims: tuple[int, ...]) -> Tensor:
+    """Return the norm of gradients that are sharded over some dimensions of a mesh: [], the same bits on all ranks."""
     gradients: list[Any] = [x.grad for x in parameters]
     if not isinstance(gradients[0], DTensor):
         return get_total_norm(gradients)
     mine = get_total_norm([x.to_local() for x in gradients])
     squares = mine.double() ** 2
     # torch's own sum over a mesh of two dimensions warns that its order may differ between ranks.
-    mesh = gradients[0].device_mesh
-    for dim in range(mesh.ndim):
-        dist.all_reduce(squares, group=mesh.get_group(dim))
+    for dim in dims:
+        dist.all_reduce(squares, group=gradients[0].device_mesh.get_group(dim))
     return squares.sqrt().to(mine.dtype)
 
 
+def _sharded_dims(parameter: Tensor) -> tuple[int, ...]:
+    """Over which dimensions of its mesh a parameter is sharded; over the others every rank has it."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    return tuple(dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
+
+
 def _mesh_dims(parameter: Tensor) -> int:
-    """Over how many dimensions of the mesh a parameter is sharded: all, or those of FSDP."""
+    """How many dimensions the mesh of a parameter has: FSDP's one, or that of shared layers, too."""
     return parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0

@@ -1,31 +1,45 @@
 """Tensor parallelism: every layer, and the vocabulary, over the ranks of a mesh, by torch's styles.
 
-    q, k, v, gate, up    ColwiseParallel    a rank computes some of the outputs, those of its attention heads
-    o, down              RowwiseParallel    from some of the inputs; the products are summed over the ranks
-    embedding            RowwiseParallel    some tokens of the vocabulary; the others' rows are zero, and summed
-    output layer         ColwiseParallel    the same tokens; the loss reads the layer, a DTensor, and gathers no logits
+    q, k, v, gate, up    ColwiseParallel     a rank computes some of the outputs, those of its attention heads
+    norms of q and k     SequenceParallel    of its attention heads; the weight is whole, its gradient is summed
+    o, down              RowwiseParallel     from some of the inputs; the products are summed over the ranks
+    embedding            RowwiseParallel     some tokens of the vocabulary; the others' rows are zero, and summed
+    output layer         ColwiseParallel     the same tokens; the loss reads the layer, a DTensor, and gathers no logits
 
-What else a layer has, such as norms, every rank computes alike, and small heads too. Which matrices of a decoder layer
-take which style is the plan that transformers has for the architecture; the layers of heads take that of the trunk's.
+What else a layer has, such as its norms, every rank computes alike, and small heads too. Which matrices of a decoder
+layer take which style is the plan that transformers has for the architecture; the layers of heads take that of the
+trunk's.
 
 Source: arXiv:1909.08053. The styles: torch.distributed.tensor.parallel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from mtp_ce.heads.trunk import decoder_layers
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.errors import RecipeError
 
-# The dimension of a weight that is sharded, by transformers' name of the style.
-STYLES = {"colwise": 0, "rowwise": 1}
+# By transformers' name: the style, and the dimension of the weight that is sharded. Heads are the third dimension of q.
+STYLES: dict[str, tuple[Callable[[], ParallelStyle], int | None]] = {
+    "colwise": (ColwiseParallel, 0),
+    "rowwise": (RowwiseParallel, 1),
+    "replicated_with_grad_allreduce": (partial(SequenceParallel, sequence_dim=2, use_local_output=True), None),
+}
 
 _OF_LAYERS = "layers.*."
 # Sizes of a configuration that the ranks divide.
@@ -51,8 +65,15 @@ def layer_plan(model: MTPWrapper, ranks: int) -> dict[str, str]:
         raise RecipeError(f"{what} transformers has no plan for the layers of {architecture}; give 1")
     for name, style in plan.items():
         if style not in STYLES:
-            known = " and ".join(STYLES)
-            raise RecipeError(f"{what} {name} of {architecture} is {style} in its plan, which takes {known}; give 1")
+            known = ", ".join(STYLES)
+            raise RecipeError(f"{what} {name} of {architecture} is {style} in its plan, not one of {known}; give 1")
+    for module, expected in (
+        (model.causal.get_input_embeddings(), nn.Embedding),
+        (model.causal.get_output_embeddings(), nn.Linear),
+    ):
+        if type(module) is not expected:
+            found, wanted = type(module).__name__, expected.__name__
+            raise RecipeError(f"{what} the vocabulary of {architecture} is a {found}, not a torch {wanted}; give 1")
     for name in _SIZES:
         size = getattr(config, name, ranks)
         if size % ranks:
@@ -66,8 +87,7 @@ def share_layers(model: MTPWrapper, mesh: DeviceMesh) -> None:
     Raises:
         RecipeError: as `layer_plan`.
     """
-    of_matrices: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-    plan = {name: of_matrices[style]() for name, style in layer_plan(model, mesh.size()).items()}
+    plan = {name: STYLES[style][0]() for name, style in layer_plan(model, mesh.size()).items()}
     for layer in _layers(model):
         parallelize_module(layer, mesh, plan, src_data_rank=None)
     embedding: Any = model.causal.get_input_embeddings()
@@ -101,10 +121,11 @@ def _sharded_dims(model: MTPWrapper, ranks: int) -> dict[str, int]:
     for prefix, module in model.named_modules():
         if id(module) in layers:
             for name, style in plan.items():
-                matrix = module.get_submodule(name)
-                dims[f"{prefix}.{name}.weight"] = STYLES[style]
-                if style == "colwise" and getattr(matrix, "bias", None) is not None:
-                    dims[f"{prefix}.{name}.bias"] = 0
+                _, dim = STYLES[style]
+                if dim is not None:
+                    dims[f"{prefix}.{name}.weight"] = dim
+                if style == "colwise":
+                    dims[f"{prefix}.{name}.bias"] = 0  # where there is one
         elif module in (model.causal.get_input_embeddings(), model.causal.get_output_embeddings()):
             dims |= {f"{prefix}.{name}": 0 for name, _ in module.named_parameters()}
     return dims

@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.distributed import HashStore
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mtp_ce.hf import head_loss
 from mtp_ce.hf.wrapper import MTPWrapper
@@ -139,6 +139,8 @@ RHO1 = ["scorer={name: rho1_excess}", "reference={train: {steps: 3, batch_size: 
 # Rows of a document each, of which some are padding for the most part, and some a prompt that has no end.
 PAIRS = ["data.corpus=PAIRS", "data.prompt_field=prompt", "data.completion_field=completion", "data.packing=padded"]
 PAIRS += ["data.vocab_size=300", "reference.documents=all"]
+# A mixture of experts, whose routers are balanced over what lies in one micro-batch.
+EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data.vocab_size=null"]
 SHARED = ["train.tensor_parallel=2", "model.kv_heads=2"]
 SHARDED = {
     "uniform, whole batches": [],
@@ -153,6 +155,11 @@ SHARDED = {
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
     "shared layers, in those of the heads too": [*SHARED, "model.mtp.kind=layer", "train.micro_batch_size=2"],
+    "shared layers of a pretrained Qwen3": [
+        "train.tensor_parallel=2",
+        "model={kind: pretrained, source: QWEN, mtp: {horizon: 3, kind: sequential}}",
+        "data.vocab_size=null",
+    ],
     "shared layers, in little memory": [*SHARED, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
 # On four ranks, in two groups that share the layers; the vocabulary is no multiple of the ranks.
@@ -164,11 +171,10 @@ GRID = {
     ],
     "grid, uneven": [*SHARED, "train.batch_size=7"],
     "grid, kv heads": ["train.tensor_parallel=2"],
+    "grid, experts": ["train.tensor_parallel=2", *EXPERTS],
     "grid, three": [*SHARED, "train.tensor_parallel=3"],
     "grid, interrupt": SHARED,
 }  # fmt: skip
-# A mixture of experts, whose routers are balanced over what lies in one micro-batch.
-EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data.vocab_size=null"]
 # What one rank does, the exit code of both, overrides.
 ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
@@ -189,7 +195,7 @@ def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str
 
 
 def located(overrides: list[str], folder: Path) -> list[str]:
-    places = {"PAIRS": folder / "pairs.jsonl", "EXPERTS": folder / "experts"}
+    places = {"PAIRS": folder / "pairs.jsonl", "EXPERTS": folder / "experts", "QWEN": folder / "qwen"}
     return [re.sub("|".join(places), lambda found: str(places[found[0]]), override) for override in overrides]
 
 
@@ -203,14 +209,21 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def save_experts(recipe: Recipe, folder: Path) -> None:
-    """A tiny mixture of experts that asks for its routers' loss, with the recipe's tokenizer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+def save_models(recipe: Recipe, folder: Path) -> None:
+    """Tiny models with the recipe's tokenizer: a mixture of experts that asks for its routers' loss, and a Qwen3."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    experts = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+    grouped = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=512, **sizes, **experts, output_router_logits=True)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    read_inputs(recipe, Console(quiet=True)).tokenizer.save_pretrained(folder)
+    models = {
+        "experts": MixtralForCausalLM(MixtralConfig(**sizes, **experts, output_router_logits=True)),
+        "qwen": Qwen3ForCausalLM(
+            Qwen3Config(**sizes, **grouped, head_dim=8, tie_word_embeddings=True, attention_bias=True)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        read_inputs(recipe, Console(quiet=True)).tokenizer.save_pretrained(folder / name)
 
 
 def begin_alone(recipe: Recipe, folder: Path) -> None:
@@ -255,6 +268,7 @@ def grid(small, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("grid")
     (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
+    save_models(small(COMMON), folder)
     calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in GRID.items()}
     calls["grid, interrupt"] = ["stop_rank_1", *calls["grid, interrupt"]]
     return start(4, calls, folder)
@@ -270,7 +284,7 @@ def launched(small, grid, tmp_path_factory):
     write_pairs(folder / "pairs.jsonl")
     calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
     calls["bf16"] = arguments(folder / "recipe.yaml", folder / "bf16", ["train.precision=bf16"])
-    save_experts(small(COMMON), folder / "experts")
+    save_models(small(COMMON), folder)
     calls["experts"] = arguments(folder / "recipe.yaml", folder / "experts on two", EXPERTS)
     begin_alone(small(COMMON), folder / "begun alone")
     calls["begun alone"] = ["--resume", str(folder / "begun alone")]
@@ -355,6 +369,11 @@ def test_one_process_goes_on_with_what_shared_layers_began(grid, alone, same_tra
             "grid, kv heads",
             "train.tensor_parallel is 2, but num_key_value_heads of LlamaForCausalLM is 1; give a number that "
             "divides it",
+        ),
+        (
+            "grid, experts",
+            "train.tensor_parallel is 2, but mlp.experts.gate_up_proj of MixtralForCausalLM is packed_colwise in its "
+            "plan, not one of colwise, rowwise, replicated_with_grad_allreduce; give 1",
         ),
     ],
 )
