@@ -75,6 +75,9 @@ GIVE = {
     "give false": ("tiny", ["train.activation_checkpointing=false"]),
     "give train to train one": ("rho1", ["reference.train.steps=40"]),
     "give a multiple": ("tiny", ["train.batch_size=4"]),
+    "give 1": ("tiny", ["train.tensor_parallel=1"]),
+    "give a number that divides it": ("tiny", ["train.tensor_parallel=2"]),
+    "give arms of the recipe": None,  # tests/training/run/test_compare.py
     "give the folder, and data.suffix": ("tiny", ["data.corpus=my/texts", "data.suffix=.txt"]),
     "give .jsonl, .json, .csv or .parquet files": ("tiny", ["data.corpus=my/a.jsonl"]),
     "give one, an s3:// address or a hub": ("smollm2", ["model.source=s3://bucket/model"]),

@@ -63,6 +63,18 @@ def test_the_tables_of_planted_noise_are_those_of_their_results_file(monkeypatch
     }
 
 
+@pytest.mark.parametrize("name", ["Llama 3 8B", pytest.param("Llama 3 70B", marks=pytest.mark.slow)])
+def test_the_table_of_sharding_is_what_a_dry_run_computes(name, monkeypatch):
+    """`python scripts/sharding_table.py` prints it."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    sharding = importlib.import_module("sharding_table")
+    page = (ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- sharding:begin -->\n")[2].partition("\n<!-- sharding:end -->")[0].splitlines()
+    of_model = [line for line in shown if not line.startswith("| Llama") or line.startswith(f"| {name},")]
+    assert "\n".join(of_model) == sharding.table([name])
+    assert len(shown) == len(sharding.HEADER.splitlines()) + 4 * len(sharding.LLAMAS)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page):
     links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))

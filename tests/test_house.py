@@ -36,7 +36,7 @@ ARROWS = {
             *("loop", "report", "critic", "metrics", "models", "data", "tracking", "storage", "config"),
             *("console", "interrupt", "errors"),
         },
-        "loop": {"metrics", "data", "storage", "config", "interrupt", "errors"},
+        "loop": {"metrics", "models", "data", "storage", "config", "interrupt", "errors"},
         "report": {"metrics", "console"},
         "critic": {"models", "data", "config", "interrupt", "errors"},
         "metrics": {"data"},

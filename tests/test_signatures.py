@@ -77,6 +77,6 @@ def test_an_option_of_the_loss_is_named_in_few_signatures(option: str) -> None:
 
 def test_the_options_keep_the_order_of_their_fields() -> None:
     """`values` and `from_values` are what operators' schemas rest on."""
-    options = LossOptions(2, "target", "horizon", -1, "sum", 0.5, 30.0, 1e-4, 0.1)
+    options = LossOptions(2, 1, "target", "horizon", -1, "sum", 0.5, 30.0, 1e-4, 0.1)
     assert options.values() == tuple(getattr(options, name) for name in OPTION_NAMES)
     assert LossOptions.from_values(*options.values()) == options

@@ -55,13 +55,14 @@ def functions(
     impl: str, shard: VocabShard | None = None
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Return forward, mean and backward of an implementation; Triton is imported only where it runs."""
-    sharded = shard is not None and shard.ranks > 1
+    if shard is not None and shard.ranks == 1:
+        shard = None
     if impl == "cpu":
-        if not sharded:
+        if shard is None:
             return cpu.forward, cpu.mean, cpu.backward
         return partial(cpu.forward, shard=shard), cpu.mean, partial(cpu.backward, shard=shard)
     forward, mean, backward = _triton_modules()
-    if not sharded:
+    if shard is None:
         return forward.launch_forward, mean.launch_mean, backward.launch_backward
     gather = partial(gather_partials, shard=shard)
     return (

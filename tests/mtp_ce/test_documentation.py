@@ -101,7 +101,7 @@ def test_annotated_shapes_are_the_shapes_that_work(hints, name: str) -> None:
 @pytest.mark.parametrize(
     "spoiled",
     [
-        {"labels": torch.zeros(B, S + 1, dtype=torch.int64)},
+        {"labels": torch.zeros(B + 1, S, dtype=torch.int64)},
         {"labels": torch.zeros(B, S)},
         {"token_weights": torch.ones(B)},
         {"head_weights": torch.ones(H + 1)},
@@ -158,7 +158,7 @@ def test_annotated_shapes_of_the_linear_path_are_the_shapes_that_work(hints, nam
         {"unembed": torch.zeros(V, D, 1)},
         {"bias": torch.zeros(V + 1)},
         {"bias": torch.zeros(D)},
-        {"labels": torch.zeros(B, S + 1, dtype=torch.int64)},
+        {"labels": torch.zeros(B + 1, S, dtype=torch.int64)},
         {"chunk_bytes": 1.5},
         {"drop_dead_rows": "all"},
         {"grad_dtype": "float32"},

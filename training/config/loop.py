@@ -81,6 +81,12 @@ class TrainConfig(StageTrainConfig):
     cpu_offload: bool = Field(
         default=False, description="whether parameters and optimizer state stay in host memory. Changes memory only"
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="number of ranks that share every layer and the vocabulary, and have the same rows; divides the "
+        "number of ranks. Changes memory, not results",
+    )
 
 
 class CheckpointConfig(Group):

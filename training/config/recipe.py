@@ -36,7 +36,7 @@ _SCORER: TypeAdapter[ScorerConfig] = TypeAdapter(AnyScorer)
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | EvaluationRecipe)
 
 # Keys of a loop that change where, how fast and in how much memory it computes, not its results.
-_NOT_RESULTS = {"device", "micro_batch_size", "log_every", "activation_checkpointing", "cpu_offload"}
+_NOT_RESULTS = {"device", "micro_batch_size", "log_every", "activation_checkpointing", "cpu_offload", "tensor_parallel"}
 
 # Ends of the keys that choose the class of their group.
 _CHOOSERS = (".name", ".kind")

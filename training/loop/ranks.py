@@ -5,11 +5,15 @@
     loss, weights, stop   one small all-gather per step, so that either all ranks take a step or none does
 
 Every rank runs every forward and backward, because all ranks gather the sharded parameters together.
+
+With train.tensor_parallel the ranks form a mesh: groups of neighbours share the layers and have the same rows, and FSDP
+shards what each of them has over the groups. "Data rank" is then the number of the group.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import sys
@@ -35,7 +39,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mtp_ce.heads.trunk import decoder_layers
@@ -43,8 +46,12 @@ from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.training.config.loop import TrainConfig
 from mtp_ce.training.errors import LeaderFailedError, RecipeError, StoppedError
 from mtp_ce.training.interrupt import Stop, ignore_sigterm, stop_on_signal
+from mtp_ce.training.models.tensor_parallel import share_layers
 
 T = TypeVar("T")
+
+# Every rank would warn that a parameter sharded over both dimensions of a mesh is gathered in two steps.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 # Timeout of gloo collectives in which ranks wait for the work of rank 0, such as training a critic.
 LONGEST_WAIT = timedelta(hours=12)
@@ -61,14 +68,17 @@ class Ranks:
     Attributes:
         rank: this process's number, from 0.
         size: number of ranks.
-        mesh: the mesh over which parameters are sharded; None for a single process.
+        mesh: the mesh over which parameters are sharded; ("dp", "tp") where layers are shared. None for a single
+            process.
         stop: the flag that signals set on one of several ranks, for the whole run; never set for a single process.
+        tensor_parallel: number of ranks that share the layers.
     """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
     stop: Stop = field(default_factory=Stop)
+    tensor_parallel: int = 1
 
     @property
     def sharded(self) -> bool:
@@ -80,24 +90,41 @@ class Ranks:
         """Return whether this is rank 0, the only rank that prints, tracks and writes."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which slice of every batch this rank has, from 0."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Number of slices of a batch: the ranks, or the groups of those that share the layers."""
+        return self.size // self.tensor_parallel
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """This rank, and one of every other group, which together have all rows; None means all ranks."""
+        return self.mesh["dp"].get_group() if self.mesh is not None and self.tensor_parallel > 1 else None
+
     def check_batch(self, batch_size: int, micro_batch_size: int | None) -> None:
         """Check that a batch divides evenly over the ranks.
 
         Raises:
             RecipeError: ranks would get different numbers of rows, or of micro-batches.
         """
-        if batch_size % self.size:
-            raise RecipeError(f"train.batch_size {batch_size} is not divisible by {self.size} ranks; give a multiple")
-        if micro_batch_size and batch_size // self.size % micro_batch_size:
+        shared = self.tensor_parallel
+        ranks = f"{self.size} ranks" if shared == 1 else f"{self.data_size} groups of {shared} ranks"
+        if batch_size % self.data_size:
+            raise RecipeError(f"train.batch_size {batch_size} is not divisible by {ranks}; give a multiple")
+        if micro_batch_size and batch_size // self.data_size % micro_batch_size:
             raise RecipeError(
-                f"train.micro_batch_size {micro_batch_size} does not divide the {batch_size // self.size} rows that "
-                f"each of {self.size} ranks gets of train.batch_size {batch_size}"
+                f"train.micro_batch_size {micro_batch_size} does not divide the {batch_size // self.data_size} rows "
+                f"that each of {ranks} gets of train.batch_size {batch_size}"
             )
 
     def slice(self, count: int) -> slice:
-        """Return this rank's slice of `count` rows; the number of ranks divides `count`."""
-        each = count // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
+        """Return this rank's slice of `count` rows; the number of slices divides `count`."""
+        each = count // self.data_size
+        return slice(self.data_rank * each, (self.data_rank + 1) * each)
 
     def gather(self, values: Tensor) -> Tensor:  # [k]
         """Gather a tensor from every rank: [ranks, k]."""
@@ -108,10 +135,10 @@ class Ranks:
         return torch.stack(gathered)
 
     def add(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over all ranks."""
+        """Replace each tensor, which follows from this rank's rows, by its sum over all rows."""
         if self.mesh is not None:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.data_group)
 
     def share(self, value: T) -> T:
         """Broadcast a picklable value from rank 0."""
@@ -197,12 +224,16 @@ class Ranks:
         """
         if self.mesh is None:
             return
+        mesh = self.mesh
+        if self.tensor_parallel > 1:
+            share_layers(model, mesh["tp"])
+            mesh = mesh["dp"]
         layers, _ = decoder_layers(model.causal)
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         precision = half if train.precision == "bf16" else MixedPrecisionPolicy()
         # Pinned memory makes copies to a GPU asynchronous.
-        pinned = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda")
-        where: dict[str, Any] = {"mesh": self.mesh, "offload_policy": pinned if train.cpu_offload else OffloadPolicy()}
+        pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        where: dict[str, Any] = {"mesh": mesh, "offload_policy": pinned if train.cpu_offload else OffloadPolicy()}
         for layer in (*layers, *model.heads.decoder_layers):
             fully_shard(layer, mp_policy=precision, **where)
         # The root's inputs are tokens and the loss's weights and normalizer, which a cast to bf16 would round.
@@ -214,9 +245,10 @@ class Ranks:
         if self.mesh is None:
             return
         layers, _ = decoder_layers(model)
+        mesh = self.mesh["dp"] if self.tensor_parallel > 1 else self.mesh
         for layer in layers:
-            fully_shard(layer, mesh=self.mesh)
-        fully_shard(model.base_model, mesh=self.mesh)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model.base_model, mesh=mesh)
 
     def full_tensors(self, model: MTPWrapper) -> dict[str, Tensor] | None:
         """Gather a sharded model's tensors on rank 0; empty on the others, None if the model is not sharded."""
@@ -234,11 +266,6 @@ def without_ties(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     """Drop all names but one of each tied parameter."""
     unique, named = (dict(model.named_parameters(remove_duplicate=remove)) for remove in (True, False))
     return {name: tensor for name, tensor in tensors.items() if name in unique or name not in named}
-
-
-def local(value: Tensor) -> Tensor:
-    """Return the full value of a DTensor, such as the norm of a sharded gradient; other tensors unchanged."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def name_of(rank: int) -> str:
@@ -263,8 +290,14 @@ def join_ranks(
         answer: reports an exception and returns the exit code, or raises the exception. One of several processes
             exits in here with that code; without `answer` the exception is raised.
         agreed: exceptions that all ranks raise together, beside RecipeError, StoppedError and LeaderFailedError.
+
+    Raises:
+        RecipeError: the ranks can't be divided into groups of train.tensor_parallel.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    shared = train.tensor_parallel
+    if size == 1:
+        check_groups(size, shared)
     if size == 1 and train.precision == "fp32" and not train.cpu_offload:
         yield ALONE
         return
@@ -279,7 +312,12 @@ def join_ranks(
         dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(LONGEST_WAIT)
     try:
         with stop_on_signal() if size > 1 else nullcontext(Stop()) as stop:
-            yield Ranks(dist.get_rank(), size, init_device_mesh(device.type, (size,)), stop)
+            check_groups(size, shared)
+            if shared == 1:
+                mesh = init_device_mesh(device.type, (size,))
+            else:
+                mesh = init_device_mesh(device.type, (size // shared, shared), mesh_dim_names=("dp", "tp"))
+            yield Ranks(dist.get_rank(), size, mesh, stop, shared)
     except BaseException as error:
         if ours and size == 1:
             dist.destroy_process_group()
@@ -288,6 +326,19 @@ def join_ranks(
         raise
     if ours:
         dist.destroy_process_group()
+
+
+def check_groups(size: int, shared: int) -> None:
+    """Check that ranks can be divided into groups of those that share the layers.
+
+    Raises:
+        RecipeError: they can't.
+    """
+    if size % shared:
+        raise RecipeError(
+            f"train.tensor_parallel {shared} does not divide the {size} rank{'s' if size > 1 else ''} of this run; "
+            f"start a multiple of {shared}, such as torchrun --nproc-per-node {shared}"
+        )
 
 
 def _leave(

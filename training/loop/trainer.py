@@ -22,9 +22,8 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from mtp_ce.hf.wrapper import MTPWrapper
 from mtp_ce.next_token import NextToken
@@ -38,12 +37,13 @@ from mtp_ce.training.errors import StateRefusedError, StepRefusedError, StoppedE
 from mtp_ce.training.interrupt import Stop
 from mtp_ce.training.loop.checkpoint import state_tensors
 from mtp_ce.training.loop.finite import refuse_not_finite
-from mtp_ce.training.loop.ranks import Ranks, local
+from mtp_ce.training.loop.ranks import Ranks
 from mtp_ce.training.loop.weighing import NEUTRAL_BOUND, Weigh
 from mtp_ce.training.loop.window import Window
 from mtp_ce.training.metrics.head_scores import HeadResult, score_heads, validation_metrics
 from mtp_ce.training.metrics.noise import NoiseSums
 from mtp_ce.training.metrics.sums import HeadSums
+from mtp_ce.training.models.optimizer import clip_gradients
 
 # Allowed distance from 1 of the mean of a batch's token weights, which is a sum in fp32.
 MEAN_TOLERANCE = 1e-3
@@ -81,7 +81,7 @@ class Trainer:
     model: MTPWrapper
     weigh: Weigh
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     rows: PackedRows
     held_out: PackedRows
     device: torch.device
@@ -154,7 +154,7 @@ class Trainer:
         train = self.recipe.train
         started = time.perf_counter()
         # Dropout and other random numbers follow from seed, step and rank, so a resumed run draws the same ones.
-        torch.manual_seed(seed_of("step", self.recipe.seed, step, self.ranks.rank))
+        torch.manual_seed(seed_of("step", self.recipe.seed, step, self.ranks.data_rank))
         rows = rows_of_step(step - 1, train.batch_size, len(self.rows), self.recipe.seed)
         batch = self.rows.batch(rows[self.ranks.slice(train.batch_size)])
         count = loss_count(batch, self.recipe.model.mtp).to(self.device)
@@ -164,7 +164,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums, weights, noise = self._accumulate(batch, normalizer)
         limit = self.recipe.optimizer.clip_norm
-        norm = local(clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)).to(self.device)
+        norm = clip_gradients(self.model.parameters(), limit).to(self.device)
         loss, weights = self._combine_ranks(loss, weights)
         self._gate(step, loss, norm, weights)
         self.optimizer.step()
@@ -225,8 +225,8 @@ class Trainer:
                 document_ids=micro.document_ids,
                 next_input_ids=micro.next_input_ids,
                 left_halo=micro.left_halo,
-                # FSDP averages gradients over the ranks, so each rank divides by N / ranks.
-                num_items_in_batch=normalizer / self.ranks.size,
+                # FSDP averages gradients over the slices of the batch, so each divides by N / slices.
+                num_items_in_batch=normalizer / self.ranks.data_size,
                 drop_dead_rows=rows,
                 return_stats=True,
             )
@@ -248,9 +248,11 @@ class Trainer:
         if self.ranks.size == 1:
             return loss, weights
         mine = [loss, *(getattr(weights, field.name) for field in fields(weights)), torch.tensor(self.stop.signal)]
-        losses, *columns, stops = self.ranks.gather(torch.stack([x.double().to(self.device) for x in mine])).unbind(1)
-        if stops.any():
+        gathered = self.ranks.gather(torch.stack([x.double().to(self.device) for x in mine]))
+        if (stops := gathered[:, -1]).any():
             raise StoppedError(int(stops.max()))
+        # Ranks that share layers have the same rows.
+        losses, *columns, _ = gathered[:: self.ranks.tensor_parallel].unbind(1)
         ranks = [WeightStatistics(*values) for values in zip(*columns, strict=True)]
         return losses.mean().to(loss.dtype), reduce(WeightStatistics.merge, ranks)
 
@@ -309,9 +311,9 @@ class Trainer:
 
         Every rank must run every forward, because all ranks gather the sharded parameters together.
         """
-        while dealt := list(islice(batches, self.ranks.size)):
+        while dealt := list(islice(batches, self.ranks.data_size)):
             self.ranks.check(self.stop)
-            mine = dealt[self.ranks.rank] if self.ranks.rank < len(dealt) else dealt[0].unlabelled()
+            mine = dealt[self.ranks.data_rank] if self.ranks.data_rank < len(dealt) else dealt[0].unlabelled()
             yield mine.to(self.device)
 
     def _window(self) -> Window:

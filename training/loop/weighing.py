@@ -106,7 +106,7 @@ def build_weighing(recipe: Recipe, folders: FrozenModels, device: torch.device, 
     for model in models.values():
         ranks.shard_frozen(model)
     return Weighing(
-        scorer.build(models, recipe.seed),
+        scorer.among(ranks.data_group).build(models, recipe.seed),
         frozen=models.get("current"),
         reads_current=scorer.reads_current,
         units=scorer.scored_by.units,

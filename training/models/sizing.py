@@ -181,12 +181,12 @@ def step_memory(
     """Return the bytes that one rank holds in a training step, and those of the loss on each path.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; where ranks share its layers, the part of one (`keep_share`).
         scoring: frozen scoring models, on the meta device.
         rows: rows of a micro-batch on this rank.
         row_length: S.
         device: device of the computation.
-        ranks: number of ranks over which the model is sharded.
+        ranks: number of ranks over which FSDP shards the model.
         dtype: of forward and backward.
         offload: whether shards are kept in main memory.
     """

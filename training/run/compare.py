@@ -29,6 +29,7 @@ from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say, warn
 from mtp_ce.training.data.python_source import is_documented
 from mtp_ce.training.data.tokens import DocumentTokens
+from mtp_ce.training.errors import RecipeError
 from mtp_ce.training.interrupt import ignore_sigterm
 from mtp_ce.training.loop.ranks import Ranks, join_ranks
 from mtp_ce.training.loop.trainer import Trainer
@@ -88,10 +89,13 @@ def compare(
         The content of comparison.json.
 
     Raises:
-        RecipeError: as `pipeline.train` and `Recipe.arms`.
+        RecipeError: as `pipeline.train` and `Recipe.arms`, or `only` names an arm that the recipe doesn't have.
         StepRefusedError, KeyboardInterrupt: as `pipeline.train`.
     """
     transformers_logging.disable_progress_bar()
+    known = [*recipe.arms(), *([FILTERED] if recipe.data.noise else [])]
+    if unknown := sorted({*(only or ())} - {*known}):
+        raise RecipeError(f"only names {unknown[0]!r}; give arms of the recipe: {', '.join(known)}")
     with join_ranks(find_device(recipe.train.device, "train.device"), recipe.train) as ranks:
         recipes = recipe.arms(others)
         names = None if only is None else {*only, *(others or {})}

@@ -19,12 +19,13 @@ from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.console import say
 from mtp_ce.training.data.reader import find_corpus
 from mtp_ce.training.errors import refuse_unloadable
-from mtp_ce.training.loop.ranks import Ranks
+from mtp_ce.training.loop.ranks import Ranks, check_groups
 from mtp_ce.training.loop.weighing import MODEL_CLASSES
 from mtp_ce.training.models.build import checkpoint_activations, llama_config, with_heads
 from mtp_ce.training.models.gguf import converted_folder
 from mtp_ce.training.models.sizing import forward_products, step_memory, step_products
 from mtp_ce.training.models.sources import local_source, sources_of
+from mtp_ce.training.models.tensor_parallel import keep_share
 from mtp_ce.training.run.fitting import parameters
 from mtp_ce.training.run.inputs import find_device
 from mtp_ce.training.tracking.composite import describe_tracking
@@ -45,11 +46,13 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
     Raises:
         RecipeError: a text can't be read, an address in S3 can't be reached, or a batch is not divisible by the ranks.
     """
-    ranks = Ranks(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
+    train, data = recipe.train, recipe.data
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    ranks = Ranks(rank, size, tensor_parallel=train.tensor_parallel)
     if not ranks.leads:
         return
     out = out or Console()
-    train, data = recipe.train, recipe.data
+    check_groups(size, train.tensor_parallel)
     ranks.check_batch(train.batch_size, train.micro_batch_size)
     if recipe.reference and recipe.reference.train:
         ranks.check_batch(recipe.reference.train.batch_size, recipe.reference.train.micro_batch_size)
@@ -73,7 +76,8 @@ def dry_run(recipe: Recipe, output: Path, out: Console | None = None) -> None:
         f"training    {train.steps:,} steps of {train.batch_size} x {data.sequence_length} = {step_tokens:,} "
         f"tokens: {train.steps * step_tokens:,} in total, for {recipe.model.mtp.horizon} heads",
     )
-    say(out, f"device      {device}{f', {ranks.size} ranks' if ranks.size > 1 else ''}")
+    shared = f", groups of {ranks.tensor_parallel} share the layers" if ranks.tensor_parallel > 1 else ""
+    say(out, f"device      {device}{f', {ranks.size} ranks{shared}' if ranks.size > 1 else ''}")
     _print_sizes(out, recipe, device, ranks)
     say(out, f"output      {output}")
     say(out, f"tracking    {describe_tracking(recipe.tracking)}")
@@ -133,12 +137,14 @@ def _print_sizes(out: Console, recipe: Recipe, device: torch.device, ranks: Rank
     say(out, f"compute     {_flops(products.total)} per token: {', '.join(items)}")
     say(out, f"            {_flops(products.total * tokens)} in total for the last stage")
 
-    rows = train.micro_batch_size or train.batch_size // ranks.size
+    rows = train.micro_batch_size or train.batch_size // ranks.data_size
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     if train.activation_checkpointing:
         checkpoint_activations(model)
+    if ranks.tensor_parallel > 1:
+        keep_share(model, ranks.tensor_parallel)
     memory, loss = step_memory(
-        model, scoring.values(), rows, S, device, ranks.size, dtype=dtype, offload=train.cpu_offload
+        model, scoring.values(), rows, S, device, ranks.data_size, dtype=dtype, offload=train.cpu_offload
     )
     items = (f"{name} {decimal(value)}" for name, value in vars(memory).items() if value)
     whose = f"a rank of {ranks.size}" if ranks.size > 1 else "one process"

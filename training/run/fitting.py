@@ -26,7 +26,7 @@ from mtp_ce.training.loop.trainer import Trainer
 from mtp_ce.training.loop.weighing import Weigh
 from mtp_ce.training.metrics.head_scores import HeadResult
 from mtp_ce.training.models.build import build_model, checkpoint_activations
-from mtp_ce.training.models.optimizer import build_optimizer, build_schedule
+from mtp_ce.training.models.optimizer import build_optimizer, build_schedule, resume_schedule
 from mtp_ce.training.models.saved import save_model
 from mtp_ce.training.run.folder import decided_by
 from mtp_ce.training.run.inputs import Inputs
@@ -72,6 +72,8 @@ def fit(
     nn.Module.to(model, inputs.device)
     ranks = inputs.ranks
     where = f"{inputs.device}, sharded over {ranks.size} ranks" if ranks.size > 1 else str(inputs.device)
+    if ranks.tensor_parallel > 1:
+        where = f"{where}, {ranks.tensor_parallel} of which share the layers"
     say(inputs.console, f"model       {parameters(model)}; on {where}")
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)
@@ -79,7 +81,7 @@ def fit(
     ranks.shard(model, recipe.train)
     optimizer = build_optimizer(model, recipe.optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, recipe.train.steps)
-    together: dict[str, Any] = {"ranks": ranks.size} if recipe.scorer.depends_on_batch else {}
+    together: dict[str, Any] = {"ranks": ranks.data_size} if recipe.scorer.depends_on_batch else {}
     if any(rows.halos):
         together["rows.halos"] = list(rows.halos)
     checkpoints = Checkpoints(
@@ -187,9 +189,7 @@ def _notes(trainer: Trainer, run: Tracking) -> dict[str, Any]:
 def _resume(trainer: Trainer, checkpoint: Checkpoint, run: Tracking) -> None:
     """Restore step, schedule, validations and metrics file; model and optimizer are loaded already."""
     trainer.done = checkpoint.step
-    trainer.schedule.load_state_dict(checkpoint.notes["schedule"])
-    for group, lr in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-        group["lr"] = lr
+    resume_schedule(trainer.schedule, checkpoint.notes["schedule"])
     validations = checkpoint.notes["validations"]
     trainer.validations |= {int(step): [HeadResult(**head) for head in heads] for step, heads in validations.items()}
     # Earlier versions stored no hash.

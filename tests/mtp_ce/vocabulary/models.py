@@ -1,5 +1,6 @@
 """Scenarios of ranks.py with models of transformers, whose import the others are spared."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from mtp_ce import MTPWrapper
 
@@ -105,12 +107,14 @@ def parallelized(ranks: Any) -> Any:
 @scenario
 def loaded(ranks: Any) -> Any:
     """A folder that transformers loads with its own plan, wrapped after that."""
+    os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.ranks)}
     folder = Path(ranks.folder) / "saved"
     if ranks.rank == 0:
         model().save_pretrained(folder)
     torch.distributed.barrier()
     alone = wrapped(LlamaForCausalLM.from_pretrained(folder))
-    shared = wrapped(LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=ranks.mesh))
+    plan = DistributedConfig(tp_size=ranks.ranks)
+    shared = wrapped(LlamaForCausalLM.from_pretrained(folder, distributed_config=plan))
     placement = str(shared.causal.lm_head.weight.placements)
     return {"placement": placement, "steps": (step(alone), step(shared))}
 

@@ -110,7 +110,7 @@ class Ranks:
         self.mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
         self.rank, self.ranks, self.folder = rank, ranks, folder
         self.conftest = load(TESTS / "conftest.py")
-        self.cases = load(TESTS / "mtp_ce/loss/test_random_cases.py")
+        self.cases = load(TESTS / "mtp_ce" / "loss" / "test_random_cases.py")
 
     def random(self, kind: str, impl: str, seed: int) -> dict[str, Any]:
         """The results of one random case."""

@@ -133,6 +133,26 @@ def test_ranks_share_the_model_and_one_of_them_speaks(dry, monkeypatch):
         dry(load_recipe("rho1", ["reference.train.batch_size=7"]))
     for weighted in ("rho1", "critic"):
         assert "scoring" in dry(load_recipe(weighted))["memory"]
+
+
+def test_ranks_that_share_layers_hold_a_part_of_the_logits_too(dry, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    apart, shared = (dry(load_recipe("tiny", [f"train.tensor_parallel={n}"])) for n in (1, 2))
+    assert "4 ranks, groups of 2 share the layers" in shared["device"]
+    assert "weights 3.0 MB" in apart["memory"]
+    # The residual heads and the norms are whole in each group: 3 x (128 x 128 + 128) and 9 x 128 numbers.
+    small = 4 * (3 * (128 * 128 + 128) + 9 * 128)
+    weights = (4 * 2_999_808 - small) / 4 + small / 2
+    assert f"weights {weights / 1e6:.1f} MB" in shared["memory"]
+    assert "1 x 128 tokens at a time" in apart["memory"]
+    assert "2 x 128 tokens at a time" in shared["memory"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(RecipeError, match=r"train\.tensor_parallel is 8, but num_attention_heads of .* is 4; give"):
+        dry(load_recipe("tiny", ["train.tensor_parallel=8", "train.batch_size=8"]))
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(RecipeError, match=r"tensor_parallel 2 does not divide the 1 rank of this run; start a multi"):
+        dry(load_recipe("tiny", ["train.tensor_parallel=2"]))
     monkeypatch.setenv("RANK", "1")
     assert dry(load_recipe("tiny")) == {}
 

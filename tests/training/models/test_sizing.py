@@ -25,6 +25,7 @@ from mtp_ce.training.models.sizing import (
     step_products,
     storage_bytes,
 )
+from mtp_ce.training.models.tensor_parallel import keep_share
 
 CPU = torch.device("cpu")
 B, S, V, D = 2, 96, 384, 64
@@ -233,6 +234,21 @@ def test_ranks_share_weights_gradients_and_optimizer_but_not_activations():
     # The output layer stays whole, and so do the layer that computes and the next one.
     assert scoring[0].lm_head.weight.nbytes < shared.scoring < alone.scoring
     assert alone.scoring == sum(x.numel() * 4 for x in scoring[0].parameters()) + 4 * 2 * 8
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_ranks_that_share_layers_hold_a_part_of_everything_large(tie):
+    """Weights and logits fall with the ranks; what a norm or a residual connection saves does not."""
+    with torch.device("meta"):
+        alone, shared = (MTPWrapper(llama(tie), horizon=4, heads="layer") for _ in range(2))
+    keep_share(shared, 2)
+    assert shared.causal.lm_head.weight.shape == (V // 2, D)
+    assert (shared.causal.lm_head.weight is shared.causal.model.embed_tokens.weight) == tie
+    (whole, of_all), (half, of_one) = (step_memory(x, [], B, S, CPU, 1) for x in (alone, shared))
+    norms = 4 * D * (2 * 6 + 1)
+    assert half.gradients == (whole.gradients - norms) / 2 + norms
+    assert whole.activations / 2 < half.activations < whole.activations
+    assert of_one.logits < 0.6 * of_all.logits
 
 
 def test_only_what_learns_has_gradients_and_means():

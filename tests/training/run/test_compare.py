@@ -130,6 +130,13 @@ def test_a_comparison_that_was_interrupted_goes_on_where_it_stopped(compared, rh
     assert {arm: again["results"][arm][:2] for arm in ARMS} == found["results"]
 
 
+def test_an_arm_that_the_recipe_does_not_have_is_refused(rho1, tmp_path):
+    expected = "only names 'rho-1'; give arms of the recipe: uniform, rho1_excess, shuffled, random_matched$"
+    with pytest.raises(RecipeError, match=expected):
+        compare(rho1([REFERENCE]), tmp_path / "out", 1, Console(quiet=True), only=["uniform", "rho-1"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_uniform_weights_alone_are_nothing_to_compare(small, tmp_path):
     with pytest.raises(RecipeError, match="scorer is not uniform"):
         compare(small(), tmp_path / "out", 1, Console(quiet=True))

@@ -1,6 +1,6 @@
-"""The same recipe on one process and on two: the same numbers, and one end for all.
+"""The same recipe on one process, on two and on four: the same numbers, and one end for all.
 
-torchrun starts two processes on gloo, which call the command line one recipe after the other.
+torchrun starts the processes on gloo, which call the command line one recipe after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.distributed import HashStore
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mtp_ce.hf import head_loss
 from mtp_ce.hf.wrapper import MTPWrapper
@@ -139,6 +139,9 @@ RHO1 = ["scorer={name: rho1_excess}", "reference={train: {steps: 3, batch_size: 
 # Rows of a document each, of which some are padding for the most part, and some a prompt that has no end.
 PAIRS = ["data.corpus=PAIRS", "data.prompt_field=prompt", "data.completion_field=completion", "data.packing=padded"]
 PAIRS += ["data.vocab_size=300", "reference.documents=all"]
+# A mixture of experts, whose routers are balanced over what lies in one micro-batch.
+EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data.vocab_size=null"]
+SHARED = ["train.tensor_parallel=2", "model.kv_heads=2"]
 SHARDED = {
     "uniform, whole batches": [],
     "rho1, the mean over all ranks is 1": ["scorer={name: rho1_excess, scope: global}", *RHO1[1:]],
@@ -151,9 +154,27 @@ SHARDED = {
     "heads that recompute": ["model.mtp={kind: layer, activation_checkpointing: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
+    "shared layers, in those of the heads too": [*SHARED, "model.mtp.kind=layer", "train.micro_batch_size=2"],
+    "shared layers of a pretrained Qwen3": [
+        "train.tensor_parallel=2",
+        "model={kind: pretrained, source: QWEN, mtp: {horizon: 3, kind: sequential}}",
+        "data.vocab_size=null",
+    ],
+    "shared layers, in little memory": [*SHARED, "train.activation_checkpointing=true", "train.cpu_offload=true"],
 }
-# A mixture of experts, whose routers are balanced over what lies in one micro-batch.
-EXPERTS = ["model={kind: pretrained, source: EXPERTS, mtp: {horizon: 3}}", "data.vocab_size=null"]
+# On four ranks, in two groups that share the layers; the vocabulary is no multiple of the ranks.
+GRID = {
+    "grid": [*SHARED, "data.vocab_size=511", "model.mtp.kind=sequential", "model.tie_embeddings=true"],
+    # AdamW divides a gradient near 0, which is rounding, by its own size: a step of the learning rate.
+    "grid, the mean over all ranks is 1": [
+        *SHARED, "optimizer.lr=1e-3", "scorer={name: rho1_excess, scope: global}", *RHO1[1:],
+    ],
+    "grid, uneven": [*SHARED, "train.batch_size=7"],
+    "grid, kv heads": ["train.tensor_parallel=2"],
+    "grid, experts": ["train.tensor_parallel=2", *EXPERTS],
+    "grid, three": [*SHARED, "train.tensor_parallel=3"],
+    "grid, interrupt": SHARED,
+}  # fmt: skip
 # What one rank does, the exit code of both, overrides.
 ENDS = {
     "interrupt": ("stop_rank_1", 130, []),
@@ -174,7 +195,7 @@ def arguments(recipe_file: Path, output: Path, overrides: list[str]) -> list[str
 
 
 def located(overrides: list[str], folder: Path) -> list[str]:
-    places = {"PAIRS": folder / "pairs.jsonl", "EXPERTS": folder / "experts"}
+    places = {"PAIRS": folder / "pairs.jsonl", "EXPERTS": folder / "experts", "QWEN": folder / "qwen"}
     return [re.sub("|".join(places), lambda found: str(places[found[0]]), override) for override in overrides]
 
 
@@ -188,14 +209,21 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def save_experts(recipe: Recipe, folder: Path) -> None:
-    """A tiny mixture of experts that asks for its routers' loss, with the recipe's tokenizer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+def save_models(recipe: Recipe, folder: Path) -> None:
+    """Tiny models with the recipe's tokenizer: a mixture of experts that asks for its routers' loss, and a Qwen3."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    experts = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": 1.0}
+    grouped = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=512, **sizes, **experts, output_router_logits=True)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    read_inputs(recipe, Console(quiet=True)).tokenizer.save_pretrained(folder)
+    models = {
+        "experts": MixtralForCausalLM(MixtralConfig(**sizes, **experts, output_router_logits=True)),
+        "qwen": Qwen3ForCausalLM(
+            Qwen3Config(**sizes, **grouped, head_dim=8, tie_word_embeddings=True, attention_bias=True)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        read_inputs(recipe, Console(quiet=True)).tokenizer.save_pretrained(folder / name)
 
 
 def begin_alone(recipe: Recipe, folder: Path) -> None:
@@ -213,29 +241,11 @@ def begin_alone(recipe: Recipe, folder: Path) -> None:
             pipeline.train(recipe, folder, Console(quiet=True))
 
 
-@pytest.fixture(scope="module")
-def launched(small, tmp_path_factory):
-    """Everything that two ranks do in this file, from one start: folder, exit codes of both by name, what was said."""
-    from mtp_ce.training.config.recipe import to_yaml
-
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
+def start(ranks: int, calls: dict[str, list[str]], folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], str]:
+    """Run command lines on so many ranks: folder, exit codes of all by name, what was said."""
     (folder / "driver.py").write_text(DRIVER)
-    write_pairs(folder / "pairs.jsonl")
-    calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
-    calls["bf16"] = arguments(folder / "recipe.yaml", folder / "bf16", ["train.precision=bf16"])
-    save_experts(small(COMMON), folder / "experts")
-    calls["experts"] = arguments(folder / "recipe.yaml", folder / "experts on two", EXPERTS)
-    begin_alone(small(COMMON), folder / "begun alone")
-    calls["begun alone"] = ["--resume", str(folder / "begun alone")]
-    calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
-    # Last, because what they change in the program stays.
-    for name, (change, _, own) in ENDS.items():
-        calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, own)]
-        if name == "report":
-            calls["report resumed"] = ["--resume", str(folder / name)]
     (folder / "calls").write_text(json.dumps(list(calls.values())))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     with subprocess.Popen(
         [*torchrun, str(folder / "driver.py"), str(folder / "calls")],
@@ -247,8 +257,46 @@ def launched(small, tmp_path_factory):
             run.terminate()  # then torchrun ends its workers; killed, it would leave them
             said, _ = run.communicate()
     assert run.returncode == 0, said[-3000:]
-    codes = [json.loads((folder / f"calls.{rank}").read_text()) for rank in (0, 1)]
+    codes = [json.loads((folder / f"calls.{rank}").read_text()) for rank in range(ranks)]
     return folder, dict(zip(calls, zip(*codes, strict=True), strict=True)), said
+
+
+@pytest.fixture(scope="module")
+def grid(small, tmp_path_factory):
+    """Everything that four ranks do in this file, from one start."""
+    from mtp_ce.training.config.recipe import to_yaml
+
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
+    save_models(small(COMMON), folder)
+    calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in GRID.items()}
+    calls["grid, interrupt"] = ["stop_rank_1", *calls["grid, interrupt"]]
+    return start(4, calls, folder)
+
+
+@pytest.fixture(scope="module")
+def launched(small, grid, tmp_path_factory):
+    """Everything that two ranks do in this file, from one start: folder, exit codes of both by name, what was said."""
+    from mtp_ce.training.config.recipe import to_yaml
+
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "recipe.yaml").write_text(to_yaml(small(COMMON)))
+    write_pairs(folder / "pairs.jsonl")
+    calls = {name: arguments(folder / "recipe.yaml", folder / name, own) for name, own in SHARDED.items()}
+    calls["bf16"] = arguments(folder / "recipe.yaml", folder / "bf16", ["train.precision=bf16"])
+    save_models(small(COMMON), folder)
+    calls["experts"] = arguments(folder / "recipe.yaml", folder / "experts on two", EXPERTS)
+    begin_alone(small(COMMON), folder / "begun alone")
+    calls["begun alone"] = ["--resume", str(folder / "begun alone")]
+    shutil.copytree(grid[0] / "grid, interrupt", folder / "begun on a grid")
+    calls["begun on a grid"] = ["--resume", str(folder / "begun on a grid")]
+    calls["uneven"] = arguments(folder / "recipe.yaml", folder / "uneven", ["train.batch_size=7"])
+    # Last, because what they change in the program stays.
+    for name, (change, _, own) in ENDS.items():
+        calls[name] = [change, *arguments(folder / "recipe.yaml", folder / name, own)]
+        if name == "report":
+            calls["report resumed"] = ["--resume", str(folder / name)]
+    return start(2, calls, folder)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -282,8 +330,57 @@ def alone(small, trained, tmp_path_factory, monkeypatch):
 def test_two_ranks_train_as_one_does(name, launched, alone, same_training):
     folder, codes, _ = launched
     assert codes[name] == (0, 0)
-    own = [option for option in SHARDED[name] if "micro_batch" not in option]
-    same_training(alone(located(own, folder)), folder / name, steps=5)
+    same_training(alone(located(of_one(SHARDED[name]), folder)), folder / name, steps=5)
+
+
+def of_one(overrides: list[str]) -> list[str]:
+    """The overrides of one process that trains the same."""
+    return [option for option in overrides if "micro_batch" not in option and "tensor_parallel" not in option]
+
+
+@pytest.mark.parametrize("name", ["grid", "grid, the mean over all ranks is 1"])
+def test_groups_of_ranks_that_share_layers_train_as_one_process_does(name, grid, alone, same_training):
+    """FSDP over two groups of two ranks: losses, gradient norms, weights, validations and the saved parameters."""
+    folder, codes, said = grid
+    assert codes[name] == (0, 0, 0, 0), said[-3000:]
+    assert "suboptimal" not in said, "torch's warning about how it gathers a mesh of two dimensions"
+    same_training(alone(of_one(GRID[name])), folder / name, steps=5)
+
+
+def test_one_group_goes_on_with_what_two_groups_began(grid, launched, alone, same_training):
+    """Four ranks stop in their third step, with a checkpoint; two go on."""
+    assert grid[1]["grid, interrupt"] == (130,) * 4
+    folder, codes, _ = launched
+    assert codes["begun on a grid"] == (0, 0)
+    same_training(alone(of_one(SHARED)), folder / "begun on a grid", steps=5)
+
+
+def test_one_process_goes_on_with_what_shared_layers_began(grid, alone, same_training, tmp_path):
+    shutil.copytree(grid[0] / "grid, interrupt", tmp_path / "went on")
+    same_training(alone(of_one(SHARED)), alone(of_one(SHARED), tmp_path / "went on"), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grid, uneven", "train.batch_size 7 is not divisible by 2 groups of 2 ranks; give a multiple"),
+        ("grid, three", "train.tensor_parallel 3 does not divide the 4 ranks of this run; start a multiple of 3"),
+        (
+            "grid, kv heads",
+            "train.tensor_parallel is 2, but num_key_value_heads of LlamaForCausalLM is 1; give a number that "
+            "divides it",
+        ),
+        (
+            "grid, experts",
+            "train.tensor_parallel is 2, but mlp.experts.gate_up_proj of MixtralForCausalLM is packed_colwise in its "
+            "plan, not one of colwise, rowwise, replicated_with_grad_allreduce; give 1",
+        ),
+    ],
+)
+def test_layers_that_can_not_be_shared_are_a_mistake_of_the_recipe(name, expected, grid):
+    _, codes, said = grid
+    assert codes[name] == (2,) * 4
+    assert said.count(expected) == 1
 
 
 def test_rows_one_by_one_train_as_a_whole_batch_does_in_one_process(launched, alone, same_training, tmp_path):

@@ -11,6 +11,8 @@ from mtp_ce.training.config.scorers.options import ScorerConfig
 from mtp_ce.training.config.scorers.table import ScoredScorer
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mtp_ce.scorers.controls import ShuffledWeights
 
 
@@ -55,6 +57,10 @@ class ControlConfig(ScorerConfig):
     def on_one_rank(self) -> Self:
         """Return the control of the other scorer on one rank."""
         return self.model_copy(update={"of": self.of.on_one_rank()})
+
+    def among(self, group: ProcessGroup | None) -> Self:
+        """Return the control of the other scorer among these ranks."""
+        return self.model_copy(update={"of": self.of.among(group)})
 
 
 class ShuffledConfig(ControlConfig):

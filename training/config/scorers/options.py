@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from mtp_ce.training.config.frozen import StageName
 from mtp_ce.training.config.group import Group
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mtp_ce.scorers.weights import Scorer
 
 
@@ -103,6 +105,10 @@ class ScorerConfig(Group):
         """Return the options that weigh the batch of a single rank without the others."""
         return self
 
+    def among(self, group: ProcessGroup | None) -> Self:
+        """Return the options that weigh the batch of these ranks together; None means all ranks."""
+        return self
+
 
 class NormalizationOptions(Group):
     """Options of `normalize_weights`, which turns scores into weights of mean 1."""
@@ -119,10 +125,11 @@ class NormalizationOptions(Group):
         default="sequence",
         description="tokens over which the mean is 1: a document in its row, the rows of a forward, those of all ranks",
     )
+    _group: Any = PrivateAttr(None)  # the ranks of "global"
 
     def normalization(self) -> dict[str, Any]:
         """Return the options as arguments of `normalize_weights`."""
-        return self.model_dump(include=set(NormalizationOptions.model_fields))
+        return self.model_dump(include=set(NormalizationOptions.model_fields)) | {"group": self._group}
 
 
 class ScoreConfig(ScorerConfig, NormalizationOptions):
@@ -141,3 +148,9 @@ class ScoreConfig(ScorerConfig, NormalizationOptions):
     def on_one_rank(self) -> Self:
         """Return the options with scope "batch" in place of "global"."""
         return self.model_copy(update={"scope": "batch"}) if self.scope == "global" else self
+
+    def among(self, group: ProcessGroup | None) -> Self:
+        """Return the options with scope "global" over these ranks."""
+        copy = self.model_copy()
+        copy._group = group
+        return copy
