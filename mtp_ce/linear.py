@@ -272,7 +272,7 @@ def _evaluate(
     first = heads[0]
     check_inputs(first, shape, inputs, options, "hidden")
     impl = choose_impl(impl, first, "hidden")
-    entries, held, held_bias, shard = local_layer(heads, unembed, bias)
+    local_heads, local_unembed, local_bias, shard = local_layer(heads, unembed, bias)
     logits_dtype = check_chunking(*chunking, first.dtype, shard.largest)
     if validate:
         check_values(inputs, options, shape, shard)
@@ -284,7 +284,7 @@ def _evaluate(
         logits = [F.linear(head.to(logits_dtype), unembed, bias) for head in split_heads(heads)]
         return reference_loss(logits, inputs, options)
 
-    heads, unembed, bias = entries, held, held_bias
+    heads, unembed, bias = local_heads, local_unembed, local_bias
     inputs, options = fold_normalizer(inputs, options)
     with_grad, token_weights = torch.is_grad_enabled(), inputs.token_weights
     call = LinearCall(
