@@ -13,7 +13,18 @@ from torch import Tensor
 
 from mtp_ce.ops.memory import check_leaves, check_memory
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.options import CHANGES, INTEGERS, NUMBERS, TERMS, LossInputs, LossOptions, check_choice, read_terms
+from mtp_ce.ops.shards import check_same_call
+from mtp_ce.options import (
+    CHANGES,
+    INTEGERS,
+    NUMBERS,
+    TERMS,
+    LossInputs,
+    LossOptions,
+    VocabShard,
+    check_choice,
+    read_terms,
+)
 from mtp_ce.vocabulary import is_dtensor
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -396,9 +407,11 @@ def saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int, int, int]) -> None:
+def check_values(inputs: LossInputs, options: LossOptions, shape: tuple[int, int, int, int], shard: VocabShard) -> None:
     """Check the values of the inputs, which synchronises with a GPU."""
     B, S, H, V = shape
+    if shard.ranks > 1:
+        check_same_call([torch.Size(shape)], inputs, shard, (options, "validate"), wait=True)
     seq_lens, normalizer, T = inputs.seq_lens, inputs.normalizer, inputs.labels.shape[1]
     if seq_lens is not None and bool(((seq_lens < 0) | (seq_lens > T)).any()):
         b = int(((seq_lens < 0) | (seq_lens > T)).nonzero()[0])

@@ -23,7 +23,8 @@ from mtp_ce.loss import MTPLoss, MTPStats, reference_loss
 from mtp_ce.ops.chunks import COUNT, KEEP_ALL, LinearCall
 from mtp_ce.ops.linear import linear_loss
 from mtp_ce.ops.logits import split_heads
-from mtp_ce.options import CallOptions, LossInputs, LossOptions, VocabShard, fold_normalizer
+from mtp_ce.ops.shards import check_same_call
+from mtp_ce.options import CallOptions, LossInputs, LossOptions, fold_normalizer
 from mtp_ce.vocabulary import local_layer, whole
 
 if TYPE_CHECKING:
@@ -271,19 +272,19 @@ def _evaluate(
     first = heads[0]
     check_inputs(first, shape, inputs, options, "hidden")
     impl = choose_impl(impl, first, "hidden")
-    if validate:
-        check_values(inputs, options, shape)
-
-    if impl == "reference":
-        heads, unembed, bias, shard = [whole(x) for x in heads], whole(unembed), whole(bias), VocabShard(shape[3])
-    else:
-        heads, unembed, bias, shard = local_layer(heads, unembed, bias)
+    local_heads, local_unembed, local_bias, shard = local_layer(heads, unembed, bias)
     logits_dtype = check_chunking(*chunking, first.dtype, shard.largest)
+    if validate:
+        check_values(inputs, options, shape, shard)
     if impl == "reference":
+        if shard.ranks > 1:
+            check_same_call([torch.Size(shape)], inputs, shard, (options, impl), wait=True)
+        heads, unembed, bias = [whole(x) for x in heads], whole(unembed), whole(bias)
         unembed, bias = unembed.to(logits_dtype), None if bias is None else bias.to(logits_dtype)
         logits = [F.linear(head.to(logits_dtype), unembed, bias) for head in split_heads(heads)]
         return reference_loss(logits, inputs, options)
 
+    heads, unembed, bias = local_heads, local_unembed, local_bias
     inputs, options = fold_normalizer(inputs, options)
     with_grad, token_weights = torch.is_grad_enabled(), inputs.token_weights
     call = LinearCall(

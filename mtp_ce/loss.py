@@ -21,13 +21,13 @@ from mtp_ce.checks import (
 )
 from mtp_ce.ops.logits import LogitsCall, logits_loss, split_heads
 from mtp_ce.ops.rows import check_labels
+from mtp_ce.ops.shards import check_same_call
 from mtp_ce.options import (
     OPTION_NAMES,
     CallOptions,
     CommonOptions,
     LossInputs,
     LossOptions,
-    VocabShard,
     check_choice,
     fold_normalizer,
     read_terms,
@@ -189,13 +189,15 @@ def weighted_mtp_ce(
     check_flags(inplace_backward=inplace_backward, validate=validate, return_stats=return_stats)
     check_inputs(heads[0], shape, inputs, options)
     impl = choose_impl(impl, heads[0])
-    entries, shard = ([], VocabShard(shape[3])) if impl == "reference" else local_logits(heads, inplace_backward)
+    entries, shard = local_logits(heads, inplace_backward)
     if inplace_backward:
         check_inplace(heads, entries, impl)
     if validate:
-        check_values(inputs, options, shape)
+        check_values(inputs, options, shape, shard)
 
     if impl == "reference":
+        if shard.ranks > 1:
+            check_same_call([torch.Size(shape)], inputs, shard, (options, impl), wait=True)
         outcome = reference_loss(split_heads([whole(x) for x in heads]), inputs, options)
         return outcome if return_stats else outcome.loss
 

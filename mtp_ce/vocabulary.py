@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from mtp_ce.ops.shards import fail_on_all_ranks
 from mtp_ce.options import VocabShard
 
 OUT_OF_FSDP = "A parameter that FSDP shards is whole inside the forward of its module: call the loss there, or pass {}."
@@ -151,6 +152,7 @@ def _shard_of(name: str, tensor: Any, dim: int) -> VocabShard:
     start = min(V, rank * shard.largest)
     held, expected = tensor.to_local().shape[dim], min(shard.largest, V - start)
     if held != expected:
+        fail_on_all_ranks(shard, tensor.device)  # those that hold what they should would wait for this one
         raise ValueError(
             f"{name} is a DTensor of {V} entries of which rank {rank} of {ranks} holds {held}; expected {expected}, as "
             f"torch.chunk divides them and distribute_tensor does: {name}.redistribute of {gathered}."

@@ -31,7 +31,7 @@ from mtp_ce.ops.chunks import (
 from mtp_ce.ops.logits import device_guard, functions, input_gradients, reduce, weights_backward
 from mtp_ce.ops.register import Loss, differentiable, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels
-from mtp_ce.ops.shards import check_same_rows
+from mtp_ce.ops.shards import check_same_call
 from mtp_ce.options import LossInputs, LossOptions, VocabShard, read_terms
 
 
@@ -119,12 +119,12 @@ def linear_forward(
     """
     labels, V, same = inputs.labels, shard.vocab_size, None
     B, S, H = positions(hidden)
+    if shard.ranks > 1:
+        same = check_same_call([x.shape for x in hidden], inputs, shard, (options, call))
     if call.impl == "cpu":
         inputs, options = read_terms(inputs, options)
     if labels.device.type == "cpu":
         check_labels(inputs, options, S, H, V)
-    if shard.ranks > 1:
-        same = check_same_rows(inputs, shard)
     with device_guard(labels.device):
         rows, valid, head_coefficient, coefficient = compute_rows(hidden, V, inputs, options, call)
         if options.reduction == "none":

@@ -19,7 +19,7 @@ from mtp_ce.ops import cpu
 from mtp_ce.ops.memory import check_memory
 from mtp_ce.ops.register import Loss, differentiable, mutating_operator, once_differentiable, operator
 from mtp_ce.ops.rows import check_labels, count_terms, sum_by_token
-from mtp_ce.ops.shards import check_same_rows, gather_partials
+from mtp_ce.ops.shards import check_same_call, gather_partials
 from mtp_ce.options import LossInputs, LossOptions, VocabShard, read_terms
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -123,6 +123,9 @@ def logits_forward(
     The factor is what the gradient of every position's term takes: scale / N.
     """
     heads = logits
+    same = None
+    if shard.ranks > 1:
+        same = check_same_call([x.shape[:-1] for x in logits], inputs, shard, (options, call))
     if call.impl == "cpu":
         heads = split_heads(logits)
         inputs, options = read_terms(inputs, options)
@@ -136,7 +139,6 @@ def logits_forward(
     forward, mean, _ = functions(call.impl, shard)
     if device.type == "cpu":
         check_labels(inputs, options, S, horizon(logits), shard.vocab_size)
-    same = check_same_rows(inputs, shard) if shard.ranks > 1 else None
     with device_guard(device):
         out, ce, row_max, log_sum, valid, top1, d_row_weights = forward(
             heads, inputs, options, with_top1=call.with_top1, with_d_weights=call.with_d_weights

@@ -14,7 +14,7 @@ Algorithm  Every rank has the same rows (hidden states, labels, weights) and its
            from the rows alone (counts, normalizer, coefficients) is computed on every rank.
 
 Traffic    Sent for a row and rank: 3 numbers, 3 more with label smoothing, 1 more with top1; and D for d_hidden. Sent
-           for a call: 3 numbers, by which the ranks notice that their rows differ.
+           for a call: 2 numbers, by which the ranks notice that their rows or options differ.
 
 Numerics   In the dtype of the statistics. d_hidden is summed in its own dtype, as a column-parallel layer sums it.
 
@@ -22,6 +22,7 @@ Source     Vocabulary-parallel cross entropy: arXiv:1909.08053. Its partial resu
 """
 
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from mtp_ce.kernels.results import Partials
 from mtp_ce.options import LossInputs, VocabShard
+
+GOLDEN = -7046029254386353131  # 2^64 divided by the golden ratio, as an int64: its multiples are spread evenly
 
 
 def _group(shard: VocabShard) -> Any:
@@ -103,8 +106,36 @@ class PendingSums:
         self.pending.clear()
 
 
-def check_same_rows(inputs: LossInputs, shard: VocabShard) -> Tensor | None:
-    """Compare the rows of all ranks, by a checksum.
+def _checksum(tensors: list[Tensor]) -> Tensor:
+    """Return one number [] int64 of all values of tensors, in their order."""
+    numbers = []
+    for x in tensors:
+        if x.is_floating_point():
+            bits = x.detach().reshape(-1).double().view(torch.int64)
+            # The bits that differ between simple numbers, such as 0 and 1, are the highest: a product would lose them.
+            numbers.append(bits ^ (bits >> 32))
+        else:
+            numbers.append(x.reshape(-1).long())
+    values = torch.cat(numbers)
+    # A factor for each index, without a pattern: with the index itself, the masks 1001 and 0110 have the same sum.
+    factor = torch.arange(1, len(values) + 1, device=values.device) * GOLDEN
+    return (values * (factor ^ (factor >> 32))).sum()
+
+
+def check_same_call(
+    rows: list[torch.Size], inputs: LossInputs, shard: VocabShard, call: tuple[Any, ...], *, wait: bool = False
+) -> Tensor | None:
+    """Compare what all ranks compute: the values of the inputs, by a checksum, shapes and options.
+
+    Where these differ, so do the numbers that the ranks exchange. Whatever may fail on the values of one rank alone
+    comes after this: the other ranks would wait for that one.
+
+    Args:
+        rows: shapes of the logits without the vocabulary, or of the hidden states.
+        inputs: of this rank.
+        shard: of this rank.
+        call: options, and results that are wanted.
+        wait: raise on a GPU too, which waits for it.
 
     Returns:
         On a GPU, [] bool: whether they are the same, since an error would wait for the device. None on a CPU.
@@ -112,23 +143,22 @@ def check_same_rows(inputs: LossInputs, shard: VocabShard) -> Tensor | None:
     Raises:
         ValueError: they differ, on a CPU.
     """
-    tensors = [inputs.labels, inputs.token_weights, inputs.seq_lens, inputs.document_ids]
-    numbers = [
-        x.detach().reshape(-1).double().view(torch.int64) if x.is_floating_point() else x.reshape(-1).long()
-        for x in tensors
-        if x is not None
-    ]
-    values = torch.cat(numbers)
-    place = torch.arange(1, len(values) + 1, device=values.device)
-    sizes = (place.new_full((), size) for size in (inputs.labels.numel(), shard.vocab_size))
-    mine = torch.stack([(values * place).sum(), *sizes])
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    checksum = _checksum(tensors)
+    description = repr(([tuple(shape) for shape in rows], [tuple(x.shape) for x in tensors], shard.vocab_size, call))
+    mine = torch.stack([checksum, checksum.new_full((), crc32(description.encode()))])
     same = (_gather(mine, shard) == mine).all()
-    if mine.is_cuda:
+    if mine.is_cuda and not wait:
         return same
     if not bool(same):
         raise ValueError(
-            "labels, token_weights, seq_lens, document_ids or V differ between the ranks that share the vocabulary; "
-            "expected the same on all of them. Parameters that FSDP shards are whole inside the forward of their "
-            "module: call the loss there."
+            "labels, token_weights, another input, an option or V differ between the ranks that share the vocabulary, "
+            "or one of them raised an error of its own; expected the same on all of them. Parameters that FSDP shards "
+            "are whole inside the forward of their module: call the loss there."
         )
     return None
+
+
+def fail_on_all_ranks(shard: VocabShard, device: torch.device) -> None:
+    """Make `check_same_call` of the other ranks fail, before this one raises an error of its own."""
+    _gather(torch.full((2,), -1, device=device), shard)

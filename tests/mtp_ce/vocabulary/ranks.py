@@ -211,17 +211,39 @@ def numbers_sent(ranks: Ranks) -> Any:
 
 
 @scenario
-def different_rows(ranks: Ranks) -> Any:
+def different_calls(ranks: Ranks) -> Any:
+    """Calls of which one rank's is not that of the others."""
     from mtp_ce import weighted_mtp_ce, weighted_mtp_linear_ce
 
-    case = ranks.batch()
-    own = case.labels.clone()
-    own[1, 2] = (own[1, 2] + ranks.rank) % 11
-    weights = case.weights * (1 + (ranks.rank == ranks.ranks - 1) * torch.eye(2, 6))
-    return [
-        raised(lambda: weighted_mtp_linear_ce(case.hidden_leaf, case.unembed_shard, own)),
-        raised(lambda: weighted_mtp_ce(case.logits_shard, case.labels, weights)),
-    ]
+    case, odd = ranks.batch(), ranks.rank == ranks.ranks - 1
+    hidden, unembed, logits, labels = case.hidden_leaf, case.unembed_shard, case.logits_shard, case.labels
+    other, outside = labels.clone(), labels.clone()
+    other[1, 2] = (labels[1, 2] + odd) % 11
+    outside[0, 3] = 11 if odd else 0
+    # Without two of the weights, of which the indices have the same sum as those of the others.
+    masked = torch.ones(12)
+    masked[[1, 4] if odd else [2, 3]] = 0
+    nan = torch.where(torch.eye(2, 6) > 0, float("nan"), case.weights) if odd else case.weights
+    few = slice(0 if odd else 2)
+    first = place(case.logits[few], ranks.mesh, -1)
+    # As torch.tensor_split divides 10 entries, 4 + 3 + 3: the first rank of 3 or more holds what it should.
+    sizes = [len(x) for x in torch.arange(10).tensor_split(ranks.ranks)]
+    held = torch.ones(sizes[ranks.rank] + (ranks.ranks == 2 and odd), 5)
+    split = DTensor.from_local(held, ranks.mesh, [Shard(0)], run_check=False, shape=(10, 5), stride=(5, 1))
+    calls = {
+        "labels": lambda: weighted_mtp_linear_ce(hidden, unembed, other),
+        "weights": lambda: weighted_mtp_ce(logits, labels, masked.view(2, 6)),
+        "label outside": lambda: weighted_mtp_linear_ce(hidden, unembed, outside),
+        "label outside, logits": lambda: weighted_mtp_ce(logits, outside),
+        "NaN": lambda: weighted_mtp_linear_ce(hidden, unembed, labels, nan, validate=True),
+        "no rows": lambda: weighted_mtp_ce(first, labels[few]),
+        "heads": lambda: weighted_mtp_linear_ce(hidden[:, :, : 1 + odd], unembed, labels),
+        "statistics": lambda: weighted_mtp_linear_ce(hidden, unembed, labels, return_stats=odd),
+        "frozen": lambda: weighted_mtp_linear_ce(hidden.detach() if odd else hidden, unembed, labels),
+        "entries": lambda: weighted_mtp_linear_ce(hidden, split, labels % 10),
+        "reference": lambda: weighted_mtp_linear_ce(hidden, unembed, other, impl="reference"),
+    }
+    return {name: raised(call) for name, call in calls.items()}
 
 
 @scenario
