@@ -42,8 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
 class Case:
     """Inputs of a case, the same on every rank."""
 
-    def __init__(self, ranks: Any, name: str, linear: bool) -> None:
-        how = {"V": V, "reduction": "none", "ignore_index": -100, "label_smoothing": 0.0, **CASES[name]}
+    def __init__(self, ranks: Any, name: str, linear: bool, **instead: Any) -> None:
+        how = {"V": V, "reduction": "none", "ignore_index": -100, "label_smoothing": 0.0, **CASES[name], **instead}
         draw = ranks.conftest.draw_on(torch.device("cpu"))
         dtype, entries = how.get("dtype", torch.float32), how["V"]
         low, high = how.get("least_label", 0), how.get("most_label", entries)
@@ -146,16 +146,19 @@ def loss_parallel_of_layers(ranks: Any) -> dict[str, tuple[Results, Results, Res
 
 @scenario
 def liger(ranks: Any) -> dict[str, tuple[Results, Results, Results]] | None:
-    """Its kernels in Triton's interpreter, on CPUs; None where it is not installed. It wants shards of one size."""
+    """Its kernels in Triton's interpreter, on CPUs; None where it is not installed.
+
+    It takes shards of one size, and returns the loss of each row.
+    """
     try:
         from liger_kernel.ops.vocab_parallel_cross_entropy import LigerVocabParallelCEFunction
     except ImportError:
         return None
     found = {}
     for name, how in CASES.items():
-        if how.get("V", V) % ranks.ranks or "reduction" in how:
+        if "class_weights" in how:
             continue
-        case = Case(ranks, name, linear=False)
+        case = Case(ranks, name, linear=False, V=how.get("V", V + 1), reduction="none")
         (logits,) = case.tensors
         shard, theirs, exact = leaf(place(ranks, logits[None], 2)), leaf(place(ranks, logits, 1)), leaf(logits.double())
         loss = LigerVocabParallelCEFunction.apply(
