@@ -388,12 +388,12 @@ def mean(
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return loss and factor, 0-d; both exactly 0 where no row is valid."""
-    empty = ~valid.any()
+    live = valid.any()
     N = normalizer
     if N is None:
         N = count_terms(valid, options) if options.reduction == "mean" else out.new_ones(())
-    factor = torch.where(empty, 0.0, options.loss_scale / torch.where(empty, 1, N).to(out.dtype))
-    return torch.where(empty, 0.0, out.sum() * factor), factor
+    factor = torch.where(live, options.loss_scale / torch.where(live, N, 1).to(out.dtype), 0.0)
+    return torch.where(live, out.sum() * factor, 0.0), factor
 
 
 def backward(

@@ -43,7 +43,7 @@ def test_every_launch_states_the_compiler_defaults_it_relies_on():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     ]
-    assert len(launches) == 8
+    assert len(launches) == 9
     for launch in launches:
         stated = {keyword.arg: ast.unparse(keyword.value) for keyword in launch.keywords}
         assert stated.get("enable_fp_fusion") == "True", ast.unparse(launch)
