@@ -80,7 +80,7 @@ class MTPTrainer(Trainer):
                 "MTPWrapper(get_peft_model(model, ...), horizon)."
             )
         check_arguments(self.args, self.compute_loss_func)  # those that another base's constructor has named itself
-        check_parallelism(self.accelerator.parallelism_config, self.args.n_gpu, self.model.horizon)
+        check_parallelism(self.accelerator.parallelism_config, self.args.n_gpu)
         heads = self.model.heads
         if heads_lr is not None and next(heads.parameters(), None) is None:
             raise ValueError(

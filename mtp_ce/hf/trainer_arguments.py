@@ -123,32 +123,29 @@ def check_arguments(args: Any, compute_loss_func: Any) -> None:
         )
 
 
-def check_parallelism(parallelism: Any, gpus: int, horizon: int) -> None:
+def check_parallelism(parallelism: Any, gpus: int) -> None:
     """Check how a trainer that is constructed divides its batches.
 
     Args:
         parallelism: accelerate's `ParallelismConfig`, or None.
         gpus: `n_gpu`, of this process; 1 where the model is divided among them.
-        horizon: H.
 
     Raises:
-        ValueError: among the GPUs of one process; or sequences among ranks, so that heads lack the targets beyond a
-            rank's part.
+        ValueError: among the GPUs of one process; or sequences among ranks, by accelerate: heads would lack the targets
+            beyond a rank's part, and a batch has labels and shift_labels.
     """
     if gpus > 1:
         raise ValueError(
             f"one process has {gpus} GPUs, for torch.nn.DataParallel, which replicates no hooks; expected one "
             "process per GPU, as torchrun and accelerate start them, or CUDA_VISIBLE_DEVICES with one GPU."
         )
-    if parallelism is None or horizon == 1:
-        return
     for name in ("cp_size", "sp_size"):
         size = getattr(parallelism, name, 1)
         if size > 1:
             raise ValueError(
-                f"{name} of parallelism_config is {size}; expected 1 with {horizon} heads: labels are cut as tokens "
-                "are, and the heads would have no targets beyond a rank's part. MTPTrainer without parallelism_config "
-                "trains on a data set of slices whose labels have a halo (docs/heads.md, Hugging Face's trainers)."
+                f"{name} of parallelism_config is {size}; expected 1: labels are cut as tokens are, and the heads "
+                "would have no targets beyond a rank's part. MTPTrainer without parallelism_config trains on a data "
+                "set of slices whose labels have a halo (docs/heads.md, Hugging Face's trainers)."
             )
 
 

@@ -198,21 +198,21 @@ def test_the_losses_of_sft_config_are_honoured_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cp_size", "sp_size"])
-def test_parts_of_sequences_on_several_ranks_are_refused_with_several_heads(name, tmp_path, monkeypatch):
-    """A rank's last positions would have fewer heads, in silence."""
+def test_parts_of_sequences_on_several_ranks_are_refused(name, tmp_path, monkeypatch):
+    """A rank's last positions would have fewer heads, in silence; the error names the data that is trained on."""
     parallelism = SimpleNamespace(**{"cp_size": 1, "sp_size": 1, name: 2})
-    with pytest.raises(ValueError, match=f"{name} of parallelism_config is 2; expected 1 with 3 heads"):
-        trainer_arguments.check_parallelism(parallelism, 1, 3)
-    trainer_arguments.check_parallelism(parallelism, 1, 1)
+    with pytest.raises(ValueError, match=f"{name} of parallelism_config is 2; expected 1: .* data set of slices"):
+        trainer_arguments.check_parallelism(parallelism, 1)
+    trainer_arguments.check_parallelism(SimpleNamespace(cp_size=1, sp_size=1), 1)
     checked = []
     monkeypatch.setattr("mtp_ce.hf.trainer.check_parallelism", lambda *given: checked.append(given))
     make(tmp_path)
-    assert checked == [(None, TrainingArguments(str(tmp_path), use_cpu=True).n_gpu, 3)]
+    assert checked == [(None, TrainingArguments(str(tmp_path), use_cpu=True).n_gpu)]
 
 
 def test_several_gpus_in_one_process_are_refused():
     with pytest.raises(ValueError, match=r"one process has 2 GPUs, for torch\.nn\.DataParallel"):
-        trainer_arguments.check_parallelism(None, 2, 3)
+        trainer_arguments.check_parallelism(None, 2)
 
 
 def test_noise_on_embeddings_reaches_the_loss(tmp_path):
