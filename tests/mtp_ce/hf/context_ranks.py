@@ -224,6 +224,26 @@ def rank_without_targets(ranks: Any) -> Any:
     return {heads: compare(ranks, "contiguous", "one", heads, 3, masked=masked) for heads in ("residual", "sequential")}
 
 
+@scenario
+def documented(ranks: Any) -> Any:
+    """The program of docs/many_gpus.md, on CPUs, beside one process: losses, and the gradients of all parameters."""
+    page = (Path(__file__).resolve().parents[3] / "docs/many_gpus.md").read_text(encoding="utf-8")
+    section = page.partition("## A sequence that is cut over GPUs")[2]
+    names: dict[str, Any] = {}
+    exec(section.partition("```python\n")[2].partition("```")[0].replace('"cuda"', '"cpu"'), names)
+    model, loss = names["model"], names["loss"].detach()
+    dist.all_reduce(loss)
+    shared = [x.grad.clone() for x in model.parameters()]
+    model.zero_grad()
+    model.causal.set_attn_implementation("sdpa")
+    whole = model(
+        names["text"], position_ids=names["positions"], attention_mask=names["attends"][:, None],
+        labels=names["text"], document_ids=names["documents"], num_items_in_batch=names["N"],
+    ).loss  # fmt: skip
+    whole.backward()
+    return [(whole.detach(), loss), *zip([x.grad for x in model.parameters()], shared, strict=True)]
+
+
 STEPS, ACCUMULATION, RATE = 2, 2, 0.5
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-SCENARIOS = ("slices", "other_heads", "rank_without_targets", "trainer")
+SCENARIOS = ("slices", "other_heads", "rank_without_targets", "trainer", "documented")
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +48,10 @@ def test_the_trainer_trains_and_evaluates_on_slices_as_one_process_does_on_the_w
         for name, expected in alone["parameters"].items():
             got = shared["parameters"][name]
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6, msg=lambda m, n=(case, name): f"{n}: {m}")
+
+
+def test_the_program_of_the_page_is_that_of_one_process(found) -> None:
+    """docs/many_gpus.md, on every rank."""
+    for rank in found("documented"):
+        for expected, got in rank:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6)
