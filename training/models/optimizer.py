@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
@@ -96,25 +96,23 @@ def clip_gradients(parameters: Iterable[Parameter], limit: float | None) -> Tens
     for parameter in parameters:
         if parameter.grad is not None:
             alike.setdefault((_mesh_dims(parameter), _sharded_dims(parameter)), []).append(parameter)
-    norms = [_norm(group, dims) for (_, dims), group in alike.items()]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    squares = [_squares(group, dims) for (_, dims), group in alike.items()]
+    norm = sum(squares, start=torch.zeros((), dtype=torch.float64)).sqrt().float()
     if limit is not None:
         for group in alike.values():
             clip_grads_with_norm_(group, limit, norm)
     return norm
 
 
-def _norm(parameters: list[Parameter], dims: tuple[int, ...]) -> Tensor:
-    """Return the norm of gradients that are sharded over some dimensions of a mesh: [], the same bits on all ranks."""
+def _squares(parameters: list[Parameter], dims: tuple[int, ...]) -> Tensor:
+    """Return the squared norm of gradients that are sharded over some dimensions of a mesh: [], the same on all."""
     gradients: list[Any] = [x.grad for x in parameters]
-    if not isinstance(gradients[0], DTensor):
-        return get_total_norm(gradients)
-    mine = get_total_norm([x.to_local() for x in gradients])
-    squares = mine.double() ** 2
-    # torch's own sum over a mesh of two dimensions warns that its order may differ between ranks.
+    here = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
+    # In fp64: of a million numbers torch's fp32 sum has four right digits on a CPU.
+    squares = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in here]).square().sum()
     for dim in dims:
         dist.all_reduce(squares, group=gradients[0].device_mesh.get_group(dim))
-    return squares.sqrt().to(mine.dtype)
+    return squares
 
 
 def _sharded_dims(parameter: Tensor) -> tuple[int, ...]:
