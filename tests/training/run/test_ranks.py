@@ -154,13 +154,18 @@ SHARDED = {
     "heads that recompute": ["model.mtp={kind: layer, activation_checkpointing: true}", "train.micro_batch_size=1"],
     "prompts, padded, rows without a target": [*RHO1, *PAIRS, "train.micro_batch_size=1"],
     "in little memory": [*RHO1, "train.activation_checkpointing=true", "train.cpu_offload=true"],
-    "shared layers, in those of the heads too": [*SHARED, "model.mtp.kind=layer", "train.micro_batch_size=2"],
     "shared layers of a pretrained Qwen3": [
         "train.tensor_parallel=2",
         "model={kind: pretrained, source: QWEN, mtp: {horizon: 3, kind: sequential}}",
         "data.vocab_size=null",
     ],
-    "shared layers, in little memory": [*SHARED, "train.activation_checkpointing=true", "train.cpu_offload=true"],
+    "shared layers, those of the heads too, in little memory": [
+        *SHARED,
+        "model.mtp.kind=layer",
+        "train.micro_batch_size=2",
+        "train.activation_checkpointing=true",
+        "train.cpu_offload=true",
+    ],
 }
 # On four ranks, in two groups that share the layers; the vocabulary is no multiple of the ranks.
 GRID = {

@@ -87,7 +87,7 @@ def test_metrics_have_their_names_in_mlflow(mlflow_run):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/weight_mean"] == 1.0
     assert run.data.metrics["train/weight_ess"] == 1.0
-    assert 0.9 < run.data.metrics["train/valid_token_ratio"] < 1.0
+    assert 0.99 < run.data.metrics["train/valid_token_ratio"] <= 1.0, "all but the last token of a document"
 
 
 def test_mlflow_and_the_metrics_file_agree(mlflow_run, metrics):

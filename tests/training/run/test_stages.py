@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from mtp_ce.scorers.rho1 import Rho1ExcessScorer
 from mtp_ce.training.config.schema import Recipe
 from mtp_ce.training.errors import RecipeError, StateRefusedError
-from mtp_ce.training.run import main_stage, pipeline, stages
+from mtp_ce.training.run import fitting, main_stage, pipeline, stages
 from mtp_ce.training.run.folder import decided_by, finished
 from mtp_ce.training.run.inputs import read_inputs
 from mtp_ce.training.run.stage_cache import cached_stage, stage_key, store_stage
@@ -264,8 +264,14 @@ def test_weights_of_the_first_step_are_those_of_the_saved_reference(weighted_run
 
 
 @pytest.mark.parametrize("control", [False, True])
-def test_weights_made_before_training_give_the_losses_of_online_scoring(weighted_run, rho1, tmp_path, control):
-    """The current model is frozen here, so every token has one weight for the whole training."""
+def test_weights_made_before_training_give_the_losses_of_online_scoring(
+    weighted_run, rho1, tmp_path, control, monkeypatch
+):
+    """The current model is frozen here, so every token of a row has one weight for the whole training.
+
+    Those beyond a row have it only where it was made before (tests/training/loop/test_trainer.py).
+    """
+    monkeypatch.setattr(fitting, "label_halos", lambda model: (0, 0))
     frozen = f"{{name: rho1_excess, current: {weighted_run.folder / 'model'}}}"
     scorer = f"scorer={{name: shuffled, of: {frozen}}}" if control else f"scorer={frozen}"
     run(rho1([scorer]), tmp_path / "online")
