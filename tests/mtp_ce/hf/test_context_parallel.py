@@ -17,7 +17,7 @@ def found(start_ranks, tmp_path_factory) -> Any:
     """What all ranks found: `found(name)` is a list of results, one a rank."""
     module = Path(__file__).with_name("context_ranks.py")
     jobs = {"module": str(module), "scenarios": SCENARIOS, "cases": []}
-    return start_ranks(4, jobs, tmp_path_factory.mktemp("context"), 600)
+    return start_ranks(4, jobs, tmp_path_factory.mktemp("context"), 1200)
 
 
 def assert_same_step(case: Any, alone: dict[str, Any], shared: dict[str, Any]) -> None:

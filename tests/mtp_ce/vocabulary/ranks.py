@@ -438,7 +438,7 @@ def main(ranks: int, folder: Path) -> None:
 def run(rank: int, ranks: int, folder: Path, jobs: dict[str, Any], scenarios: dict[str, Callable[..., Any]]) -> None:
     """What one rank runs."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=600)
     )
     state, found = Ranks(folder, rank, ranks), {}
     for name in jobs["scenarios"]:

@@ -20,7 +20,7 @@ def found(request, start_ranks, tmp_path_factory) -> dict[str, list[Any]]:
     """What both ranks found, by scenario."""
     names = request.param.split()
     jobs = {"module": "peers.py", "scenarios": names, "cases": []}
-    of = start_ranks(2, jobs, tmp_path_factory.mktemp("peers"), 400)
+    of = start_ranks(2, jobs, tmp_path_factory.mktemp("peers"), 1200)
     return {name: of(name) for name in names}
 
 

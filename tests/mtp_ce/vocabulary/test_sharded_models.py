@@ -16,7 +16,7 @@ SCENARIOS = ("parallelized", "loaded", "two_dimensions", "other_calls")
 def found(request, start_ranks, tmp_path_factory) -> SimpleNamespace:
     """What all ranks found."""
     jobs = {"module": "models.py", "scenarios": SCENARIOS, "cases": []}
-    of = start_ranks(request.param, jobs, tmp_path_factory.mktemp("models"), 400)
+    of = start_ranks(request.param, jobs, tmp_path_factory.mktemp("models"), 1200)
     return SimpleNamespace(of=of, ranks=request.param)
 
 

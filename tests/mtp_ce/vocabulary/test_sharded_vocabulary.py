@@ -37,7 +37,7 @@ def found(request, start_ranks, tmp_path_factory) -> SimpleNamespace:
     slow = request.param > 2
     cases = [[*kind, seed] for kind, counts in SEEDS.items() for seed in range(counts[slow])]
     jobs = {"scenarios": SCENARIOS, "cases": cases}
-    of = start_ranks(request.param, jobs, tmp_path_factory.mktemp("ranks"), 1800 if slow else 400)
+    of = start_ranks(request.param, jobs, tmp_path_factory.mktemp("ranks"), 1800 if slow else 1200)
     return SimpleNamespace(of=of, ranks=request.param, slow=slow)
 
 

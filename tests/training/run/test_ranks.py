@@ -261,7 +261,7 @@ def start(ranks: int, calls: dict[str, list[str]], folder: Path) -> tuple[Path, 
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as run:  # fmt: skip
         try:
-            said, _ = run.communicate(timeout=600)
+            said, _ = run.communicate(timeout=1500)
         except subprocess.TimeoutExpired:
             run.terminate()  # then torchrun ends its workers; killed, it would leave them
             said, _ = run.communicate()
