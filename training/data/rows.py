@@ -14,7 +14,7 @@ an all-ones mask would disable this detection. Padding is a document of its own.
 of a prompt, and of what is not an assistant's in a chat are -100.
 
 With halos the labels of a packed row, and its document ids, go on into the rows beside it, so that its last positions
-predict what the text goes on with. Without, the last H positions of every row lose targets.
+predict the tokens that follow. Without, the last H positions of every row lose targets.
 """
 
 from __future__ import annotations

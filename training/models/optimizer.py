@@ -69,7 +69,7 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) ->
 
 
 def resume_schedule(schedule: LambdaLR, state: Mapping[str, Any]) -> None:
-    """Go on with a schedule, and the learning rates of its optimizer, from what `state_dict` returned.
+    """Restore a schedule, and the learning rates of its optimizer, from what `state_dict` returned.
 
     How many groups the parameters have depends on how they are sharded, so learning rates are computed anew.
     """
